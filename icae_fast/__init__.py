@@ -1,0 +1,1 @@
+from icae_fast.ops import backend_of

@@ -1,0 +1,37 @@
+"""The package's ops: each one declared in its folder's `spec.py`, with a reference and compiled kernels.
+
+    op                  what
+    lora_qkv_rope       packed QKV projection, LoRA on q and v, RoPE
+    varlen_attention    causal attention over packed rows, GQA, memory-only queries
+
+`backend_of(op, device)` tells which backend runs. Adding one: a folder with `ref.py` and `spec.py`, then
+a C++ kernel registered for the CPU key or a Triton launcher for the CUDA key; nothing above changes.
+"""
+
+import os
+import warnings
+
+from icae_fast.ops._declare import REGISTRY, OpSpec, Sample, backend_of, backends, call_backend, load_extension
+from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
+from icae_fast.ops.varlen_attention import varlen_attention
+
+__all__ = [
+    "EXTENSION_ERROR",
+    "REGISTRY",
+    "OpSpec",
+    "Sample",
+    "backend_of",
+    "backends",
+    "call_backend",
+    "lora_qkv_rope",
+    "varlen_attention",
+]
+
+EXTENSION_ERROR = load_extension()
+if EXTENSION_ERROR is not None and os.environ.get("ICAE_FAST_REQUIRE") != "reference":
+    warnings.warn(
+        f"icae_fast runs on its slow plain-torch reference: the C++ kernels are not there ({EXTENSION_ERROR}). "
+        "Install with a C++17 compiler, or set ICAE_FAST_REQUIRE=reference to accept this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
