@@ -1,1 +1,15 @@
+"""icae_fast: fast kernels and a drop-in module for ICAE, the In-context Autoencoder (arXiv 2307.06945).
+
+    icae = ICAE.from_base(base_model, ICAEConfig(), tokenizer=tokenizer)
+    memories = icae.compress([text, other_text])
+    answers = icae.generate(memories[0], prompts=["What is it about?"])
+"""
+
+from icae_fast import errors
+from icae_fast.config import ICAEConfig
+from icae_fast.memory import Memory
+from icae_fast.modeling import ICAE
 from icae_fast.ops import backend_of
+
+__version__ = "0.1.0"
+__all__ = ["ICAE", "ICAEConfig", "Memory", "__version__", "backend_of", "errors"]

@@ -1,0 +1,185 @@
+"""The base model's layer stack run over packed rows, with the adapter on or off.
+
+`Backbone` composes the Hugging Face model's own modules (norms, output projection, MLP, rotary tables)
+with this package's ops; it copies no weights, and the model goes on working by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from icae_fast.adapter import PackedLoRA
+from icae_fast.errors import UnsupportedModelError
+from icae_fast.ops import lora_qkv_rope, varlen_attention
+from icae_fast.spans import PackedRows
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class KeyValueCache(Protocol):
+    """What the backbone asks of a cache: `icae_fast.cache.DecoderCache` is one."""
+
+    cu_seqlens: torch.Tensor
+    seqused: torch.Tensor
+    max_seqlen: int
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the keys and values of the rows announced last; gives all keys and values of the layer."""
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise unless the model is one that `Backbone` computes exactly.
+
+    Raises:
+        UnsupportedModelError: another architecture, quantised or wrapped projections, or attention dropout.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if hasattr(model, "peft_config"):
+        raise UnsupportedModelError("the base model carries PEFT adapters; pass `model.get_base_model()` without them")
+    if kind not in SUPPORTED_MODEL_TYPES or not hasattr(model, "lm_head"):
+        raise UnsupportedModelError(
+            f"base models of type {kind!r} are not supported; use a causal language model of one of the types "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)} (LLaMA, Mistral, Qwen2, Qwen3)"
+        )
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        if type(getattr(attention, name)) is not nn.Linear:
+            raise UnsupportedModelError(
+                f"{name} is a {type(getattr(attention, name)).__name__}; load the base model unquantised, with plain "
+                "nn.Linear layers"
+            )
+    if getattr(model.config, "attention_dropout", 0.0):
+        raise UnsupportedModelError("the base model has attention dropout; load it with attention_dropout=0.0")
+
+
+class Backbone:
+    """Runs the decoder layers of a Hugging Face causal language model over packed rows.
+
+    Args:
+        model: the causal language model; see `SUPPORTED_MODEL_TYPES`.
+
+    Raises:
+        UnsupportedModelError: see `check_supported`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_supported(model)
+        config = model.config
+        self.model = model.model
+        self.n_layers = config.num_hidden_layers
+        self.hidden_size = config.hidden_size
+        self.num_q_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = self.model.layers[0].self_attn.head_dim
+        self.windows = [_window(config, i) for i in range(self.n_layers)]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rows: PackedRows,
+        lora: Sequence[PackedLoRA] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """Final-normed hidden states of packed embeddings.
+
+        Args:
+            x: (T, d) input embeddings.
+            rows: where rows begin, their positions, and which hidden states are asked for; in the last layer
+                queries, output projection and MLP run for those alone.
+            lora: each layer's packed LoRA (encoder), or None (frozen decoder).
+            cache: holds earlier keys and values of each row, and is appended to.
+
+        Returns:
+            (Tq, d), or (T, d) when `rows.out_rows` is None.
+        """
+        cos, sin = self._rotary_tables(rows.positions, x)
+        for i in range(self.n_layers):
+            x = self._layer(i, x, cos, sin, rows, lora[i] if lora else None, cache)
+        return self.model.norm(x)
+
+    def _layer(self, i, x, cos, sin, rows, lora, cache):
+        layer = self.model.layers[i]
+        last = i == self.n_layers - 1 and rows.out_rows is not None
+        out_rows = rows.out_rows if last else None
+        q, k, v = self._project(layer, layer.input_layernorm(x), cos, sin, out_rows, lora)
+        cu_q, max_q = (rows.cu_seqlens_out, rows.max_seqlen_out) if last else (rows.cu_seqlens, rows.max_seqlen)
+        cu_k, max_k, used = rows.cu_seqlens, rows.max_seqlen, None
+        if cache is not None:
+            k, v = cache.update(i, k, v)
+            cu_k, max_k, used = cache.cu_seqlens, cache.max_seqlen, cache.seqused
+        attended, _ = varlen_attention(
+            q, k, v, cu_q, cu_k, max_q, max_k,
+            scale=layer.self_attn.scaling, window=self.windows[i], seqused_k=used,
+        )  # fmt: skip
+        x = x[out_rows] if last else x
+        x = x + layer.self_attn.o_proj(attended.flatten(1))
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+    def _project(self, layer, h, cos, sin, out_rows, lora):
+        attention = layer.self_attn
+        weight, bias = packed_qkv(attention)
+        norms = eps = None
+        if hasattr(attention, "q_norm"):
+            norms = torch.stack((attention.q_norm.weight, attention.k_norm.weight)).detach()
+            eps = attention.q_norm.variance_epsilon
+        return lora_qkv_rope(
+            h, weight, bias, lora.a if lora else None, lora.b if lora else None, cos, sin,
+            num_q_heads=self.num_q_heads, num_kv_heads=self.num_kv_heads,
+            lora_scale=lora.scale if lora else 0.0, qk_norm=norms, norm_eps=eps or 0.0, q_rows=out_rows,
+            dropout_p=lora.dropout_p if lora else 0.0, dropout_seed=lora.dropout_seed if lora else None,
+        )  # fmt: skip
+
+    def _rotary_tables(self, positions, x):
+        # Kept in fp32: the Hugging Face forward rounds them to bf16, which costs accuracy and gains nothing.
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        cos, sin = self.model.rotary_emb(x.new_empty(0, dtype=dtype), positions[None])
+        half = self.head_dim // 2  # both halves of a head turn by the same angles
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def _window(config, layer: int) -> int:
+    """Sliding window of a layer in tokens, 0 for none."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return window or 0 if types[layer] == "sliding_attention" else 0
+    return window or 0 if config.model_type == "mistral" else 0
+
+
+def packed_qkv(attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W_q, W_k and W_v as one tensor that shares its memory with the three modules, and the biases likewise.
+
+    The first call moves the three into one block and makes the modules' parameters views of it, so there
+    is no second copy; later calls find them adjacent and only make the view. Loading weights into the
+    modules, saving them and training them go on as before.
+
+    Returns:
+        weight ((Hq + 2 Hkv) D, d) and bias ((Hq + 2 Hkv) D,) or None.
+    """
+    modules = (attention.q_proj, attention.k_proj, attention.v_proj)
+    weight = _packed([m.weight for m in modules])
+    return weight, None if modules[0].bias is None else _packed([m.bias for m in modules])
+
+
+def _packed(parameters: list[nn.Parameter]) -> torch.Tensor:
+    first, rows = parameters[0], sum(p.shape[0] for p in parameters)
+    if not _adjacent(parameters):
+        with torch.no_grad():
+            block = torch.cat([p.detach() for p in parameters])
+            for p, part in zip(parameters, block.split([p.shape[0] for p in parameters]), strict=True):
+                p.data = part
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _adjacent(parameters: list[nn.Parameter]) -> bool:
+    address = parameters[0].data_ptr()
+    end = parameters[0].untyped_storage().data_ptr() + parameters[0].untyped_storage().nbytes()
+    for p in parameters:
+        if p.data_ptr() != address or not p.is_contiguous():
+            return False
+        address += p.nbytes
+    return address <= end

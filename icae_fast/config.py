@@ -1,0 +1,107 @@
+"""`ICAEConfig`: what an adapter is, apart from its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from icae_fast.errors import ConfigError
+
+MemoryPositions = Literal["append", "spread"]
+SlotScale = Literal["embedding_norm"]
+PromptFormat = Literal["chat", "plain", "v1"]
+
+
+@dataclass(frozen=True)
+class ICAEConfig:
+    """Sizes and conventions of an ICAE adapter; a saved adapter carries the one it was trained with.
+
+    Args:
+        memory_size: k, memory tokens (and so slots) a span.
+        compression_rate: context tokens a slot; a span holds at most `memory_size * compression_rate`.
+        lora_rank: r of the LoRA on the query and value projections.
+        lora_alpha: the LoRA product is scaled by `lora_alpha / lora_rank`.
+        lora_dropout: dropout on the LoRA's input in training.
+        memory_positions: `"append"`, the reference's: position ids go on after the context; `"spread"`:
+            memory token i of k takes the position of the end of its share of a span of L tokens,
+            `max(0, floor((i + 1) * L / k) - 1)` (arXiv 2409.14364), which learns far faster.
+        slot_scale: None, the reference's: slots are the final-normed hidden states; `"embedding_norm"`:
+            each slot is scaled to the mean norm of the token embeddings times `exp(gain)`, a learned scalar.
+        prompt_format: what stands around the slots when a prompt is answered. `"chat"`, the reference's v2:
+            `template, slots, FT, prompt, template`, the template being the tokenizer's own (empty
+            without one); `"plain"`: `slots, FT, prompt`; `"v1"`: `slots, FT, prompt, FT`.
+        base_model: name or path by which `from_pretrained` finds the base model again.
+        base_revision: its revision on the hub.
+
+    Raises:
+        ConfigError: a value is out of range.
+
+    Source: Ge et al., arXiv 2307.06945, section 3.1; getao/icae `code/icae_v2`.
+    """
+
+    memory_size: int = 128
+    compression_rate: int = 4
+    lora_rank: int = 128
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+    memory_positions: MemoryPositions = "append"
+    slot_scale: SlotScale | None = None
+    prompt_format: PromptFormat = "chat"
+    base_model: str | None = None
+    base_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("memory_size", "compression_rate", "lora_rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name, low, high in (("lora_alpha", 0.0, float("inf")), ("lora_dropout", 0.0, 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+                raise ConfigError(f"{name} is {value!r}; it must be a number from {low} to below {high}")
+        if self.slot_scale == "none":
+            object.__setattr__(self, "slot_scale", None)
+        for name, kind in (("memory_positions", MemoryPositions), ("prompt_format", PromptFormat)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
+        if self.slot_scale not in (None, *get_args(SlotScale)):
+            raise ConfigError(f"slot_scale is {self.slot_scale!r}; it must be None or 'embedding_norm'")
+
+    @property
+    def lora_scale(self) -> float:
+        """`lora_alpha / lora_rank`, the factor of the LoRA product."""
+        return self.lora_alpha / self.lora_rank
+
+    @property
+    def max_span_tokens(self) -> int:
+        """The longest span, in context tokens: `memory_size * compression_rate`."""
+        return self.memory_size * self.compression_rate
+
+    def replace(self, **changes: Any) -> ICAEConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ICAEConfig:
+        """The config with these fields, the others at their defaults.
+
+        Raises:
+            ConfigError: a field is unknown or out of range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(
+                f"unknown config field{'s' * (len(unknown) > 1)} {', '.join(unknown)}; the fields are "
+                f"{', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """All fields as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"

@@ -1,0 +1,48 @@
+"""The encoder: spans of any number of contexts to memory slots, packed and without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from icae_fast.spans import micro_batches, pack_spans, span_lengths
+
+if TYPE_CHECKING:
+    from icae_fast.modeling import ICAE
+
+
+def encode_spans(
+    icae: ICAE,
+    contexts: Sequence[torch.Tensor],
+    token_budget: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[torch.Tensor]:
+    """See `ICAE.encode`."""
+    config = icae.config
+    cuts = [span_lengths(len(ids), config) for ids in contexts]
+    spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
+    lora = icae.adapter.pack(icae.dtype)
+    memory_tokens = icae.memory_token_embed.weight[: config.memory_size].to(icae.dtype)
+    slots, done, total = [], 0, sum(map(len, contexts))
+    for batch in micro_batches([len(s) + config.memory_size for s in spans], token_budget):
+        chosen = [spans[i] for i in batch]
+        lengths = [len(s) for s in chosen]
+        rows = pack_spans(lengths, config).to(icae.device)
+        pieces = [p for e in icae.embed(torch.cat(chosen)).split(lengths) for p in (e, memory_tokens)]
+        hidden = icae.backbone.forward(torch.cat(pieces), rows, lora)
+        slots.append(scale_slots(icae, hidden))
+        done += sum(lengths)
+        if on_progress is not None:
+            on_progress(done, total)
+    return list(torch.cat(slots).split([len(cut) * config.memory_size for cut in cuts]))
+
+
+def scale_slots(icae: ICAE, hidden: torch.Tensor) -> torch.Tensor:
+    """The config's slot scaling: none, or `h / |h| * mean |embedding| * exp(gain)`, computed in fp32."""
+    if icae.slot_gain is None:
+        return hidden
+    norm = icae.embedding_norm() * icae.slot_gain.exp()
+    return (F.normalize(hidden.to(icae.slot_gain.dtype), dim=-1) * norm).to(hidden.dtype)

@@ -1,0 +1,101 @@
+"""Finds adapters and base models by name: folders, the hub, and the embedded model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from icae_fast.checkpoints import CONFIG_FILE, TENSORS_FILE
+from icae_fast.config import ICAEConfig
+from icae_fast.embedded import EMBEDDED_NAME, load_smollm2
+from icae_fast.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from icae_fast.modeling import ICAE
+
+
+def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Path:
+    """A local folder with the adapter: the path itself, or a snapshot of the hub repository of that id.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be reached.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, TENSORS_FILE]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path} is neither a folder with an adapter nor a hub repository that can be reached ({reason})"
+        ) from error
+
+
+def load_base_model(
+    base_model: nn.Module | str | Path | None, config: ICAEConfig, dtype: torch.dtype
+) -> tuple[nn.Module, Any]:
+    """The base model and its tokenizer: as given, by name, or as the adapter's config names it.
+
+    Returns:
+        (model, tokenizer); the tokenizer is None where none is found beside a model given as an object.
+
+    Raises:
+        CheckpointError: there is no name to go by, or nothing can be loaded from it.
+    """
+    if isinstance(base_model, nn.Module):
+        return base_model, _load_tokenizer(base_model.config._name_or_path, required=False)
+    name = str(base_model or config.base_model or "")
+    if not name:
+        raise CheckpointError("the adapter does not name its base model; pass base_model=")
+    if name == EMBEDDED_NAME:
+        return load_smollm2(dtype)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=config.base_revision or "main")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the base model {name} cannot be loaded ({error}); pass base_model=") from error
+    return model.eval(), _load_tokenizer(name, required=True, revision=config.base_revision)
+
+
+def _load_tokenizer(name: str, *, required: bool, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    if name == EMBEDDED_NAME:
+        return load_smollm2_tokenizer()
+    if not required and not Path(name).is_dir():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        if not required:
+            return None
+        raise CheckpointError(f"the tokenizer of {name} cannot be loaded ({error}); pass tokenizer=") from error
+
+
+def load_smollm2_tokenizer() -> Any:
+    """The embedded model's tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    from icae_fast.embedded import smollm2_folder
+
+    return AutoTokenizer.from_pretrained(smollm2_folder(), local_files_only=True)
+
+
+def upload_adapter(icae: ICAE, name: str, **kwargs: Any) -> str:
+    """Create the hub repository if need be and upload the adapter's two files; gives the repository's address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=kwargs.pop("token", None))
+    with tempfile.TemporaryDirectory() as folder:
+        icae.save_pretrained(folder)
+        url = api.create_repo(name, exist_ok=True, **kwargs)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    return str(url)

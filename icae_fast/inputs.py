@@ -1,0 +1,124 @@
+"""Turns what a user gives (text, ids, one or many) into checked token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from icae_fast.config import ICAEConfig
+from icae_fast.errors import InvalidInputError, TokenizerMismatchError
+
+Context = str | Sequence[int] | torch.Tensor
+
+# An embedding matrix may have a few more rows than the tokenizer has tokens (Qwen: 0.2 %, DeepSeek: 2.3 %).
+MAX_UNUSED_VOCABULARY = 0.05
+
+
+class Vocabulary:
+    """Ids of the base model's tokens and of those that ICAE adds after them.
+
+    `size = base + 1` ([PAD] is id `size - 1`); memory tokens are `size .. size + k - 1`; then AE, LM, FT.
+
+    Args:
+        n_base: rows of the base model's token embedding.
+        config: gives k.
+
+    Source: getao/icae `code/icae_v2/modeling_icae_multi_span.py`, `ICAE.__init__`.
+    """
+
+    def __init__(self, n_base: int, config: ICAEConfig) -> None:
+        self.n_base = n_base
+        self.size = n_base + 1
+        self.pad = n_base
+        self.first_memory = self.size
+        self.ae = self.size + config.memory_size
+        self.lm = self.ae + 1
+        self.ft = self.ae + 2
+
+    def is_memory(self, ids: torch.Tensor) -> torch.Tensor:
+        """True where an id is a memory token's."""
+        return (ids >= self.first_memory) & (ids < self.ae)
+
+    def check_context(self, ids: torch.Tensor, what: str) -> torch.Tensor:
+        """The ids, if every one is a base token and there is at least one.
+
+        Raises:
+            InvalidInputError: see above.
+        """
+        if ids.numel() == 0:
+            raise InvalidInputError(f"{what} is empty; give at least one token")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0:
+            raise InvalidInputError(f"{what} holds the negative id {low}; ids are 0 to {self.n_base - 1}")
+        if high >= self.n_base:
+            kind = {self.pad: "the [PAD] id"}.get(high)
+            if kind is None:
+                kind = "a memory or special token's id" if high <= self.ft else "out of range"
+            raise InvalidInputError(
+                f"{what} holds the id {high}, which is {kind}; ids are 0 to {self.n_base - 1}, and memory tokens "
+                "are added by the package"
+            )
+        return ids
+
+
+def check_tokenizer(tokenizer: Any, n_base: int) -> None:
+    """Raise unless the tokenizer can belong to a model with `n_base` token embeddings.
+
+    Raises:
+        TokenizerMismatchError: it has more tokens, or over 5 % fewer.
+    """
+    n = len(tokenizer)
+    if n > n_base or n < n_base * (1 - MAX_UNUSED_VOCABULARY):
+        raise TokenizerMismatchError(
+            f"the tokenizer has {n} tokens and the base model {n_base} embeddings; pass the base model's own tokenizer"
+        )
+
+
+def _is_ids(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 1
+    return not isinstance(value, str) and len(value) > 0 and all(_is_int(v) for v in value)
+
+
+def _is_int(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, (bool, torch.Tensor))
+
+
+def as_list(contexts: Any) -> list[Any]:
+    """One context or many as a list of contexts.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
+    if contexts is None or isinstance(contexts, (int, float, bytes)):
+        raise InvalidInputError(f"expected text or token ids, one or a list, and got {type(contexts).__name__}")
+    if isinstance(contexts, str) or (len(contexts) and _is_ids(contexts)):
+        return [contexts]
+    if len(contexts) == 0:
+        raise InvalidInputError("the list is empty; give at least one text or one row of token ids")
+    return list(contexts)
+
+
+def to_ids(value: Any, tokenizer: Any, what: str, *, add_special_tokens: bool) -> torch.Tensor:
+    """Text or ids as a (L,) int64 tensor; nothing is truncated.
+
+    Raises:
+        TokenizerMismatchError: text without a tokenizer.
+        InvalidInputError: neither text nor whole numbers.
+    """
+    if isinstance(value, str):
+        if tokenizer is None:
+            raise TokenizerMismatchError(f"{what} is text, but there is no tokenizer; pass token ids or tokenizer=")
+        value = tokenizer(value, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return torch.tensor(value, dtype=torch.int64)
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise InvalidInputError(
+                f"{what} is a {value.dtype} tensor of shape {tuple(value.shape)}; token ids are one row of integers"
+            )
+        return value.to(device="cpu", dtype=torch.int64)
+    if not hasattr(value, "__len__") or not all(_is_int(v) for v in value):
+        raise InvalidInputError(f"{what} is neither text nor a row of integer token ids")
+    return torch.tensor([int(v) for v in value], dtype=torch.int64)

@@ -1,0 +1,470 @@
+"""`ICAE`: the In-context Autoencoder over one set of base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from icae_fast import checkpoints, prompts
+from icae_fast.adapter import LoRAAdapter
+from icae_fast.backbone import Backbone, check_supported
+from icae_fast.config import ICAEConfig
+from icae_fast.encoder import encode_spans
+from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
+from icae_fast.generation import generate_greedy
+from icae_fast.hub import load_base_model, resolve_adapter_folder, upload_adapter
+from icae_fast.identity import tensors_hash
+from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
+from icae_fast.loss import decoder_forward
+from icae_fast.memory import Memory
+from icae_fast.spans import span_lengths
+
+DEFAULT_TOKEN_BUDGET = 4096
+
+
+class ICAE(nn.Module):
+    """Compresses long contexts into memory slots that the frozen base model reads in their place.
+
+    The encoder is the base model with LoRA on q and v reading `[span, k memory tokens]`; the slots are its
+    final hidden states at the memory tokens. The decoder is the same model without the LoRA. There is one
+    set of base weights, and it stays usable by itself.
+
+    Make one with `from_base`, `from_pretrained` or `from_reference_checkpoint`.
+
+    Attributes:
+        base_model: the Hugging Face causal language model, frozen.
+        config: the adapter's `ICAEConfig`.
+        tokenizer: the base model's, or None (then everything works on ids).
+        adapter: `LoRAAdapter`; memory_token_embed: (k + 3, d) embeddings of memory tokens, AE, LM, FT;
+        slot_gain: () or None. These three are what is trained.
+        max_positions: the most positions that the decoder may use; the base model's own limit unless set.
+
+    Source: Ge et al., arXiv 2307.06945; getao/icae `code/icae_v2/modeling_icae_multi_span.py`.
+    """
+
+    def __init__(self, base_model: nn.Module, config: ICAEConfig, tokenizer: Any = None) -> None:
+        super().__init__()
+        check_supported(base_model)
+        embedding = base_model.get_input_embeddings().weight
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, embedding.shape[0])
+        self.base_model = base_model.requires_grad_(False).eval()
+        self.backbone = Backbone(base_model)
+        self.config = config.replace(base_model=config.base_model or base_model.config._name_or_path or None)
+        self.tokenizer = tokenizer
+        self.vocabulary = Vocabulary(embedding.shape[0], config)
+        self.max_positions: int = base_model.config.max_position_embeddings
+        if config.max_span_tokens + config.memory_size > self.max_positions:
+            raise ConfigError(
+                f"a span takes {config.max_span_tokens} context and {config.memory_size} memory tokens, but the base "
+                f"model has {self.max_positions} positions; lower memory_size or compression_rate"
+            )
+        b = self.backbone
+        trained_dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
+        self.adapter = LoRAAdapter(
+            config, b.n_layers, b.hidden_size, b.num_q_heads * b.head_dim, b.num_kv_heads * b.head_dim, trained_dtype
+        ).to(embedding.device)
+        self.memory_token_embed = nn.Embedding(config.memory_size + 3, b.hidden_size, dtype=trained_dtype)
+        # Memory tokens that begin as words are within the range that the first layer knows; the reference's
+        # N(0, 1) is some ten times larger than SmolLM2's embeddings.
+        rows = torch.randint(embedding.shape[0], (config.memory_size + 3,))
+        self.memory_token_embed.weight.data = embedding.detach()[rows].to(trained_dtype).clone()
+        self._embedding_norm: torch.Tensor | None = None
+        self.slot_gain = nn.Parameter(torch.zeros((), dtype=trained_dtype)) if config.slot_scale else None
+        self.to(embedding.device)
+
+    # ---------------------------------------------------------------- making, saving
+
+    @classmethod
+    def from_base(cls, base_model: nn.Module, config: ICAEConfig | None = None, tokenizer: Any = None) -> ICAE:
+        """A new, untrained ICAE around a base model (which it freezes).
+
+        Args:
+            base_model: a `transformers` LLaMA, Mistral, Qwen2 or Qwen3 causal language model.
+            config: sizes and conventions; the paper's by default.
+            tokenizer: the base model's, needed for text.
+
+        Raises:
+            UnsupportedModelError: another architecture, or quantised or wrapped layers.
+            TokenizerMismatchError: a tokenizer of another size.
+            ConfigError: a span does not fit the base model's positions.
+        """
+        return cls(base_model, config or ICAEConfig(), tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        base_model: nn.Module | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        tokenizer: Any = None,
+        revision: str | None = None,
+    ) -> ICAE:
+        """Load a saved adapter, with the base model that it names unless one is given.
+
+        Args:
+            path: a folder written by `save_pretrained`, or a hub id.
+            base_model: a model, or the name or path of one; None for the one in the adapter's config.
+            dtype: of a base model that is loaded here.
+            tokenizer: None for the base model's own, where it can be found.
+            revision: of the adapter on the hub.
+
+        Raises:
+            CheckpointError: no adapter there, or a damaged, incomplete or misshaped one.
+            BaseModelMismatchError: the base model is not the one that the adapter was trained on.
+        """
+        folder = resolve_adapter_folder(path, revision)
+        config, header = checkpoints.read_header(folder)
+        model, own_tokenizer = load_base_model(base_model, config, dtype)
+        checkpoints.check_base(model, header["base"], str(path))
+        icae = cls(model, config, tokenizer or own_tokenizer)
+        checkpoints.load_adapter(icae, folder, header)
+        return icae.eval()
+
+    @classmethod
+    def from_reference_checkpoint(
+        cls,
+        path: str | Path,
+        base_model: nn.Module,
+        compression_rate: int = 4,
+        lora_alpha: float = 32,
+        tokenizer: Any = None,
+    ) -> ICAE:
+        """Load a checkpoint of getao/icae: v1 `.pt` (read with `weights_only=True`) or v2 `.safetensors`.
+
+        Memory size, rank and ids follow from the tensors; rate and alpha are in no file, and the defaults
+        are those of the published ones. A `.pt` file gets the `"v1"` prompt format.
+
+        Raises:
+            CheckpointError: truncated, or keys missing, unknown or misshaped, all of them listed.
+            BaseModelMismatchError: the file carries base weights, and they are not this model's.
+        """
+        adapter, base = checkpoints.split_reference_tensors(checkpoints.read_reference_file(path))
+        memory_size, rank = checkpoints.infer_sizes(adapter, str(path))
+        config = ICAEConfig(
+            memory_size=memory_size,
+            compression_rate=compression_rate,
+            lora_rank=rank,
+            lora_alpha=lora_alpha,
+            prompt_format="chat" if str(path).endswith(".safetensors") else "v1",
+        )
+        check_supported(base_model)
+        checkpoints.check_base_weights(base_model, base, str(path))
+        icae = cls(base_model, config, tokenizer)
+        checkpoints.load_adapter_tensors(icae, adapter, str(path))
+        return icae.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `adapter.safetensors` (trained tensors alone, under the reference's keys) and `icae_config.json`.
+
+        Raises:
+            CheckpointError: the folder cannot be written; nothing half-written stays.
+        """
+        checkpoints.save_adapter(self, folder)
+
+    def push_to_hub(self, name: str, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes to a hub repository; gives its address.
+
+        Args:
+            name: "user/repository".
+            kwargs: for `huggingface_hub.HfApi.create_repo` (`private`, `token`).
+        """
+        return upload_adapter(self, name, **kwargs)
+
+    def reference_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields (key in the reference's checkpoints, trained parameter)."""
+        for layer, projection, factor, parameter in self.adapter.named_factors():
+            yield checkpoints.lora_key(layer, projection, factor), parameter
+        yield checkpoints.MEMORY_KEY, self.memory_token_embed.weight
+        if self.slot_gain is not None:
+            yield checkpoints.GAIN_KEY, self.slot_gain
+
+    def adapter_hash(self) -> str:
+        """16 hex digits that identify the trained tensors."""
+        return tensors_hash(self.reference_named_parameters())
+
+    # ---------------------------------------------------------------- small facts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype, in which everything is computed."""
+        return self.base_model.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The base model's device."""
+        return self.base_model.get_input_embeddings().weight.device
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence: the base model's, else the tokenizer's."""
+        generation = getattr(self.base_model, "generation_config", None)
+        for source in (generation, self.base_model.config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
+            if value is not None:
+                return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+        return ()
+
+    def train(self, mode: bool = True) -> ICAE:
+        """Training mode for the adapter; the base model is frozen and stays in evaluation mode."""
+        super().train(mode)
+        self.base_model.eval()
+        return self
+
+    def describe_non_finite(self, what: str) -> str:
+        """A sentence for `NonFiniteError` that names the first weight with NaN or infinity."""
+        for name, parameter in self.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"{what} hold NaN or infinity because the weight {name} does; load intact weights"
+        return f"{what} hold NaN or infinity although all weights are finite; use bfloat16 or float32 for this model"
+
+    # ---------------------------------------------------------------- embeddings
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of base tokens: (T,) ids to (T, d)."""
+        return self.base_model.get_input_embeddings()(ids.to(self.device))
+
+    def embedding_norm(self) -> torch.Tensor:
+        """() mean L2 norm of the base model's token embeddings, in fp32."""
+        if self._embedding_norm is None:
+            weight = self.base_model.get_input_embeddings().weight.detach()
+            self._embedding_norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).mean()
+        return self._embedding_norm.to(self.device)
+
+    def tokens_to_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of any ids, base, memory or special, in the model's dtype; [PAD] gives zeros.
+
+        Args:
+            ids: int64 of any shape.
+
+        Returns:
+            (*ids.shape, d).
+        """
+        ids = ids.to(self.device)
+        special = ids - self.vocabulary.size
+        base = self.base_model.get_input_embeddings()(ids.clamp(0, self.vocabulary.n_base - 1))
+        added = self.memory_token_embed(special.clamp_min(0)).to(base.dtype)
+        embeddings = torch.where((special >= 0)[..., None], added, base)
+        return embeddings.masked_fill((ids == self.vocabulary.pad)[..., None], 0.0)
+
+    def prompt_ids(self, prompt: Context) -> tuple[list[int], list[int]]:
+        """Ids before and after the slots when `prompt` is asked: the decoder reads `prefix, slots, suffix`.
+
+        Raises:
+            InvalidInputError, TokenizerMismatchError: the prompt is empty, out of range, or text without a
+                tokenizer.
+        """
+        ids = to_ids(prompt, self.tokenizer, "the prompt", add_special_tokens=False)
+        ids = self.vocabulary.check_context(ids, "the prompt").tolist()
+        return prompts.prompt_ids(ids, self.tokenizer, self.vocabulary, self.config.prompt_format)
+
+    # ---------------------------------------------------------------- encoder
+
+    def encode(self, contexts: Sequence[torch.Tensor], token_budget: int = DEFAULT_TOKEN_BUDGET,
+               on_progress: Callable[[int, int], None] | None = None) -> list[torch.Tensor]:  # fmt: skip
+        """Slots of each context, with a graph for training.
+
+        All spans of all contexts are packed into micro-batches of at most `token_budget` tokens; nothing is
+        padded, no head is run, and in the last layer the context gives keys and values only.
+
+        Args:
+            contexts: (L_i,) int64 ids of base tokens.
+            token_budget: context and memory tokens of one micro-batch; a longer span goes alone.
+            on_progress: called with (context tokens done, of how many) after each micro-batch.
+
+        Returns:
+            (n_spans_i * k, d) for each context, in the model's dtype.
+        """
+        return encode_spans(self, contexts, token_budget, on_progress)
+
+    @torch.no_grad()
+    def compress(
+        self,
+        contexts: Context | Sequence[Context],
+        *,
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Memory]:
+        """Compress texts or token ids, one or many, of any lengths.
+
+        Each is cut into spans by the reference's rule (`icae_fast.spans.span_lengths`), and what comes out
+        does not depend on what else is in the list. Text is tokenised as the base model's tokenizer does by
+        itself (with its BOS, if it adds one), as the reference's inference scripts do.
+
+        Args:
+            contexts: a text, a row of ids, or a list of those.
+            token_budget: tokens of one micro-batch, which bounds the working memory.
+            on_progress: called with (context tokens done, of how many) after each micro-batch.
+
+        Returns:
+            A list with one `Memory` for each context, also for a single one.
+
+        Raises:
+            InvalidInputError: nothing given, empty text, ids out of range, negative or of memory tokens.
+            ContextTooLongError: the slots alone would pass the base model's positions, or memory runs out.
+            TokenizerMismatchError: text without a tokenizer.
+            NonFiniteError: the slots hold NaN; the weight that is to blame is named.
+        """
+        if token_budget < 1:
+            raise InvalidInputError(f"token_budget is {token_budget}; give at least 1")
+        rows = [self._context_ids(c, f"context {i}") for i, c in enumerate(as_list(contexts))]
+        try:
+            slots = self.encode(rows, token_budget, on_progress)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise ContextTooLongError(
+                    f"memory ran out while compressing {sum(map(len, rows))} tokens at token_budget={token_budget}; "
+                    "lower token_budget or compress fewer documents at once"
+                ) from error
+            raise
+        if not all(bool(torch.isfinite(s).all()) for s in slots):
+            raise NonFiniteError(self.describe_non_finite("the memory slots"))
+        return [Memory(s, len(r), tuple(span_lengths(len(r), self.config))) for s, r in zip(slots, rows, strict=True)]
+
+    def _context_ids(self, context: Context, what: str) -> torch.Tensor:
+        ids = to_ids(context, self.tokenizer, what, add_special_tokens=True)
+        ids = self.vocabulary.check_context(ids, what)
+        n_slots = len(span_lengths(len(ids), self.config)) * self.config.memory_size
+        if n_slots >= self.max_positions:
+            raise ContextTooLongError(
+                f"{what} has {len(ids)} tokens, whose {n_slots} slots do not fit into the base model's "
+                f"{self.max_positions} positions; compress it in parts, use a higher compression_rate, or set "
+                "icae.max_positions higher if the base model extrapolates"
+            )
+        return ids
+
+    def extend(self, memory: Memory, more: Context, *, token_budget: int = DEFAULT_TOKEN_BUDGET) -> Memory:
+        """A memory of the old context followed by `more`; only `more` is encoded.
+
+        `more` is cut into spans by itself. When the old context is made of full spans (k * rate tokens) and so is
+        `more`, that is the cut that compressing the whole text would make, and the slots are the same. In all
+        other cases the reference's rule would cut the whole text into equal spans and so move every
+        boundary; here the old spans stay as they are, the last of them perhaps short, and new ones follow.
+        Text is tokenised without special tokens, being a continuation.
+
+        Raises:
+            InvalidInputError: `more` is empty, or the memory has another k or hidden size.
+            ContextTooLongError: all slots together would pass the base model's positions.
+        """
+        self._check_memory(memory)
+        ids = to_ids(more, self.tokenizer, "the extension", add_special_tokens=False)
+        new = self.compress([self._context_ids(ids, "the extension")], token_budget=token_budget)[0]
+        if memory.n_slots + new.n_slots >= self.max_positions:
+            raise ContextTooLongError(
+                f"{memory.n_slots} slots and {new.n_slots} more do not fit into the base model's "
+                f"{self.max_positions} positions; keep the extension as a memory of its own"
+            )
+        return Memory(
+            torch.cat((memory.slots.to(new.slots), new.slots)),
+            memory.n_source_tokens + new.n_source_tokens,
+            memory.span_lengths + new.span_lengths,
+        )
+
+    def _check_memory(self, memory: Memory) -> None:
+        if not isinstance(memory, Memory):
+            raise InvalidInputError(f"expected one Memory and got {type(memory).__name__}; compress gives a list of them")
+        k, d = self.config.memory_size, self.backbone.hidden_size
+        if memory.slots.shape != (len(memory.span_lengths) * k, d):
+            raise InvalidInputError(
+                f"the memory's slots are {tuple(memory.slots.shape)}, but {len(memory.span_lengths)} spans of this "
+                f"model give {(len(memory.span_lengths) * k, d)}; use the model that made the memory"
+            )
+        if not bool(torch.isfinite(memory.slots).all()):
+            raise NonFiniteError("the memory's slots hold NaN or infinity; compress the context again")
+
+    # ---------------------------------------------------------------- decoder
+
+    def restore(
+        self, memory: Memory, max_new_tokens: int | None = None, min_new_tokens: int = 0, return_ids: bool = False,
+        streamer: Any = None,
+    ) -> str | list[int]:  # fmt: skip
+        """Write out the context that a memory holds (autoencoding): greedy from `[slots, AE]`.
+
+        Args:
+            memory: of this model.
+            max_new_tokens: by default the context's length and 16 more.
+            min_new_tokens: tokens before which it may not end.
+            return_ids: give ids even if there is a tokenizer.
+            streamer: a transformers streamer.
+
+        Returns:
+            Text, or ids, the end-of-sequence token last if it came to one.
+
+        Raises:
+            TokenizerMismatchError: text is asked for without a tokenizer.
+        """
+        limit = memory.n_source_tokens + 16 if max_new_tokens is None and isinstance(memory, Memory) else max_new_tokens
+        return self._generate(memory, [([], [self.vocabulary.ae])], limit, min_new_tokens, return_ids, streamer)[0]
+
+    def generate(
+        self,
+        memory: Memory,
+        prompts: Context | Sequence[Context],
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        return_ids: bool = False,
+        streamer: Any = None,
+    ) -> list[str] | list[list[int]]:
+        """Answer prompts about a memory, greedily; all prompts in one batch, the slots read once.
+
+        Args:
+            memory: of this model.
+            prompts: a text, a row of ids, or a list of those; laid out by the config's `prompt_format`.
+            max_new_tokens: the most tokens of an answer.
+            min_new_tokens: tokens before which an answer may not end.
+            return_ids: give ids even if there is a tokenizer.
+            streamer: a transformers streamer, for a single prompt.
+
+        Returns:
+            An answer for each prompt: text, or ids, the end-of-sequence token last if it came to one.
+
+        Raises:
+            InvalidInputError: no or an empty prompt, ids out of range, a memory of another model.
+            ContextTooLongError: slots, prompt and answer would pass the base model's positions.
+            TokenizerMismatchError: text without a tokenizer.
+        """
+        pairs = [self.prompt_ids(p) for p in as_list(prompts)]
+        return self._generate(memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer)
+
+    @torch.no_grad()
+    def _generate(self, memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer):
+        self._check_memory(memory)
+        if not return_ids and self.tokenizer is None:
+            raise TokenizerMismatchError("there is no tokenizer to write text with; pass return_ids=True or tokenizer=")
+        template = self.tokens_to_embeddings(torch.tensor(pairs[0][0], dtype=torch.int64))
+        prefix = torch.cat((template, memory.slots.to(template)))
+        suffixes = [self.tokens_to_embeddings(torch.tensor(s, dtype=torch.int64)) for _, s in pairs]
+        rows = generate_greedy(self, prefix, suffixes, max_new_tokens, min_new_tokens, streamer)
+        return rows if return_ids else [self.tokenizer.decode(r, skip_special_tokens=True) for r in rows]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | Sequence[torch.Tensor],
+        prompt_answer_ids: torch.Tensor | Sequence[torch.Tensor],
+        labels: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+    ) -> dict[str, torch.Tensor | None]:
+        """The reference's training forward, for any number of rows.
+
+        Contexts are compressed, memory ids in `prompt_answer_ids` are replaced in order by the slots of all
+        spans, and the frozen decoder is scored on the labels:
+
+            loss = mean over labels that are not -100 of -log p(label_t | before t),  shifted by one
+
+        Args:
+            input_ids: (B, L) contexts, right-padded with the [PAD] id, or a list of (L_i,).
+            prompt_answer_ids: (B, S), likewise; memory ids of row i number its spans times k.
+            labels: (B, S), -100 where nothing is learned, or None for no loss.
+            token_budget: see `encode`.
+
+        Returns:
+            `{"loss": () fp32 or None, "logits": (B, S, base vocabulary)}`, zeros in the logits of padding.
+
+        Raises:
+            InvalidInputError: shapes or ids that do not fit, or as many memory ids as there are no slots.
+        """
+        return decoder_forward(self, input_ids, prompt_answer_ids, labels, token_budget)

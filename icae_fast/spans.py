@@ -1,0 +1,105 @@
+"""Cutting contexts into spans, placing their memory tokens, and packing spans into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from icae_fast.config import ICAEConfig
+
+
+def count_spans(length: int, config: ICAEConfig) -> int:
+    """Number of spans that a context of `length` tokens is cut into: `ceil(L / (k * rate))`.
+
+    Source: `compute_num_segments` in getao/icae `code/icae_v2/modeling_icae_multi_span.py`.
+    """
+    return -(-length // config.max_span_tokens)
+
+
+def span_lengths(length: int, config: ICAEConfig) -> list[int]:
+    """Lengths of the spans of a context of `length` tokens, by the reference's rule.
+
+    `n = ceil(L / (k * rate))` spans of `ceil(L / n)` tokens each, the last one shorter; none is empty.
+    """
+    if length == 0:
+        return []
+    n = count_spans(length, config)
+    step = -(-length // n)
+    return [min(step, length - start) for start in range(0, length, step)]
+
+
+def memory_positions(length: int, config: ICAEConfig) -> torch.Tensor:
+    """Position ids of the k memory tokens behind a span of `length` tokens, (k,) int64.
+
+    `append`: L, L + 1, ...; `spread`: `max(0, floor((i + 1) * L / k) - 1)` for memory token i.
+    """
+    k = config.memory_size
+    if config.memory_positions == "append":
+        return torch.arange(length, length + k)
+    return ((torch.arange(1, k + 1) * length) // k - 1).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Where the rows of a packed batch begin and where their tokens stand.
+
+    Args:
+        positions: (T,) int64 position id of every token.
+        cu_seqlens: (n + 1,) int32 start of every row.
+        max_seqlen: length of the longest row.
+        out_rows: (Tq,) int64 rows whose final hidden state is asked for, None for all.
+        cu_seqlens_out: (n + 1,) int32 start of every row among `out_rows`, None when that is None.
+        max_seqlen_out: the most that one row has among `out_rows`.
+    """
+
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    out_rows: torch.Tensor | None = None
+    cu_seqlens_out: torch.Tensor | None = None
+    max_seqlen_out: int = 0
+
+    def to(self, device: torch.device) -> PackedRows:
+        """The same with its tensors on `device`."""
+        values = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in vars(self).items()}
+        return PackedRows(**values)
+
+
+def cumulative(lengths: Sequence[int]) -> torch.Tensor:
+    """(n + 1,) int32 cumulative sum of row lengths, beginning with 0."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def pack_spans(lengths: Sequence[int], config: ICAEConfig) -> PackedRows:
+    """The layout of a batch of spans, each followed at once by its k memory tokens.
+
+    Only memory tokens are in `out_rows`, so that the last layer computes nothing for the context but its
+    keys and values. There is no padding.
+    """
+    k = config.memory_size
+    cu = cumulative([n + k for n in lengths])
+    positions = [p for n in lengths for p in (torch.arange(n), memory_positions(n, config))]
+    ends = cu[1:].to(torch.int64)
+    return PackedRows(
+        positions=torch.cat(positions),
+        cu_seqlens=cu,
+        max_seqlen=max(lengths) + k,
+        out_rows=(ends[:, None] + torch.arange(-k, 0)).flatten(),
+        cu_seqlens_out=torch.arange(len(lengths) + 1, dtype=torch.int32) * k,
+        max_seqlen_out=k,
+    )
+
+
+def micro_batches(costs: Sequence[int], budget: int) -> Iterator[range]:
+    """Cut a sequence into runs whose costs add up to at most `budget`; one that costs more goes alone."""
+    start = total = 0
+    for i, cost in enumerate(costs):
+        if i > start and total + cost > budget:
+            yield range(start, i)
+            start, total = i, 0
+        total += cost
+    if start < len(costs):
+        yield range(start, len(costs))
