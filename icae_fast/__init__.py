@@ -1,8 +1,8 @@
 """icae_fast: fast kernels and a drop-in module for ICAE, the In-context Autoencoder (arXiv 2307.06945).
 
-    icae = ICAE.from_base(base_model, ICAEConfig(), tokenizer=tokenizer)
-    memories = icae.compress([text, other_text])
-    answers = icae.generate(memories[0], prompts=["What is it about?"])
+icae = ICAE.from_base(base_model, ICAEConfig(), tokenizer=tokenizer)
+memories = icae.compress([text, other_text])
+answers = icae.generate(memories[0], prompts=["What is it about?"])
 """
 
 from icae_fast import errors

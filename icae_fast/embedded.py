@@ -105,8 +105,18 @@ def _convert(gguf: Path, target: Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-        AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(temporary)
+        model = AutoModelForCausalLM.from_pretrained(**source, **_dequantised(), dtype=torch.bfloat16)
+        model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _dequantised() -> dict[str, Any]:
+    """Asks for plain nn.Linear layers; transformers before 5.20 or so has no other way and no such option."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}

@@ -27,7 +27,9 @@ def decoder_forward(icae: ICAE, input_ids: Rows, prompt_answer_ids: Rows, labels
     prompts = unpad(prompt_answer_ids, pad)
     targets = None if labels is None else _targets(labels, prompts, icae.vocabulary.n_base)
     if len(contexts) != len(prompts):
-        raise InvalidInputError(f"there are {len(contexts)} contexts and {len(prompts)} prompts; give one of each a row")
+        raise InvalidInputError(
+            f"there are {len(contexts)} contexts and {len(prompts)} prompts; give one of each a row"
+        )
     embeddings = _with_slots(icae, prompts, icae.encode(contexts, token_budget))
     lengths = [len(p) for p in prompts]
     if max(lengths) > icae.max_positions:

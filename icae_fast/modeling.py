@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from icae_fast import checkpoints, prompts
+from icae_fast import prompts
 from icae_fast.adapter import LoRAAdapter
 from icae_fast.backbone import Backbone, check_supported
 from icae_fast.config import ICAEConfig
 from icae_fast.encoder import encode_spans
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
 from icae_fast.generation import generate_greedy
-from icae_fast.hub import load_base_model, resolve_adapter_folder, upload_adapter
-from icae_fast.identity import tensors_hash
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
 from icae_fast.loss import decoder_forward
 from icae_fast.memory import Memory
+from icae_fast.pretrained import PretrainedMixin
 from icae_fast.spans import span_lengths
 
 DEFAULT_TOKEN_BUDGET = 4096
 
 
-class ICAE(nn.Module):
+class ICAE(PretrainedMixin, nn.Module):
     """Compresses long contexts into memory slots that the frozen base model reads in their place.
 
     The encoder is the base model with LoRA on q and v reading `[span, k memory tokens]`; the slots are its
@@ -77,118 +75,6 @@ class ICAE(nn.Module):
         self.slot_gain = nn.Parameter(torch.zeros((), dtype=trained_dtype)) if config.slot_scale else None
         self.to(embedding.device)
 
-    # ---------------------------------------------------------------- making, saving
-
-    @classmethod
-    def from_base(cls, base_model: nn.Module, config: ICAEConfig | None = None, tokenizer: Any = None) -> ICAE:
-        """A new, untrained ICAE around a base model (which it freezes).
-
-        Args:
-            base_model: a `transformers` LLaMA, Mistral, Qwen2 or Qwen3 causal language model.
-            config: sizes and conventions; the paper's by default.
-            tokenizer: the base model's, needed for text.
-
-        Raises:
-            UnsupportedModelError: another architecture, or quantised or wrapped layers.
-            TokenizerMismatchError: a tokenizer of another size.
-            ConfigError: a span does not fit the base model's positions.
-        """
-        return cls(base_model, config or ICAEConfig(), tokenizer)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        base_model: nn.Module | str | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        tokenizer: Any = None,
-        revision: str | None = None,
-    ) -> ICAE:
-        """Load a saved adapter, with the base model that it names unless one is given.
-
-        Args:
-            path: a folder written by `save_pretrained`, or a hub id.
-            base_model: a model, or the name or path of one; None for the one in the adapter's config.
-            dtype: of a base model that is loaded here.
-            tokenizer: None for the base model's own, where it can be found.
-            revision: of the adapter on the hub.
-
-        Raises:
-            CheckpointError: no adapter there, or a damaged, incomplete or misshaped one.
-            BaseModelMismatchError: the base model is not the one that the adapter was trained on.
-        """
-        folder = resolve_adapter_folder(path, revision)
-        config, header = checkpoints.read_header(folder)
-        model, own_tokenizer = load_base_model(base_model, config, dtype)
-        checkpoints.check_base(model, header["base"], str(path))
-        icae = cls(model, config, tokenizer or own_tokenizer)
-        checkpoints.load_adapter(icae, folder, header)
-        return icae.eval()
-
-    @classmethod
-    def from_reference_checkpoint(
-        cls,
-        path: str | Path,
-        base_model: nn.Module,
-        compression_rate: int = 4,
-        lora_alpha: float = 32,
-        tokenizer: Any = None,
-    ) -> ICAE:
-        """Load a checkpoint of getao/icae: v1 `.pt` (read with `weights_only=True`) or v2 `.safetensors`.
-
-        Memory size, rank and ids follow from the tensors; rate and alpha are in no file, and the defaults
-        are those of the published ones. A `.pt` file gets the `"v1"` prompt format.
-
-        Raises:
-            CheckpointError: truncated, or keys missing, unknown or misshaped, all of them listed.
-            BaseModelMismatchError: the file carries base weights, and they are not this model's.
-        """
-        adapter, base = checkpoints.split_reference_tensors(checkpoints.read_reference_file(path))
-        memory_size, rank = checkpoints.infer_sizes(adapter, str(path))
-        config = ICAEConfig(
-            memory_size=memory_size,
-            compression_rate=compression_rate,
-            lora_rank=rank,
-            lora_alpha=lora_alpha,
-            prompt_format="chat" if str(path).endswith(".safetensors") else "v1",
-        )
-        check_supported(base_model)
-        checkpoints.check_base_weights(base_model, base, str(path))
-        icae = cls(base_model, config, tokenizer)
-        checkpoints.load_adapter_tensors(icae, adapter, str(path))
-        return icae.eval()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `adapter.safetensors` (trained tensors alone, under the reference's keys) and `icae_config.json`.
-
-        Raises:
-            CheckpointError: the folder cannot be written; nothing half-written stays.
-        """
-        checkpoints.save_adapter(self, folder)
-
-    def push_to_hub(self, name: str, **kwargs: Any) -> str:
-        """Upload what `save_pretrained` writes to a hub repository; gives its address.
-
-        Args:
-            name: "user/repository".
-            kwargs: for `huggingface_hub.HfApi.create_repo` (`private`, `token`).
-        """
-        return upload_adapter(self, name, **kwargs)
-
-    def reference_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields (key in the reference's checkpoints, trained parameter)."""
-        for layer, projection, factor, parameter in self.adapter.named_factors():
-            yield checkpoints.lora_key(layer, projection, factor), parameter
-        yield checkpoints.MEMORY_KEY, self.memory_token_embed.weight
-        if self.slot_gain is not None:
-            yield checkpoints.GAIN_KEY, self.slot_gain
-
-    def adapter_hash(self) -> str:
-        """16 hex digits that identify the trained tensors."""
-        return tensors_hash(self.reference_named_parameters())
-
-    # ---------------------------------------------------------------- small facts
-
     @property
     def dtype(self) -> torch.dtype:
         """The base model's dtype, in which everything is computed."""
@@ -221,8 +107,6 @@ class ICAE(nn.Module):
             if not torch.isfinite(parameter).all():
                 return f"{what} hold NaN or infinity because the weight {name} does; load intact weights"
         return f"{what} hold NaN or infinity although all weights are finite; use bfloat16 or float32 for this model"
-
-    # ---------------------------------------------------------------- embeddings
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of base tokens: (T,) ids to (T, d)."""
@@ -261,8 +145,6 @@ class ICAE(nn.Module):
         ids = to_ids(prompt, self.tokenizer, "the prompt", add_special_tokens=False)
         ids = self.vocabulary.check_context(ids, "the prompt").tolist()
         return prompts.prompt_ids(ids, self.tokenizer, self.vocabulary, self.config.prompt_format)
-
-    # ---------------------------------------------------------------- encoder
 
     def encode(self, contexts: Sequence[torch.Tensor], token_budget: int = DEFAULT_TOKEN_BUDGET,
                on_progress: Callable[[int, int], None] | None = None) -> list[torch.Tensor]:  # fmt: skip
@@ -366,7 +248,9 @@ class ICAE(nn.Module):
 
     def _check_memory(self, memory: Memory) -> None:
         if not isinstance(memory, Memory):
-            raise InvalidInputError(f"expected one Memory and got {type(memory).__name__}; compress gives a list of them")
+            raise InvalidInputError(
+                f"expected one Memory and got {type(memory).__name__}; compress gives a list of them"
+            )
         k, d = self.config.memory_size, self.backbone.hidden_size
         if memory.slots.shape != (len(memory.span_lengths) * k, d):
             raise InvalidInputError(
@@ -375,8 +259,6 @@ class ICAE(nn.Module):
             )
         if not bool(torch.isfinite(memory.slots).all()):
             raise NonFiniteError("the memory's slots hold NaN or infinity; compress the context again")
-
-    # ---------------------------------------------------------------- decoder
 
     def restore(
         self, memory: Memory, max_new_tokens: int | None = None, min_new_tokens: int = 0, return_ids: bool = False,
