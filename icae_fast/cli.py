@@ -1,0 +1,236 @@
+"""The command line, `icae-fast`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from icae_fast.embedded import EMBEDDED_NAME
+from icae_fast.errors import ICAEError, InvalidInputError
+
+MEMORY_SUFFIX = ".icae"
+UNTRAINED = (
+    "note: no adapter is given, so this one is untrained: the pipeline is the real one, but what comes out of the "
+    "memory is not yet what went in. Pass --adapter for a trained one."
+)
+
+# Typer brings its own click, and this is the one name by which it gives the base class of usage errors away.
+_USAGE_ERROR = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(help="Compress long contexts into memory slots (ICAE).", add_completion=False, rich_markup_mode=None)
+bench_app = typer.Typer(help="Benchmarks against the baseline.")
+app.add_typer(bench_app, name="bench")
+stderr = Console(stderr=True, soft_wrap=True)
+
+Adapter = Annotated[str | None, typer.Option(help="Folder or hub id of a saved adapter.")]
+Model = Annotated[str, typer.Option(help="Base model: a path, a hub id, or the embedded SmolLM2.")]
+MemorySize = Annotated[int, typer.Option(help="Slots a span, for an untrained adapter.")]
+Rate = Annotated[int, typer.Option(help="Context tokens a slot, for an untrained adapter.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else on stdout.")]
+NewTokens = Annotated[int | None, typer.Option(min=1, help="The most tokens to write.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+    except (ICAEError, _USAGE_ERROR) as error:
+        text = error if isinstance(error, ICAEError) else f"{error.format_message()} (try --help)"
+        stderr.print(f"icae-fast: error: {text}", style="red", highlight=False, markup=False)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def load(adapter: str | None, model: str, memory_size: int, rate: int, dtype: str) -> Any:
+    """The ICAE that the options ask for; without an adapter an untrained one, the same in every call."""
+    import torch
+    from transformers.utils import logging
+
+    from icae_fast import ICAE, ICAEConfig
+    from icae_fast.hub import load_base_model
+
+    logging.disable_progress_bar()
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise InvalidInputError(f"--dtype is {dtype!r}; give bfloat16 or float32")
+    if adapter is not None:
+        base = None if model == EMBEDDED_NAME else model
+        return ICAE.from_pretrained(adapter, base_model=base, dtype=dtypes[dtype])
+    stderr.print(UNTRAINED, style="yellow")
+    base, tokenizer = load_base_model(model, ICAEConfig(), dtypes[dtype])
+    torch.manual_seed(0)
+    return ICAE.from_base(base, ICAEConfig(memory_size=memory_size, compression_rate=rate), tokenizer).eval()
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file's content."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"cannot read {path} as UTF-8 text ({error}); check the path") from error
+
+
+def load_memory_for(path: Path, adapter: str | None, model: str, dtype: str) -> tuple[Any, Any]:
+    """The ICAE that made a memory file, and the memory."""
+    from icae_fast.memory_file import load_memory, read_memory_header
+
+    config = read_memory_header(path)[1]["config"]
+    icae = load(adapter, model, config["memory_size"], config["compression_rate"], dtype)
+    return icae, load_memory(path, icae)
+
+
+def describe(memory: Any) -> dict[str, Any]:
+    """A memory's figures as JSON values."""
+    return {
+        "tokens": memory.n_source_tokens,
+        "spans": list(memory.span_lengths),
+        "slots": memory.n_slots,
+        "ratio": round(memory.compression_ratio, 3),
+        "bytes": memory.nbytes,
+    }
+
+
+@app.command()
+def compress(
+    files: Annotated[list[Path], typer.Argument(help="UTF-8 text files.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the memories.")] = None,
+    adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = 128, rate: Rate = 4,
+    dtype: Dtype = "bfloat16", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Compress text files, all in one batch, into memory files (FILE.icae) beside them or in a folder."""
+    from icae_fast.memory_file import save_memory
+
+    texts = [read_text(path) for path in files]
+    targets = [(output or path.parent) / (path.name + MEMORY_SUFFIX) for path in files]
+    if len(set(targets)) < len(targets):
+        raise InvalidInputError("two files would write the same memory; give them different names or compress apart")
+    if output is not None and not output.is_dir():
+        raise InvalidInputError(f"{output} is no folder; make it first")
+    icae = load(adapter, model, memory_size, rate, dtype)
+    columns = (TextColumn("compressing"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
+    with Progress(*columns, TimeElapsedColumn(), console=stderr, transient=True) as progress:
+        task = progress.add_task("compressing", total=None)
+        memories = icae.compress(texts, on_progress=lambda n, of: progress.update(task, completed=n, total=of))
+    for target, memory in zip(targets, memories, strict=True):
+        save_memory(target, memory, icae)
+    rows = [{"memory": str(t)} | describe(m) for t, m in zip(targets, memories, strict=True)]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("memory file", "tokens", "spans", "slots", "ratio", "KiB")
+    for row in rows:
+        table.add_row(
+            row["memory"], str(row["tokens"]), str(len(row["spans"])), str(row["slots"]), f"{row['ratio']:.2f}",
+            f"{row['bytes'] / 1024:.0f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+@app.command()
+def restore(
+    memory: Annotated[Path, typer.Argument(help="A memory file.")],
+    max_new_tokens: NewTokens = None, adapter: Adapter = None, model: Model = EMBEDDED_NAME,
+    dtype: Dtype = "bfloat16", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Write out the text that a memory holds."""
+    icae, loaded = load_memory_for(memory, adapter, model, dtype)
+    streamer = None if as_json else _streamer(icae)
+    text = icae.restore(loaded, max_new_tokens=max_new_tokens, streamer=streamer)
+    if as_json:
+        print(json.dumps({"memory": str(memory), "text": text} | describe(loaded)))
+
+
+@app.command()
+def ask(
+    memory: Annotated[Path, typer.Argument(help="A memory file.")],
+    prompts: Annotated[list[str], typer.Argument(help="Questions or instructions.")],
+    max_new_tokens: NewTokens = 128, adapter: Adapter = None, model: Model = EMBEDDED_NAME,
+    dtype: Dtype = "bfloat16", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Answer questions about a memory; several are answered in one batch."""
+    icae, loaded = load_memory_for(memory, adapter, model, dtype)
+    streamer = _streamer(icae) if len(prompts) == 1 and not as_json else None
+    answers = icae.generate(loaded, list(prompts), max_new_tokens=max_new_tokens or 128, streamer=streamer)
+    if as_json:
+        rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
+        print(json.dumps({"memory": str(memory), "answers": rows}))
+    elif streamer is None:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            print(f"> {prompt}\n{answer}\n")
+
+
+def _streamer(icae: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(icae.tokenizer, skip_special_tokens=True)
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Versions, device, CPU features, and which backend serves each op."""
+    from icae_fast.info import collect_info
+
+    facts = collect_info()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    console = Console()
+    table = Table("", "", show_header=False)
+    for name, version in facts["versions"].items():
+        table.add_row(name, version or "not installed")
+    cpu = facts["cpu"]
+    table.add_section()
+    table.add_row("device", facts["device"])
+    table.add_row("cpu", f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads")
+    table.add_row("C++ kernels", facts["extension"])
+    if cpu["isa"]:
+        table.add_row("instruction set", f"{cpu['isa']} (of {', '.join(cpu['features'])})")
+    console.print(table)
+    ops = Table("op", "cpu", "cuda")
+    for name, by_device in facts["ops"].items():
+        ops.add_row(name, by_device["cpu"], by_device["cuda"])
+    console.print(ops)
+
+
+@bench_app.command()
+def latency(
+    file: Annotated[Path, typer.Argument(help="A UTF-8 text to read.")],
+    prompt: Annotated[str, typer.Option(help="What is asked about it.")] = "Summarise the text in one sentence.",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are shown.")] = 3,
+    adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = 128, rate: Rate = 4,
+    dtype: Dtype = "bfloat16", as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
+) -> None:  # fmt: skip
+    """Raw context, baseline ICAE, icae_fast cold, and icae_fast with a stored memory, in interleaved rounds."""
+    try:
+        from bench.latency import latency_table, render
+    except ImportError as error:
+        raise InvalidInputError(
+            f"the benchmarks need more packages ({error}); pip install 'icae-fast[bench]'"
+        ) from error
+    text = read_text(file)
+    icae = load(adapter, model, memory_size, rate, dtype)
+    document = icae.tokenizer(text)["input_ids"]
+    question = icae.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    with stderr.status("timing"):
+        result = latency_table(icae, document, question, new_tokens=new_tokens, rounds=rounds)
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console().print(render(result))
+
+
+if __name__ == "__main__":
+    main()

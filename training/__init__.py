@@ -1,0 +1,1 @@
+"""Training ICAE with the package's own kernels."""

@@ -1,0 +1,119 @@
+"""Training samples of the three objectives, as the reference builds them.
+
+Each function gives a `Sample` whose memory ids stand where the slots will be; `collate` pads a list of them
+for `ICAE.forward`, which ignores the padding.
+
+Source: Ge et al., arXiv 2307.06945, section 2.2; `pretrain_tokenize_function` and
+`instruct_ft_tokenize_function` in getao/icae `code/icae_v2/training_utils.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from icae_fast import ICAE
+from icae_fast.errors import InvalidInputError
+from icae_fast.loss import IGNORE
+from icae_fast.spans import count_spans
+
+MIN_TOKENS_FOR_LM = 64
+LEAVE_TOKENS_FOR_LM = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row for `ICAE.forward`: context ids, the decoder's ids with memory ids in them, and its labels."""
+
+    input_ids: list[int]
+    prompt_answer_ids: list[int]
+    labels: list[int]
+
+
+def _sample(icae: ICAE, context, before, after, answer, unscored=0) -> Sample:
+    """`before, slots, after, answer`, with labels on the answer but for its first `unscored` tokens."""
+    if not context or not answer:
+        raise InvalidInputError("a training sample needs at least one context token and one token to learn")
+    n_slots = count_spans(len(context), icae.config) * icae.config.memory_size
+    prompt = [*before, *[icae.vocabulary.first_memory] * n_slots, *after]
+    labels = [IGNORE] * (len(prompt) + unscored) + list(answer[unscored:])
+    return Sample(list(context), prompt + list(answer), labels)
+
+
+def autoencoding_sample(icae: ICAE, context: Sequence[int]) -> Sample:
+    """`[slots, AE] + context + EOS`: the memory must give the context back."""
+    return _sample(icae, context, [], [icae.vocabulary.ae], [*context, icae.eos_token_ids[0]])
+
+
+def continuation_sample(
+    icae: ICAE,
+    context: Sequence[int],
+    continuation: Sequence[int],
+    *,
+    lm_token: bool = False,
+    leave: int = LEAVE_TOKENS_FOR_LM,
+) -> Sample:
+    """`[slots] (+ LM) + continuation`, without EOS: the memory must tell what comes next.
+
+    Args:
+        icae: gives ids and span rule.
+        context: ids to compress.
+        continuation: ids that follow them.
+        lm_token: put the LM token behind the slots.
+        leave: tokens of the continuation that carry no loss, being hard to guess without any text before.
+    """
+    return _sample(icae, context, [], [icae.vocabulary.lm] * lm_token, continuation, min(leave, len(continuation)))
+
+
+def instruction_sample(icae: ICAE, context: Sequence[int], prompt: Sequence[int], answer: Sequence[int]) -> Sample:
+    """Template, slots, FT, prompt, template, answer, EOS, by the config's prompt format."""
+    before, after = icae.prompt_ids(list(prompt))
+    return _sample(icae, context, before, after, [*answer, icae.eos_token_ids[0]])
+
+
+def pretraining_sample(
+    icae: ICAE,
+    ids: Sequence[int],
+    max_tokens: int,
+    lm_ratio: float = 0.0,
+    rng: random.Random | None = None,
+    *,
+    lm_token: bool = False,
+    min_for_lm: int = MIN_TOKENS_FOR_LM,
+) -> Sample:
+    """Autoencoding or, with probability `lm_ratio`, continuation of a random window of a text.
+
+    The window has `max_tokens` tokens, or fewer of a short text; continuation needs more than
+    `min_for_lm` tokens behind the window and falls back to autoencoding the window otherwise.
+    """
+    rng = rng or random.Random()
+    if not ids:
+        raise InvalidInputError("a training text is empty; leave it out")
+    wants_lm = rng.random() < lm_ratio
+    if len(ids) > max_tokens:
+        start = rng.randint(0, len(ids) - max_tokens)
+        end = start + max_tokens
+    else:
+        start, end = 0, rng.randint(1, len(ids)) if wants_lm else len(ids)
+    rest = ids[end : end + max_tokens] if wants_lm else ()
+    if len(rest) > min_for_lm:
+        return continuation_sample(icae, ids[start:end], rest, lm_token=lm_token)
+    return autoencoding_sample(icae, ids[start:end])
+
+
+def collate(icae: ICAE, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Right-padded `input_ids`, `prompt_answer_ids` ([PAD] id) and `labels` (-100), each (B, longest) int64."""
+
+    def pad(rows, value):
+        return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+
+    pad_id = icae.vocabulary.pad
+    return {
+        "input_ids": pad([s.input_ids for s in samples], pad_id),
+        "prompt_answer_ids": pad([s.prompt_answer_ids for s in samples], pad_id),
+        "labels": pad([s.labels for s in samples], IGNORE),
+    }
