@@ -13,7 +13,7 @@ from pathlib import Path
 from icae_fast.ops import REGISTRY, OpSpec
 
 # Device that each backend serves; a device without a compiled backend of its own is served by the reference.
-DEVICES = {"reference": "any", "cpp": "CPU", "triton": "CUDA"}
+DEVICES = {"reference": "without a kernel", "cpp": "CPU", "triton": "CUDA"}
 
 
 def ops_table() -> str:

@@ -32,10 +32,14 @@ def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Pat
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, TENSORS_FILE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{path} is neither a folder with an adapter nor a hub repository that can be reached ({reason})"
+            f"{path} is neither a folder with an adapter nor a hub repository that can be reached ({_reason(error)})"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text: the hub's run over many."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_base_model(
@@ -61,7 +65,7 @@ def load_base_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=config.base_revision or "main")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the base model {name} cannot be loaded ({error}); pass base_model=") from error
+        raise CheckpointError(f"the base model {name} cannot be loaded ({_reason(error)}); pass base_model=") from error
     return model.eval(), _load_tokenizer(name, required=True, revision=config.base_revision)
 
 
@@ -77,7 +81,9 @@ def _load_tokenizer(name: str, *, required: bool, revision: str | None = None) -
     except (OSError, ValueError) as error:
         if not required:
             return None
-        raise CheckpointError(f"the tokenizer of {name} cannot be loaded ({error}); pass tokenizer=") from error
+        raise CheckpointError(
+            f"the tokenizer of {name} cannot be loaded ({_reason(error)}); pass tokenizer="
+        ) from error
 
 
 def load_smollm2_tokenizer() -> Any:

@@ -1,0 +1,40 @@
+// Checks that several ops make of their arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "../kernels/table.h"
+
+namespace icae_fast {
+
+inline Dtype dtype_of(const at::Tensor& t, const char* op, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::Float;
+    case at::kBFloat16:
+      return Dtype::BFloat16;
+    case at::kDouble:
+      return Dtype::Double;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": ", name, " is ", t.scalar_type(),
+                                  "; the C++ kernels take float32, bfloat16 and float64");
+  }
+}
+
+// The type that results are summed up in, and that tables and log-sum-exps have.
+inline at::ScalarType compute_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_same_type(const at::Tensor& t, const at::Tensor& like, const char* op, const char* name) {
+  TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " is ", t.scalar_type(), ", not ",
+              like.scalar_type(), " as the other tensors are");
+}
+
+// Kernels walk rows and heads by stride, but need each head's elements side by side.
+inline at::Tensor with_unit_stride(const at::Tensor& t) {
+  return t.dim() == 0 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+}  // namespace icae_fast

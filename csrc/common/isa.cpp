@@ -1,0 +1,139 @@
+#include "isa.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace icae_fast {
+namespace {
+
+struct Unit {
+  const char* name;
+  const Kernels& (*table)();
+  std::vector<std::string> needs;
+};
+
+std::vector<Unit> units() {
+  std::vector<Unit> all{{"scalar", kernels_scalar, {}}};
+#if defined(__x86_64__)
+  all.push_back({"avx2", kernels_avx2, {"avx2", "fma"}});
+  all.push_back(
+      {"avx512", kernels_avx512, {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}});
+#endif
+  return all;
+}
+
+#if defined(__x86_64__)
+// The register states that the OS saves and restores; without that, using the registers faults.
+uint64_t enabled_states() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & (1u << 27))) return 0;
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t{high} << 32) | low;
+}
+
+// Linux hands out the AMX tile registers only to a process that asks (kernel 5.16 and later).
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+std::vector<std::string> detect() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  std::vector<std::string> found;
+  const auto add = [&found](bool has, const char* name) {
+    if (has) found.emplace_back(name);
+  };
+  const uint64_t states = enabled_states();
+  const bool ymm = (states & 0x6) == 0x6, zmm = ymm && (states & 0xe0) == 0xe0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
+  const bool fma = c & (1u << 12);
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  const unsigned last_subleaf = a, amx = d;
+  add(ymm && (b & (1u << 5)), "avx2");
+  add(ymm && fma, "fma");
+  add(zmm && (b & (1u << 16)), "avx512f");
+  add(zmm && (b & (1u << 30)), "avx512bw");
+  add(zmm && (b & (1u << 31)), "avx512vl");
+  add(zmm && (b & (1u << 17)), "avx512dq");
+  if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) add(zmm && (a & (1u << 5)), "avx512_bf16");
+  if ((amx & (1u << 24)) && (states & 0x60000) == 0x60000 && tiles_permitted()) {
+    add(true, "amx_tile");
+    add(amx & (1u << 22), "amx_bf16");
+    add(amx & (1u << 25), "amx_int8");
+  }
+  return found;
+}
+#elif defined(__aarch64__)
+std::vector<std::string> detect() { return {"neon"}; }
+#else
+std::vector<std::string> detect() { return {}; }
+#endif
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+// The features that `unit` needs and this CPU lacks.
+std::vector<std::string> missing(const Unit& unit) {
+  const auto have = cpu_features();
+  std::vector<std::string> lacking;
+  for (const auto& need : unit.needs) {
+    if (std::find(have.begin(), have.end(), need) == have.end()) lacking.push_back(need);
+  }
+  return lacking;
+}
+
+const Kernels* select() {
+  const char* variable = std::getenv("ICAE_FAST_ISA");
+  const std::string forced = variable == nullptr ? "" : variable;
+  const Kernels* best = nullptr;
+  for (const auto& unit : units()) {
+    const auto lacking = missing(unit);
+    if (forced == unit.name && !lacking.empty()) {
+      throw std::runtime_error("ICAE_FAST_ISA=" + forced + ", but this CPU lacks " + join(lacking) +
+                               "; unset it and the best instruction set is chosen");
+    }
+    if (lacking.empty() && (forced.empty() || forced == unit.name)) best = &unit.table();
+  }
+  if (best == nullptr) {
+    throw std::runtime_error("ICAE_FAST_ISA is '" + forced + "'; this build knows " + join(built_isas()) +
+                             ", and when the variable is unset the best one that the CPU has");
+  }
+  return best;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels* const selected = select();
+  return *selected;
+}
+
+std::vector<std::string> cpu_features() {
+  static const std::vector<std::string> found = detect();
+  return found;
+}
+
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const auto& unit : units()) names.emplace_back(unit.name);
+  return names;
+}
+
+}  // namespace icae_fast

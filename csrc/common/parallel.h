@@ -1,0 +1,30 @@
+// Work sharing for tasks of unequal size.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace icae_fast {
+
+// Upper bound of the `worker` that for_each_task passes.
+inline int64_t max_workers(int64_t tasks) {
+  return std::max<int64_t>(1, std::min<int64_t>(tasks, at::get_num_threads()));
+}
+
+// Calls f(task, worker) once for each task. Threads take the next task when they are done with one, since causal
+// tiles differ in size up to the length of a row; results may not depend on which thread does what. Workers are
+// numbered here and not by at::get_thread_num, which inside somebody else's parallel region can be any number.
+template <class F>
+void for_each_task(int64_t tasks, const F& f) {
+  if (tasks == 0) return;
+  std::atomic<int64_t> next_task{0}, next_worker{0};
+  at::parallel_for(0, max_workers(tasks), 1, [&](int64_t, int64_t) {
+    const int64_t worker = next_worker++;
+    for (int64_t task = next_task++; task < tasks; task = next_task++) f(task, worker);
+  });
+}
+
+}  // namespace icae_fast

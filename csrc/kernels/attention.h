@@ -1,0 +1,152 @@
+// What the attention kernels share: memory layout, query tiles, masks.
+//
+// Everything is transposed: a tile of scores is S^T, keys down and lanes across. A lane is one (position, query
+// head) pair of the row, heads of one key/value head running fastest, so that K and V are read once for the whole
+// group. Maximum and sum over the keys are then plain vertical vector operations, and no score is ever reduced
+// across a register.
+
+constexpr int64_t kKeys = 64;  // keys of a tile: S^T in fp32 takes 12 KiB of the 32 KiB of L1
+
+// Hands out pieces of one allocation; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class X>
+  X* take(int64_t n) {
+    X* piece = base == nullptr ? nullptr : reinterpret_cast<X*>(base + used);
+    used += round_up(n * static_cast<int64_t>(sizeof(X)), 64);
+    return piece;
+  }
+};
+
+// Packed keys and values of one (row, key/value head). The forward needs K by rows and V by steps, the backward
+// also K by steps and V by rows; where a step is one element the two are the same matrix.
+template <class T>
+struct PackedKeys {
+  using P = Product<T>;
+  using E = typename P::E;
+  E *k_rows, *v_steps, *k_steps, *v_rows;
+
+  static int64_t width(const AttentionInput& in) { return round_up(in.head_dim, kPad); }
+  static int matrices(bool backward) { return backward && P::kPair == 2 ? 3 : 2; }
+
+  PackedKeys(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, bool backward, const void* base) {
+    const int64_t matrix = in.packed_keys * width(in);
+    E* first = static_cast<E*>(const_cast<void*>(base)) + kv_head * matrices(backward) * matrix +
+               row.packed_begin * width(in);
+    k_rows = first;
+    k_steps = P::kPair == 1 ? first : first + 2 * matrix;
+    v_rows = v_steps = first + matrix;
+  }
+};
+
+template <class T>
+static int64_t packed_bytes(const AttentionInput& in, bool backward) {
+  using K = PackedKeys<T>;
+  return in.kv_heads * K::matrices(backward) * in.packed_keys * K::width(in) * sizeof(typename K::E);
+}
+
+template <class T>
+static const T* row_of(const Strided& x, int64_t row, int64_t head) {
+  return static_cast<const T*>(x.data) + row * x.row + head * x.head;
+}
+
+template <class T>
+static void pack_keys(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, bool backward,
+                      void* packed) {
+  using P = Product<T>;
+  const PackedKeys<T> to(in, row, kv_head, backward, packed);
+  const int64_t width = to.width(in), n = row.n_keys, padded = row.padded_keys();
+  const T* k = row_of<T>(in.k, row.k_begin, kv_head);
+  const T* v = row_of<T>(in.v, row.k_begin, kv_head);
+  const auto by_steps = [&](const T* from, int64_t stride, typename P::E* out) {
+    pack_steps<P, T>([=](int64_t r) { return from + r * stride; }, n, in.head_dim, out, width, padded);
+  };
+  pack_rows(k, in.k.row, n, in.head_dim, to.k_rows, width, padded);
+  if (backward && P::kPair == 2) {
+    by_steps(k, in.k.row, to.k_steps);
+    pack_rows(v, in.v.row, n, in.head_dim, to.v_rows, width, padded);
+  } else {
+    by_steps(v, in.v.row, to.v_steps);
+  }
+}
+
+// The lanes of one query tile.
+struct Tile {
+  int64_t first_position, n_positions, first_head, n_heads;
+
+  Tile(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, int64_t tile) {
+    const int64_t chunk = tile % in.head_chunks() * in.heads_per_tile();
+    first_position = tile / in.head_chunks() * in.positions_per_tile();
+    n_positions = at_most(in.positions_per_tile(), row.n_queries - first_position);
+    first_head = kv_head * in.group() + chunk;
+    n_heads = at_most(in.heads_per_tile(), in.group() - chunk);
+  }
+  int64_t lanes() const { return n_positions * n_heads; }
+  int64_t position(int64_t lane) const { return first_position + lane / n_heads; }
+  int64_t head(int64_t lane) const { return first_head + lane % n_heads; }
+};
+
+// Keys from low[l] up to but not high[l] are those that lane l reads.
+template <class C>
+struct KeyRange {
+  typename Vec<C>::Int low[kLanes], high[kLanes];
+  int64_t begin, end;          // what any lane reads
+  int64_t all_begin, all_end;  // what every lane reads
+
+  void set(const AttentionInput& in, const AttentionRow& row, const Tile& tile) {
+    const int64_t lanes = tile.lanes(), offset = row.n_keys - row.n_queries;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t last = l < lanes ? tile.position(l) + offset : -1;
+      high[l] = at_least(0, last + 1);
+      low[l] = in.window == 0 ? 0 : at_least(0, last + 1 - in.window);
+    }
+    begin = low[0] / kPad * kPad;
+    end = high[lanes - 1];
+    all_begin = low[lanes - 1];
+    all_end = high[0];
+  }
+  bool cut(int64_t from, int64_t to) const { return from < all_begin || to > all_end; }
+
+  ICAE_INLINE I<C> reads(int64_t key, I<C> low_lanes, I<C> high_lanes) {
+    const I<C> k = set1_int<C>(key);
+    return (k >= low_lanes) & (k < high_lanes);
+  }
+};
+
+// What lse and softmax work on is 2^(score * exponent): |scale| log2(e). The sign of a negative scale goes into Q.
+// A scale of 0 would turn a masked -inf into a NaN; this small it gives the same weights.
+static inline double exponent_scale(double scale) {
+  const double size = scale < 0 ? -scale : scale;
+  return (size < 1e-30 ? 1e-30 : size) * 1.4426950408889634;
+}
+
+// Writes a transposed tile x[dim][kLanes], times `factor` of each lane, to `row(lane)`.
+template <class T, class Row>
+static inline void store_transposed(const typename Elem<T>::C* x, const typename Elem<T>::C* factor, int64_t lanes,
+                                    int64_t dim, Row row) {
+#if defined(ICAE_AVX512)
+  if constexpr (sizeof(typename Elem<T>::C) == 4) {
+    for (int64_t l = 0; l < lanes; l += 16) {
+      const V<float> f = load(factor + l);
+      for (int64_t d = 0; d < dim; d += 16) {
+        __m512i block[16];
+        const int64_t n = at_most(16, dim - d);
+        for (int i = 0; i < 16; ++i) {
+          block[i] = i < n ? (__m512i)(load(x + (d + i) * kLanes + l) * f) : _mm512_setzero_si512();
+        }
+        transpose(block);
+        for (int i = 0; i < 16 && l + i < lanes; ++i) {
+          T* to = row(l + i) + d;
+          n == 16 ? store(to, (V<float>)block[i]) : store_n(to, (V<float>)block[i], n);
+        }
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t l = 0; l < lanes; ++l) {
+    T* to = row(l);
+    for (int64_t d = 0; d < dim; ++d) assign(to + d, x[d * kLanes + l] * factor[l]);
+  }
+}

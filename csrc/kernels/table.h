@@ -1,0 +1,138 @@
+// What the torch side and the per-ISA units agree on: plain structs of pointers and strides, and one table of
+// function pointers a unit. Nothing here is compiled for a special instruction set, so that the inline functions
+// are the same in every unit that includes them.
+#pragma once
+
+#include <cstdint>
+
+namespace icae_fast {
+
+// A bfloat16 as it lies in memory; arithmetic is in the units.
+struct __attribute__((may_alias)) bf16 {
+  uint16_t bits;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- attention -----------------------------------------------------------------------------------------------
+
+// A query tile is up to kLanes (position, query head) pairs that share one key/value head. 48 is a multiple of
+// every vector width here and of the usual group sizes 1, 2, 3, 4, 6, 8, 12 and 16.
+constexpr int64_t kLanes = 48;
+// Packed keys of a row, and packed head dimensions, are padded with zeros to a multiple of this: no micro-kernel
+// has more rows.
+constexpr int64_t kPad = 8;
+// With this many lanes or fewer in a row, packing its keys costs more than it saves.
+constexpr int64_t kFewLanes = 8;
+
+// Element strides of a (T, H, D) tensor whose last stride is 1.
+struct Strided {
+  const void* data;
+  int64_t row, head;
+};
+
+struct AttentionInput {
+  Strided q, k, v;
+  int64_t q_heads, kv_heads, head_dim, n_queries;
+  double scale;
+  int64_t window;       // 0 for no window
+  int64_t packed_keys;  // of all rows together, for one key/value head
+
+  int64_t group() const { return q_heads / kv_heads; }
+  int64_t heads_per_tile() const { return at_most(group(), kLanes); }
+  int64_t head_chunks() const { return ceil_div(group(), heads_per_tile()); }
+  int64_t positions_per_tile() const { return kLanes / heads_per_tile(); }
+};
+
+// One row of the pack: where its queries and keys are. n_keys counts the keys in use.
+struct AttentionRow {
+  int64_t q_begin, n_queries, k_begin, n_keys;
+  int64_t packed_begin;   // where its packed keys begin; a multiple of kPad
+  int64_t partial_begin;  // backward: where its slices' partial sums begin, in keys
+  int64_t n_slices;       // backward: into how many tasks the queries of a key/value head are cut
+
+  int64_t padded_keys() const { return round_up(n_keys, kPad); }
+  int64_t n_tiles(const AttentionInput& in) const {
+    return ceil_div(n_queries, in.positions_per_tile()) * in.head_chunks();
+  }
+};
+
+struct AttentionOutput {
+  void* out;  // (n_queries, q_heads, head_dim), contiguous
+  void* lse;  // (q_heads, n_queries), contiguous
+};
+
+struct AttentionGradient {
+  Strided dout, out;
+  const void *dlse, *lse;  // (q_heads, n_queries), contiguous
+  void *dq, *dk, *dv;      // contiguous
+  void* partial;           // slices' sums of dk, then of dv
+  int64_t partial_keys;    // of all rows and slices together, for one key/value head
+};
+
+struct AttentionKernels {
+  // Bytes of packed keys and values for all key/value heads, and of one thread's scratch.
+  int64_t (*packed_bytes)(const AttentionInput&, bool backward);
+  int64_t (*scratch_bytes)(const AttentionInput&, bool backward);
+  int64_t (*partial_bytes)(const AttentionInput&, const AttentionGradient&);
+
+  void (*pack)(const AttentionInput&, const AttentionRow&, int64_t kv_head, bool backward, void* packed);
+  void (*tile)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t tile, const void* packed,
+               void* scratch, const AttentionOutput&);
+  void (*few)(const AttentionInput&, const AttentionRow&, int64_t kv_head, void* scratch, const AttentionOutput&);
+  void (*slice)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t slice, const void* packed,
+                void* scratch, const AttentionGradient&);
+  void (*sum_slices)(const AttentionInput&, const AttentionRow&, int64_t kv_head, const AttentionGradient&);
+};
+
+// ---- heads: q/k norm, RoPE, dropout --------------------------------------------------------------------------
+
+// Norm and RoPE over the heads of `rows` rows; `table_rows` says which row of cos and sin each one takes.
+struct HeadsPass {
+  void* y;             // forward: changed in place; backward: the gradient that is written
+  const void* before;  // backward with norm: the values before the norm
+  const void* grad;    // backward: the gradient that comes in
+  int64_t y_stride, before_stride, grad_stride, grad_head_stride;
+  int64_t heads, head_dim;
+  const void *cos, *sin;  // (T, head_dim / 2), contiguous; float, or double for double
+  const int64_t* table_rows;
+  const void* norm;  // (head_dim), or null
+  double eps;
+};
+
+struct DropoutMask {
+  uint32_t key, floor;
+  const int64_t* rows;  // the number of each row in x, or null when they are all of x
+};
+
+struct HeadsKernels {
+  void (*forward)(const HeadsPass&, int64_t begin, int64_t end);
+  void (*backward)(const HeadsPass&, int64_t begin, int64_t end);
+  // dst = src where kept, else 0. `rows` picks rows of src; dst has as many rows as there are picked.
+  void (*drop)(const DropoutMask&, const void* src, int64_t src_stride, void* dst, int64_t dst_stride, int64_t cols,
+               int64_t begin, int64_t end);
+  // dst += src where kept; here `rows` only numbers the rows of the mask.
+  void (*add_kept)(const DropoutMask&, const void* src, int64_t src_stride, void* dst, int64_t dst_stride,
+                   int64_t cols, int64_t begin, int64_t end);
+};
+
+// ---- tables --------------------------------------------------------------------------------------------------
+
+enum class Dtype : int { Float = 0, BFloat16 = 1, Double = 2 };
+
+struct Kernels {
+  const char* isa;
+  AttentionKernels attention[3];  // by Dtype
+  HeadsKernels heads[3];
+};
+
+const Kernels& kernels_scalar();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+}  // namespace icae_fast

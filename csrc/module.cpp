@@ -1,0 +1,87 @@
+// The Python module icae_fast._C. The ops are registered by the files in ops/ when the library is loaded; the
+// module itself only tells what was built and what runs.
+#include <Python.h>
+#include <torch/version.h>
+
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "common/isa.h"
+
+namespace {
+
+PyObject* to_list(const std::vector<std::string>& names) {
+  PyObject* list = PyList_New(0);
+  if (list == nullptr) return nullptr;
+  for (const auto& name : names) {
+    PyObject* text = PyUnicode_FromString(name.c_str());
+    const bool failed = text == nullptr || PyList_Append(list, text) != 0;
+    Py_XDECREF(text);
+    if (failed) {
+      Py_DECREF(list);
+      return nullptr;
+    }
+  }
+  return list;
+}
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(icae_fast::kernels().isa); }
+
+PyObject* cpu_features(PyObject*, PyObject*) { return to_list(icae_fast::cpu_features()); }
+
+PyObject* build_info(PyObject*, PyObject*) {
+#if defined(__clang__)
+  const char* compiler = "clang " __clang_version__;
+#else
+  const char* compiler = "gcc " __VERSION__;
+#endif
+  PyObject* isas = to_list(icae_fast::built_isas());
+  if (isas == nullptr) return nullptr;
+#if defined(_OPENMP)
+  const int openmp = _OPENMP;
+#else
+  const int openmp = 0;
+#endif
+  return Py_BuildValue("{s:s, s:s, s:l, s:i, s:N}", "compiler", compiler, "torch", TORCH_VERSION, "cxx",
+                       static_cast<long>(__cplusplus), "openmp", openmp, "isas", isas);
+}
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "Name of the instruction set whose kernels run."},
+    {"cpu_features", cpu_features, METH_NOARGS, "The CPU's features that matter here and that the OS permits."},
+    {"build_info", build_info, METH_NOARGS, "Compiler, torch version and instruction sets of this build."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "icae_fast._C",
+                          "Compiled kernels of icae_fast.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
+// A wrong ICAE_FAST_ISA must not pass for a missing build, which is an ImportError and tolerated.
+void raise_backend_error(const char* message) {
+  PyObject* errors = PyImport_ImportModule("icae_fast.errors");
+  PyObject* type = errors == nullptr ? nullptr : PyObject_GetAttrString(errors, "BackendError");
+  if (type == nullptr) PyErr_Clear();
+  PyErr_SetString(type == nullptr ? PyExc_RuntimeError : type, message);
+  Py_XDECREF(type);
+  Py_XDECREF(errors);
+}
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  try {
+    icae_fast::kernels();
+  } catch (const std::exception& error) {
+    raise_backend_error(error.what());
+    return nullptr;
+  }
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,43 @@
+// From the arguments of varlen_attention to rows and strides that the kernels take, checked.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../kernels/table.h"
+
+namespace icae_fast {
+
+struct AttentionPlan {
+  at::Tensor q, k, v;  // what `input` points into
+  AttentionInput input;
+  std::vector<AttentionRow> rows;
+  int64_t queries_in_rows = 0, keys_in_use = 0;
+  Dtype dtype;
+
+  // Raises for shapes, types or cu_seqlens that the kernels would read out of bounds with.
+  AttentionPlan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens_q,
+                const at::Tensor& cu_seqlens_k, const std::optional<at::Tensor>& seqused_k, double scale,
+                int64_t window);
+
+  // Reserves packed keys for the rows that `packs` says are packed.
+  template <class F>
+  void reserve_packed(const F& packs) {
+    for (auto& row : rows) {
+      row.packed_begin = input.packed_keys;
+      if (packs(row)) input.packed_keys += row.padded_keys();
+    }
+  }
+};
+
+Strided strided(const at::Tensor& t);
+
+// One thing to do for one key/value head of a row.
+struct AttentionTask {
+  const AttentionRow* row;
+  int64_t kv_head, part;
+};
+
+}  // namespace icae_fast

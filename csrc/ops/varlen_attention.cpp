@@ -1,0 +1,82 @@
+// varlen_attention on the CPU; the kernels are kernels/attention_forward.h and attention_few.h.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "../common/checks.h"
+#include "../common/isa.h"
+#include "../common/parallel.h"
+#include "attention_plan.h"
+
+namespace icae_fast {
+namespace {
+
+// Rows whose keys are read where they lie: decoding, and rows with next to no queries.
+bool is_few(const AttentionPlan& plan, const AttentionRow& row) {
+  return row.n_queries * plan.input.group() <= kFewLanes;
+}
+
+void pack_rows(const AttentionPlan& plan, const AttentionKernels& kernels, void* packed) {
+  std::vector<AttentionTask> tasks;
+  for (const auto& row : plan.rows) {
+    if (is_few(plan, row)) continue;
+    for (int64_t h = 0; h < plan.input.kv_heads; ++h) tasks.push_back({&row, h, 0});
+  }
+  for_each_task(tasks.size(), [&](int64_t i, int64_t) {
+    kernels.pack(plan.input, *tasks[i].row, tasks[i].kv_head, false, packed);
+  });
+}
+
+void attend(const AttentionPlan& plan, const AttentionKernels& kernels, const void* packed,
+            const AttentionOutput& to) {
+  const auto& in = plan.input;
+  std::vector<AttentionTask> tasks;
+  for (const auto& row : plan.rows) {
+    for (int64_t h = 0; h < in.kv_heads; ++h) {
+      // The last tile of a row reads most keys, so it goes first.
+      const int64_t parts = is_few(plan, row) ? (row.n_queries > 0) : row.n_tiles(in);
+      for (int64_t part = parts - 1; part >= 0; --part) tasks.push_back({&row, h, part});
+    }
+  }
+  const int64_t bytes = kernels.scratch_bytes(in, false);
+  const auto scratch = at::empty({max_workers(tasks.size()) * bytes}, at::kByte);
+  char* const base = static_cast<char*>(scratch.mutable_data_ptr());
+  for_each_task(tasks.size(), [&](int64_t i, int64_t worker) {
+    const auto& [row, kv_head, part] = tasks[i];
+    if (is_few(plan, *row)) {
+      kernels.few(in, *row, kv_head, base + worker * bytes, to);
+    } else {
+      kernels.tile(in, *row, kv_head, part, packed, base + worker * bytes, to);
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> varlen_attention_cpu(const at::Tensor& q, const at::Tensor& k,
+                                                        const at::Tensor& v, const at::Tensor& cu_seqlens_q,
+                                                        const at::Tensor& cu_seqlens_k,
+                                                        const std::optional<at::Tensor>& seqused_k,
+                                                        int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/,
+                                                        double scale, int64_t window) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  AttentionPlan plan(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, window);
+  const auto& kernels = icae_fast::kernels().attention[static_cast<int>(plan.dtype)];
+  auto out = at::empty(q.sizes(), q.options());
+  auto lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(compute_type(q)));
+  if (plan.queries_in_rows < q.size(0)) {
+    out.slice(0, plan.queries_in_rows).zero_();
+    lse.slice(1, plan.queries_in_rows).fill_(-std::numeric_limits<double>::infinity());
+  }
+  plan.reserve_packed([&](const AttentionRow& row) { return !is_few(plan, row); });
+  const auto packed = at::empty({kernels.packed_bytes(plan.input, false)}, at::kByte);
+  pack_rows(plan, kernels, packed.mutable_data_ptr());
+  attend(plan, kernels, packed.const_data_ptr(), {out.mutable_data_ptr(), lse.mutable_data_ptr()});
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace icae_fast
+
+TORCH_LIBRARY_IMPL(icae_fast, CPU, m) { m.impl("varlen_attention", icae_fast::varlen_attention_cpu); }

@@ -1,0 +1,64 @@
+"""Builds `icae_fast._C` from csrc/; everything else about the package is in pyproject.toml.
+
+    pip install --no-build-isolation .                       with the C++ kernels
+    ICAE_FAST_BUILD=0 pip install --no-build-isolation .     pure Python, on the plain-torch reference
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+WITHOUT = "set ICAE_FAST_BUILD=0 to install without the C++ kernels, on the slow plain-torch reference"
+
+# OpenMP is torch's: at::parallel_for is inlined into the ops and needs the flag to compile, but linking with it
+# could bring in a second thread pool beside the one in torch/lib, so on Linux with GCC only the symbols are used.
+OPENMP = {"Linux": ["-fopenmp"]}.get(platform.system(), [])
+# Contraction to fused multiply-adds is what the kernels count on. No -march: each kernels/unit_*.cpp says itself
+# which instructions it may use.
+COMPILE = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes.
+COMPILE += ["-Wno-maybe-uninitialized", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
+
+
+def is_clang(compiler):
+    return "clang" in Path(compiler).name
+
+
+def found(pattern):
+    """Files of csrc/, relative to this one: setuptools refuses absolute paths."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(pattern))
+
+
+def extension():
+    """The extension and the command that builds it."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        sys.exit(
+            f"icae_fast: the C++ kernels are built against torch, which this Python cannot import ({error}); install "
+            f"torch first and build with --no-build-isolation, or {WITHOUT}."
+        )
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        sys.exit(
+            f"icae_fast: there is no C++ compiler ({compiler!r} is not found); install one with C++20 such as "
+            f"g++ 11, or {WITHOUT}."
+        )
+    module = CppExtension(
+        "icae_fast._C",
+        found("*.cpp"),
+        include_dirs=[str(ROOT / "csrc")],
+        depends=found("*.h"),
+        extra_compile_args={"cxx": COMPILE},
+        extra_link_args=["-fopenmp"] if OPENMP and is_clang(compiler) else [],
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}}
+
+
+os.chdir(ROOT)
+setup(**({} if os.environ.get("ICAE_FAST_BUILD") == "0" else extension()))

@@ -1,0 +1,157 @@
+"""Tiny random models of every supported kind, and SmolLM2, for all tests."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from icae_fast import ICAE, ICAEConfig
+from icae_fast.embedded import load_smollm2
+
+# No time limit (machines differ), the same examples each run, and nothing written into the checkout.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
+
+_SIZES = dict(  # noqa: C408
+    vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    intermediate_size=48, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=False,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+# Windows are shorter than a span with its memory tokens, so that they matter.
+_KINDS = {
+    "llama": ("llama", {}),
+    "llama3": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3_ROPE}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": 7}),
+    "mistral-full": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+}
+MODEL_KINDS = tuple(_KINDS)
+
+
+def pytest_generate_tests(metafunc):
+    """A test with an argument `model_kind` runs for every kind of model."""
+    if "model_kind" in metafunc.fixturenames:
+        metafunc.parametrize("model_kind", MODEL_KINDS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline():
+    """No test may depend on a hub."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def make_base():
+    """`make_base(kind="llama", seed=0, **config)`: a tiny model; biases and norms are random, too."""
+
+    def make(kind="llama", seed=0, **overrides):
+        model_type, fields = _KINDS[kind]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = AutoConfig.for_model(model_type, **(_SIZES | fields | overrides))
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.dim() == 1:
+                        parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_icae(make_base):
+    """`make_icae(kind="llama", seed=0, base=None, tokenizer=None, **config)`: k = 4, rate 4, and an adapter that acts."""
+
+    def make(kind="llama", seed=0, base=None, tokenizer=None, **fields):
+        base = make_base(kind, seed) if base is None else base
+        config = ICAEConfig(**({"memory_size": 4, "compression_rate": 4, "lora_rank": 3, "lora_alpha": 4.0} | fields))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            icae = ICAE.from_base(base, config, tokenizer)
+            with torch.no_grad():
+                for _, _, factor, parameter in icae.adapter.named_factors():
+                    if factor == "B":
+                        parameter.normal_(0.0, 0.3)
+        return icae.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_icae(make_icae):
+    """One tiny ICAE for tests that only read it."""
+    return make_icae()
+
+
+@pytest.fixture(scope="session")
+def random_ids():
+    """`random_ids(n, seed=0)`: n base-token ids without the special ones, (n,) int64."""
+
+    def make(n, seed=0):
+        return torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def make_tokenizer():
+    """`make_tokenizer(size=96)`: word `w7` is id 7."""
+
+    def make(size=96, **options):
+        words = ["<pad>", "<bos>", "</s>", *(f"w{i}" for i in range(3, size))]
+        backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="</s>", **options
+        )
+
+    return make
+
+
+class RecordingStreamer:
+    """A transformers streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.ids, self.ended = [], 0
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.fixture
+def streamer():
+    """A streamer with `.ids` and `.ended`."""
+    return RecordingStreamer()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer) of SmolLM2-135M-Instruct in fp32."""
+    return load_smollm2(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2_bf16():
+    """(model, tokenizer) of SmolLM2-135M-Instruct in bf16."""
+    return load_smollm2(torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def long_text():
+    """Some 4000 tokens of English prose."""
+    return (Path(__file__).parents[1] / "examples" / "harrow_point.txt").read_text()

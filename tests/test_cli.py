@@ -1,0 +1,136 @@
+"""The command line as a user meets it: files in, files out, one line for a mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from icae_fast import ICAE, ICAEConfig, cli
+from icae_fast.memory_file import load_memory
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `icae-fast` with some arguments in this process; gives (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["icae-fast", *map(str, arguments)])
+        monkeypatch.setattr(cli.stderr, "_file", None)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "note.txt"
+    path.write_text("The keeper of the light was called Marta, and the lamp burned colza oil. " * 8)
+    return path
+
+
+def test_compress_restore_ask(run, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("A second, shorter text.")
+    code, out, err = run("compress", text_file, other, "--memory-size", 16, "--json")
+    assert code == 0
+    assert "untrained" in err
+    rows = json.loads(out)
+    assert [len(r["spans"]) for r in rows] == [3, 1]
+    assert rows[0]["slots"] == 48
+    assert rows[0]["bytes"] == 48 * 576 * 2
+    memory = tmp_path / "note.txt.icae"
+    assert memory.is_file()
+
+    code, out, _ = run("restore", memory, "--max-new-tokens", 4, "--json")
+    assert code == 0
+    assert json.loads(out)["tokens"] == rows[0]["tokens"]
+    code, out, _ = run("restore", memory, "--max-new-tokens", 4)
+    assert code == 0
+
+    code, out, _ = run("ask", memory, "Who kept the light?", "What burned?", "--max-new-tokens", 4, "--json")
+    assert code == 0
+    assert [a["prompt"] for a in json.loads(out)["answers"]] == ["Who kept the light?", "What burned?"]
+    code, out, _ = run("ask", memory, "Who kept the light?", "What burned?", "--max-new-tokens", 4)
+    assert out.startswith("> Who kept the light?\n")
+
+
+def test_compress_into_a_folder_as_a_table(run, text_file, tmp_path):
+    folder = tmp_path / "memories"
+    folder.mkdir()
+    code, out, _ = run("compress", text_file, "-o", folder, "--memory-size", 16)
+    assert code == 0
+    assert "tokens" in out
+    assert (folder / "note.txt.icae").is_file()
+
+
+def test_a_saved_adapter_is_used(run, text_file, tmp_path, smollm2):
+    model, tokenizer = smollm2
+    icae = ICAE.from_base(model, ICAEConfig(memory_size=8, lora_rank=4), tokenizer)
+    icae.save_pretrained(tmp_path / "adapter")
+    code, _, err = run("compress", text_file, "--adapter", tmp_path / "adapter", "--dtype", "float32")
+    assert code == 0
+    assert "untrained" not in err
+    memory = load_memory(tmp_path / "note.txt.icae", icae)
+    assert memory.memory_size == 8
+    code, _, err = run("restore", tmp_path / "note.txt.icae")
+    assert code == 2
+    assert "made with another adapter" in err
+
+
+def test_info(run):
+    code, out, _ = run("info", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["ops"]["varlen_attention"]["cpu"] in ("cpp", "reference")
+    assert facts["versions"]["torch"]
+    code, out, _ = run("info")
+    assert code == 0
+    assert "varlen_attention" in out
+
+
+def test_bench_latency(run, text_file, tmp_path):
+    target = tmp_path / "latency.json"
+    code, out, _ = run("bench", "latency", text_file, "--memory-size", 16, "--new-tokens", 2, "--rounds", 1, "--json",
+                       "-o", target)  # fmt: skip
+    assert code == 0
+    assert json.loads(out) == json.loads(target.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "missing.txt"], "cannot read missing.txt"),
+        (["compress"], "Missing argument"),
+        (["compress", "--frobnicate", "x"], "No such option"),
+        (["restore", "note.txt"], "not a safetensors file"),
+        (["compress", "note.txt", "-o", "nowhere"], "make it first"),
+        (["compress", "note.txt", "note.txt"], "different names"),
+        (["compress", "note.txt", "--memory-size", "0"], "memory_size is 0"),
+        (["compress", "note.txt", "--dtype", "int4"], "bfloat16 or float32"),
+        (["compress", "empty.txt"], "is empty"),
+        (["compress", "binary.txt"], "as UTF-8 text"),
+        (["compress", "note.txt", "--adapter", "no-such/adapter/at-all"], "neither a folder"),
+        (["compress", "note.txt", "--model", "no/such/model"], "cannot be loaded"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, text_file, monkeypatch, arguments, message):
+    monkeypatch.chdir(text_file.parent)
+    (text_file.parent / "empty.txt").write_text("")
+    (text_file.parent / "binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert not out
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in err
+    assert not list(text_file.parent.glob("*.icae"))
+
+
+def test_without_arguments_it_shows_help():
+    result = subprocess.run([sys.executable, "-m", "icae_fast.cli"], capture_output=True, text=True, check=True)
+    assert "compress" in result.stdout
