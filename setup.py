@@ -1,7 +1,7 @@
 """Builds `icae_fast._C` from csrc/; everything else about the package is in pyproject.toml.
 
-    pip install --no-build-isolation .                       with the C++ kernels
-    ICAE_FAST_BUILD=0 pip install --no-build-isolation .     pure Python, on the plain-torch reference
+`pip install --no-build-isolation .` installs with the C++ kernels; with ICAE_FAST_BUILD=0 in the environment
+it installs pure Python, which runs on the plain-torch reference.
 """
 
 import os
@@ -37,6 +37,7 @@ def found(pattern):
 def extension():
     """The extension and the command that builds it."""
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         sys.exit(
@@ -49,12 +50,14 @@ def extension():
             f"icae_fast: there is no C++ compiler ({compiler!r} is not found); install one with C++20 such as "
             f"g++ 11, or {WITHOUT}."
         )
+    # Checks carry their file's name into the library, which then would differ from folder to folder.
+    paths = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
     module = CppExtension(
         "icae_fast._C",
         found("*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         depends=found("*.h"),
-        extra_compile_args={"cxx": COMPILE},
+        extra_compile_args={"cxx": COMPILE + paths},
         extra_link_args=["-fopenmp"] if OPENMP and is_clang(compiler) else [],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from icae_fast.adapter import PackedLoRA
-from icae_fast.errors import UnsupportedModelError
+from icae_fast.errors import BackendError, UnsupportedModelError
 from icae_fast.ops import lora_qkv_rope, varlen_attention
 from icae_fast.spans import PackedRows
 
@@ -39,7 +39,9 @@ def check_supported(model: nn.Module) -> None:
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if hasattr(model, "peft_config"):
-        raise UnsupportedModelError("the base model carries PEFT adapters; pass `model.get_base_model()` without them")
+        raise UnsupportedModelError(
+            "the base model carries PEFT adapters; pass what `model.unload()` gives, or `model.merge_and_unload()`"
+        )
     if kind not in SUPPORTED_MODEL_TYPES or not hasattr(model, "lm_head"):
         raise UnsupportedModelError(
             f"base models of type {kind!r} are not supported; use a causal language model of one of the types "
@@ -121,6 +123,7 @@ class Backbone:
 
     def _project(self, layer, h, cos, sin, out_rows, lora):
         attention = layer.self_attn
+        _check_frozen(attention)
         weight, bias = packed_qkv(attention)
         norms = eps = None
         if hasattr(attention, "q_norm"):
@@ -139,6 +142,17 @@ class Backbone:
         cos, sin = self.model.rotary_emb(x.new_empty(0, dtype=dtype), positions[None])
         half = self.head_dim // 2  # both halves of a head turn by the same angles
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def _check_frozen(attention: nn.Module) -> None:
+    """Raise where q, k or v would go without the gradient that their parameters ask for."""
+    if not torch.is_grad_enabled():
+        return
+    for name in ("q_proj", "k_proj", "v_proj"):
+        if any(p.requires_grad for p in getattr(attention, name).parameters()):
+            raise BackendError(
+                f"{name} asks for a gradient and gets none here: freeze the base model with requires_grad_(False)"
+            )
 
 
 def _window(config, layer: int) -> int:

@@ -10,9 +10,7 @@ Both use the reference's key names, so an adapter saved here loads there and the
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from torch import nn
 
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import BaseModelMismatchError, CheckpointError, ConfigError, NonFiniteError
-from icae_fast.files import load_tensors, save_tensors, write_atomically
+from icae_fast.files import load_tensors, tensor_bytes, write_atomically
 from icae_fast.identity import base_identity, check_base
 
 if TYPE_CHECKING:
@@ -150,9 +148,10 @@ def read_reference_file(path: str | Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"there is no file {path}; check the path")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
+    except Exception as error:  # a damaged pickle may raise anything: IndexError, KeyError, struct.error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path} is truncated, or holds more than tensors ({str(error).splitlines()[0]}); download it again"
+            f"{path} is truncated, or holds more than tensors ({reason}); download it again"
         ) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{path} is no dictionary of tensors; pass the checkpoint's state dict")
@@ -160,7 +159,7 @@ def read_reference_file(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(icae: ICAE, folder: str | Path) -> None:
-    """Write config, base identity and trained tensors into a folder, each file whole or not at all.
+    """Write config, base identity and trained tensors into a folder, whole or not at all.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -174,8 +173,12 @@ def save_adapter(icae: ICAE, folder: str | Path) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / TENSORS_FILE, dict(icae.reference_named_parameters()), {"format": "pt"})
-        write_atomically(folder / CONFIG_FILE, (json.dumps(header, indent=2) + "\n").encode())
+        write_atomically(
+            {
+                folder / TENSORS_FILE: tensor_bytes(dict(icae.reference_named_parameters()), {"format": "pt"}),
+                folder / CONFIG_FILE: (json.dumps(header, indent=2) + "\n").encode(),
+            }
+        )
     except OSError as error:
         raise CheckpointError(f"cannot save the adapter in {folder}: {error}; free space or choose another") from error
 
@@ -191,6 +194,8 @@ def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
         header = json.loads(path.read_text())
         version, config = header["format_version"], header["config"]
         header["base"], header["adapter_hash"]
+        if not (isinstance(version, int) and isinstance(config, dict) and isinstance(header["base"], dict)):
+            raise TypeError("a field has the wrong type")
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG_FILE}") from error
     except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from icae_fast.errors import CacheError
 
@@ -49,9 +50,13 @@ def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = smollm2_folder()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CacheError(f"the folder {folder} is damaged ({_first_line(error)}); delete it and try again") from error
     model.config._name_or_path = EMBEDDED_NAME  # what a saved adapter names as its base, on any machine
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer
 
 
 def smollm2_folder() -> Path:
@@ -73,12 +78,18 @@ def smollm2_folder() -> Path:
         with FileLock(folder / f"{target.name}.lock"):
             if not (target / "config.json").is_file():
                 _convert(gguf, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise CacheError(
-            f"cannot use the cache folder {folder}: {error.strerror or error}; make it writable, or point "
-            "ICAE_FAST_CACHE at a folder with 600 MB of room"
+            f"cannot use the cache folder {folder}: {getattr(error, 'strerror', None) or error}; make it writable, or "
+            "point ICAE_FAST_CACHE at a folder with 600 MB of room"
         ) from error
+    except ImportError as error:
+        raise CacheError(f"converting SmolLM2 needs a package ({_first_line(error)}); `pip install gguf`") from error
     return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _gguf_path() -> Path:

@@ -14,29 +14,35 @@ from safetensors.torch import save
 from icae_fast.errors import CheckpointError
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file under a temporary name beside it, sync it, and rename it into place.
+def write_atomically(files: Mapping[Path, bytes]) -> None:
+    """Write files under temporary names beside them, sync them, and rename them into place when all are written.
 
     Raises:
-        OSError: the folder cannot be written or is full; nothing is left behind.
+        OSError: a folder cannot be written or is full; nothing is left behind and older files stay as they are.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in files}
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, data in files.items():
+            with open(temporaries[path], "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file."""
+    return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, dict(metadata))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole or not at all."""
-    contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    write_atomically(path, save(contiguous, dict(metadata)))
+    write_atomically({Path(path): tensor_bytes(tensors, metadata)})
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -47,6 +47,8 @@ def generate_greedy(
     """
     _check(icae, prefix, suffixes, max_new_tokens, min_new_tokens, streamer)
     if max_new_tokens == 0:
+        if streamer is not None:
+            streamer.end()
         return [[] for _ in suffixes]
     lengths = [len(s) for s in suffixes]
     cache = DecoderCache(

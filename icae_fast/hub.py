@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from icae_fast.checkpoints import CONFIG_FILE, TENSORS_FILE
@@ -43,9 +44,11 @@ def _reason(error: Exception) -> str:
 
 
 def load_base_model(
-    base_model: nn.Module | str | Path | None, config: ICAEConfig, dtype: torch.dtype
+    base_model: nn.Module | str | Path | None, config: ICAEConfig, dtype: torch.dtype, tokenizer: Any = None
 ) -> tuple[nn.Module, Any]:
     """The base model and its tokenizer: as given, by name, or as the adapter's config names it.
+
+    A tokenizer that is given is taken, and none is looked for.
 
     Returns:
         (model, tokenizer); the tokenizer is None where none is found beside a model given as an object.
@@ -54,19 +57,20 @@ def load_base_model(
         CheckpointError: there is no name to go by, or nothing can be loaded from it.
     """
     if isinstance(base_model, nn.Module):
-        return base_model, _load_tokenizer(base_model.config._name_or_path, required=False)
+        return base_model, tokenizer or _load_tokenizer(base_model.config._name_or_path, required=False)
     name = str(base_model or config.base_model or "")
     if not name:
         raise CheckpointError("the adapter does not name its base model; pass base_model=")
     if name == EMBEDDED_NAME:
-        return load_smollm2(dtype)
+        model, own = load_smollm2(dtype)
+        return model, tokenizer or own
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=config.base_revision or "main")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the base model {name} cannot be loaded ({_reason(error)}); pass base_model=") from error
-    return model.eval(), _load_tokenizer(name, required=True, revision=config.base_revision)
+    return model.eval(), tokenizer or _load_tokenizer(name, required=True, revision=config.base_revision)
 
 
 def _load_tokenizer(name: str, *, required: bool, revision: str | None = None) -> Any:

@@ -58,7 +58,7 @@ def check_base(model: nn.Module, identity: dict[str, Any], what: str) -> None:
         raise BaseModelMismatchError(
             f"{what} was made for a base model with {', '.join(differing)}; pass the base model it was trained on"
         )
-    theirs, ours = identity.get("fingerprint", mine["fingerprint"]), mine["fingerprint"]
+    theirs, ours = str(identity.get("fingerprint", mine["fingerprint"])), mine["fingerprint"]
     n = len(ours) // 4
     equal = sum(theirs[4 * i : 4 * i + 4] == ours[4 * i : 4 * i + 4] for i in range(n)) / n
     if len(theirs) != len(ours) or equal < _MIN_EQUAL:

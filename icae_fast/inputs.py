@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +84,12 @@ def _is_ids(value: Any) -> bool:
 
 
 def _is_int(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, (bool, torch.Tensor))
+    if isinstance(value, (bool, torch.Tensor)):
+        return False
+    try:
+        return -(2**63) <= operator.index(value) < 2**63
+    except TypeError:  # a NumPy array has `__index__`, too, and only as a scalar may it be used
+        return False
 
 
 def as_list(contexts: Any) -> list[Any]:
@@ -92,7 +98,8 @@ def as_list(contexts: Any) -> list[Any]:
     Raises:
         InvalidInputError: there is none.
     """
-    if contexts is None or isinstance(contexts, (int, float, bytes)):
+    scalar = isinstance(contexts, torch.Tensor) and contexts.dim() == 0
+    if scalar or isinstance(contexts, (bytes, Mapping)) or not hasattr(contexts, "__len__"):
         raise InvalidInputError(f"expected text or token ids, one or a list, and got {type(contexts).__name__}")
     if isinstance(contexts, str) or (len(contexts) and _is_ids(contexts)):
         return [contexts]
@@ -109,6 +116,8 @@ def to_ids(value: Any, tokenizer: Any, what: str, *, add_special_tokens: bool) -
         InvalidInputError: neither text nor whole numbers.
     """
     if isinstance(value, str):
+        if not value:  # a tokenizer that adds a BOS would make a token of it
+            raise InvalidInputError(f"{what} is empty; give at least one token")
         if tokenizer is None:
             raise TokenizerMismatchError(f"{what} is text, but there is no tokenizer; pass token ids or tokenizer=")
         value = tokenizer(value, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]

@@ -51,15 +51,21 @@ def unpad(rows: Rows, pad: int) -> list[torch.Tensor]:
     Raises:
         InvalidInputError: not (B, L) or a list of (L_i,), not integers, or no row.
     """
-    listed = list(rows)
-    if not listed or any(not isinstance(r, torch.Tensor) or r.dim() != 1 or r.is_floating_point() for r in listed):
-        raise InvalidInputError("ids must be an integer tensor of shape (rows, length) or a list of one-row tensors")
     stripped = []
-    for row in listed:
-        row = row.to(device="cpu", dtype=torch.int64)
+    for row in _integer_rows(rows, "ids"):
         real = (row != pad).nonzero()
         stripped.append(row[: int(real[-1]) + 1] if len(real) else row[:0])
     return stripped
+
+
+def _integer_rows(rows: Rows, what: str) -> list[torch.Tensor]:
+    """The rows of a tensor or list as int64 on the CPU."""
+    listed = list(rows) if isinstance(rows, (torch.Tensor, Sequence)) else []
+    if not listed or any(not isinstance(r, torch.Tensor) or r.dim() != 1 or r.is_floating_point() for r in listed):
+        raise InvalidInputError(
+            f"{what} must be an integer tensor of shape (rows, length) or a list of one-row tensors"
+        )
+    return [row.to(device="cpu", dtype=torch.int64) for row in listed]
 
 
 def _with_slots(icae, prompts, slots):
@@ -84,7 +90,7 @@ def _with_slots(icae, prompts, slots):
 
 def _targets(labels, prompts, n_base):
     """Labels shifted by one, packed like the prompts: the target of a row's last position is ignored."""
-    rows = [r.to(device="cpu", dtype=torch.int64) for r in labels]
+    rows = _integer_rows(labels, "labels")
     if len(rows) != len(prompts) or any(len(r) < len(p) for r, p in zip(rows, prompts, strict=False)):
         raise InvalidInputError("labels must have the shape of prompt_answer_ids")
     packed = []

@@ -62,9 +62,9 @@ class PretrainedMixin:
         """
         folder = resolve_adapter_folder(path, revision)
         config, header = checkpoints.read_header(folder)
-        model, own_tokenizer = load_base_model(base_model, config, dtype)
+        model, tokenizer = load_base_model(base_model, config, dtype, tokenizer)
         checkpoints.check_base(model, header["base"], str(path))
-        icae = cls(model, config, tokenizer or own_tokenizer)
+        icae = cls(model, config, tokenizer)
         checkpoints.load_adapter(icae, folder, header)
         return icae.eval()
 

@@ -1,16 +1,15 @@
 """Tiny random models of every supported kind, and SmolLM2, for all tests."""
 
-import os
 from pathlib import Path
 
+import huggingface_hub
 import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from icae_fast import ICAE, ICAEConfig
-from icae_fast.embedded import load_smollm2
+from icae_fast import ICAE, ICAEConfig, embedded
 
 # No time limit (machines differ), the same examples each run, and nothing written into the checkout.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -47,8 +46,29 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session", autouse=True)
 def offline():
-    """No test may depend on a hub."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    """No test may depend on a hub, nor wait for one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setenv("HF_HUB_OFFLINE", "1")  # for subprocesses
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model_cache(tmp_path_factory):
+    """The user's cache where SmolLM2 lies in it, else one of this session: nothing is written into a home."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not any(embedded.cache_folder().glob(f"{embedded.EMBEDDED_NAME}-*/config.json")):
+            patch.setenv("ICAE_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny models gain nothing from threads, and lose much where other processes keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +92,7 @@ def make_base():
 
 @pytest.fixture(scope="session")
 def make_icae(make_base):
-    """`make_icae(kind="llama", seed=0, base=None, tokenizer=None, **config)`: k = 4, rate 4, and an adapter that acts."""
+    """`make_icae(kind="llama", seed=0, base=None, tokenizer=None, **config)`: k = 4, rate 4, B not zero."""
 
     def make(kind="llama", seed=0, base=None, tokenizer=None, **fields):
         base = make_base(kind, seed) if base is None else base
@@ -142,13 +162,13 @@ def streamer():
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct in fp32."""
-    return load_smollm2(torch.float32)
+    return embedded.load_smollm2(torch.float32)
 
 
 @pytest.fixture(scope="session")
 def smollm2_bf16():
     """(model, tokenizer) of SmolLM2-135M-Instruct in bf16."""
-    return load_smollm2(torch.bfloat16)
+    return embedded.load_smollm2(torch.bfloat16)
 
 
 @pytest.fixture(scope="session")

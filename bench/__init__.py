@@ -1,0 +1,5 @@
+"""Benchmarks: the baseline, the latency table, and pytest-benchmark suites (`bench_*.py`).
+
+`bench.baseline` and `bench.latency` are also used by `icae-fast bench latency` and the demo, so nothing that
+they import needs pytest.
+"""

@@ -1,0 +1,278 @@
+"""The C++ build: instruction sets and their choice, bad arguments, threads, and `setup.py` itself."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from icae_fast.ops import EXTENSION_ERROR, REGISTRY, backend_of
+
+if EXTENSION_ERROR is not None:
+    pytest.skip(f"there are no C++ kernels: {EXTENSION_ERROR}", allow_module_level=True)
+
+from icae_fast import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+ISAS = _C.build_info()["isas"]
+OPS = sorted(REGISTRY)
+
+
+def run_python(*arguments, **environment):
+    """Run this Python in a fresh process, from the checkout, with the given environment variables."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def make_inputs(op, name, dtype=torch.float32):
+    sample = next(s for s in REGISTRY[op].samples if s.name == name)
+    return sample.make(dtype, torch.device("cpu"), torch.Generator().manual_seed(5))
+
+
+def call(op, inputs):
+    return getattr(torch.ops.icae_fast, op)(**inputs)
+
+
+def test_every_op_has_a_cpp_kernel():
+    assert {op: backend_of(op, "cpu") for op in OPS} == dict.fromkeys(OPS, "cpp")
+
+
+def test_module_tells_what_was_built_and_runs():
+    assert _C.isa() in ISAS
+    assert _C.isa() == os.environ.get("ICAE_FAST_ISA", _C.isa())
+    assert _C.build_info()["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert set(_C.cpu_features()) >= {"scalar": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512_bf16"}}[_C.isa()]
+
+
+def test_the_best_instruction_set_is_chosen():
+    features = set(_C.cpu_features())
+    best = "avx512" if {"avx512_bf16", "avx512f"} <= features else "avx2" if {"avx2", "fma"} <= features else "scalar"
+    result = run_python("-c", "import icae_fast._C as c; print(c.isa())", ICAE_FAST_ISA="")
+    assert result.stdout.strip() == best, result.stderr
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_instruction_set_passes_the_op_tests(isa):
+    probe = run_python("-c", "import icae_fast._C as c; print(c.isa())", ICAE_FAST_ISA=isa)
+    if probe.returncode != 0:
+        assert "this CPU lacks" in probe.stderr
+        pytest.skip(probe.stderr.strip().splitlines()[-1])
+    assert probe.stdout.strip() == isa
+    result = run_python(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_ops.py", "-k",
+        "cpp and (budget or gradcheck) and not smollm2 and not span",
+        ICAE_FAST_ISA=isa, ICAE_FAST_REQUIRE="cpp",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert re.search(r"\d{3} passed", result.stdout), result.stdout[-300:]
+
+
+def test_unknown_instruction_set_is_refused():
+    result = run_python("-c", "import icae_fast", ICAE_FAST_ISA="avx1024")
+    assert result.returncode != 0
+    assert "BackendError: ICAE_FAST_ISA is 'avx1024'; this build knows scalar" in result.stderr
+
+
+# ---- machine code ----------------------------------------------------------------------------------------------
+
+
+def functions_of(library):
+    """Disassemble: (demangled name, instructions) of every function."""
+    text = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
+    ).stdout
+    for block in re.split(r"\n(?=[0-9a-f]+ <)", text):
+        header = re.match(r"[0-9a-f]+ <(.*)>:\n", block)
+        if header:
+            yield header[1], re.findall(r"^\s*[0-9a-f]+:\t(.*)$", block, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump to disassemble with")
+@pytest.mark.skipif("avx512" not in ISAS, reason="not an x86 build")
+def test_wide_instructions_stay_in_their_units():
+    """A wide instruction in shared code would crash CPUs without it, and only those."""
+    wide = {"avx512": re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[1-7]"), "avx2": re.compile(r"%ymm|^v(?!er[rw])")}
+    seen, strays = set(), []
+    for name, instructions in functions_of(_C.__file__):
+        unit = next((isa for isa in ("avx512", "avx2") if f"::unit_{isa}::" in name), None)
+        for instruction in instructions:
+            found = next((isa for isa, pattern in wide.items() if pattern.search(instruction)), None)
+            if found and unit == found:
+                seen.add(found)
+            elif found and not (found == "avx2" and unit == "avx512"):
+                strays.append(f"{name}: {instruction}")
+    assert not strays, strays[:10]
+    assert seen == {"avx2", "avx512"}
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("op", ["varlen_attention", "varlen_attention_backward"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens_q": int32(0, 9, 5, 12, 24)}, "cu_seqlens_q falls from 9 to 5 at row 1"),
+        ({"cu_seqlens_q": int32(0, 8, 16, 33)}, "cu_seqlens_q ends at 33, past the 32 tokens"),
+        ({"cu_seqlens_k": int32(0, 72, 93, 1000)}, "cu_seqlens_k ends at 1000"),
+        ({"cu_seqlens_k": int32(1, 72, 93, 109)}, "cu_seqlens_k begins with 0"),
+        ({"cu_seqlens_k": int32(0, 72, -3, 109)}, "cu_seqlens_k falls"),
+        ({"cu_seqlens_q": int32(0, 8)}, "cu_seqlens_q is for 1 rows and cu_seqlens_k for 3"),
+        ({"cu_seqlens_q": int32()}, "cu_seqlens_q begins with 0"),
+        ({"cu_seqlens_q": torch.tensor([0, 8, 16, 32])}, "cu_seqlens_q is 1-d int32"),
+        ({"seqused_k": int32(73, 1, 1)}, "seqused_k is 73 for row 0, which has 72 keys"),
+        ({"seqused_k": int32(1, -1, 1)}, "seqused_k is -1 for row 1"),
+        ({"seqused_k": int32(1)}, "seqused_k has 1 values for 3 rows"),
+        ({"window": -1}, "window is -1"),
+        ({"k": torch.zeros(109, 3, 64), "v": torch.zeros(109, 3, 64)}, "4 query heads are no multiple of 3"),
+        ({"v": torch.zeros(109, 2, 32)}, "they must agree"),
+        ({"k": torch.zeros(109, 2, 64, dtype=torch.bfloat16)}, "k is BFloat16, not Float"),
+    ],
+)
+def test_attention_refuses_what_it_would_read_out_of_bounds(op, change, message):
+    inputs = make_inputs(op, "memory-queries") | change
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        call(op, inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_rows": torch.tensor([0, 41])}, "q_rows holds 41, but x has 41 rows"),
+        ({"q_rows": torch.tensor([-1])}, "q_rows holds -1"),
+        ({"q_rows": int32(1)}, "q_rows is 1-d int64"),
+        ({"cos": torch.zeros(40, 8)}, "cos is [40, 8], not (41, 8)"),
+        ({"weight": torch.zeros(127, 48)}, "an even head_dim for each of 8 heads"),
+        ({"lora_a": None}, "given together or not at all"),
+        ({"lora_b": torch.zeros(96, 9)}, "lora_a is [16, 48], not (18, 48)"),
+        ({"dropout_p": 1.0}, "dropout_p is 1, not in [0, 1)"),
+        ({"x": torch.zeros(41, 48, dtype=torch.float16)}, "x is Half; the C++ kernels take float32"),
+    ],
+)
+def test_projection_refuses_arguments_that_do_not_fit(change, message):
+    inputs = make_inputs("lora_qkv_rope", "memory-rows") | change
+    with pytest.raises((RuntimeError, IndexError), match=re.escape(message)):
+        call("lora_qkv_rope", inputs)
+
+
+def test_tokens_outside_all_rows_are_left_out():
+    """cu_seqlens may end before the tensors do, as with a buffer of fixed size."""
+    q, k, v = (torch.randn(20, heads, 16) for heads in (4, 2, 2))
+    cu, lse_shape = int32(0, 3, 11), (4, 20)
+    settings = {"max_seqlen_q": 8, "max_seqlen_k": 8, "scale": 0.25, "window": 0, "seqused_k": None}
+    rows = {"cu_seqlens_q": cu, "cu_seqlens_k": cu} | settings
+    out, lse = torch.ops.icae_fast.varlen_attention(q, k, v, **rows)
+    assert torch.equal(out[11:], torch.zeros(9, 4, 16))
+    assert torch.isneginf(lse[:, 11:]).all()
+    grads = torch.ops.icae_fast.varlen_attention_backward(
+        torch.randn_like(q), torch.randn(lse_shape), q, k, v, out, lse, **rows
+    )
+    assert all(torch.equal(g[11:], torch.zeros_like(g[11:])) for g in grads)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.5])
+def test_any_scale_is_right(scale):
+    spec = REGISTRY["varlen_attention"]
+    inputs = make_inputs("varlen_attention", "empty-rows", torch.float64) | {"scale": scale}
+    for got, truth in zip(call("varlen_attention", inputs), spec.reference(**inputs), strict=True):
+        torch.testing.assert_close(got, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(71, 1, 5), (1, 1, 1), (6, 1, 256), (10, 2, 72)])
+def test_odd_heads(heads, kv_heads, head_dim, dtype):
+    """More query heads than a tile has lanes, and head sizes that fill no vector."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(70, h, head_dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads))
+    cu = int32(0, 69, 70)
+    rows = (cu, cu, None, 69, 69, head_dim**-0.5, 0)
+    attention, backward = (REGISTRY[n] for n in ("varlen_attention", "varlen_attention_backward"))
+    out, lse = torch.ops.icae_fast.varlen_attention(q, k, v, *rows)
+    truth = attention.reference(q.double(), k.double(), v.double(), *rows)
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(out.double(), truth[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), truth[1], rtol=tolerance, atol=tolerance)
+    grads = (torch.randn(out.shape, generator=generator).to(dtype), torch.randn(lse.shape, generator=generator))
+    got = torch.ops.icae_fast.varlen_attention_backward(*grads, q, k, v, out, lse, *rows)
+    exact = backward.reference(*(t.double() for t in (*grads, q, k, v, out, lse)), *rows)
+    for g, e in zip(got, exact, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=tolerance, atol=tolerance * max(1.0, e.abs().max().item()))
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------
+
+THREADED = [
+    ("varlen_attention", "gqa-primes"),
+    ("varlen_attention_backward", "span-512"),
+    ("lora_qkv_rope", "smollm2"),
+    ("lora_qkv_rope_backward", "smollm2"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "sample"), THREADED)
+def test_results_are_the_same_every_time(op, sample, dtype):
+    inputs = make_inputs(op, sample, dtype)
+    first = call(op, inputs)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, call(op, inputs), strict=True))
+
+
+@pytest.mark.parametrize(("op", "sample"), THREADED)
+def test_several_python_threads_at_once(op, sample):
+    inputs = make_inputs(op, sample)
+    expected = call(op, inputs)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: call(op, inputs), range(16)):
+            for a, b in zip(got, expected, strict=True):  # another thread count may sum up in another order
+                torch.testing.assert_close(a, b)
+
+
+def test_attention_does_not_depend_on_the_number_of_threads():
+    inputs = make_inputs("varlen_attention", "gqa-primes")
+    expected, threads = call("varlen_attention", inputs), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        got = call("varlen_attention", inputs)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# ---- setup.py --------------------------------------------------------------------------------------------------
+
+needs_setup = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
+
+
+@needs_setup
+def test_missing_compiler_is_told_in_one_sentence():
+    result = run_python("setup.py", "--version", CXX="no-such-compiler", ICAE_FAST_BUILD="1")
+    assert result.returncode != 0
+    assert "there is no C++ compiler ('no-such-compiler' is not found)" in result.stderr
+    assert "ICAE_FAST_BUILD=0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@needs_setup
+def test_pure_python_install_needs_no_torch():
+    script = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']; exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': '__main__'})"  # noqa: E501
+    assert run_python("-c", script, ICAE_FAST_BUILD="0").returncode == 0
+    refused = run_python("-c", script, ICAE_FAST_BUILD="1")
+    assert "cannot import" in refused.stderr
+    assert "Traceback" not in refused.stderr

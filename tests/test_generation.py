@@ -1,0 +1,149 @@
+"""Greedy decoding from a memory: batches, ends of sequence, streaming and prompt layouts.
+
+That the tokens are those of Hugging Face's own loop is tested for every architecture in `test_models.py`.
+"""
+
+import pytest
+import torch
+
+from icae_fast.errors import TokenizerMismatchError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEMPLATE = "<bos> w90 w91 {{ messages[0]['content'] }} w92{% if add_generation_prompt %} w93{% endif %}"
+
+
+@pytest.fixture
+def icae(make_icae):
+    """An ICAE without an end-of-sequence id, until a test sets one."""
+    icae = make_icae(seed=3)
+    icae.base_model.generation_config.eos_token_id = []
+    return icae
+
+
+@pytest.fixture
+def memory(icae, random_ids):
+    return icae.compress(random_ids(40))[0]
+
+
+@pytest.fixture
+def prompts(random_ids):
+    return [random_ids(n, seed=n).tolist() for n in (7, 1, 12, 3)]
+
+
+def test_many_prompts_equal_one_by_one(icae, memory, prompts):
+    batch = icae.generate(memory, prompts, 15, return_ids=True)
+    assert batch == [icae.generate(memory, p, 15, return_ids=True)[0] for p in prompts]
+    assert [len(row) for row in batch] == [15] * 4
+    assert len({tuple(row) for row in batch}) > 1
+    assert icae.generate(memory, prompts[::-1], 15, return_ids=True) == batch[::-1]
+    assert all(0 <= i < icae.vocabulary.n_base for row in batch for i in row)
+
+
+def test_rows_of_a_batch_end_by_themselves(icae, memory, prompts):
+    free = icae.generate(memory, prompts, 15, return_ids=True)
+    for eos in sorted({i for row in free for i in row}):
+        icae.base_model.generation_config.eos_token_id = [eos, 1]
+        expected = [row[: row.index(eos) + 1] if eos in row else row for row in free]
+        expected = [row[: row.index(1) + 1] if 1 in row else row for row in expected]
+        assert icae.generate(memory, prompts, 15, return_ids=True) == expected
+
+
+def test_the_end_of_sequence_comes_last_and_not_before_min_new_tokens(icae, memory, prompts):
+    free = icae.generate(memory, prompts[0], 15, return_ids=True)[0]
+    eos = free[0]
+    icae.base_model.generation_config.eos_token_id = eos
+    assert icae.generate(memory, prompts[0], 15, return_ids=True) == [[eos]]
+    forced = icae.generate(memory, prompts[0], 15, min_new_tokens=6, return_ids=True)[0]
+    assert len(forced) >= 6
+    assert eos not in forced[:6]
+    whole = icae.generate(memory, prompts[0], 15, min_new_tokens=15, return_ids=True)[0]
+    assert len(whole) == 15
+    assert eos not in whole
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_new_tokens(icae, memory, prompts, n, streamer):
+    assert [len(r) for r in icae.generate(memory, prompts, n, return_ids=True)] == [n] * 4
+    icae.generate(memory, prompts[0], n, return_ids=True, streamer=streamer)
+    assert (len(streamer.ids), streamer.ended) == (n, 1)
+
+
+def test_the_streamer_gets_every_token_and_the_end(icae, memory, prompts, streamer):
+    ids = icae.generate(memory, prompts[0], 9, return_ids=True, streamer=streamer)[0]
+    assert streamer.ids == ids
+    assert streamer.ended == 1
+    icae.base_model.generation_config.eos_token_id = ids[0]
+    icae.restore(memory, max_new_tokens=5, return_ids=True, streamer=streamer)
+    assert streamer.ended == 2
+
+
+def test_restore_writes_at_most_the_context_and_16_more(icae, random_ids):
+    memory = icae.compress(random_ids(5))[0]
+    assert len(icae.restore(memory, return_ids=True)) == 21
+    assert icae.restore(memory, return_ids=True)[:4] == icae.restore(memory, max_new_tokens=4, return_ids=True)
+
+
+def test_one_prompt_gives_a_list_of_one_answer(icae, memory):
+    ids = [5, 6, 7]
+    expected = icae.generate(memory, [ids], 4, return_ids=True)
+    assert len(expected) == 1
+    for same in (ids, tuple(ids), torch.tensor(ids), [torch.tensor(ids)]):
+        assert icae.generate(memory, same, 4, return_ids=True) == expected
+
+
+def test_prompt_layouts(make_icae, make_tokenizer):
+    chat, bare = make_tokenizer(chat_template=TEMPLATE), make_tokenizer()
+    ft = make_icae().vocabulary.ft
+    layouts = {
+        ("plain", chat): ([], [ft, 5, 6]),
+        ("v1", chat): ([], [ft, 5, 6, ft]),
+        ("chat", chat): ([1, 90, 91], [ft, 5, 6, 92, 93]),
+        ("chat", bare): ([], [ft, 5, 6]),
+        ("chat", None): ([], [ft, 5, 6]),
+    }
+    for (prompt_format, tokenizer), expected in layouts.items():
+        icae = make_icae(prompt_format=prompt_format, tokenizer=tokenizer)
+        assert icae.prompt_ids([5, 6]) == expected
+        if tokenizer is not None:
+            assert icae.prompt_ids("w5 w6") == expected
+
+
+@pytest.mark.parametrize("prompt_format", ["chat", "plain", "v1"])
+def test_the_layout_is_what_is_read(make_icae, make_tokenizer, random_ids, prompt_format):
+    """Generation equals the argmax of the training forward over `prefix, slots, suffix`, token after token."""
+    icae = make_icae(prompt_format=prompt_format, tokenizer=make_tokenizer(chat_template=TEMPLATE))
+    icae.base_model.generation_config.eos_token_id = []
+    context, v = random_ids(10), icae.vocabulary
+    prefix, suffix = icae.prompt_ids([5, 6])
+    row = [*prefix, *range(v.first_memory, v.ae), *suffix]
+    answer = icae.generate(icae.compress(context)[0], [5, 6], 6, return_ids=True)[0]
+    with torch.no_grad():
+        logits = icae([context], [torch.tensor(row + answer)])["logits"][0]
+    assert logits[len(row) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_text_comes_back_without_special_tokens(make_icae, make_tokenizer, random_ids):
+    icae = make_icae(tokenizer=make_tokenizer(chat_template=TEMPLATE))
+    memory = icae.compress(random_ids(10))[0]
+    ids = icae.generate(memory, ["w5 w6", "w7"], 6, return_ids=True)
+    texts = icae.generate(memory, ["w5 w6", "w7"], 6)
+    assert texts == [" ".join(f"w{i}" for i in row if i > 2) for row in ids]
+    assert icae.restore(memory, max_new_tokens=3) == icae.tokenizer.decode(
+        icae.restore(memory, max_new_tokens=3, return_ids=True), skip_special_tokens=True
+    )
+
+
+def test_a_template_that_changes_the_message_is_refused(make_icae, make_tokenizer, random_ids):
+    icae = make_icae(tokenizer=make_tokenizer(chat_template="{{ messages[0]['content'] | upper }} w5"))
+    memory = icae.compress(random_ids(10))[0]
+    with pytest.raises(TokenizerMismatchError, match="prompt_format to 'plain'"):
+        icae.generate(memory, "w5", 3)
+    plain = make_icae(tokenizer=icae.tokenizer, prompt_format="plain")
+    assert isinstance(plain.generate(memory, "w5", 3)[0], str)
+
+
+def test_without_any_end_of_sequence_it_runs_to_the_limit(icae, memory, prompts):
+    icae.base_model.generation_config.eos_token_id = icae.base_model.config.eos_token_id = None
+    assert icae.eos_token_ids == ()
+    assert len(icae.generate(memory, prompts[0], 5, min_new_tokens=2, return_ids=True)[0]) == 5
