@@ -8,7 +8,7 @@ from bench.baseline import BaselineICAE
 
 # RMS of the difference over RMS of the values. In bf16 a layer stack of 30 rounds some hundred times in a row
 # (2 ** -9 each), and each provider in its own order.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def rms_difference(a: torch.Tensor, b: torch.Tensor) -> float:

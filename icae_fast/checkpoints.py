@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,34 +51,35 @@ def _canonical(key: str) -> str:
 
 def split_reference_tensors(
     tensors: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, torch.Tensor], list[tuple[str, torch.Tensor]]]:
     """Separate a checkpoint into the adapter's tensors and the base weights that it may carry along.
 
     The reference's trainer saves the whole model, and its v1 file has zeros in the place of LLaMA's weights.
 
     Returns:
-        (adapter tensors under canonical keys, base weights under Hugging Face names); keys that are neither
-        stay among the first, to be reported.
+        (adapter tensors under canonical keys, base weights under Hugging Face names, where one may stand twice:
+        as the encoder's and as the decoder's); keys that are neither stay among the first, to be reported.
     """
-    adapter, base = {}, {}
+    adapter: dict[str, torch.Tensor] = {}
+    base: list[tuple[str, torch.Tensor]] = []
     for key, tensor in tensors.items():
         name = _canonical(key)
-        match = None if _LORA_KEY.match(name) else _BASE_KEY.match(name)
+        match = None if ".lora_" in name else _BASE_KEY.match(name)  # LoRA elsewhere than on q and v is unknown
         if match:
-            base[match[1].replace(".base_layer.", ".")] = tensor
+            base.append((match[1].replace(".base_layer.", "."), tensor))
         else:
             adapter[name] = tensor
     return adapter, base
 
 
-def check_base_weights(model: nn.Module, base: Mapping[str, torch.Tensor], path: str) -> None:
+def check_base_weights(model: nn.Module, base: Iterable[tuple[str, torch.Tensor]], path: str) -> None:
     """Raise if base weights that came with a checkpoint are other than the base model's; zeros stand for none.
 
     Raises:
         BaseModelMismatchError: a tensor differs, or the base model has no such tensor.
     """
     own = model.state_dict()
-    for name, tensor in base.items():
+    for name, tensor in base:
         if "rotary_emb" in name or not tensor.any():
             continue
         if name not in own:
