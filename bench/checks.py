@@ -7,8 +7,13 @@ import torch
 from bench.baseline import BaselineICAE
 
 # RMS of the difference over RMS of the values. In bf16 a layer stack of 30 rounds some hundred times in a row
-# (2 ** -9 each), and each provider in its own order.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# (2 ** -9 each), and each provider in its own order: SmolLM2's slots lay 1.2e-2 from the baseline's, icae_fast's as
+# well as those of merged weights.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+
+# How far below the best a greedy token's logit may be, over the logits' standard deviation. The bf16 logits of
+# SmolLM2, the baseline's, lay 0.04 (RMS) and at most 0.25 from the fp32 ones.
+GREEDY_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.25}
 
 
 def rms_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -33,7 +38,7 @@ def assert_greedy(
     """Raise unless every token of an answer is the baseline's own choice at that place, up to rounding.
 
     Two answers may differ after a near tie and both be right, so each token is judged behind the answer's own
-    beginning: its logit may lie below the highest by the tolerance times their spread (standard deviation) at most.
+    beginning; see `GREEDY_TOLERANCE`.
 
     Args:
         forbidden: ids that were not allowed to come (end of sequence under `min_new_tokens`).
@@ -43,4 +48,4 @@ def assert_greedy(
     chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
     finite = logits[logits.isfinite()]
     gap = float((logits.amax(1) - chosen).max() / finite.std())
-    assert gap <= TOLERANCE[dtype], f"a token of the answer lies {gap:.2e} of the logits' spread below the best one"
+    assert gap <= GREEDY_TOLERANCE[dtype], f"a token of the answer lies {gap:.2e} deviations below the best one"

@@ -56,7 +56,12 @@ def outcomes(request, machine, bounds):
     suites: dict[str, list] = {}
     yield suites
     config = request.config
-    partial = config.option.keyword or any("::" in a for a in config.args) or request.session.testsfailed
+    partial = (
+        config.option.keyword
+        or config.option.markexpr
+        or any("::" in a for a in config.args)
+        or request.session.testsfailed
+    )
     if config.getoption("benchmark_disable") or partial:
         return
     for suite, found in suites.items():

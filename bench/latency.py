@@ -205,13 +205,13 @@ def _row(name: str, timings: dict[str, list[Timing]], peak: int) -> dict[str, An
 
 def render(result: dict[str, Any]) -> Table:
     """The result of `latency_table` as a table for `rich`; the caption says what it was measured on."""
-    machine, versions = result["machine"], result["machine"]["versions"]
+    machine, versions, bounds = result["machine"], result["machine"]["versions"], result["bounds"]
     table = Table(
         title=f"{result['document_tokens']} tokens of text, {result['slots']} slots, prompt of "
         f"{result['prompt_tokens']}, answer of {result['new_tokens']}",
         caption=f"{result['model']}, {result['dtype']}, on {_device(machine)}; torch {versions['torch']}, transformers "
         f"{versions['transformers']}, peft {versions['peft']}. Medians of {result['rounds']} interleaved rounds. "
-        f"Reading the weights once takes {result['least_ms_per_token']:.1f} ms at {result['bounds']['read_gbs']:.1f} GB/s.",
+        f"Reading the weights once takes {result['least_ms_per_token']:.1f} ms at {bounds['read_gbs']:.1f} GB/s.",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,

@@ -48,7 +48,8 @@ def build_icae(base: Any, config: ICAEConfig, tokenizer: Any = None) -> ICAE:
 class MergedEncoder:
     """The strongest plain Hugging Face encoder: LoRA merged into the weights, body only, spans in one eager batch.
 
-    It cannot decode with the same weights, so it is a bound on what merging could give, not a way to run ICAE.
+    It cannot decode with the same weights, so it is a bound on what merging could give, not a way to run ICAE. Memory
+    positions are `append` and slots are not scaled.
     """
 
     def __init__(self, icae: ICAE) -> None:

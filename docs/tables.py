@@ -1,16 +1,20 @@
 """Writes the generated tables of README.md anew: `python -m docs.tables README.md`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`. What ops there are, on which devices and
-in which dtypes comes from the op specs alone, so the README cannot say anything else.
+in which dtypes comes from the op specs alone, and figures from docs/results, so the README cannot say else.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from icae_fast.ops import REGISTRY, OpSpec
+
+RESULTS = Path(__file__).parent / "results"
 
 # Device that each backend serves; a device without a compiled backend of its own is served by the reference.
 DEVICES = {"reference": "without a kernel", "cpp": "CPU", "triton": "CUDA"}
@@ -30,7 +34,53 @@ def _gradient(spec: OpSpec) -> str:
     return ", ".join(f"`{n}`" for n in spec.differentiable) or "is one"
 
 
-TABLES = {"ops": ops_table}
+def latency_tables() -> str:
+    """Every `latency-*.json` under docs/results, each with what it was measured on."""
+    return "\n\n".join(_latency(json.loads(p.read_text())) for p in sorted(RESULTS.glob("latency-*.json")))
+
+
+def _latency(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    threads, isa, commit = machine["threads"], machine["isa"], machine["commit"]
+    lines = [
+        f"{result['model']}, {result['dtype']}, {result['document_tokens']} tokens of text in {result['slots']} slots, "
+        f"a prompt of {result['prompt_tokens']} and an answer of {result['new_tokens']} tokens; {machine['cpu']}, "
+        f"{threads} threads, {isa}, torch {machine['versions']['torch']}, commit {commit[:8]}; medians of {result['rounds']} "
+        "interleaved rounds:",
+        "",
+        "| | compress, s | first token, s | ms a token | total, s | peak over the weights, MB | times as fast as the baseline |",  # noqa: E501
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        keys = ("compress_s", "first_token_s", "per_token_ms", "total_s", "peak_mb")
+        cells = ["-" if row[k] is None else f"{row[k]:.3g}" for k in keys]
+        ratio = row["speedup_over_baseline"]
+        cells.append(f"{ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g})")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def encode_tables() -> str:
+    """Every `encode-*.json` under docs/results: how many times as fast as each other provider."""
+    return "\n\n".join(_encode(json.loads(p.read_text())) for p in sorted(RESULTS.glob("encode-*.json")))
+
+
+def _encode(result: dict[str, Any]) -> str:
+    others = list(result["rows"][0]["speedup_over"])
+    lines = [
+        f"Compressing, {result['machine']['cpu']}, {result['machine']['threads']} threads, {result['machine']['isa']}, "
+        f"commit {result['machine']['commit'][:8]}; medians of ratios between neighbouring calls:",
+        "",
+        f"| documents | {' | '.join(f'over {name}' for name in others)} | of the GEMM rate measured in the run |",
+        f"| --- |{' --- |' * (len(others) + 1)}",
+    ]
+    for row in result["rows"]:
+        ratios = [f"{row['speedup_over'][n]['median']:.3g}" for n in others]
+        lines.append(f"| {row['case']} | {' | '.join(ratios)} | {row['rates']['icae_fast']['fraction_of_bound']:.0%} |")
+    return "\n".join(lines)
+
+
+TABLES = {"ops": ops_table, "latency": latency_tables, "encode": encode_tables}
 
 
 def fill(text: str) -> str:
@@ -40,8 +90,8 @@ def fill(text: str) -> str:
         KeyError: a marker names no table.
     """
     return re.sub(
-        r"(<!-- table:(\w+) -->\n).*?(\n<!-- end -->)",
-        lambda m: m[1] + TABLES[m[2]]() + m[3],
+        r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}",
         text,
         flags=re.DOTALL,
     )

@@ -5,7 +5,6 @@ Compresses `harrow_point.txt`, restores the beginning, asks two questions, and t
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -27,7 +26,7 @@ console = Console(highlight=False)
 
 
 def main() -> None:
-    """Run the demo and write the latency table to docs/results/demo.json."""
+    """Run the demo."""
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -67,9 +66,6 @@ def main() -> None:
     with console.status("timing, in interleaved rounds"):
         result = latency_table(icae, document, prompt, new_tokens=32, rounds=3)
     console.print(render(result))
-    target = HERE.parent / "docs" / "results" / "demo.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

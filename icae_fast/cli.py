@@ -209,23 +209,30 @@ def latency(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are shown.")] = 3,
     adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = 128, rate: Rate = 4,
     dtype: Dtype = "bfloat16", as_json: AsJson = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON, into a file or a folder (latency-MACHINE.json).")] = None,  # noqa: E501
 ) -> None:  # fmt: skip
     """Raw context, baseline ICAE, icae_fast cold, and icae_fast with a stored memory, in interleaved rounds."""
+    from icae_fast.files import write_atomically
+
     try:
         from bench.latency import latency_table, render
+        from bench.machine import machine_slug
     except ImportError as error:
         raise InvalidInputError(
             f"the benchmarks need more packages ({error}); pip install 'icae-fast[bench]'"
         ) from error
     text = read_text(file)
+    if output is not None and not output.parent.is_dir():
+        raise InvalidInputError(f"{output.parent} is no folder; make it first")
     icae = load(adapter, model, memory_size, rate, dtype)
     document = icae.tokenizer(text)["input_ids"]
     question = icae.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     with stderr.status("timing"):
         result = latency_table(icae, document, question, new_tokens=new_tokens, rounds=rounds)
     if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        if output.is_dir():
+            output = output / f"latency-{machine_slug(result['machine'])}.json"
+        write_atomically({output: (json.dumps(result, indent=1) + "\n").encode()})
     if as_json:
         print(json.dumps(result))
     else:

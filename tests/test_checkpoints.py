@@ -203,7 +203,8 @@ class TestReferenceFiles:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "ran"),)
 
-        for save in (lambda p: torch.save({"w": Payload()}, p), lambda p: p.write_bytes(pickle.dumps(Payload(), protocol=2))):
+        bare = pickle.dumps(Payload(), protocol=2)
+        for save in (lambda p: torch.save({"w": Payload()}, p), lambda p: p.write_bytes(bare)):
             save(tmp_path / "x.pt")
             with pytest.raises(CheckpointError, match="more than tensors"):
                 ICAE.from_reference_checkpoint(tmp_path / "x.pt", make_base())

@@ -9,6 +9,15 @@ from icae_fast import ICAE, ICAEConfig
 QUESTIONS = ["Who kept the light?", "In one short sentence, what is this text about?"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """One thread, which costs little on idle cores and saves most of the time on busy ones; gives the usual number."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield usual
+    torch.set_num_threads(usual)
+
+
 def make(model, tokenizer, **config):
     """An ICAE with an adapter that acts: at this size of B, LoRA moves the slots by an eighth of their RMS."""
     with torch.random.fork_rng():
@@ -65,9 +74,12 @@ def baseline_slots(fp32, bf16, ids):
     return tuple(BaselineICAE.from_icae(icae).compress(ids[None]).float() for icae in (fp32, bf16))
 
 
-def test_fp32_slots_equal_the_baseline(fp32, ids, baseline_slots):
+@pytest.mark.parametrize("n_threads", [1, "usual"])
+def test_fp32_slots_equal_the_baseline(fp32, ids, baseline_slots, threads, n_threads):
     exact = baseline_slots[0]
+    torch.set_num_threads(threads if n_threads == "usual" else 1)
     memory = fp32.compress(ids)[0]
+    torch.set_num_threads(1)
     assert memory.span_lengths == (350, 350)
     assert memory.slots.shape == exact.shape == (256, 576)
     assert (memory.slots - exact).abs().max().item() < 1e-4 * rms(exact)

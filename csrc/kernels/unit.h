@@ -49,7 +49,7 @@ static constexpr Kernels table = {
     {heads_kernels<float>(), heads_kernels<bf16>(), heads_kernels<double>()},
 };
 
-}  // namespace ICAE_PASTE(unit_,ICAE_ISA)
+}  // namespace ICAE_PASTE(unit_, ICAE_ISA)
 
 const Kernels& ICAE_PASTE(kernels_, ICAE_ISA)() { return ICAE_PASTE(unit_, ICAE_ISA)::table; }
 

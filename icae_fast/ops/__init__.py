@@ -31,7 +31,7 @@ EXTENSION_ERROR = load_extension()
 if EXTENSION_ERROR is not None and os.environ.get("ICAE_FAST_REQUIRE") != "reference":
     warnings.warn(
         f"icae_fast runs on its slow plain-torch reference: the C++ kernels are not there ({EXTENSION_ERROR}). "
-        "Install with a C++17 compiler, or set ICAE_FAST_REQUIRE=reference to accept this.",
+        "Install with a C++20 compiler, or set ICAE_FAST_REQUIRE=reference to accept this.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -168,7 +168,7 @@ def load_extension() -> str | None:
         if required == "cpp":
             raise BackendError(
                 f"ICAE_FAST_REQUIRE=cpp, but the C++ kernels cannot be loaded ({error}); reinstall with "
-                "`pip install --no-build-isolation .` and a C++17 compiler"
+                "`pip install --no-build-isolation .` and a C++20 compiler"
             ) from error
         return str(error)
     return None
