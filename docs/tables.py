@@ -46,8 +46,8 @@ def _latency(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, {result['dtype']}, {result['document_tokens']} tokens of text in {sizes['slots']} slots, "
         f"a prompt of {sizes['prompt_tokens']} and an answer of {sizes['new_tokens']} tokens; {machine['cpu']}, "
-        f"{threads} threads, {isa}, torch {versions['torch']}, commit {commit[:8]}; medians of {sizes['rounds']} interleaved "
-        "rounds:",
+        f"{threads} threads, {isa}, torch {versions['torch']}, commit {commit[:8]}; medians of {sizes['rounds']} "
+        "interleaved rounds:",
         "",
         "| | compress, s | first token, s | ms a token | total, s | peak over the weights, MB | times as fast as the baseline |",  # noqa: E501
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -62,6 +62,18 @@ def test_the_end_of_sequence_comes_last_and_not_before_min_new_tokens(icae, memo
     assert eos not in whole
 
 
+def test_min_new_tokens_to_the_token(icae, memory, prompts):
+    free = icae.generate(memory, prompts[0], 15, return_ids=True)[0]
+    place = max(i for i, token in enumerate(free) if token not in free[:i])
+    assert place > 1
+    icae.base_model.generation_config.eos_token_id = free[place]
+    for least in (0, place - 1, place):
+        assert icae.generate(memory, prompts[0], 15, min_new_tokens=least, return_ids=True) == [free[: place + 1]]
+    held = icae.generate(memory, prompts[0], 15, min_new_tokens=place + 1, return_ids=True)[0]
+    assert held[:place] == free[:place]
+    assert held[place] != free[place]
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_new_tokens(icae, memory, prompts, n, streamer):
     assert [len(r) for r in icae.generate(memory, prompts, n, return_ids=True)] == [n] * 4
