@@ -76,13 +76,15 @@ class LoRAAdapter(nn.Module):
                 for f in FACTORS:
                     yield i, p, f, layer[f"{p}_{f}"]
 
-    def pack(self, dtype: torch.dtype) -> list[PackedLoRA]:
+    def pack(self, dtype: torch.dtype, *, dropout: bool = True) -> list[PackedLoRA]:
         """Every layer's factors packed and cast for one forward, with fresh dropout seeds in training.
+
+        `dropout=False` leaves dropout out in training mode too.
 
         Nothing is kept from call to call: a cache would go stale when somebody writes through `.data`, and
         packing costs 7.4 M casts on SmolLM2 at rank 128, under 1 % of encoding one span.
         """
-        drop = self.training and self.dropout_p > 0
+        drop = dropout and self.training and self.dropout_p > 0
         device = self.layers[0]["q_A"].device
         seeds = torch.randint(2**62, (len(self.layers),)).to(device) if drop else [None] * len(self.layers)
         return [

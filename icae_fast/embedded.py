@@ -112,6 +112,8 @@ def _convert(gguf: Path, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < _NEEDED_BYTES:
         raise OSError(28, f"only {free / 2**20:.0f} MiB are free and converting SmolLM2 takes {_NEEDED_BYTES >> 20}")
+    for left in target.parent.glob(f".{target.name}.*"):  # by a conversion that was killed; we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
     log.warning("converting SmolLM2-135M-Instruct to %s (once, about 20 s)", target)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:

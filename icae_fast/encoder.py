@@ -19,12 +19,14 @@ def encode_spans(
     contexts: Sequence[torch.Tensor],
     token_budget: int,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    dropout: bool = True,
 ) -> list[torch.Tensor]:
-    """See `ICAE.encode`."""
+    """See `ICAE.encode`; `dropout=False` leaves LoRA dropout out in training mode too."""
     config = icae.config
     cuts = [span_lengths(len(ids), config) for ids in contexts]
     spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
-    lora = icae.adapter.pack(icae.dtype)
+    lora = icae.adapter.pack(icae.dtype, dropout=dropout)
     memory_tokens = icae.memory_token_embed.weight[: config.memory_size].to(icae.dtype)
     slots, done, total = [], 0, sum(map(len, contexts))
     for batch in micro_batches([len(s) + config.memory_size for s in spans], token_budget):

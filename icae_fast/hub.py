@@ -59,6 +59,7 @@ def load_base_model(
     if isinstance(base_model, nn.Module):
         return base_model, tokenizer or _load_tokenizer(base_model.config._name_or_path, required=False)
     name = str(base_model or config.base_model or "")
+    revision = None if base_model else config.base_revision  # the adapter's revision is not that of another base
     if not name:
         raise CheckpointError("the adapter does not name its base model; pass base_model=")
     if name == EMBEDDED_NAME:
@@ -67,10 +68,10 @@ def load_base_model(
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=config.base_revision or "main")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision or "main")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the base model {name} cannot be loaded ({_reason(error)}); pass base_model=") from error
-    return model.eval(), tokenizer or _load_tokenizer(name, required=True, revision=config.base_revision)
+    return model.eval(), tokenizer or _load_tokenizer(name, required=True, revision=revision)
 
 
 def _load_tokenizer(name: str, *, required: bool, revision: str | None = None) -> Any:

@@ -71,7 +71,6 @@ class ICAE(PretrainedMixin, nn.Module):
         # N(0, 1) is some ten times larger than SmolLM2's embeddings.
         rows = torch.randint(embedding.shape[0], (config.memory_size + 3,))
         self.memory_token_embed.weight.data = embedding.detach()[rows].to(trained_dtype).clone()
-        self._embedding_norm: torch.Tensor | None = None
         self.slot_gain = nn.Parameter(torch.zeros((), dtype=trained_dtype)) if config.slot_scale else None
         self.to(embedding.device)
 
@@ -114,10 +113,8 @@ class ICAE(PretrainedMixin, nn.Module):
 
     def embedding_norm(self) -> torch.Tensor:
         """() mean L2 norm of the base model's token embeddings, in fp32."""
-        if self._embedding_norm is None:
-            weight = self.base_model.get_input_embeddings().weight.detach()
-            self._embedding_norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).mean()
-        return self._embedding_norm.to(self.device)
+        weight = self.base_model.get_input_embeddings().weight.detach()
+        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).mean()
 
     def tokens_to_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of any ids, base, memory or special, in the model's dtype; [PAD] gives zeros.
@@ -174,8 +171,9 @@ class ICAE(PretrainedMixin, nn.Module):
         """Compress texts or token ids, one or many, of any lengths.
 
         Each is cut into spans by the reference's rule (`icae_fast.spans.span_lengths`), and what comes out
-        does not depend on what else is in the list. Text is tokenised as the base model's tokenizer does by
-        itself (with its BOS, if it adds one), as the reference's inference scripts do.
+        does not depend on what else is in the list; there is no dropout, in training mode either. Text is
+        tokenised as the base model's tokenizer does by itself (with its BOS, if it adds one), as the
+        reference's inference scripts do.
 
         Args:
             contexts: a text, a row of ids, or a list of those.
@@ -195,7 +193,7 @@ class ICAE(PretrainedMixin, nn.Module):
             raise InvalidInputError(f"token_budget is {token_budget}; give at least 1")
         rows = [self._context_ids(c, f"context {i}") for i, c in enumerate(as_list(contexts))]
         try:
-            slots = self.encode(rows, token_budget, on_progress)
+            slots = encode_spans(self, rows, token_budget, on_progress, dropout=False)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise ContextTooLongError(
@@ -268,7 +266,7 @@ class ICAE(PretrainedMixin, nn.Module):
 
         Args:
             memory: of this model.
-            max_new_tokens: by default the context's length and 16 more.
+            max_new_tokens: by default the context's length and 16 more, or as many as the base model has positions.
             min_new_tokens: tokens before which it may not end.
             return_ids: give ids even if there is a tokenizer.
             streamer: a transformers streamer.
@@ -279,8 +277,12 @@ class ICAE(PretrainedMixin, nn.Module):
         Raises:
             TokenizerMismatchError: text is asked for without a tokenizer.
         """
-        limit = memory.n_source_tokens + 16 if max_new_tokens is None and isinstance(memory, Memory) else max_new_tokens
-        return self._generate(memory, [([], [self.vocabulary.ae])], limit, min_new_tokens, return_ids, streamer)[0]
+        self._check_memory(memory)
+        if max_new_tokens is None:
+            room = max(1, self.max_positions - memory.n_slots - 1)
+            max_new_tokens = max(min_new_tokens, min(memory.n_source_tokens + 16, room))
+        pairs = [([], [self.vocabulary.ae])]
+        return self._generate(memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer)[0]
 
     def generate(
         self,

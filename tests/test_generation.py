@@ -159,3 +159,10 @@ def test_without_any_end_of_sequence_it_runs_to_the_limit(icae, memory, prompts)
     icae.base_model.generation_config.eos_token_id = icae.base_model.config.eos_token_id = None
     assert icae.eos_token_ids == ()
     assert len(icae.generate(memory, prompts[0], 5, min_new_tokens=2, return_ids=True)[0]) == 5
+
+
+def test_restore_by_default_stops_at_the_last_position(make_icae, random_ids):
+    icae = make_icae()
+    memory = icae.compress(random_ids(40))[0]
+    icae.max_positions = memory.n_slots + 1 + 7
+    assert len(icae.restore(memory, min_new_tokens=7, return_ids=True)) == 7

@@ -309,3 +309,9 @@ def test_fp64_is_computed_in_fp64(make_icae, make_base, random_ids):
     slots = icae.compress(random_ids(20))[0].slots
     assert slots.dtype == torch.float64
     torch.testing.assert_close(slots.float(), single.compress(random_ids(20))[0].slots, rtol=1e-4, atol=1e-4)
+
+
+def test_compress_has_no_dropout_even_in_training_mode(make_icae, random_ids):
+    icae = make_icae().train()
+    ids = random_ids(50)
+    assert torch.equal(icae.compress(ids)[0].slots, icae.compress(ids)[0].slots)

@@ -44,12 +44,11 @@ def varlen_attention(
     lse = q.new_full((heads, q.shape[0]), float("-inf"), dtype=_lse_dtype(q))
     for rq, rk in _rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k):
         qi, ki, vi = (_heads(t, heads, dtype) for t in (q[rq], k[rk], v[rk]))
-        scores = (scale * qi @ ki.transpose(1, 2)).masked_fill(
-            ~_mask(qi.shape[1], ki.shape[1], window, q.device), float("-inf")
-        )
+        mask = _mask(qi.shape[1], ki.shape[1], window, q.device)
+        scores = (scale * qi @ ki.transpose(1, 2)).masked_fill(~mask, float("-inf"))
         if scores.shape[-1]:
             lse[:, rq] = scores.logsumexp(-1).to(lse.dtype)
-            out[rq] = (scores.softmax(-1).nan_to_num(0.0) @ vi).transpose(0, 1).to(out.dtype)
+            out[rq] = (scores.softmax(-1).masked_fill(~mask.any(-1)[:, None], 0.0) @ vi).transpose(0, 1).to(out.dtype)
     return out, lse
 
 
