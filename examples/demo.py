@@ -58,7 +58,7 @@ def main() -> None:
     console.rule("ask")
     for question, answer in zip(QUESTIONS, icae.generate(memory, QUESTIONS, max_new_tokens=48), strict=True):
         console.print(f"[bold]{question}[/bold]")
-        console.print(answer.strip() or "(nothing)", markup=False)
+        console.print(" ".join(answer.split()) or "(nothing)", markup=False)
 
     console.rule("latency")
     document = tokenizer(text)["input_ids"]
