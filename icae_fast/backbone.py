@@ -14,7 +14,7 @@ from torch import nn
 
 from icae_fast.adapter import PackedLoRA
 from icae_fast.errors import BackendError, UnsupportedModelError
-from icae_fast.ops import lora_qkv_rope, varlen_attention
+from icae_fast.ops import REGISTRY, backend_of, lora_qkv_rope, varlen_attention
 from icae_fast.spans import PackedRows
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -35,7 +35,8 @@ def check_supported(model: nn.Module) -> None:
     """Raise unless the model is one that `Backbone` computes exactly.
 
     Raises:
-        UnsupportedModelError: another architecture, quantised or wrapped projections, or attention dropout.
+        UnsupportedModelError: another architecture, quantised or wrapped projections, attention dropout, or a dtype
+            that the kernels of its device do not take.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if hasattr(model, "peft_config"):
@@ -54,6 +55,14 @@ def check_supported(model: nn.Module) -> None:
                 f"{name} is a {type(getattr(attention, name)).__name__}; load the base model unquantised, with plain "
                 "nn.Linear layers"
             )
+    embedding = model.get_input_embeddings().weight
+    backend = backend_of("lora_qkv_rope", embedding.device)
+    if embedding.dtype not in (dtypes := REGISTRY["lora_qkv_rope"].dtypes[backend]):
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise UnsupportedModelError(
+            f"the base model is in {str(embedding.dtype).removeprefix('torch.')}, which the {backend} kernels do not "
+            f"take on {embedding.device.type}; load it in one of {names}"
+        )
     if getattr(model.config, "attention_dropout", 0.0):
         raise UnsupportedModelError("the base model has attention dropout; load it with attention_dropout=0.0")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,7 @@ def load(adapter: str | None, model: str, memory_size: int, rate: int, dtype: st
     from icae_fast.hub import load_base_model
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about PEFT: nothing a user can do
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in dtypes:
         raise InvalidInputError(f"--dtype is {dtype!r}; give bfloat16 or float32")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from icae_fast import ICAE, ICAEConfig, Memory, errors
 from icae_fast.backbone import Backbone
+from icae_fast.ops import REGISTRY, backend_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -406,3 +407,13 @@ def test_a_missing_build_is_never_silent():
     refused = run_python(hide, ICAE_FAST_REQUIRE="cpp")
     assert refused.returncode != 0
     assert "BackendError: ICAE_FAST_REQUIRE=cpp, but the C++ kernels cannot be loaded" in refused.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_a_dtype_that_no_kernel_takes(make_base, dtype):
+    base, config = make_base().to(dtype), ICAEConfig(memory_size=4)
+    if dtype in REGISTRY["lora_qkv_rope"].dtypes[backend_of("lora_qkv_rope")]:
+        assert ICAE.from_base(base, config).dtype == dtype
+    else:
+        with pytest.raises(errors.UnsupportedModelError, match="load it in one of float32, bfloat16"):
+            ICAE.from_base(base, config)
