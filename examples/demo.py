@@ -48,7 +48,7 @@ def main() -> None:
     raw = memory.n_source_tokens * 2 * icae.backbone.n_layers * icae.backbone.num_kv_heads * icae.backbone.head_dim * 2
     console.print(f"{len(text)} characters, {memory.n_source_tokens} tokens")
     console.print(f"spans        {list(memory.span_lengths)}")
-    console.print(f"slots        {memory.n_slots} of {icae.backbone.hidden_size}")
+    console.print(f"slots        {memory.n_slots} vectors of {icae.backbone.hidden_size}")
     console.print(f"ratio        {memory.compression_ratio:.2f} tokens a slot")
     console.print(f"memory       {memory.nbytes:,} bytes (the text's KV cache would be {raw:,})")
 
