@@ -68,7 +68,7 @@ class ICAE(PretrainedMixin, nn.Module):
         ).to(embedding.device)
         self.memory_token_embed = nn.Embedding(config.memory_size + 3, b.hidden_size, dtype=trained_dtype)
         # Memory tokens that begin as words are within the range that the first layer knows; the reference's
-        # N(0, 1) is some ten times larger than SmolLM2's embeddings.
+        # N(0, 1) is seven times wider than SmolLM2's embeddings (standard deviation 0.136).
         rows = torch.randint(embedding.shape[0], (config.memory_size + 3,))
         self.memory_token_embed.weight.data = embedding.detach()[rows].to(trained_dtype).clone()
         self.slot_gain = nn.Parameter(torch.zeros((), dtype=trained_dtype)) if config.slot_scale else None
