@@ -27,6 +27,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench
 	$(BIN)/icae-fast bench latency examples/harrow_point.txt --rounds 5 \
 		--prompt "Who was the first keeper of the lighthouse?" -o docs/results
+	$(BIN)/python -m bench.accuracy examples/harrow_point.txt
 	$(MAKE) readme
 
 lint: $(VENV)/.installed

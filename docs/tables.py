@@ -81,7 +81,22 @@ def _encode(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"ops": ops_table, "latency": latency_tables, "encode": encode_tables}
+def accuracy_tables() -> str:
+    """Every `accuracy-*.json` under docs/results: distances of slots to the baseline's."""
+    return "\n\n".join(_accuracy(json.loads(p.read_text())) for p in sorted(RESULTS.glob("accuracy-*.json")))
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    distances = [row["bf16_distance"] for row in result["rows"]]
+    exact = max(row["fp32_rms_difference"] for row in result["rows"])
+    return (
+        f"Slots of SmolLM2 on {result['machine']['cpu']}, {result['machine']['isa']}: in fp32 within {exact:.1e} of the "
+        f"baseline's (RMS); in bf16 {min(distances):.2f} to {max(distances):.2f} times as far from the baseline's as "
+        "bf16 takes those from fp32."
+    )
+
+
+TABLES = {"ops": ops_table, "latency": latency_tables, "encode": encode_tables, "accuracy": accuracy_tables}
 
 
 def fill(text: str) -> str:
