@@ -89,10 +89,11 @@ def accuracy_tables() -> str:
 def _accuracy(result: dict[str, Any]) -> str:
     distances = [row["bf16_distance"] for row in result["rows"]]
     exact = max(row["fp32_rms_difference"] for row in result["rows"])
+    low, high = min(distances), max(distances)
     return (
         f"Slots of SmolLM2 on {result['machine']['cpu']}, {result['machine']['isa']}: in fp32 within {exact:.1e} of "
-        f"the baseline's (RMS); in bf16 {min(distances):.2f} to {max(distances):.2f} times as far from the baseline's as "
-        "bf16 takes those from fp32."
+        f"the baseline's (RMS); in bf16 {low:.2f} to {high:.2f} times as far from the baseline's as bf16 takes those "
+        "from fp32."
     )
 
 
