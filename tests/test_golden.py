@@ -49,6 +49,7 @@ def test_all_in_one_batch(icae):
     memories = icae.compress([c["input_ids"][0] for c in cases])
     for memory, c in zip(memories, cases, strict=True):
         torch.testing.assert_close(memory.slots, c["slots"], rtol=1e-5, atol=1e-5)
+        assert icae.restore(memory, max_new_tokens=24, return_ids=True) == c["greedy"].tolist()
     out = icae(
         pad([c["input_ids"] for c in cases], icae.vocabulary.pad),
         pad([c["prompt_answer_ids"] for c in cases], icae.vocabulary.pad),
