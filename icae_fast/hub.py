@@ -12,7 +12,7 @@ from torch import nn
 
 from icae_fast.checkpoints import CONFIG_FILE, TENSORS_FILE
 from icae_fast.config import ICAEConfig
-from icae_fast.embedded import EMBEDDED_NAME, load_smollm2
+from icae_fast.embedded import EMBEDDED_NAME, load_smollm2, load_smollm2_tokenizer
 from icae_fast.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -89,15 +89,6 @@ def _load_tokenizer(name: str, *, required: bool, revision: str | None = None) -
         raise CheckpointError(
             f"the tokenizer of {name} cannot be loaded ({_reason(error)}); pass tokenizer="
         ) from error
-
-
-def load_smollm2_tokenizer() -> Any:
-    """The embedded model's tokenizer alone."""
-    from transformers import AutoTokenizer
-
-    from icae_fast.embedded import smollm2_folder
-
-    return AutoTokenizer.from_pretrained(smollm2_folder(), local_files_only=True)
 
 
 def upload_adapter(icae: ICAE, name: str, **kwargs: Any) -> str:
