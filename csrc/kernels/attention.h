@@ -83,10 +83,20 @@ struct Tile {
     n_positions = at_most(in.positions_per_tile(), row.n_queries - first_position);
     first_head = kv_head * in.group() + chunk;
     n_heads = at_most(in.heads_per_tile(), in.group() - chunk);
+    int64_t lane = 0;
+    for (int64_t p = 0; p < n_positions; ++p) {
+      for (int64_t h = 0; h < n_heads; ++h, ++lane) {
+        positions[lane] = static_cast<int32_t>(first_position + p);
+        heads[lane] = static_cast<int32_t>(first_head + h);
+      }
+    }
   }
   int64_t lanes() const { return n_positions * n_heads; }
-  int64_t position(int64_t lane) const { return first_position + lane / n_heads; }
-  int64_t head(int64_t lane) const { return first_head + lane % n_heads; }
+  int64_t position(int64_t lane) const { return positions[lane]; }
+  int64_t head(int64_t lane) const { return heads[lane]; }
+
+ private:
+  int32_t positions[kLanes], heads[kLanes];  // of each lane: a division for each would cost as much as its copying
 };
 
 // Keys from low[l] up to but not high[l] are those that lane l reads.
@@ -121,6 +131,16 @@ struct KeyRange {
 static inline double exponent_scale(double scale) {
   const double size = scale < 0 ? -scale : scale;
   return (size < 1e-30 ? 1e-30 : size) * 1.4426950408889634;
+}
+
+// Asks for a tile's rows at once: they lie too far apart for the CPU to foresee, and one miss after the other took
+// a tenth of the time at 4 x 640 tokens (AVX-512).
+template <bool to_write, class T, class Row>
+static inline void prefetch_lanes(Row row, int64_t lanes, int64_t dim) {
+  for (int64_t l = 0; l < lanes; ++l) {
+    const T* p = row(l);
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + d, to_write);
+  }
 }
 
 // Writes a transposed tile x[dim][kLanes], times `factor` of each lane, to `row(lane)`.

@@ -1,11 +1,20 @@
-// Forward attention over one query tile: online softmax over tiles of kKeys keys (FlashAttention-2), transposed.
+// Forward attention over one query tile: online softmax over tiles of kForwardKeys keys (FlashAttention-2),
+// transposed.
 //
-//     S^T = K Q^T,    P^T = 2^(c S^T - c max),    O^T = O^T factor + V^T P^T
+//     S^T = K Q^T,    P^T = 2^(c S^T - shift),    O^T = O^T 2^(old shift - shift) + V^T P^T
+//
+// Scores never reach memory: a block of them becomes weights in the registers that it was summed up in. That needs
+// the shift before the row's maximum is known, so the shift is the largest score of some earlier block, and is
+// raised only when a score exceeds it by kSlack powers of two. Then O^T and the sums are rescaled, which is rare;
+// the results do not depend on what is subtracted, and weights up to 2^kSlack cost no accuracy.
+constexpr int kSlack = 8;
+// P^T in bf16 takes 12 KiB of the first-level cache, O^T another 12 at head_dim 64.
+constexpr int64_t kForwardKeys = 64;
 
-// Running maximum, sum and rescaling factor of each lane.
+// Shift (in powers of two) and sum of weights of each lane.
 template <class C>
 struct Softmax {
-  C max[kLanes], sum[kLanes], factor[kLanes];
+  C shift[kLanes], sum[kLanes];
 };
 
 template <class T>
@@ -14,20 +23,14 @@ struct ForwardScratch {
   using C = typename P::C;
   using E = typename P::E;
   E* q;  // (steps, kLanes, pair)
-  C* s;  // (kKeys, kLanes)
-  E* p;  // (kKeys / pair, kLanes, pair): the scores themselves where operands are not narrowed
+  E* p;  // (kForwardKeys / pair, kLanes, pair)
   C* o;  // (width, kLanes)
   Softmax<C>* softmax;
   KeyRange<C>* range;
 
   ForwardScratch(const AttentionInput& in, Arena arena, int64_t* bytes = nullptr) {
     q = arena.take<E>(round_up(in.head_dim, P::kPair) * kLanes);
-    s = arena.take<C>(kKeys * kLanes);
-    if constexpr (P::kPair == 1) {
-      p = s;
-    } else {
-      p = arena.take<E>(kKeys * kLanes);
-    }
+    p = arena.take<E>(kForwardKeys * kLanes);
     o = arena.take<C>(PackedKeys<T>::width(in) * kLanes);
     softmax = arena.take<Softmax<C>>(1);
     range = arena.take<KeyRange<C>>(1);
@@ -56,63 +59,123 @@ ICAE_INLINE void store_steps(E* to, V<C> even, V<C> odd) {
   }
 }
 
-// Turns n keys' scores into weights for the lanes from j on, and updates those lanes' softmax.
-template <class T, bool masked>
-static inline void weigh_lanes(const ForwardScratch<T>& t, int64_t j, int64_t n, int64_t key,
-                               typename Elem<T>::C c) {
+// Some lanes of one tile of keys, as many as a block of registers is wide: O^T follows P^T from key to key.
+template <class T, int vectors>
+struct LaneGroup {
   using P = Product<T>;
   using C = typename P::C;
-  constexpr int degree = Elem<T>::kExpDegree;
-  C* s = t.s + j;
-  Softmax<C>& softmax = *t.softmax;
-  const I<C> low = load_int<C>(t.range->low + j), high = load_int<C>(t.range->high + j);
-  const V<C> old = load(softmax.max + j);
-  V<C> even = old, odd = old;  // two chains, since a maximum takes longer than a load
-  for (int64_t k = 0; k < n; k += 2) {
-    V<C> a = load(s + k * kLanes), b = load(s + (k + 1) * kLanes);
-    if (masked) {
-      a = t.range->reads(key + k, low, high) ? a : set1(-kInfinity<C>);
-      b = t.range->reads(key + k + 1, low, high) ? b : set1(-kInfinity<C>);
-      store(s + k * kLanes, a);
-      store(s + (k + 1) * kLanes, b);
-    }
-    even = vmax(even, a);
-    odd = vmax(odd, b);
-  }
-  const V<C> top = vmax(even, odd);
-  const V<C> shift = (top == -kInfinity<C> ? V<C>{} : top) * c;  // a lane without keys so far weighs all at 0
-  V<C> sums[2] = {};
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < n; k += 2) {
-    const V<C> a = exp2<C, degree>(load(s + k * kLanes) * c - shift);
-    const V<C> b = exp2<C, degree>(load(s + (k + 1) * kLanes) * c - shift);
-    sums[0] += a;
-    sums[1] += b;
-    store_steps<P, C>(t.p + (k * kLanes + j * P::kPair), a, b);
-  }
-  const V<C> factor = exp2<C, degree>(old * c - shift);
-  store(softmax.max + j, top);
-  store(softmax.factor + j, factor);
-  store(softmax.sum + j, load(softmax.sum + j) * factor + (sums[0] + sums[1]));
-}
+  using E = typename P::E;
+  static constexpr int W = Vec<C>::kWidth;
+  static constexpr int degree = Elem<T>::kExpDegree;
 
-template <class T>
-static void store_tile(const AttentionInput& in, const AttentionRow& row, const Tile& tile,
-                       const ForwardScratch<T>& t, const AttentionOutput& to) {
-  using C = typename Elem<T>::C;
-  const double c = exponent_scale(in.scale);
-  const int64_t lanes = tile.lanes();
-  Softmax<C>& softmax = *t.softmax;
-  for (int64_t l = 0; l < lanes; ++l) {
-    const C total = softmax.sum[l];
-    const int64_t query = row.q_begin + tile.position(l);
-    static_cast<C*>(to.lse)[tile.head(l) * in.n_queries + query] =
-        total == 0 ? -kInfinity<C> : C(softmax.max[l] * (c / 1.4426950408889634) + __builtin_log(double(total)));
-    softmax.factor[l] = total == 0 ? C(0) : 1 / total;
+  const AttentionInput& in;
+  const PackedKeys<T>& keys;
+  const ForwardScratch<T>& t;
+  int64_t first;   // lane
+  C c;             // of the exponent
+  int64_t summed;  // keys before this one are in O^T
+  int64_t tile;    // first key of the tile
+  bool& started;   // O^T holds something
+
+  // O^T += V^T P^T for the tile's keys up to `end` that are not in it yet.
+  void add_values(int64_t end) {
+    const int64_t width = keys.width(in), steps = (end - summed) / P::kPair;
+    if (steps == 0) return;
+    const Left<E> v{keys.v_steps + summed * width, P::kPair, width * P::kPair};
+    const Right<E> p{t.p + (summed - tile) * kLanes + first * P::kPair, kLanes * P::kPair};
+    for (int64_t d = 0; d < width; d += kBlockRows) {
+      const Left<E> part{v.data + d * v.row, v.row, v.step};
+      C* o = t.o + d * kLanes + first;
+      started ? multiply_block<P, vectors, Into::kAdd>(part, p, steps, o, kLanes)
+              : multiply_block<P, vectors, Into::kSet>(part, p, steps, o, kLanes);
+    }
+    started = true;
+    summed = end;
   }
-  store_transposed<T>(t.o, softmax.factor, lanes, in.head_dim, [&](int64_t l) {
-    return static_cast<T*>(to.out) + ((row.q_begin + tile.position(l)) * in.q_heads + tile.head(l)) * in.head_dim;
-  });
+
+  // Raises the shift of the lanes whose `highest` exceeds it, and rescales what was summed up with the old one.
+  __attribute__((noinline)) void raise(int64_t key, const V<C> (&highest)[vectors]) {
+    add_values(key);
+    for (int n = 0; n < vectors; ++n) {
+      Softmax<C>& softmax = *t.softmax;
+      const int64_t lane = first + n * W;
+      const V<C> old = load(softmax.shift + lane);
+      const V<C> shift = highest[n] > old + C(kSlack) ? highest[n] : old;
+      const V<C> factor = shift == old ? set1(C(1)) : exp2<C, degree>(old - shift);
+      store(softmax.shift + lane, shift);
+      store(softmax.sum + lane, load(softmax.sum + lane) * factor);
+      for (int64_t d = 0; d < keys.width(in) && started; ++d) {
+        C* o = t.o + d * kLanes + lane;
+        store(o, load(o) * factor);
+      }
+    }
+  }
+
+  // Scores of kBlockRows keys, and from them weights.
+  template <bool masked>
+  inline __attribute__((always_inline)) void weigh(int64_t key) {
+    const int64_t width = keys.width(in);
+    Block<P, vectors> s = {};
+    multiply_into<P, vectors>(s, {keys.k_rows + key * width, width, P::kPair},
+                              {t.q + first * P::kPair, kLanes * P::kPair}, ceil_div(in.head_dim, P::kPair));
+    Softmax<C>& softmax = *t.softmax;
+    V<C> highest[vectors];
+    bool rises = false;
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const int64_t lane = first + n * W;
+      if constexpr (masked) {
+        const I<C> low = load_int<C>(t.range->low + lane), high = load_int<C>(t.range->high + lane);
+#pragma GCC unroll 8
+        for (int m = 0; m < kBlockRows; ++m) {
+          s[m][n] = t.range->reads(key + m, low, high) ? s[m][n] : set1(-kInfinity<C>);
+        }
+      }
+      V<C> even = s[0][n], odd = s[1][n];  // two chains, since a maximum takes four cycles
+#pragma GCC unroll 4
+      for (int m = 2; m < kBlockRows; m += 2) {
+        even = vmax(even, s[m][n]);
+        odd = vmax(odd, s[m + 1][n]);
+      }
+      highest[n] = vmax(even, odd) * c;
+      rises |= any<C>(highest[n] > load(softmax.shift + lane) + C(kSlack));
+    }
+    if (__builtin_expect(rises, 0)) raise(key, highest);
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const int64_t lane = first + n * W;
+      V<C> shift = load(softmax.shift + lane), total = load(softmax.sum + lane);
+      shift = shift == -kInfinity<C> ? V<C>{} : shift;  // a lane without keys so far weighs all at 0
+#pragma GCC unroll 8
+      for (int m = 0; m < kBlockRows; m += 2) {
+        const V<C> a = exp2<C, degree>(s[m][n] * c - shift), b = exp2<C, degree>(s[m + 1][n] * c - shift);
+        total += a + b;
+        store_steps<P, C>(t.p + (key - tile + m) * kLanes + lane * P::kPair, a, b);
+      }
+      store(softmax.sum + lane, total);
+    }
+  }
+
+  void attend(int64_t end) {
+    for (int64_t key = tile; key < end; key += kBlockRows) {
+      t.range->cut(key, key + kBlockRows) ? weigh<true>(key) : weigh<false>(key);
+    }
+    add_values(end);
+  }
+};
+
+// Writes the log-sum-exp, and leaves 1 / sum where the sums were.
+template <class T>
+static void store_lse(const AttentionInput& in, const AttentionRow& row, const Tile& tile,
+                      const ForwardScratch<T>& t, const AttentionOutput& to) {
+  using C = typename Elem<T>::C;
+  Softmax<C>& softmax = *t.softmax;
+  for (int64_t l = 0; l < tile.lanes(); ++l) {
+    const C total = softmax.sum[l];
+    static_cast<C*>(to.lse)[tile.head(l) * in.n_queries + row.q_begin + tile.position(l)] =
+        total == 0 ? -kInfinity<C> : C(softmax.shift[l] * 0.6931471805599453 + __builtin_log(double(total)));
+    softmax.sum[l] = total == 0 ? C(0) : 1 / total;
+  }
 }
 
 template <class T>
@@ -123,25 +186,35 @@ static void forward_tile(const AttentionInput& in, const AttentionRow& row, int6
   const Tile tile(in, row, kv_head, tile_index);
   const PackedKeys<T> keys(in, row, kv_head, false, packed);
   const ForwardScratch<T> t(in, Arena{static_cast<char*>(scratch)});
-  const int64_t lanes = tile.lanes(), width = keys.width(in), vectors = ceil_div(lanes, Vec<C>::kWidth);
-  pack_transposed<P, T>([&](int64_t l) { return row_of<T>(in.q, row.q_begin + tile.position(l), tile.head(l)); },
-                        lanes, in.head_dim, in.scale < 0, t.q);
+  const int64_t lanes = tile.lanes(), vectors = ceil_div(lanes, Vec<C>::kWidth);
+  const auto q = [&](int64_t l) { return row_of<T>(in.q, row.q_begin + tile.position(l), tile.head(l)); };
+  const auto out = [&](int64_t l) {
+    return static_cast<T*>(to.out) + ((row.q_begin + tile.position(l)) * in.q_heads + tile.head(l)) * in.head_dim;
+  };
+  prefetch_lanes<false, T>(q, lanes, in.head_dim);
+  prefetch_lanes<true, T>(out, lanes, in.head_dim);
+  pack_transposed<P, T>(q, lanes, in.head_dim, in.scale < 0, t.q);
   t.range->set(in, row, tile);
   for (int64_t l = 0; l < kLanes; ++l) {
-    t.softmax->max[l] = -kInfinity<C>;
+    t.softmax->shift[l] = -kInfinity<C>;
     t.softmax->sum[l] = 0;
   }
-  clear(t.o, width * kLanes);
+  const int64_t begin = t.range->begin, end = round_up(t.range->end, kPad);
+  if (begin >= t.range->end) clear(t.o, keys.width(in) * kLanes);
   const C c = C(exponent_scale(in.scale));
-  for (int64_t key = t.range->begin; key < t.range->end; key += kKeys) {
-    const int64_t n = at_most(kKeys, round_up(t.range->end, kPad) - key);
-    multiply<P, Into::kSet>({keys.k_rows + key * width, width, P::kPair}, n, {t.q, kLanes * P::kPair}, vectors,
-                            ceil_div(in.head_dim, P::kPair), t.s, kLanes);
-    for (int64_t j = 0; j < vectors * Vec<C>::kWidth; j += Vec<C>::kWidth) {
-      t.range->cut(key, key + n) ? weigh_lanes<T, true>(t, j, n, key, c) : weigh_lanes<T, false>(t, j, n, key, c);
+  in_blocks(vectors, [&](int64_t n, int64_t width) {
+    bool started = false;
+    for (int64_t key = begin; key < t.range->end; key += kForwardKeys) {
+      const int64_t stop = at_most(key + kForwardKeys, end), lane = n * Vec<C>::kWidth;
+      if (width == 3) {
+        LaneGroup<T, 3>{in, keys, t, lane, c, key, key, started}.attend(stop);
+      } else if (width == 2) {
+        LaneGroup<T, 2>{in, keys, t, lane, c, key, key, started}.attend(stop);
+      } else {
+        LaneGroup<T, 1>{in, keys, t, lane, c, key, key, started}.attend(stop);
+      }
     }
-    multiply<P, Into::kScaleAdd>({keys.v_steps + key * width, P::kPair, width * P::kPair}, width,
-                                 {t.p, kLanes * P::kPair}, vectors, n / P::kPair, t.o, kLanes, t.softmax->factor);
-  }
-  store_tile(in, row, tile, t, to);
+  });
+  store_lse(in, row, tile, t, to);
+  store_transposed<T>(t.o, t.softmax->sum, lanes, in.head_dim, out);
 }

@@ -51,7 +51,7 @@ constexpr int kBlockRows = 4;
 constexpr int kBlockVectors = 3;
 static_assert(kPad % kBlockRows == 0, "padding must fill the last block of rows");
 
-enum class Into { kSet, kAdd, kScaleAdd };
+enum class Into { kSet, kAdd };
 
 template <class E>
 struct Left {
@@ -65,12 +65,14 @@ struct Right {
   int64_t step;
 };
 
-template <class P, int vectors, Into into>
-static inline void multiply_block(Left<typename P::E> a, Right<typename P::E> b, int64_t steps, typename P::C* c,
-                                  int64_t c_row, const typename P::C* factor) {
-  using C = typename P::C;
-  constexpr int W = Vec<C>::kWidth;
-  V<C> sums[kBlockRows][vectors] = {};
+// The product itself, into registers.
+template <class P, int vectors>
+using Block = V<typename P::C>[kBlockRows][vectors];
+
+template <class P, int vectors>
+ICAE_INLINE void multiply_into(Block<P, vectors>& sums, Left<typename P::E> a, Right<typename P::E> b,
+                               int64_t steps) {
+  constexpr int W = Vec<typename P::C>::kWidth;
   for (int64_t s = 0; s < steps; ++s) {
     typename P::Operand right[vectors];
 #pragma GCC unroll 4
@@ -82,93 +84,59 @@ static inline void multiply_block(Left<typename P::E> a, Right<typename P::E> b,
       for (int n = 0; n < vectors; ++n) sums[m][n] = P::multiply_add(sums[m][n], left, right[n]);
     }
   }
+}
+
+template <class P, int vectors, Into into>
+static inline void multiply_block(Left<typename P::E> a, Right<typename P::E> b, int64_t steps, typename P::C* c,
+                                  int64_t c_row) {
+  using C = typename P::C;
+  constexpr int W = Vec<C>::kWidth;
+  Block<P, vectors> sums = {};
+  multiply_into<P, vectors>(sums, a, b, steps);
 #pragma GCC unroll 8
   for (int m = 0; m < kBlockRows; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
       C* p = c + m * c_row + n * W;
       if (into == Into::kAdd) sums[m][n] += load(p);
-      if (into == Into::kScaleAdd) sums[m][n] += load(p) * load(factor + n * W);
       store(p, sums[m][n]);
     }
   }
 }
 
-// `rows` is a multiple of kBlockRows. With kScaleAdd, C's columns are first multiplied by `factor`.
-template <class P, Into into>
-static inline void multiply(Left<typename P::E> a, int64_t rows, Right<typename P::E> b, int64_t vectors,
-                            int64_t steps, typename P::C* c, int64_t c_row, const typename P::C* factor = nullptr) {
-  constexpr int W = Vec<typename P::C>::kWidth;
+// The widths of the blocks that `vectors` vectors are cut into: 4 as 2 + 2, since a block of one starves the FMAs.
+// Calls f(first vector, width).
+template <class F>
+ICAE_INLINE void in_blocks(int64_t vectors, F f) {
   for (int64_t groups = ceil_div(vectors, kBlockVectors), n = 0; groups > 0; --groups) {
-    const int64_t width = ceil_div(vectors - n, groups);  // 4 vectors as 2 + 2: a block of one starves the FMAs
-    const Right<typename P::E> right{b.data + n * W * P::kPair, b.step};
-    const auto* scale = factor == nullptr ? nullptr : factor + n * W;
-    for (int64_t m = 0; m < rows; m += kBlockRows) {
-      const Left<typename P::E> left{a.data + m * a.row, a.row, a.step};
-      auto* out = c + m * c_row + n * W;
-      if (width == 3) {
-        multiply_block<P, 3, into>(left, right, steps, out, c_row, scale);
-      } else if (width == 2) {
-        multiply_block<P, 2, into>(left, right, steps, out, c_row, scale);
-      } else {
-        multiply_block<P, 1, into>(left, right, steps, out, c_row, scale);
-      }
-    }
+    const int64_t width = ceil_div(vectors - n, groups);
+    f(n, width);
     n += width;
   }
 }
 
+// `rows` is a multiple of kBlockRows.
+template <class P, Into into>
+static inline void multiply(Left<typename P::E> a, int64_t rows, Right<typename P::E> b, int64_t vectors,
+                            int64_t steps, typename P::C* c, int64_t c_row) {
+  constexpr int W = Vec<typename P::C>::kWidth;
+  in_blocks(vectors, [&](int64_t n, int64_t width) {
+    const Right<typename P::E> right{b.data + n * W * P::kPair, b.step};
+    for (int64_t m = 0; m < rows; m += kBlockRows) {
+      const Left<typename P::E> left{a.data + m * a.row, a.row, a.step};
+      auto* out = c + m * c_row + n * W;
+      if (width == 3) {
+        multiply_block<P, 3, into>(left, right, steps, out, c_row);
+      } else if (width == 2) {
+        multiply_block<P, 2, into>(left, right, steps, out, c_row);
+      } else {
+        multiply_block<P, 1, into>(left, right, steps, out, c_row);
+      }
+    }
+  });
+}
+
 // ---- packing -------------------------------------------------------------------------------------------------
-
-ICAE_INLINE void convert(const float* from, float* to) { *to = *from; }
-ICAE_INLINE void convert(const double* from, double* to) { *to = *from; }
-ICAE_INLINE void convert(const bf16* from, bf16* to) { *to = *from; }
-ICAE_INLINE void convert(const bf16* from, float* to) { *to = to_compute(*from); }
-
-template <class E>
-static inline void clear(E* p, int64_t n) {
-  __builtin_memset(static_cast<void*>(p), 0, n * sizeof(E));
-}
-
-// n rows in the layout `rows`, each one filled up with zeros to `width`, and zero rows up to `padded`.
-template <class T, class E>
-static inline void pack_rows(const T* from, int64_t from_row, int64_t n, int64_t dim, E* to, int64_t width,
-                             int64_t padded) {
-  for (int64_t r = 0; r < n; ++r) {
-    for (int64_t d = 0; d < dim; ++d) convert(from + r * from_row + d, to + r * width + d);
-    clear(to + r * width + dim, width - dim);
-  }
-  clear(to + n * width, (padded - n) * width);
-}
-
-// The same rows in the layout `steps`. `row(r)` is where row r begins; `padded` is a multiple of the pair.
-template <class P, class T, class Row>
-static inline void pack_steps(Row row, int64_t n, int64_t dim, typename P::E* to, int64_t width, int64_t padded) {
-  constexpr int pair = P::kPair;
-  if constexpr (pair == 2) {
-    for (int64_t r = 0; r < n; r += 2, to += 2 * width) {
-      const T* even = row(r);
-      const T* odd = r + 1 < n ? row(r + 1) : nullptr;
-      for (int64_t d = 0; d < dim && odd != nullptr; ++d) {
-        const uint32_t both = even[d].bits | uint32_t{odd[d].bits} << 16;
-        __builtin_memcpy(static_cast<void*>(to + 2 * d), &both, sizeof both);
-      }
-      for (int64_t d = 0; d < dim && odd == nullptr; ++d) {
-        to[2 * d] = even[d];
-        to[2 * d + 1] = T{0};
-      }
-      clear(to + 2 * dim, 2 * (width - dim));
-    }
-    clear(to, (padded - round_up(n, 2)) * width);
-  } else {
-    for (int64_t r = 0; r < n; ++r) {
-      const T* from = row(r);
-      for (int64_t d = 0; d < dim; ++d) convert(from + d, to + r * width + d);
-      clear(to + r * width + dim, width - dim);
-    }
-    clear(to + n * width, (padded - n) * width);
-  }
-}
 
 #if defined(ICAE_AVX512)
 // The 16 x 16 transpose of 32-bit elements, by interleaving within and then across 128-bit parts.
@@ -204,7 +172,82 @@ ICAE_INLINE __m512i load_bytes(const void* p, int64_t bytes) {
   if (bytes >= 64) return _mm512_loadu_si512(p);
   return _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, p);
 }
+
+ICAE_INLINE void store_bytes(void* p, __m512i v, int64_t bytes) {
+  if (bytes >= 64) return _mm512_storeu_si512(p, v);
+  _mm512_mask_storeu_epi8(p, (uint64_t{1} << bytes) - 1, v);
+}
+
+// Two rows of bf16 interleaved: a pair for each column.
+ICAE_INLINE void interleave(const bf16* even, const bf16* odd, int64_t dim, bf16* to) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                       37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t d = 0; d < dim; d += 32) {
+    const int64_t bytes = (dim - d) * 2;
+    const __m512i a = load_bytes(even + d, bytes);
+    const __m512i b = odd == nullptr ? _mm512_setzero_si512() : load_bytes(odd + d, bytes);
+    store_bytes(to + 2 * d, _mm512_permutex2var_epi16(a, low, b), 2 * bytes);
+    if (bytes > 32) store_bytes(to + 2 * d + 32, _mm512_permutex2var_epi16(a, high, b), 2 * bytes - 64);
+  }
+}
 #endif
+
+ICAE_INLINE void convert(const float* from, float* to) { *to = *from; }
+ICAE_INLINE void convert(const double* from, double* to) { *to = *from; }
+ICAE_INLINE void convert(const bf16* from, bf16* to) { *to = *from; }
+ICAE_INLINE void convert(const bf16* from, float* to) { *to = to_compute(*from); }
+
+template <class T, class E>
+ICAE_INLINE void convert_row(const T* from, int64_t n, E* to) {
+#if defined(ICAE_AVX512)
+  if constexpr (sizeof(T) == sizeof(E)) {
+    for (int64_t d = 0; d < n; d += 64 / sizeof(T)) {
+      const int64_t bytes = (n - d) * sizeof(T);
+      store_bytes(to + d, load_bytes(from + d, bytes), bytes);
+    }
+    return;
+  }
+#endif
+  for (int64_t d = 0; d < n; ++d) convert(from + d, to + d);
+}
+
+template <class E>
+static inline void clear(E* p, int64_t n) {
+  __builtin_memset(static_cast<void*>(p), 0, n * sizeof(E));
+}
+
+// n rows in the layout `rows`, each one filled up with zeros to `width`, and zero rows up to `padded`.
+template <class T, class E>
+static inline void pack_rows(const T* from, int64_t from_row, int64_t n, int64_t dim, E* to, int64_t width,
+                             int64_t padded) {
+  for (int64_t r = 0; r < n; ++r) {
+    convert_row(from + r * from_row, dim, to + r * width);
+    clear(to + r * width + dim, width - dim);
+  }
+  clear(to + n * width, (padded - n) * width);
+}
+
+// The same rows in the layout `steps`. `row(r)` is where row r begins; `padded` is a multiple of the pair.
+template <class P, class T, class Row>
+static inline void pack_steps(Row row, int64_t n, int64_t dim, typename P::E* to, int64_t width, int64_t padded) {
+  constexpr int pair = P::kPair;
+  if constexpr (pair == 2) {
+#if defined(ICAE_AVX512)
+    for (int64_t r = 0; r < n; r += 2, to += 2 * width) {
+      interleave(row(r), r + 1 < n ? row(r + 1) : nullptr, dim, to);
+      clear(to + 2 * dim, 2 * (width - dim));
+    }
+#endif
+    clear(to, (padded - round_up(n, 2)) * width);
+  } else {
+    for (int64_t r = 0; r < n; ++r) {
+      convert_row(row(r), dim, to + r * width);
+      clear(to + r * width + dim, width - dim);
+    }
+    clear(to + n * width, (padded - n) * width);
+  }
+}
 
 // B = X^T: lane l of step s holds row(l)'s elements of that step. Lanes from n to kLanes are zero. A `negative` B
 // is -X^T.

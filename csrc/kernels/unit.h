@@ -25,6 +25,7 @@ namespace ICAE_PASTE(unit_, ICAE_ISA) {
 #include "attention_few.h"
 #include "attention_backward.h"
 #include "heads.h"
+#include "gemm.h"
 // clang-format on
 
 template <class T>
@@ -47,6 +48,11 @@ static constexpr Kernels table = {
     ICAE_TEXT(ICAE_ISA),
     {attention_kernels<float>(), attention_kernels<bf16>(), attention_kernels<double>()},
     {heads_kernels<float>(), heads_kernels<bf16>(), heads_kernels<double>()},
+#if defined(ICAE_AVX512)
+    {gemm_scratch_bytes, gemm_run},
+#else
+    {nullptr, nullptr},
+#endif
 };
 
 }  // namespace ICAE_PASTE(unit_, ICAE_ISA)

@@ -171,6 +171,20 @@ ICAE_INLINE void store_n(T* p, V<typename Elem<T>::C> v, int64_t n) {
 #endif
 }
 
+// Whether any element of a comparison's result is set.
+template <class C>
+ICAE_INLINE bool any(I<C> v) {
+#if defined(ICAE_AVX512)
+  return _mm512_test_epi64_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(ICAE_AVX2)
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  bool found = false;
+  for (int i = 0; i < Vec<C>::kWidth; ++i) found |= v[i] != 0;
+  return found;
+#endif
+}
+
 // The sum of all elements.
 template <class C>
 ICAE_INLINE C sum(V<C> v) {

@@ -46,6 +46,11 @@ struct Projection {
   at::Tensor b_v() const { return lora_b.narrow(0, q_size(), kv_size()); }
 
   at::Tensor query_input() const;  // the rows of x that get a query
+  // What the adapters of q and v read: the rows of x that each has, with dropout.
+  struct AdapterInputs {
+    at::Tensor q, v;
+  };
+  AdapterInputs adapter_inputs() const;
   // x A^T of q (n_queries, r) and of v (T, r), without the scale, and the inputs that they were made of.
   struct Down {
     at::Tensor q, v, input_q, input_v;

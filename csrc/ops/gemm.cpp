@@ -1,0 +1,105 @@
+#include "gemm.h"
+
+#include <ATen/ops/empty.h>
+
+#include "../common/parallel.h"
+
+namespace icae_fast {
+namespace {
+
+// Below this, packing the weights costs more than the faster product saves.
+constexpr int64_t kFewestRows = 16;
+// Packed panels of one task stay in the second-level cache, 1 MiB and more on CPUs with AVX512-BF16.
+constexpr int64_t kPanelBytes = 384 << 10;
+
+struct GemmTask {
+  const Gemm* gemm;
+  int64_t panel_begin, panel_end, row_begin, row_end;
+};
+
+int64_t inner_size(const Gemm& g) { return g.terms[0].k + (g.n_terms == 2 ? g.terms[1].k : 0); }
+
+int64_t most_panels(const Gemm& g) {
+  const int64_t bytes = inner_size(g) * 2 * kHalf * 2;
+  return at_least(1, at_most(kMostPanels, kPanelBytes / at_least(1, bytes)));
+}
+
+// Tasks of up to `group` panels and `chunks` pieces of the rows.
+std::vector<GemmTask> cut(const std::vector<Gemm>& gemms, int64_t group, int64_t chunks) {
+  std::vector<GemmTask> tasks;
+  for (const auto& g : gemms) {
+    const int64_t panels = g.panels(), most = at_most(group, most_panels(g));
+    const int64_t rows = round_up(ceil_div(g.rows, chunks), kTileRows);
+    for (int64_t p = 0; p < panels; p += most) {
+      for (int64_t r = 0; r < g.rows; r += rows) {
+        tasks.push_back({&g, p, at_most(panels, p + most), r, at_most(g.rows, r + rows)});
+      }
+    }
+  }
+  return tasks;
+}
+
+// The largest groups that leave no thread waiting for long: rows of x are then read least often.
+std::vector<GemmTask> plan(const std::vector<Gemm>& gemms) {
+  const int64_t threads = at::get_num_threads();
+  int64_t panels = 0, rows = 0;
+  for (const auto& g : gemms) {
+    panels += g.panels();
+    rows = at_least(rows, g.rows);
+  }
+  constexpr int64_t kTasksPerThread = 3, kFewestChunkRows = 8 * kTileRows;
+  const int64_t wanted = ceil_div(kTasksPerThread * threads, at_least(1, panels));
+  const int64_t chunks = at_least(1, at_most(wanted, rows / kFewestChunkRows));
+  std::vector<GemmTask> best;
+  double best_use = 0;
+  for (int64_t group = kMostPanels; group >= 1; --group) {
+    auto tasks = cut(gemms, group, chunks);
+    const int64_t each = ceil_div(tasks.size(), threads), most = each * threads * group;
+    const double use = double(panels * chunks) / double(at_least(1, most));
+    if (best.empty() || use > best_use + 0.02) {
+      best = std::move(tasks);
+      best_use = use;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+bool takes_gemm(const at::Tensor& x, int64_t rows) {
+  return kernels().gemm.run != nullptr && x.scalar_type() == at::kBFloat16 && x.size(1) % 2 == 0 && x.size(1) > 0 &&
+         rows >= kFewestRows;
+}
+
+Gemm gemm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y) {
+  Gemm g{};
+  add_term(g, x, weight);
+  g.rows = x.size(0);
+  g.columns = weight.size(0);
+  g.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+  g.y = y.mutable_data_ptr();
+  g.y_row = y.stride(0);
+  g.factor = 1;
+  return g;
+}
+
+void add_term(Gemm& g, const at::Tensor& x, const at::Tensor& weight) {
+  g.terms[g.n_terms++] = {x.const_data_ptr(), x.stride(0), weight.const_data_ptr(), weight.stride(0), x.size(1)};
+}
+
+void run_gemms(const std::vector<Gemm>& gemms) {
+  const auto& kernel = kernels().gemm;
+  const auto tasks = plan(gemms);
+  if (tasks.empty()) return;
+  int64_t bytes = 0;
+  for (const auto& g : gemms) bytes = at_least(bytes, kernel.scratch_bytes(g, most_panels(g)));
+  bytes = round_up(bytes, 64);
+  const auto scratch = at::empty({max_workers(tasks.size()) * bytes}, at::kByte);
+  char* const base = static_cast<char*>(scratch.mutable_data_ptr());
+  for_each_task(tasks.size(), [&](int64_t i, int64_t worker) {
+    const auto& t = tasks[i];
+    kernel.run(*t.gemm, t.panel_begin, t.panel_end, t.row_begin, t.row_end, base + worker * bytes);
+  });
+}
+
+}  // namespace icae_fast
