@@ -30,6 +30,8 @@ PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(icae_fast::ker
 
 PyObject* cpu_features(PyObject*, PyObject*) { return to_list(icae_fast::cpu_features()); }
 
+PyObject* runnable_isas(PyObject*, PyObject*) { return to_list(icae_fast::runnable_isas()); }
+
 PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
   const char* compiler = "clang " __clang_version__;
@@ -50,6 +52,7 @@ PyObject* build_info(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Name of the instruction set whose kernels run."},
     {"cpu_features", cpu_features, METH_NOARGS, "The CPU's features that matter here and that the OS permits."},
+    {"runnable_isas", runnable_isas, METH_NOARGS, "Those of the build's instruction sets that this CPU can run."},
     {"build_info", build_info, METH_NOARGS, "Compiler, torch version and instruction sets of this build."},
     {nullptr, nullptr, 0, nullptr},
 };
