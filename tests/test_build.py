@@ -20,17 +20,18 @@ from icae_fast import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = _C.build_info()["isas"]
+SANITIZERS = _C.build_info()["sanitizers"]
 # The features by which to tell that a CPU runs an instruction set.
 NEEDS = {"scalar": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512_bf16"}}
 NEEDS["amx"] = NEEDS["avx512"] | {"amx_tile", "amx_bf16"}
 OPS = sorted(REGISTRY)
 
 
-def run_python(*arguments, **environment):
+def run_python(*arguments, folder=ROOT, **environment):
     """Run this Python in a fresh process, from the checkout, with the given environment variables."""
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -293,6 +294,31 @@ def test_attention_does_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+# ---- sanitizers ------------------------------------------------------------------------------------------------
+
+# Memory that AddressSanitizer is told to guard, though it lies in the middle of the keys.
+BAD_READ = """
+import ctypes, torch
+from icae_fast.ops import REGISTRY
+sample = next(s for s in REGISTRY["varlen_attention"].samples if s.name == "gqa-primes")
+inputs = sample.make(torch.float32, "cpu", torch.Generator())
+ctypes.CDLL(None).__asan_poison_memory_region(ctypes.c_void_p(inputs["k"].data_ptr() + 4096), ctypes.c_size_t(64))
+print("ready", flush=True)
+torch.ops.icae_fast.varlen_attention(**inputs)
+"""
+
+
+@pytest.mark.skipif(SANITIZERS != "address,undefined", reason="not the build of `make sanitize`")
+def test_sanitizers_see_what_kernels_do():
+    result = run_python("-c", BAD_READ, folder=Path(_C.__file__).parents[1])
+    assert result.stdout == "ready\n"
+    assert result.returncode != 0
+    assert "AddressSanitizer: use-after-poison" in result.stderr
+    assert re.search(r"#0 .* csrc/kernels/", result.stderr), result.stderr[:3000]
+    # Python's own -fwrapv would leave this one out.
+    assert b"__ubsan_handle_add_overflow_abort" in Path(_C.__file__).read_bytes()
+
+
 # ---- setup.py --------------------------------------------------------------------------------------------------
 
 needs_setup = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
@@ -304,6 +330,14 @@ def test_missing_compiler_is_told_in_one_sentence():
     assert result.returncode != 0
     assert "there is no C++ compiler ('no-such-compiler' is not found)" in result.stderr
     assert "ICAE_FAST_BUILD=0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@needs_setup
+def test_unknown_sanitizer_is_refused_in_one_sentence():
+    result = run_python("setup.py", "--version", ICAE_FAST_SANITIZE="memory", ICAE_FAST_BUILD="1")
+    assert result.returncode != 0
+    assert result.stderr.startswith("icae_fast: ICAE_FAST_SANITIZE is 'memory'; it may be address, ")
     assert "Traceback" not in result.stderr
 
 
