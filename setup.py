@@ -1,7 +1,8 @@
 """Builds `icae_fast._C` from csrc/; everything else about the package is in pyproject.toml.
 
 `pip install --no-build-isolation .` installs with the C++ kernels; with ICAE_FAST_BUILD=0 in the environment
-it installs pure Python, which runs on the plain-torch reference.
+it installs pure Python, which runs on the plain-torch reference. ICAE_FAST_SANITIZE=address,undefined (or one of
+the two) builds the kernels with those sanitizers; `make sanitize` does, into a folder of its own, and tests them.
 """
 
 import os
@@ -23,6 +24,8 @@ OPENMP = {"Linux": ["-fopenmp"]}.get(platform.system(), [])
 COMPILE = ["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes.
 COMPILE += ["-Wno-maybe-uninitialized", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
+# These come after Python's own flags too: under its -fwrapv no integer overflow would be a mistake.
+SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", "-fno-sanitize-recover=undefined"]
 
 
 def is_clang(compiler):
@@ -32,6 +35,14 @@ def is_clang(compiler):
 def found(pattern):
     """Files of csrc/, relative to this one: setuptools refuses absolute paths."""
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(pattern))
+
+
+def sanitizers():
+    """What ICAE_FAST_SANITIZE asks for."""
+    asked = os.environ.get("ICAE_FAST_SANITIZE", "")
+    if asked not in ("", "address", "undefined", "address,undefined"):
+        sys.exit(f"icae_fast: ICAE_FAST_SANITIZE is {asked!r}; it may be address, undefined or address,undefined.")
+    return asked
 
 
 def extension():
@@ -52,13 +63,15 @@ def extension():
         )
     # Checks carry their file's name into the library, which then would differ from folder to folder.
     paths = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
+    sanitized = sanitizers()
+    sanitize = [f"-fsanitize={sanitized}", f'-DICAE_FAST_SANITIZE="{sanitized}"', *SANITIZE] if sanitized else []
     module = CppExtension(
         "icae_fast._C",
         found("*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         depends=found("*.h"),
-        extra_compile_args={"cxx": COMPILE + paths},
-        extra_link_args=["-fopenmp"] if OPENMP and is_clang(compiler) else [],
+        extra_compile_args={"cxx": COMPILE + paths + sanitize},
+        extra_link_args=(["-fopenmp"] if OPENMP and is_clang(compiler) else []) + sanitize[:1],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}}
 

@@ -30,6 +30,8 @@ PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(icae_fast::ker
 
 PyObject* cpu_features(PyObject*, PyObject*) { return to_list(icae_fast::cpu_features()); }
 
+PyObject* runnable_isas(PyObject*, PyObject*) { return to_list(icae_fast::runnable_isas()); }
+
 PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
   const char* compiler = "clang " __clang_version__;
@@ -43,14 +45,21 @@ PyObject* build_info(PyObject*, PyObject*) {
 #else
   const int openmp = 0;
 #endif
-  return Py_BuildValue("{s:s, s:s, s:l, s:i, s:N}", "compiler", compiler, "torch", TORCH_VERSION, "cxx",
-                       static_cast<long>(__cplusplus), "openmp", openmp, "isas", isas);
+#if defined(ICAE_FAST_SANITIZE)
+  const char* sanitizers = ICAE_FAST_SANITIZE;
+#else
+  const char* sanitizers = "";
+#endif
+  return Py_BuildValue("{s:s, s:s, s:l, s:i, s:s, s:N}", "compiler", compiler, "torch", TORCH_VERSION, "cxx",
+                       static_cast<long>(__cplusplus), "openmp", openmp, "sanitizers", sanitizers, "isas", isas);
 }
 
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Name of the instruction set whose kernels run."},
     {"cpu_features", cpu_features, METH_NOARGS, "The CPU's features that matter here and that the OS permits."},
-    {"build_info", build_info, METH_NOARGS, "Compiler, torch version and instruction sets of this build."},
+    {"runnable_isas", runnable_isas, METH_NOARGS, "Those of the build's instruction sets that this CPU can run."},
+    {"build_info", build_info, METH_NOARGS,
+     "Compiler, torch version, sanitizers and instruction sets of this build."},
     {nullptr, nullptr, 0, nullptr},
 };
 

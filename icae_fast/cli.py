@@ -178,7 +178,7 @@ def _streamer(icae: Any) -> Any:
 
 @app.command()
 def info(as_json: AsJson = False) -> None:
-    """Versions, device, CPU features, and which backend serves each op."""
+    """Versions, device, CPU features, instruction sets, and which backend serves each op."""
     from icae_fast.info import collect_info
 
     facts = collect_info()
@@ -195,7 +195,10 @@ def info(as_json: AsJson = False) -> None:
     table.add_row("cpu", f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads")
     table.add_row("C++ kernels", facts["extension"])
     if cpu["isa"]:
-        table.add_row("instruction set", f"{cpu['isa']} (of {', '.join(cpu['features'])})")
+        table.add_row("instruction set", cpu["isa"])
+        table.add_row("sets in this build", ", ".join(cpu["build"]["isas"]))
+        table.add_row("sets this CPU runs", ", ".join(cpu["runnable_isas"]))
+        table.add_row("CPU features", ", ".join(cpu["features"]))
     console.print(table)
     ops = Table("op", "cpu", "cuda")
     for name, by_device in facts["ops"].items():

@@ -15,7 +15,11 @@ _PACKAGES = ("icae-fast", "torch", "transformers", "peft", "triton", "flash-attn
 
 
 def collect_info() -> dict[str, Any]:
-    """Versions, device, CPU features, threads, and the backend of each op, as JSON values."""
+    """Versions, device, CPU features, instruction sets, threads, and the backend of each op, as JSON values.
+
+    Under `cpu`, `isa` is the instruction set whose kernels run, `build.isas` are those that this build has, and
+    `runnable_isas` those of them that this CPU can run.
+    """
     cuda = torch.cuda.is_available()
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
@@ -35,10 +39,11 @@ def _version(package: str) -> str | None:
 
 def _isa() -> dict[str, Any]:
     if EXTENSION_ERROR is not None:
-        return {"isa": None, "features": None}
+        return {"isa": None, "runnable_isas": None, "features": None}
     from icae_fast import _C
 
-    return {"isa": _C.isa(), "features": _C.cpu_features(), "build": _C.build_info()}
+    runs = {"isa": _C.isa(), "runnable_isas": _C.runnable_isas(), "features": _C.cpu_features()}
+    return runs | {"build": _C.build_info()}
 
 
 def _cpu_model() -> str:

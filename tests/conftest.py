@@ -1,5 +1,6 @@
 """Tiny random models of every supported kind, and SmolLM2, for all tests."""
 
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -36,6 +37,18 @@ _KINDS = {
     "qwen3": ("qwen3", {"head_dim": 16}),
 }
 MODEL_KINDS = tuple(_KINDS)
+
+
+def pytest_sessionstart(session):
+    """`make sanitize` must not test the normal build unnoticed."""
+    asked = os.environ.get("ICAE_FAST_SANITIZE", "")
+    if asked:
+        from icae_fast import _C
+
+        built = _C.build_info().get("sanitizers")
+        if built != asked:
+            raise pytest.UsageError(f"{_C.__file__} is built with the sanitizers {built!r}, not with {asked!r}")
+        session.config.get_terminal_writer().line(f"{_C.__file__}: {built}, {_C.isa()}")
 
 
 def pytest_generate_tests(metafunc):

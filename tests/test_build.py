@@ -20,14 +20,18 @@ from icae_fast import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = _C.build_info()["isas"]
+SANITIZERS = _C.build_info()["sanitizers"]
+# The features by which to tell that a CPU runs an instruction set.
+NEEDS = {"scalar": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512_bf16"}}
+NEEDS["amx"] = NEEDS["avx512"] | {"amx_tile", "amx_bf16"}
 OPS = sorted(REGISTRY)
 
 
-def run_python(*arguments, **environment):
+def run_python(*arguments, folder=ROOT, **environment):
     """Run this Python in a fresh process, from the checkout, with the given environment variables."""
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -53,29 +57,27 @@ def test_module_tells_what_was_built_and_runs():
     assert _C.isa() in ISAS
     assert _C.isa() == os.environ.get("ICAE_FAST_ISA", _C.isa())
     assert _C.build_info()["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
-    assert set(_C.cpu_features()) >= {"scalar": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512_bf16"}}[_C.isa()]
+    assert _C.runnable_isas() == [isa for isa in ISAS if NEEDS[isa] <= set(_C.cpu_features())]
 
 
 def test_the_best_instruction_set_is_chosen():
-    features = set(_C.cpu_features())
-    best = "avx512" if {"avx512_bf16", "avx512f"} <= features else "avx2" if {"avx2", "fma"} <= features else "scalar"
     result = run_python("-c", "import icae_fast._C as c; print(c.isa())", ICAE_FAST_ISA="")
-    assert result.stdout.strip() == best, result.stderr
+    assert result.stdout.strip() == _C.runnable_isas()[-1], result.stderr
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_each_instruction_set_passes_the_op_tests(isa):
+def test_each_instruction_set_passes_the_op_tests_and_golden_cases(isa):
     probe = run_python("-c", "import icae_fast._C as c; print(c.isa())", ICAE_FAST_ISA=isa)
-    if probe.returncode != 0:
+    if isa not in _C.runnable_isas():
         assert "this CPU lacks" in probe.stderr
         pytest.skip(probe.stderr.strip().splitlines()[-1])
-    assert probe.stdout.strip() == isa
+    assert probe.stdout.strip() == isa, probe.stderr
     result = run_python(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_ops.py", "-k",
-        "cpp and (budget or gradcheck) and not smollm2 and not span",
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_golden.py", "-k",
+        "cpp and (budget or gradcheck or gradients) or test_golden",
         ICAE_FAST_ISA=isa, ICAE_FAST_REQUIRE="cpp",
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:]
+    assert result.returncode == 0, f"under {isa}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
     assert re.search(r"\d{3} passed", result.stdout), result.stdout[-300:]
 
 
@@ -88,33 +90,70 @@ def test_unknown_instruction_set_is_refused():
 # ---- machine code ----------------------------------------------------------------------------------------------
 
 
+# What the units may use beyond the baseline of x86-64.
+MAY_USE = {"avx2": {"avx2"}, "avx512": {"avx2", "avx512"}, "amx": {"avx2", "avx512", "amx"}}
+
+
 def functions_of(library):
-    """Disassemble: (demangled name, instructions) of every function."""
-    text = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
-    ).stdout
+    """Disassemble: (demangled name, [(bytes, text), ...]) of every function."""
+    text = subprocess.run(["objdump", "-d", "-C", "-w", library], capture_output=True, text=True, check=True).stdout
     for block in re.split(r"\n(?=[0-9a-f]+ <)", text):
         header = re.match(r"[0-9a-f]+ <(.*)>:\n", block)
         if header:
-            yield header[1], re.findall(r"^\s*[0-9a-f]+:\t(.*)$", block, re.MULTILINE)
+            yield header[1], re.findall(r"^\s*[0-9a-f]+:\t([0-9a-f ]+?)\s*\t(.*)$", block, re.MULTILINE)
+
+
+def beyond_the_baseline(code, text):
+    """What an instruction needs beyond x86-64's SSE2. Its prefix tells: AVX-512 on low registers looks like AVX2."""
+    code = re.sub(r"^((2e|3e|64|65|67) )*", "", code)
+    if code.startswith("62 "):  # EVEX
+        return "avx512"
+    if code.startswith(("c4 ", "c5 ")):  # VEX
+        if text.startswith("k"):
+            return "avx512"
+        if text.startswith(("ldtile", "sttile", "tile", "tdp")):
+            return "amx"
+        return "avx2" if text.startswith("v") else "bmi"
+    if re.match(r"((66|f2|f3) )?(4. )?0f 3[8a] |f3 (4. )?0f b[8d] ", code):  # the latter are popcnt and lzcnt
+        return "sse4"
+    return None
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "needs"),
+    [
+        ("62 f3 75 28 25 c2 96", "vpternlogd $0x96,%ymm2,%ymm1,%ymm0", "avx512"),
+        ("62 f1 74 38 58 00", "vaddps (%rax){1to8},%ymm1,%ymm0", "avx512"),
+        ("67 62 f1 74 38 58 00", "vaddps (%eax){1to8},%ymm1,%ymm0", "avx512"),
+        ("c5 f8 92 c8", "kmovw  %eax,%k1", "avx512"),
+        ("c5 f4 58 c2", "vaddps %ymm2,%ymm1,%ymm0", "avx2"),
+        ("c4 e2 72 5c c2", "tdpbf16ps %tmm1,%tmm2,%tmm0", "amx"),
+        ("c4 e2 f1 f7 c3", "shlx   %rcx,%rbx,%rax", "bmi"),
+        ("66 0f 38 40 c1", "pmulld %xmm1,%xmm0", "sse4"),
+        ("f3 48 0f b8 c3", "popcnt %rbx,%rax", "sse4"),
+        ("0f 58 c1", "addps  %xmm1,%xmm0", None),
+        ("0f 00 e0", "verr   %eax", None),
+    ],
+)
+def test_encodings_tell_what_an_instruction_needs(code, text, needs):
+    assert beyond_the_baseline(code, text) == needs
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump to disassemble with")
 @pytest.mark.skipif("avx512" not in ISAS, reason="not an x86 build")
 def test_wide_instructions_stay_in_their_units():
     """A wide instruction in shared code would crash CPUs without it, and only those."""
-    wide = {"avx512": re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[1-7]"), "avx2": re.compile(r"%ymm|^v(?!er[rw])")}
     seen, strays = set(), []
     for name, instructions in functions_of(_C.__file__):
-        unit = next((isa for isa in ("avx512", "avx2") if f"::unit_{isa}::" in name), None)
-        for instruction in instructions:
-            found = next((isa for isa, pattern in wide.items() if pattern.search(instruction)), None)
-            if found and unit == found:
-                seen.add(found)
-            elif found and not (found == "avx2" and unit == "avx512"):
-                strays.append(f"{name}: {instruction}")
+        unit = next((isa for isa in ISAS if f"::unit_{isa}::" in name), None)
+        for code, text in instructions:
+            found = beyond_the_baseline(code, text)
+            if found in MAY_USE.get(unit, ()):
+                seen.add((unit, found))
+            elif found is not None:
+                strays.append(f"{name}: {text} ({found})")
     assert not strays, strays[:10]
-    assert seen == {"avx2", "avx512"}
+    assert seen >= {(isa, isa) for isa in ISAS if isa != "scalar"}
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------
@@ -255,6 +294,31 @@ def test_attention_does_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+# ---- sanitizers ------------------------------------------------------------------------------------------------
+
+# Memory that AddressSanitizer is told to guard, though it lies in the middle of the keys.
+BAD_READ = """
+import ctypes, torch
+from icae_fast.ops import REGISTRY
+sample = next(s for s in REGISTRY["varlen_attention"].samples if s.name == "gqa-primes")
+inputs = sample.make(torch.float32, "cpu", torch.Generator())
+ctypes.CDLL(None).__asan_poison_memory_region(ctypes.c_void_p(inputs["k"].data_ptr() + 4096), ctypes.c_size_t(64))
+print("ready", flush=True)
+torch.ops.icae_fast.varlen_attention(**inputs)
+"""
+
+
+@pytest.mark.skipif(SANITIZERS != "address,undefined", reason="not the build of `make sanitize`")
+def test_sanitizers_see_what_kernels_do():
+    result = run_python("-c", BAD_READ, folder=Path(_C.__file__).parents[1])
+    assert result.stdout == "ready\n"
+    assert result.returncode != 0
+    assert "AddressSanitizer: use-after-poison" in result.stderr
+    assert re.search(r"#0 .* csrc/kernels/", result.stderr), result.stderr[:3000]
+    # Python's own -fwrapv would leave this one out.
+    assert b"__ubsan_handle_add_overflow_abort" in Path(_C.__file__).read_bytes()
+
+
 # ---- setup.py --------------------------------------------------------------------------------------------------
 
 needs_setup = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
@@ -266,6 +330,14 @@ def test_missing_compiler_is_told_in_one_sentence():
     assert result.returncode != 0
     assert "there is no C++ compiler ('no-such-compiler' is not found)" in result.stderr
     assert "ICAE_FAST_BUILD=0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@needs_setup
+def test_unknown_sanitizer_is_refused_in_one_sentence():
+    result = run_python("setup.py", "--version", ICAE_FAST_SANITIZE="memory", ICAE_FAST_BUILD="1")
+    assert result.returncode != 0
+    assert result.stderr.startswith("icae_fast: ICAE_FAST_SANITIZE is 'memory'; it may be address, ")
     assert "Traceback" not in result.stderr
 
 

@@ -90,6 +90,17 @@ def test_info(run):
     code, out, _ = run("info")
     assert code == 0
     assert "varlen_attention" in out
+    cpu = facts["cpu"]
+    if facts["extension"] != "loaded":
+        assert cpu["isa"] is cpu["runnable_isas"] is None
+        return
+    assert cpu["isa"] in cpu["runnable_isas"]
+    assert set(cpu["runnable_isas"]) <= set(cpu["build"]["isas"])
+    lines = [line.split("│") for line in out.splitlines() if line.startswith("│")]
+    rows = {line[1].strip(): line[2].strip() for line in lines}
+    assert rows["instruction set"] == cpu["isa"]
+    assert rows["sets in this build"] == ", ".join(cpu["build"]["isas"])
+    assert rows["sets this CPU runs"] == ", ".join(cpu["runnable_isas"])
 
 
 def test_bench_latency(run, text_file, tmp_path):

@@ -136,4 +136,12 @@ std::vector<std::string> built_isas() {
   return names;
 }
 
+std::vector<std::string> runnable_isas() {
+  std::vector<std::string> names;
+  for (const auto& unit : units()) {
+    if (missing(unit).empty()) names.emplace_back(unit.name);
+  }
+  return names;
+}
+
 }  // namespace icae_fast

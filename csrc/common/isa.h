@@ -18,4 +18,7 @@ std::vector<std::string> cpu_features();
 // Names of the units in this build, the plainest first.
 std::vector<std::string> built_isas();
 
+// Those of them that this CPU can run.
+std::vector<std::string> runnable_isas();
+
 }  // namespace icae_fast
