@@ -4,11 +4,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKLOAD ?= real
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # With fewer jobs a small machine does not run out of memory in the compiler.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test bench bench-check lint format readme clean
+.PHONY: demo test bench bench-encode bench-check lint format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -29,6 +30,11 @@ bench: $(VENV)/.installed
 		--prompt "Who was the first keeper of the lighthouse?" -o docs/results
 	$(BIN)/python -m bench.accuracy examples/harrow_point.txt
 	$(MAKE) readme
+
+# Compressing alone, beside its targets, in a quarter of an hour; WORKLOAD=big has a second large batch, and one thread
+# for everything, and takes an hour.
+bench-encode: $(VENV)/.installed
+	$(BIN)/python -m pytest $(wildcard bench/bench_encode*.py) --workload $(WORKLOAD)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
