@@ -31,10 +31,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.accuracy examples/harrow_point.txt
 	$(MAKE) readme
 
-# Compressing alone, beside its targets, in a quarter of an hour; WORKLOAD=big has a second large batch, and one thread
-# for everything, and takes an hour.
+# Compressing alone, beside its targets, in a quarter of an hour on two cores; WORKLOAD=big adds one thread for the other
+# shapes, and a larger batch of the 1B model, and takes twice as long.
 bench-encode: $(VENV)/.installed
 	$(BIN)/python -m pytest $(wildcard bench/bench_encode*.py) --workload $(WORKLOAD)
+	$(MAKE) readme
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -37,7 +37,8 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter, config):
     """The measured figures beside the targets."""
-    if table := render(describe_machine(), config.stash.get(ROWS, [])):
+    rows = config.stash.get(ROWS, [])
+    if rows and (table := render(describe_machine(), rows)):
         terminalreporter.section("targets")
         terminalreporter.write_line(table)
 

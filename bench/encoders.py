@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from bench.checks import assert_same
+from bench.checks import TOLERANCE, assert_same
 from bench.harness import GEMM_BOUND, OURS, Work
 from bench.measure import speedup
 from bench.shapes import Case, encode_flops, encode_gemm_flops, lora_flops_share
@@ -16,6 +17,9 @@ from icae_fast.memory import Memory
 BASELINE, MERGED, COMPILED, FROZEN = "baseline", "merged", "merged compiled", "merged compiled frozen"
 OURS_FUSED, OURS_MERGED, WITHOUT_LORA = f"{OURS} fused", f"{OURS} merged", f"{OURS} without LoRA"
 GEMMS = "gemms"
+# Random weights make more of rounding than trained ones: llama-1b's slots lay 3.1e-2 from the baseline's, and those of
+# Hugging Face with merged weights 3.3e-2.
+RANDOM_TOLERANCE = 2.0
 SDPA, EXPANDED = "sdpa", "sdpa expanded"  # of attention alone
 
 
@@ -25,9 +29,17 @@ def encoder_work(case: Case) -> Work:
     return Work(GEMM_BOUND[case.torch_dtype], flops=flops, tokens=case.documents * case.tokens)
 
 
+def lesser_work(case: Case) -> dict[str, Work]:
+    """What the providers do that give no slots, or other ones."""
+    sizes = (case.shape, case.span_lengths, case.memory_size)
+    flops = {GEMMS: encode_gemm_flops(*sizes, case.rank), WITHOUT_LORA: encode_flops(*sizes, rank=0)}
+    return {name: dataclasses.replace(encoder_work(case), flops=n) for name, n in flops.items()}
+
+
 def encoder_check(case: Case) -> Callable[[dict[str, Any]], None]:
     """Raises unless all slots are the baseline's, and the GEMMs did the operations that the analysis counts."""
-    gemm_flops = encode_gemm_flops(case.shape, case.span_lengths, case.memory_size, case.rank)
+    gemm_flops = lesser_work(case)[GEMMS].flops
+    tolerance = TOLERANCE[case.torch_dtype] * (1.0 if case.shape.embedded else RANDOM_TOLERANCE)
 
     def check(results):
         expected = results[BASELINE]
@@ -39,7 +51,7 @@ def encoder_check(case: Case) -> Callable[[dict[str, Any]], None]:
                 assert slots.shape == expected.shape
                 assert bool(slots.isfinite().all())
             else:
-                assert_same(slots, expected, case.torch_dtype, f"slots of {name}")
+                assert_same(slots, expected, case.torch_dtype, f"slots of {name}", tolerance)
 
     return check
 

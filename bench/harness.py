@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ GEMM_BOUND = {torch.bfloat16: "gemm_bf16", torch.float32: "gemm_fp32"}
 
 @dataclass(frozen=True)
 class Work:
-    """What a call gets done, the same for every provider, whatever each of them computes besides.
+    """What a call gets done, the same for every provider that gives the result, whatever it computes besides.
 
     Args:
         bound: which bound the work is compared with: "gemm_bf16" or "gemm_fp32" (then `flops` counts) or
@@ -60,6 +60,7 @@ class Outcome:
         peaks: each provider's working memory in bytes.
         work: what a call gets done.
         backends: op name to the backend that ran it.
+        lesser: provider to what it gets done, for those that do only a part.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Outcome:
     peaks: dict[str, int]
     work: Work
     backends: dict[str, str]
+    lesser: Mapping[str, Work] = field(default_factory=dict)
 
     def row(self, bounds: Bounds) -> dict[str, Any]:
         """The outcome as JSON values.
@@ -85,7 +87,7 @@ class Outcome:
             "rounds": len(ours),
             "seconds": {n: {"median": medians[n], "min": min(t)} for n, t in self.seconds.items()},
             "speedup_over": {n: speedup(ours, t) for n, t in self.seconds.items() if n != OURS},
-            "rates": {n: self.work.rates(t, bounds) for n, t in medians.items()},
+            "rates": {n: self.lesser.get(n, self.work).rates(t, bounds) for n, t in medians.items()},
             "bound": self.work.bound,
             "peak_bytes": self.peaks,
             "backends": self.backends,
@@ -129,6 +131,7 @@ class Compare:
         check: Callable[[dict[str, Any]], None],
         work: Work,
         ops: Sequence[str] = (),
+        lesser: Mapping[str, Work] | None = None,
         rounds: int | None = None,
         derive: Callable[[Mapping[str, list[float]]], dict[str, Any]] | None = None,
         **facts: Any,
@@ -140,6 +143,7 @@ class Compare:
             check: gets each provider's result by name, and raises if they are not the same.
             work: what one call gets done.
             ops: names of this package's ops that are involved.
+            lesser: what a call of those providers gets done that do only a part of it.
             rounds: see `measure`.
             derive: makes further facts of each provider's times, round by round.
             facts: what else the row should say (workload, mode).
@@ -147,7 +151,7 @@ class Compare:
         seconds, peaks = self.measure(calls, check, rounds=rounds)
         backends = {op: backend_of(op, self.device) for op in ops}
         derived = derive(seconds) if derive else {}
-        self.report(Outcome(self.benchmark.name, {**facts, **derived}, seconds, peaks, work, backends))
+        self.report(Outcome(self.benchmark.name, {**facts, **derived}, seconds, peaks, work, backends, lesser or {}))
 
     def measure(
         self,

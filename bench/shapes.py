@@ -151,7 +151,7 @@ ENCODE_WORKLOADS = {
 # 8064 tokens is one span, which with its memory tokens takes all of SmolLM2's 8192 positions.
 SHAPE_WORKLOADS = {
     "small": [_tiny(1, 64, rate=8), _tiny(3, 8, rate=1, threads=1)],
-    "real": [_llama(1, 1), _llama(1, 2), _smollm2(1, 8064, 63, 2), _smollm2(64, 128, 1, 2)],
+    "real": [_llama(1, 2), _smollm2(1, 8064, 63, 2), _smollm2(64, 128, 1, 2)],
     "big": [
         *(_llama(documents, threads) for documents in (1, 4) for threads in (1, 2)),
         *(_smollm2(1, 8064, 63, threads) for threads in (1, 2)),

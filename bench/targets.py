@@ -85,7 +85,7 @@ def _encoder_figures(row):
     judged = "lora_cost" in row
     for name, target in ((BASELINE, OVER_BASELINE), (MERGED, None), (COMPILED, OVER_COMPILED), (FROZEN, None)):
         if name in row["speedup_over"]:
-            yield Figure(row["case"], f"speed over {name}", row["speedup_over"][name], target if judged else None)
+            yield Figure(row["case"], f"over {name}", row["speedup_over"][name], target if judged else None)
     yield Figure(row["case"], "time over bare GEMMs", row["time_over_gemms"], OVER_GEMMS if judged else None)
     if judged:
         over_share = {name: cost / row["lora_flops_share"] for name, cost in row["lora_cost"].items()}
@@ -97,7 +97,7 @@ def _attention_figures(row):
     best = min((SDPA, EXPANDED), key=lambda name: row["speedup_over"][name]["median"])
     judged = row["rows_by_tokens"].endswith("x640")  # a span of 512 tokens and its memory tokens
     yield Figure(
-        f"attention {row['rows_by_tokens']}", f"speed over {best}", row["speedup_over"][best],
+        f"attention {row['rows_by_tokens']}", f"over {best}", row["speedup_over"][best],
         OVER_SDPA if judged else None,
     )  # fmt: skip
 

@@ -73,6 +73,10 @@ def test_work_rates():
     assert work.rates(2.0, bounds) == {"tokens_per_s": 5.0, "gflops": 2.0, "fraction_of_bound": 0.25}
     read = harness.Work("read", bytes=10**9)
     assert read.rates(0.5, bounds) == {"gbs": 2.0, "fraction_of_bound": 0.5}
+    times = {"icae_fast": [2.0], "half": [2.0]}
+    half = harness.Work("gemm_bf16", flops=2 * 10**9)
+    rates = harness.Outcome("toy", {}, times, {}, work, {}, {"half": half}).row(bounds)["rates"]
+    assert (rates["icae_fast"]["gflops"], rates["half"]["gflops"]) == (2.0, 1.0)
     assert harness.rounded({"a": [0.123456, 7], "b": "x"}) == {"a": [0.1235, 7], "b": "x"}
 
 
