@@ -64,4 +64,4 @@ $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info icae_fast/*.so
+	rm -rf $(VENV) .cache build dist *.egg-info icae_fast/*.so

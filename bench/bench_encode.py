@@ -14,7 +14,7 @@ from icae_fast import backend_of
 
 OPS = ("lora_qkv_rope", "varlen_attention")
 # A round of all providers takes five seconds a document, and one of growth a minute.
-DOCUMENTS_IN_ALL_ROUNDS, LEAST_ROUNDS, GROWTH_ROUNDS = 20, 3, 2
+DOCUMENTS_IN_ALL_ROUNDS, LEAST_ROUNDS, GROWTH_ROUNDS = 16, 3, 2
 
 
 def test_compress(compare, encode_case):

@@ -4,6 +4,7 @@ pytest bench                              the real sizes; writes docs/results/SU
 pytest bench --workload big               more and larger ones
 pytest bench --benchmark-disable          each benchmark once, checked and untimed, at small sizes
 pytest bench/bench_encode.py -k 4x512     some of them; nothing is written
+pytest bench/bench_encode*.py             the suite of compressing; targets stand at the end
 """
 
 from __future__ import annotations

@@ -121,9 +121,9 @@ def render(machine: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
         table.add_row(
             figure.where,
             figure.what,
-            f"{ratio['median']:.3g}",
-            f"{ratio['min']:.3g} to {ratio['max']:.3g}" if "min" in ratio else "",
-            f"{ratio['of_minima']:.3g}" if "of_minima" in ratio else "",
+            f"{ratio['median']:.4g}",
+            f"{ratio['min']:.4g} to {ratio['max']:.4g}" if "min" in ratio else "",
+            f"{ratio['of_minima']:.4g}" if "of_minima" in ratio else "",
             f"{target.sign} {target.bound(amx):g}" if target else "",
             ("met" if target.met(ratio["median"], amx) else "missed") if target else "",
         )
