@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench.encoders import BASELINE, COMPILED, EXPANDED, FROZEN, MERGED, SDPA
 
-WIDTH = 120
+WIDTH = 160  # no line of the table breaks
 AT_LEAST, AT_MOST = ">=", "<="
 
 
