@@ -4,11 +4,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKLOAD ?= real
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # With fewer jobs a small machine does not run out of memory in the compiler.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test sanitize bench bench-check lint format readme clean
+.PHONY: demo test sanitize bench bench-encode bench-check lint format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -53,6 +54,12 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.accuracy examples/harrow_point.txt
 	$(MAKE) readme
 
+# Compressing alone, beside its targets, in a quarter of an hour on two cores; WORKLOAD=big adds one thread for the other
+# shapes, and a larger batch of the 1B model, and takes twice as long.
+bench-encode: $(VENV)/.installed
+	$(BIN)/python -m pytest $(wildcard bench/bench_encode*.py) --workload $(WORKLOAD)
+	$(MAKE) readme
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,4 +87,4 @@ $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info icae_fast/*.so
+	rm -rf $(VENV) .cache build dist *.egg-info icae_fast/*.so

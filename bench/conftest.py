@@ -4,17 +4,22 @@ pytest bench                              the real sizes; writes docs/results/SU
 pytest bench --workload big               more and larger ones
 pytest bench --benchmark-disable          each benchmark once, checked and untimed, at small sizes
 pytest bench/bench_encode.py -k 4x512     some of them; nothing is written
+pytest bench/bench_encode*.py             the suite of compressing; targets stand at the end
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from bench.harness import Compare, write_results
 from bench.machine import REPOSITORY, Bounds, describe_machine
-from bench.shapes import WORKLOADS
+from bench.shapes import ATTENTION_WORKLOADS, ENCODE_WORKLOADS, GROWTH_WORKLOADS, SHAPE_WORKLOADS, WORKLOADS
+from bench.targets import render
+
+ROWS = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
@@ -27,15 +32,35 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("python_files", "bench_*.py")
+    # Inductor would write into the system's temporary folder, and compile again after a restart.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPOSITORY / ".cache" / "inductor"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The measured figures beside the targets."""
+    rows = config.stash.get(ROWS, [])
+    if rows and (table := render(describe_machine(), rows)):
+        terminalreporter.section("targets")
+        terminalreporter.write_line(table)
 
 
 def pytest_generate_tests(metafunc):
-    """An argument `case` stands for each case of the chosen workload, `one_document` for those with one document."""
+    """Some arguments stand for each case of the chosen workload; `one_document` for those with one document."""
     disabled = metafunc.config.getoption("benchmark_disable")
-    cases = WORKLOADS[metafunc.config.getoption("--workload") or ("small" if disabled else "real")]
-    for argument, chosen in (("case", cases), ("one_document", [c for c in cases if c.documents == 1])):
+    workload = metafunc.config.getoption("--workload") or ("small" if disabled else "real")
+    arguments = {
+        "case": WORKLOADS[workload],
+        "one_document": [c for c in WORKLOADS[workload] if c.documents == 1],
+        "encode_case": ENCODE_WORKLOADS[workload],
+        "shape_case": SHAPE_WORKLOADS[workload],
+        "rows": ATTENTION_WORKLOADS[workload],
+    }
+    for argument, chosen in arguments.items():
         if argument in metafunc.fixturenames:  # session scope makes pytest run all that needs one model in a row
             metafunc.parametrize(argument, chosen, ids=[c.name for c in chosen], scope="session")
+    if "growing" in metafunc.fixturenames:
+        chosen = GROWTH_WORKLOADS[workload]
+        metafunc.parametrize("growing", chosen, ids=[cases[-1].name for cases in chosen], scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -52,21 +77,32 @@ def bounds():
 
 @pytest.fixture(scope="session")
 def outcomes(request, machine, bounds):
-    """Outcomes of each suite; written at the end of a timed run in which every benchmark took part and passed."""
-    suites: dict[str, list] = {}
-    yield suites
-    config = request.config
+    """Outcomes of each file; written at the end of a timed run in which every benchmark took part and passed."""
+    files: dict[Path, list] = {}
+    yield files
+    config, collected = request.config, {item.path for item in request.session.items}
     partial = (
         config.option.keyword
         or config.option.markexpr
         or any("::" in a for a in config.args)
         or request.session.testsfailed
     )
-    if config.getoption("benchmark_disable") or partial:
+    if config.getoption("benchmark_disable"):
         return
-    for suite, found in suites.items():
-        path = write_results(config.getoption("--results"), suite, machine, bounds, found)
-        config.get_terminal_writer().line(f"\nwrote {path.name}")
+    config.stash[ROWS] = [outcome.row(bounds) for found in files.values() for outcome in found]
+    for suite in {} if partial else dict.fromkeys(map(suite_of, files)):
+        # A suite may lie in several files, `bench_SUITE.py` and `bench_SUITE_*.py`; without one it is not whole.
+        members = [path for path in files if suite_of(path) == suite]
+        neighbours = {path for path in members[0].parent.glob("bench_*.py") if suite_of(path) == suite}
+        if neighbours <= collected:
+            found = [outcome for path in members for outcome in files[path]]
+            path = write_results(config.getoption("--results"), suite, machine, bounds, found)
+            config.get_terminal_writer().line(f"\nwrote {path.name}")
+
+
+def suite_of(path: Path) -> str:
+    """The suite that a file of benchmarks belongs to: "encode" for `bench_encode_shapes.py`."""
+    return path.stem.split("_")[1]
 
 
 @pytest.fixture
@@ -76,4 +112,4 @@ def compare(request, benchmark, machine, bounds, outcomes):
     comparison = Compare(benchmark, bounds, machine, limits[0], float(limits[1]))
     yield comparison
     if comparison.outcome is not None:
-        outcomes.setdefault(request.path.stem.removeprefix("bench_"), []).append(comparison.outcome)
+        outcomes.setdefault(request.path, []).append(comparison.outcome)

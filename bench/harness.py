@@ -7,14 +7,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.machine import Bounds, machine_slug, synchronize
-from bench.measure import pair_ratios, peak_memory
+from bench.measure import peak_memory, speedup
 from icae_fast import backend_of
 
 OURS = "icae_fast"
@@ -23,7 +23,7 @@ GEMM_BOUND = {torch.bfloat16: "gemm_bf16", torch.float32: "gemm_fp32"}
 
 @dataclass(frozen=True)
 class Work:
-    """What a call gets done, the same for every provider, whatever each of them computes besides.
+    """What a call gets done, the same for every provider that gives the result, whatever it computes besides.
 
     Args:
         bound: which bound the work is compared with: "gemm_bf16" or "gemm_fp32" (then `flops` counts) or
@@ -60,6 +60,7 @@ class Outcome:
         peaks: each provider's working memory in bytes.
         work: what a call gets done.
         backends: op name to the backend that ran it.
+        lesser: provider to what it gets done, for those that do only a part.
     """
 
     name: str
@@ -68,14 +69,15 @@ class Outcome:
     peaks: dict[str, int]
     work: Work
     backends: dict[str, str]
+    lesser: Mapping[str, Work] = field(default_factory=dict)
 
     def row(self, bounds: Bounds) -> dict[str, Any]:
         """The outcome as JSON values.
 
         Returns:
             `name`, the facts, `rounds`, `seconds` (median and min of each provider), `speedup_over` (each other
-            provider's time over icae_fast's, of the ratios round by round: median, min, max), `rates` (at the
-            median), `bound`, `peak_bytes`, `backends`.
+            provider's time over icae_fast's, of the ratios round by round: median, min, max, and of_minima, the
+            ratio of the best times), `rates` (at the median), `bound`, `peak_bytes`, `backends`.
         """
         medians = {name: statistics.median(times) for name, times in self.seconds.items()}
         ours = self.seconds[OURS]
@@ -84,8 +86,8 @@ class Outcome:
             **self.facts,
             "rounds": len(ours),
             "seconds": {n: {"median": medians[n], "min": min(t)} for n, t in self.seconds.items()},
-            "speedup_over": {n: pair_ratios(ours, t) for n, t in self.seconds.items() if n != OURS},
-            "rates": {n: self.work.rates(t, bounds) for n, t in medians.items()},
+            "speedup_over": {n: speedup(ours, t) for n, t in self.seconds.items() if n != OURS},
+            "rates": {n: self.lesser.get(n, self.work).rates(t, bounds) for n, t in medians.items()},
             "bound": self.work.bound,
             "peak_bytes": self.peaks,
             "backends": self.backends,
@@ -107,7 +109,7 @@ class Compare:
         device: what to wait for, and whose memory to look at.
 
     Attributes:
-        outcome: what was found, once it has run.
+        outcome: what was found, once it has run: anything with the `row` of an `Outcome`.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class Compare:
     ) -> None:
         self.benchmark, self.bounds, self.machine = benchmark, bounds, machine
         self.min_rounds, self.max_time, self.device = min_rounds, max_time, device
-        self.outcome: Outcome | None = None
+        self.outcome: Any = None
 
     def __call__(
         self,
@@ -129,6 +131,9 @@ class Compare:
         check: Callable[[dict[str, Any]], None],
         work: Work,
         ops: Sequence[str] = (),
+        lesser: Mapping[str, Work] | None = None,
+        rounds: int | None = None,
+        derive: Callable[[Mapping[str, list[float]]], dict[str, Any]] | None = None,
         **facts: Any,
     ) -> None:
         """Run the comparison, and fill `benchmark.extra_info`.
@@ -138,27 +143,60 @@ class Compare:
             check: gets each provider's result by name, and raises if they are not the same.
             work: what one call gets done.
             ops: names of this package's ops that are involved.
+            lesser: what a call of those providers gets done that do only a part of it.
+            rounds: see `measure`.
+            derive: makes further facts of each provider's times, round by round.
             facts: what else the row should say (workload, mode).
+        """
+        seconds, peaks = self.measure(calls, check, rounds=rounds)
+        backends = {op: backend_of(op, self.device) for op in ops}
+        derived = derive(seconds) if derive else {}
+        self.report(Outcome(self.benchmark.name, {**facts, **derived}, seconds, peaks, work, backends, lesser or {}))
+
+    def measure(
+        self,
+        calls: Mapping[str, Callable[[], Any]],
+        check: Callable[[dict[str, Any]], None],
+        target: str = OURS,
+        rounds: int | None = None,
+    ) -> tuple[dict[str, list[float]], dict[str, int]]:
+        """Check, note peaks, and time in interleaved rounds.
+
+        Args:
+            calls, check: as above.
+            target: the call whose times pytest-benchmark gets.
+            rounds: for calls of many seconds: this many rounds, or `min_rounds` if that is less, and the calls that are
+                checked note the peak as well and are the only warm-up.
+
+        Returns:
+            Each call's times, round by round, and its working memory in bytes.
         """
         peaks: dict[str, int] = {}
         measured = {name: self._noting_peak(name, call, peaks) for name, call in calls.items()}
-        if self.benchmark.enabled:
+        if not self.benchmark.enabled:
+            seconds, results = self._time(measured, target, rounds=1, warmup=0)
+            check(results)
+        elif rounds is not None:
+            check({name: call() for name, call in measured.items()})
+            self.bounds.probe()
+            seconds, _ = self._time(calls, target, min(rounds, self.min_rounds), warmup=0)
+        else:
             check({name: call() for name, call in calls.items()})
             start = time.perf_counter()
             for call in measured.values():
                 call()
-            rounds = max(self.min_rounds, math.ceil(self.max_time / (time.perf_counter() - start)))
+            enough = max(self.min_rounds, math.ceil(self.max_time / (time.perf_counter() - start)))
             self.bounds.probe()
             # One round to warm up: measuring the peak has given freed pages back to the system.
-            seconds, _ = self._time(calls, rounds, warmup=1)
-        else:
-            seconds, results = self._time(measured, rounds=1, warmup=0)
-            check(results)
+            seconds, _ = self._time(calls, target, enough, warmup=1)
         self.bounds.probe()
-        backends = {op: backend_of(op, self.device) for op in ops}
-        self.outcome = Outcome(self.benchmark.name, facts, seconds, peaks, work, backends)
+        return seconds, peaks
+
+    def report(self, outcome: Any) -> None:
+        """Keep what was found, and tell pytest-benchmark."""
+        self.outcome = outcome
         machine = {k: self.machine[k] for k in ("device", "cpu", "isa", "threads", "versions", "commit", "dirty")}
-        self.benchmark.extra_info.update(self.outcome.row(self.bounds), **machine, bounds=self.bounds.as_dict())
+        self.benchmark.extra_info.update(outcome.row(self.bounds), **machine, bounds=self.bounds.as_dict())
 
     def _noting_peak(self, name, call, peaks):
         def run():
@@ -167,7 +205,7 @@ class Compare:
 
         return run
 
-    def _time(self, calls, rounds, warmup):
+    def _time(self, calls, target, rounds, warmup):
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         results: dict[str, Any] = {}
 
@@ -180,10 +218,10 @@ class Compare:
 
         def others():
             for name in calls:
-                if name != OURS:
+                if name != target:
                     timed(name)
 
-        self.benchmark.pedantic(timed, args=(OURS,), setup=others, rounds=rounds, warmup_rounds=warmup)
+        self.benchmark.pedantic(timed, args=(target,), setup=others, rounds=rounds, warmup_rounds=warmup)
         return {name: times[warmup:] for name, times in seconds.items()}, results
 
 
@@ -196,9 +234,7 @@ def rounded(value: Any, digits: int = 4) -> Any:
     return [rounded(v, digits) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def write_results(
-    folder: Path, suite: str, machine: dict[str, Any], bounds: Bounds, outcomes: Sequence[Outcome]
-) -> Path:
+def write_results(folder: Path, suite: str, machine: dict[str, Any], bounds: Bounds, outcomes: Sequence[Any]) -> Path:
     """Write `SUITE-MACHINE.json`, in place of what an earlier run on this kind of machine left there."""
     path = folder / f"{suite}-{machine_slug(machine)}.json"
     folder.mkdir(parents=True, exist_ok=True)

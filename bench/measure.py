@@ -39,6 +39,11 @@ def pair_ratios(times: Sequence[float], reference: Sequence[float]) -> dict[str,
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
+def speedup(times: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """`pair_ratios`, and `of_minima`: the ratio of the best times, which other people's work disturbs least."""
+    return {**pair_ratios(times, reference), "of_minima": min(reference) / min(times)}
+
+
 def peak_memory(call: Callable[[], Result], device: torch.device | str = "cpu") -> tuple[Result, int]:
     """The result of a call, and by how many bytes memory rose above what was held before it.
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.baseline import BaselineICAE
+from bench.gemms import BareGemms
 from bench.shapes import MODELS, Case
 from icae_fast import ICAE, ICAEConfig
 from icae_fast.embedded import load_smollm2
+from icae_fast.modeling import DEFAULT_TOKEN_BUDGET
+from icae_fast.spans import micro_batches, pack_spans
 
 SEED = 0
 
@@ -45,6 +49,47 @@ def build_icae(base: Any, config: ICAEConfig, tokenizer: Any = None) -> ICAE:
     return icae
 
 
+def in_adapter_mode(icae: ICAE, mode: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call that runs with `icae.adapter_mode` at "auto", "fused" or "merged", and puts back what it was."""
+
+    def run():
+        before = icae.adapter_mode
+        icae.adapter_mode = mode
+        try:
+            return call()
+        finally:
+            icae.adapter_mode = before
+
+    return run
+
+
+@torch.no_grad()
+def encode_without_lora(icae: ICAE, spans: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What `icae.compress` would give if there were no adapter, (len(spans) * k, d): what the LoRA costs is the rest.
+
+    The same micro-batches of the same packed rows go through the same backbone. Slots are not scaled.
+    """
+    config, slots = icae.config, []
+    memory_tokens = icae.memory_token_embed.weight[: config.memory_size].to(icae.dtype)
+    for batch in micro_batches([len(s) + config.memory_size for s in spans], DEFAULT_TOKEN_BUDGET):
+        chosen = [spans[i] for i in batch]
+        lengths = [len(s) for s in chosen]
+        pieces = [p for e in icae.embed(torch.cat(chosen)).split(lengths) for p in (e, memory_tokens)]
+        slots.append(icae.backbone.forward(torch.cat(pieces), pack_spans(lengths, config).to(icae.device)))
+    return torch.cat(slots)
+
+
+@contextlib.contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Runs with `count` threads, 0 for as many as there were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class MergedEncoder:
     """The strongest plain Hugging Face encoder: LoRA merged into the weights, body only, spans in one eager batch.
 
@@ -65,17 +110,43 @@ class MergedEncoder:
     @torch.no_grad()
     def compress(self, spans: Sequence[torch.Tensor]) -> torch.Tensor:
         """Slots of (L,) spans, all of one length, (len(spans) * k, d)."""
-        text = self.model.embed_tokens(torch.stack(list(spans)))
-        embeddings = torch.cat((text, self.memory_tokens.expand(len(spans), -1, -1)), dim=1)
+        return self.encode(torch.stack(list(spans)))
+
+    def encode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Slots of a (B, L) batch of spans."""
+        text = self.model.embed_tokens(ids)
+        embeddings = torch.cat((text, self.memory_tokens.expand(len(ids), -1, -1)), dim=1)
         hidden = self.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return hidden[:, -self.memory_size :].flatten(0, 1)
+
+
+class CompiledEncoder:
+    """A `MergedEncoder` under `torch.compile`: one graph for each shape, without a break.
+
+    With `freezing`, inductor takes the weights for constants, which lets oneDNN lay them out for its kernels when
+    the graph is compiled. Dynamo looks at the global setting while it traces, so that `options` alone would come too
+    late; without them it would take the graph of the other encoder for this one's. Both want gradients to be off.
+
+    The first call for a shape compiles; see `bench/conftest.py` for where that is cached.
+    """
+
+    def __init__(self, merged: MergedEncoder, freezing: bool) -> None:
+        self.freezing = freezing
+        self._encode = torch.compile(merged.encode, fullgraph=True, dynamic=False, options={"freezing": freezing})
+
+    @torch.no_grad()
+    def compress(self, spans: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `MergedEncoder.compress`."""
+        with torch._inductor.config.patch(freezing=self.freezing):
+            return self._encode(torch.stack(list(spans)))
 
 
 class Models:
     """Every provider of one model with the same weights; each is made when it is first asked for.
 
     Attributes:
-        icae: `icae_fast.ICAE`; baseline: `BaselineICAE`; merged: `MergedEncoder`.
+        icae: `icae_fast.ICAE`; baseline: `BaselineICAE`; merged: `MergedEncoder`; compiled, frozen:
+        `CompiledEncoder` without and with freezing.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, config: ICAEConfig) -> None:
@@ -91,6 +162,20 @@ class Models:
     def merged(self) -> MergedEncoder:
         """Hugging Face with merged weights."""
         return MergedEncoder(self.icae)
+
+    @functools.cached_property
+    def compiled(self) -> CompiledEncoder:
+        """The same under torch.compile."""
+        return CompiledEncoder(self.merged, freezing=False)
+
+    @functools.cached_property
+    def frozen(self) -> CompiledEncoder:
+        """The same under torch.compile with constant weights."""
+        return CompiledEncoder(self.merged, freezing=True)
+
+    def gemms(self, spans: Sequence[torch.Tensor]) -> BareGemms:
+        """icae_fast's matrix products for these spans, and nothing else."""
+        return BareGemms(self.icae, [len(s) for s in spans], DEFAULT_TOKEN_BUDGET)
 
 
 @functools.lru_cache(maxsize=1)  # cases of one model follow one another, and two models may not fit into memory

@@ -68,6 +68,7 @@ class Case:
         documents, tokens: how many documents of how many tokens.
         memory_size, rate, rank: k, context tokens a slot, LoRA rank.
         new_tokens: tokens generated where something is.
+        threads: to run with, 0 for as many as torch takes by itself.
     """
 
     model: str
@@ -78,11 +79,13 @@ class Case:
     rate: int = 4
     rank: int = 128
     new_tokens: int = 32
+    threads: int = 0
 
     @property
     def name(self) -> str:
-        """A readable id, `model-dtype-DOCUMENTSxTOKENS`."""
-        return f"{self.model}-{self.dtype}-{self.documents}x{self.tokens}"
+        """A readable id, `model-dtype-DOCUMENTSxTOKENS`, and the threads if they are said."""
+        threads = f"-{self.threads}t" if self.threads else ""
+        return f"{self.model}-{self.dtype}-{self.documents}x{self.tokens}{threads}"
 
     @property
     def shape(self) -> ModelShape:
@@ -102,20 +105,70 @@ class Case:
         return [min(step, self.tokens - start) for start in range(0, self.tokens, step)] * self.documents
 
 
-def _tiny(documents: int, tokens: int) -> Case:
-    return Case("tiny", "fp32", documents, tokens, memory_size=8, rank=8, new_tokens=4)
+@dataclass(frozen=True)
+class Rows:
+    """A batch for attention alone.
+
+    Args:
+        count, tokens: how many rows of how many tokens.
+    """
+
+    count: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """A readable id, `ROWSxTOKENS`."""
+        return f"{self.count}x{self.tokens}"
+
+
+def _tiny(documents: int, tokens: int, rate: int = 4, threads: int = 0) -> Case:
+    return Case("tiny", "fp32", documents, tokens, 8, rate, rank=8, new_tokens=4, threads=threads)
+
+
+def _smollm2(documents: int, tokens: int, rate: int = 4, threads: int = 0) -> Case:
+    return Case("smollm2-135m", "bf16", documents, tokens, rate=rate, threads=threads)
+
+
+def _llama(documents: int, threads: int = 0) -> Case:
+    return Case("llama-1b", "bf16", documents, 512, threads=threads)
 
 
 # What `--workload` chooses from: each benchmark runs for every case of the list.
 WORKLOADS = {
     "small": [_tiny(1, 40), _tiny(2, 64)],
-    "real": [Case("smollm2-135m", "bf16", 1, 512), Case("smollm2-135m", "bf16", 4, 512)],
+    "real": [_smollm2(1, 512), _smollm2(4, 512)],
+    "big": [_smollm2(8, 512), _smollm2(2, 4096), _llama(1), _llama(4)],
+}
+
+# The same for `bench_encode.py`, ...
+ENCODE_WORKLOADS = {
+    "small": [_tiny(2, 32)],
+    "real": [_smollm2(4, 512), _smollm2(8, 512)],
+    "big": [_smollm2(4, 512), _smollm2(8, 512)],
+}
+# ... and for `bench_encode_shapes.py`: another model and other lengths of spans. With k = 128 and rate 63 a document of
+# 8064 tokens is one span, which with its memory tokens takes all of SmolLM2's 8192 positions.
+SHAPE_WORKLOADS = {
+    "small": [_tiny(1, 64, rate=8), _tiny(3, 8, rate=1, threads=1)],
+    "real": [_llama(1, 2), _smollm2(1, 8064, 63, 2), _smollm2(64, 128, 1, 2)],
     "big": [
-        Case("smollm2-135m", "bf16", 8, 512),
-        Case("smollm2-135m", "bf16", 2, 4096),
-        Case("llama-1b", "bf16", 1, 512),
-        Case("llama-1b", "bf16", 4, 512),
+        *(_llama(documents, threads) for documents in (1, 4) for threads in (1, 2)),
+        *(_smollm2(1, 8064, 63, threads) for threads in (1, 2)),
+        *(_smollm2(64, 128, 1, threads) for threads in (1, 2)),
     ],
+}
+# Cases of more and more spans, for the growth of time and memory.
+GROWTH_WORKLOADS = {
+    "small": [tuple(_tiny(n, 32) for n in (1, 2, 4))],
+    "real": [tuple(_smollm2(n, 512) for n in (1, 2, 4, 8, 16, 32, 64))],
+    "big": [tuple(_smollm2(n, 512) for n in (1, 2, 4, 8, 16, 32, 64))],
+}
+# Rows of so many tokens for attention alone, of SmolLM2's heads.
+ATTENTION_WORKLOADS = {
+    "small": [Rows(2, 24), Rows(3, 7)],
+    "real": [Rows(4, 640), Rows(8, 640), Rows(1, 8192 + 128), Rows(64, 128 + 128)],
+    "big": [Rows(4, 640), Rows(8, 640), Rows(1, 8192 + 128), Rows(64, 128 + 128)],
 }
 
 
@@ -134,12 +187,23 @@ def attention_flops(shape: ModelShape, rows: list[tuple[int, int]]) -> int:
 
 def encode_flops(shape: ModelShape, span_lengths: list[int], memory_size: int, rank: int) -> int:
     """The least work that gives exact slots: in the last layer the context has keys and values only, and no head."""
+    full = attention_flops(shape, [(n + memory_size,) * 2 for n in span_lengths])
+    last = attention_flops(shape, [(memory_size, n + memory_size) for n in span_lengths])
+    return encode_gemm_flops(shape, span_lengths, memory_size, rank) + (shape.layers - 1) * full + last
+
+
+def encode_gemm_flops(shape: ModelShape, span_lengths: list[int], memory_size: int, rank: int) -> int:
+    """`encode_flops` without the attention: the products with weights."""
     tokens = sum(span_lengths) + memory_size * len(span_lengths)
     slots = memory_size * len(span_lengths)
     d, q = shape.hidden_size, shape.q_heads * shape.head_dim
     rest = 2 * (q * d + 3 * d * shape.mlp)  # output projection and MLP, a token
     full = qkv_flops(shape, tokens, rank) + tokens * rest
-    full += attention_flops(shape, [(n + memory_size,) * 2 for n in span_lengths])
-    last = qkv_flops(shape, tokens, rank, slots) + slots * rest
-    last += attention_flops(shape, [(memory_size, n + memory_size) for n in span_lengths])
-    return (shape.layers - 1) * full + last
+    return (shape.layers - 1) * full + qkv_flops(shape, tokens, rank, slots) + slots * rest
+
+
+def lora_flops_share(shape: ModelShape, span_lengths: list[int], memory_size: int, rank: int) -> float:
+    """What the LoRA adds to the products with weights, as a fraction of what they are without it."""
+    sizes = (shape, span_lengths, memory_size)
+    without = encode_gemm_flops(*sizes, rank=0)
+    return encode_gemm_flops(*sizes, rank) / without - 1

@@ -29,7 +29,9 @@ def small_bounds(monkeypatch):
 
 
 def test_pair_ratios_are_those_of_the_pairs():
-    assert measure.pair_ratios([1.0, 2.0, 4.0], [2.0, 2.0, 12.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    times, reference = [1.0, 2.0, 4.0], [2.0, 2.0, 12.0]
+    assert measure.pair_ratios(times, reference) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert measure.speedup(times, reference) == {"median": 2.0, "min": 1.0, "max": 3.0, "of_minima": 2.0}
 
 
 def test_rounds_alternate():
@@ -71,6 +73,10 @@ def test_work_rates():
     assert work.rates(2.0, bounds) == {"tokens_per_s": 5.0, "gflops": 2.0, "fraction_of_bound": 0.25}
     read = harness.Work("read", bytes=10**9)
     assert read.rates(0.5, bounds) == {"gbs": 2.0, "fraction_of_bound": 0.5}
+    times = {"icae_fast": [2.0], "half": [2.0]}
+    half = harness.Work("gemm_bf16", flops=2 * 10**9)
+    rates = harness.Outcome("toy", {}, times, {}, work, {}, {"half": half}).row(bounds)["rates"]
+    assert (rates["icae_fast"]["gflops"], rates["half"]["gflops"]) == (2.0, 1.0)
     assert harness.rounded({"a": [0.123456, 7], "b": "x"}) == {"a": [0.1235, 7], "b": "x"}
 
 
@@ -158,7 +164,7 @@ def test_toy(compare, case):
         assert results["icae_fast"] == results["torch"] == 7
 
     compare({{name: provider(name) for name in ("torch", "icae_fast")}}, check,
-            Work("gemm_fp32", flops=100, tokens=5), ops=("varlen_attention",), mode="fwd")
+            Work("gemm_fp32", flops=100, tokens=5), ops=("varlen_attention",), rounds={rounds}, mode="fwd")
     print("\\nLOG", *LOG)
 """
 
@@ -167,9 +173,9 @@ def test_toy(compare, case):
 def run_benchmark(pytester):
     """Runs a benchmark of two providers in its own session; gives (outcome, order of calls, results folder)."""
 
-    def run(*options, value=7):
+    def run(*options, value=7, rounds=None):
         pytester.makeconftest("from bench.conftest import *")
-        pytester.makepyfile(bench_toy=BENCHMARK.format(value=value))
+        pytester.makepyfile(bench_toy=BENCHMARK.format(value=value, rounds=rounds))
         folder = pytester.path / "results"
         result = pytester.runpytest_inprocess("-s", "--workload", "small", f"--results={folder}", *options)
         lines = [line.split()[1:] for line in result.outlines if line.startswith("LOG")]
@@ -195,10 +201,30 @@ def test_a_benchmark_checks_interleaves_and_writes(run_benchmark, pytester):
     assert row["rounds"] == 4
     assert row["seconds"].keys() == row["rates"].keys() == row["peak_bytes"].keys() == set(pair)
     assert row["speedup_over"].keys() == {"torch"}
+    assert row["speedup_over"]["torch"].keys() == {"median", "min", "max", "of_minima"}
     assert row["rates"]["torch"].keys() == {"tokens_per_s", "gflops", "fraction_of_bound"}
     full = json.loads((pytester.path / "full.json").read_text())["benchmarks"][0]
     assert full["extra_info"].keys() >= ROW_KEYS | MACHINE_KEYS | {"mode", "bounds"}
     assert full["stats"]["rounds"] == 4
+
+
+def test_few_rounds_of_long_calls(run_benchmark):
+    options = ("--benchmark-min-rounds=4", "--benchmark-max-time=0")
+    result, log, _ = run_benchmark(*options, rounds=2)
+    result.assert_outcomes(passed=len(shapes.WORKLOADS["small"]))
+    pair = ["torch", "icae_fast"]
+    assert log == [*pair, "check", *pair * 2]  # checked, which was the peak memory and the warm-up as well
+
+
+def test_a_suite_of_several_files_is_written_whole_or_not_at_all(run_benchmark, pytester):
+    pytester.makepyfile(bench_toy_more=BENCHMARK.format(value=7, rounds=None))
+    options = ("--benchmark-min-rounds=3", "--benchmark-max-time=0")
+    result, _, folder = run_benchmark("bench_toy.py", *options)
+    assert result.parseoutcomes()["passed"] == len(shapes.WORKLOADS["small"])
+    assert not folder.exists()
+    run_benchmark(*options)
+    (path,) = folder.iterdir()
+    assert len(json.loads(path.read_text())["rows"]) == 2 * len(shapes.WORKLOADS["small"])
 
 
 def test_disabled_benchmarks_run_once_and_are_checked(run_benchmark):
@@ -290,4 +316,9 @@ def test_timing_per_token():
 
 def test_small_workloads_exist_for_every_argument():
     assert any(c.documents == 1 for c in shapes.WORKLOADS["small"])
-    assert all(c.model in shapes.MODELS for cases in shapes.WORKLOADS.values() for c in cases)
+    for table in (shapes.WORKLOADS, shapes.ENCODE_WORKLOADS, shapes.SHAPE_WORKLOADS):
+        assert all(c.model in shapes.MODELS for cases in table.values() for c in cases)
+        assert table.keys() == shapes.ATTENTION_WORKLOADS.keys() == shapes.GROWTH_WORKLOADS.keys()
+    (long,) = [c for c in shapes.SHAPE_WORKLOADS["real"] if c.tokens > 8000]
+    assert long.span_lengths == [8064]
+    assert long.span_lengths[0] + long.memory_size == 8192
