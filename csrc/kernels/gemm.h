@@ -100,8 +100,7 @@ ICAE_INLINE void finish_row(const Gemm& g, const Halves& h, int64_t d, int64_t r
     store_both<full>(y, h, a * cos - b * sin, b * cos + a * sin);
   } else {
     if (g.kept != nullptr) store_both<full>(static_cast<bf16*>(g.kept) + row * g.columns, h, a, b);
-    const V<float> t = _mm512_min_ps(set1(126.0f), a * -1.44269504f);  // 2^126 is as good as infinity here
-    const V<float> sigmoid = _mm512_rcp14_ps(exp2<float, 4>(t) + 1.0f);
+    const V<float> sigmoid = _mm512_rcp14_ps(exp_of_negative<float, Elem<bf16>::kExpDegree>(a) + 1.0f);
     store_half<full>(y + h.column[0], a * sigmoid * b, h.n[0]);
   }
 }

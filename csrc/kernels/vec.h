@@ -78,6 +78,25 @@ ICAE_INLINE V<double> vmax(V<double> a, V<double> b) {
 #endif
 }
 
+ICAE_INLINE V<float> vmin(V<float> a, V<float> b) {
+#if defined(ICAE_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(ICAE_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+ICAE_INLINE V<double> vmin(V<double> a, V<double> b) {
+#if defined(ICAE_AVX512)
+  return _mm512_min_pd(a, b);
+#elif defined(ICAE_AVX2)
+  return _mm256_min_pd(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // ---- memory --------------------------------------------------------------------------------------------------
 
 template <class C>
@@ -241,4 +260,10 @@ ICAE_INLINE V<C> exp2(V<C> t) {
   // The integer stands in the low bits of `shifted`; at -bias the exponent field becomes 0, and so the factor.
   const I<C> power = ((I<C>)shifted << Vec<C>::kMantissa) + ((I<C>{} + Vec<C>::kBias) << Vec<C>::kMantissa);
   return p * (V<C>)power;
+}
+
+// e^-x, the largest power of two for all x below that: 1 + it is as good as infinity in a sigmoid.
+template <class C, int degree>
+ICAE_INLINE V<C> exp_of_negative(V<C> x) {
+  return exp2<C, degree>(vmin(set1(C(Vec<C>::kBias - 1)), x * C(-1.4426950408889634)));
 }
