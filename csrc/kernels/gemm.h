@@ -91,7 +91,9 @@ ICAE_INLINE void store_both(bf16* row, const Halves& h, V<float> a, V<float> b) 
 template <Finish finish, bool full>
 ICAE_INLINE void finish_row(const Gemm& g, const Halves& h, int64_t d, int64_t row, V<float> a, V<float> b) {
   bf16* y = static_cast<bf16*>(g.y) + row * g.y_row;
-  if constexpr (finish == Finish::kStore) {
+  if constexpr (finish == Finish::kStore && full) {  // the halves are neighbours
+    _mm512_storeu_si512(y + h.column[0], (__m512i)_mm512_cvtne2ps_pbh(b * g.factor, a * g.factor));
+  } else if constexpr (finish == Finish::kStore) {
     store_both<full>(y, h, a * g.factor, b * g.factor);
   } else if constexpr (finish == Finish::kRotate) {
     const int64_t at = (g.table_rows == nullptr ? row : g.table_rows[row]) * (g.head_dim / 2) + d;
