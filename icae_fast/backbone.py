@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from icae_fast.adapter import PackedLoRA
+from icae_fast.adapter import MergedQKV, PackedLoRA
 from icae_fast.errors import BackendError, UnsupportedModelError
 from icae_fast.ops import REGISTRY, backend_of, lora_qkv_rope, varlen_attention
 from icae_fast.spans import PackedRows
@@ -92,7 +92,7 @@ class Backbone:
         self,
         x: torch.Tensor,
         rows: PackedRows,
-        lora: Sequence[PackedLoRA] | None = None,
+        lora: Sequence[PackedLoRA] | Sequence[MergedQKV] | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Final-normed hidden states of packed embeddings.
@@ -101,7 +101,7 @@ class Backbone:
             x: (T, d) input embeddings.
             rows: where rows begin, their positions, and which hidden states are asked for; in the last layer
                 queries, output projection and MLP run for those alone.
-            lora: each layer's packed LoRA (encoder), or None (frozen decoder).
+            lora: each layer's packed LoRA or merged weights (encoder), or None (frozen decoder).
             cache: holds earlier keys and values of each row, and is appended to.
 
         Returns:
@@ -134,6 +134,8 @@ class Backbone:
         attention = layer.self_attn
         _check_frozen(attention)
         weight, bias = packed_qkv(attention)
+        if isinstance(lora, MergedQKV):
+            weight, lora = lora.weight, None
         norms = eps = None
         if hasattr(attention, "q_norm"):
             norms = torch.stack((attention.q_norm.weight, attention.k_norm.weight)).detach()

@@ -12,6 +12,7 @@ import os
 import warnings
 
 from icae_fast.ops._declare import REGISTRY, OpSpec, Sample, backend_of, backends, call_backend, load_extension
+from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
 from icae_fast.ops.varlen_attention import varlen_attention
 
@@ -23,6 +24,7 @@ __all__ = [
     "backend_of",
     "backends",
     "call_backend",
+    "fingerprint",
     "lora_qkv_rope",
     "varlen_attention",
 ]
