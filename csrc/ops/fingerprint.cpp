@@ -1,5 +1,5 @@
-// A 64-bit fingerprint of the bytes of tensors, at the speed of memory. What it is for, and what is asked of it, stands
-// in icae_fast/ops/fingerprint.py.
+// A 64-bit fingerprint of the bytes of tensors, at the speed of memory. What it is for, and what is asked of it,
+// stands in icae_fast/ops/fingerprint.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/contiguous_ops.h>
 #include <c10/util/Exception.h>
@@ -18,21 +18,27 @@ constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;  // odd: multiplication loses n
 constexpr int kLanes = 8;                         // hides the latency of a step: xor, multiply, rotate
 constexpr int64_t kChunk = 128 << 10;
 
-// One to one in h and in x, so that a single changed word changes every later h. The rotation brings the high bits down
-// again: without it two signs flipped in one lane would cancel.
+// One to one in h and in x, so that a single changed word changes every later h. The rotation brings the high bits
+// down again: without it two signs flipped in one lane would cancel.
 inline uint64_t step(uint64_t h, uint64_t x) { return std::rotl((h ^ x) * kFactor, 29); }
 
+uint64_t load(const char* data) {
+  uint64_t x;
+  std::memcpy(&x, data, sizeof x);
+  return x;
+}
+
 uint64_t hash_chunk(const char* data, int64_t bytes) {
-  uint64_t h[kLanes], x[kLanes];
+  constexpr int64_t kStep = kLanes * sizeof(uint64_t);
+  uint64_t h[kLanes];
   for (int i = 0; i < kLanes; ++i) h[i] = step(bytes, i);
-  for (; bytes >= int64_t(sizeof x); data += sizeof x, bytes -= sizeof x) {
-    std::memcpy(x, data, sizeof x);
-    for (int i = 0; i < kLanes; ++i) h[i] = step(h[i], x[i]);
+  for (; bytes >= kStep; data += kStep, bytes -= kStep) {
+    for (int i = 0; i < kLanes; ++i) h[i] = step(h[i], load(data + i * sizeof(uint64_t)));
   }
-  std::memset(x, 0, sizeof x);
-  std::memcpy(x, data, bytes);
+  char rest[kStep] = {};
+  std::memcpy(rest, data, bytes);
   uint64_t all = 0;
-  for (int i = 0; i < kLanes; ++i) all = step(all, step(h[i], x[i]));
+  for (int i = 0; i < kLanes; ++i) all = step(all, step(h[i], load(rest + i * sizeof(uint64_t))));
   return all;
 }
 
@@ -54,7 +60,8 @@ int64_t fingerprint_cpu(at::TensorList tensors) {
       chunks.push_back({data + at, std::min(kChunk, end - at)});
   }
   std::vector<uint64_t> hashes(chunks.size());
-  for_each_task(chunks.size(), [&](int64_t i, int64_t) { hashes[i] = hash_chunk(chunks[i].data, chunks[i].bytes); });
+  for_each_task(chunks.size(),
+                [&](int64_t i, int64_t) { hashes[i] = hash_chunk(chunks[i].data, chunks[i].bytes); });
   for (const uint64_t h : hashes) all = step(all, h);
   return static_cast<int64_t>(all);
 }
