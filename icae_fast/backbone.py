@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from icae_fast.adapter import PackedLoRA
+from icae_fast.adapter import MergedQKV, PackedLoRA
 from icae_fast.errors import BackendError, UnsupportedModelError
 from icae_fast.ops import REGISTRY, backend_of, linear, lora_qkv_rope, rms_norm, swiglu, varlen_attention
 from icae_fast.spans import PackedRows
@@ -93,7 +93,7 @@ class Backbone:
         self,
         x: torch.Tensor,
         rows: PackedRows,
-        lora: Sequence[PackedLoRA] | None = None,
+        lora: Sequence[PackedLoRA] | Sequence[MergedQKV] | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Final-normed hidden states of packed embeddings.
@@ -102,7 +102,7 @@ class Backbone:
             x: (T, d) input embeddings.
             rows: where rows begin, their positions, and which hidden states are asked for; in the last layer
                 queries, output projection and MLP run for those alone.
-            lora: each layer's packed LoRA (encoder), or None (frozen decoder).
+            lora: each layer's packed LoRA or merged weights (encoder), or None (frozen decoder).
             cache: holds earlier keys and values of each row, and is appended to.
 
         Returns:
@@ -137,6 +137,8 @@ class Backbone:
         attention = layer.self_attn
         _check_frozen(attention)
         weight, bias = packed_qkv(attention)
+        if isinstance(lora, MergedQKV):
+            weight, lora = lora.weight, None
         norms = eps = None
         if hasattr(attention, "q_norm"):
             norms = torch.stack((attention.q_norm.weight, attention.k_norm.weight)).detach()

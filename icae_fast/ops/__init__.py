@@ -15,6 +15,7 @@ import os
 import warnings
 
 from icae_fast.ops._declare import REGISTRY, OpSpec, Sample, backend_of, backends, call_backend, load_extension
+from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.linear import linear
 from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
 from icae_fast.ops.rms_norm import rms_norm
@@ -29,6 +30,7 @@ __all__ = [
     "backend_of",
     "backends",
     "call_backend",
+    "fingerprint",
     "linear",
     "lora_qkv_rope",
     "rms_norm",
