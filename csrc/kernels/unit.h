@@ -19,6 +19,7 @@ namespace ICAE_PASTE(unit_, ICAE_ISA) {
 
 // clang-format off: each one uses those before it
 #include "vec.h"
+#include "tiles.h"
 #include "product.h"
 #include "attention.h"
 #include "attention_forward.h"
@@ -57,6 +58,13 @@ static constexpr Kernels table = {
 
 }  // namespace ICAE_PASTE(unit_, ICAE_ISA)
 
+#if defined(ICAE_AMX)
+const Kernels& kernels_amx(const TileProduct& product) {
+  unit_amx::tile_product = product;
+  return unit_amx::table;
+}
+#else
 const Kernels& ICAE_PASTE(kernels_, ICAE_ISA)() { return ICAE_PASTE(unit_, ICAE_ISA)::table; }
+#endif
 
 }  // namespace icae_fast

@@ -1,0 +1,16 @@
+// AMX tiles as torch lends them: ATen's brgemm, which runs oneDNN's micro-kernels.
+#pragma once
+
+#include "../kernels/table.h"
+
+namespace icae_fast {
+
+// Whether brgemm would use AMX on this CPU.
+bool has_tiles();
+
+// Whether brgemm takes packed bf16 at all just now; not where the user has switched oneDNN off.
+bool tiles_enabled();
+
+TileProduct tile_product();
+
+}  // namespace icae_fast
