@@ -26,10 +26,6 @@ struct Unit {
   std::vector<std::string> needs;
 };
 
-#if defined(__x86_64__)
-const Kernels& tile_kernels() { return kernels_amx(tile_product()); }
-#endif
-
 std::vector<Unit> units() {
   std::vector<Unit> all{{"scalar", kernels_scalar, {}}};
 #if defined(__x86_64__)
@@ -37,7 +33,7 @@ std::vector<Unit> units() {
   std::vector<std::string> needs{"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"};
   all.push_back({"avx512", kernels_avx512, needs});
   needs.insert(needs.end(), kTileFeatures.begin(), kTileFeatures.end());
-  all.push_back({"amx", tile_kernels, needs});
+  all.push_back({"amx", kernels_amx, needs});
 #endif
   return all;
 }

@@ -3,6 +3,8 @@
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
+#include "../kernels/table.h"
+
 namespace icae_fast {
 namespace {
 
@@ -20,6 +22,6 @@ bool has_tiles() { return at::native::cpublas::could_pack(at::kBFloat16); }
 
 bool tiles_enabled() { return at::globalContext().userEnabledMkldnn(); }
 
-TileProduct tile_product() { return {multiply, release}; }
+const TileProduct tile_product{multiply, release};
 
 }  // namespace icae_fast

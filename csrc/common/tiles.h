@@ -1,7 +1,6 @@
-// AMX tiles as torch lends them: ATen's brgemm, which runs oneDNN's micro-kernels.
+// AMX tiles as torch lends them: ATen's brgemm, which runs oneDNN's micro-kernels. The product itself is
+// tile_product, declared in kernels/table.h.
 #pragma once
-
-#include "../kernels/table.h"
 
 namespace icae_fast {
 
@@ -10,7 +9,5 @@ bool has_tiles();
 
 // Whether brgemm takes packed bf16 at all just now; not where the user has switched oneDNN off.
 bool tiles_enabled();
-
-TileProduct tile_product();
 
 }  // namespace icae_fast

@@ -5,7 +5,6 @@
 // makes packing at every call cheap: with panels packed by one thread and read by all, it cost 5 % of the time at
 // T 2560, N 960, k 576 (Zen 4, two threads); so it costs under 1 %, and 97 % of the rate of bare `vdpbf16ps` is
 // left, where oneDNN reaches 81 to 88 %.
-
 //
 // With AMX a panel is multiplied with up to kMostRows rows at once, into memory (tiles.h), and what follows reads
 // it from there.

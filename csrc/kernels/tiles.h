@@ -5,9 +5,10 @@
 // as many as two ports do with `vdpbf16ps`, so that softmax and epilogues take most of the time that is left.
 //
 // What shapes the callers:
-// * oneDNN generates a kernel for each shape, strides and `add` on a thread's first call with it, which takes about
-//   a millisecond. So operands are padded to few shapes: rows to 16, depth to 32.
-// * A depth that is no multiple of 32 would work, but through a copy inside the kernel; SGLang pads as well.
+// * oneDNN generates a kernel for each shape, strides and `add` on a thread's first call with it, which takes 0.1
+// ms
+//   (Zen 4). So operands are padded to few shapes: rows to 16, depth to 32.
+// * A depth that is no multiple of 32 would work, but tiles then are reconfigured or copied inside the kernel.
 // * A call costs a look-up in a table, and where the shape changes a tile configuration: some hundred cycles,
 // against
 //   the 16 of a tile instruction. So a call is given as many rows as fit the caches.
@@ -16,11 +17,7 @@ constexpr int64_t kTileDepth = 32;
 // Keys of one packed piece of K^T or V^T. In one matrix, rows could lie a multiple of 4 KiB apart and push each
 // other out of the first-level cache.
 constexpr int64_t kColumnTile = 128;
-static_assert(kKeyPad % kTileDepth == 0 && kColumnTile % kKeyPad == 0, "tiles must end where keys do");
-
-#if defined(ICAE_AMX)
-static TileProduct tile_product;
-#endif
+static_assert(kColumnTile % kTileDepth == 0, "a piece is whole tiles");
 
 // The time in which a thread may hold tile registers.
 template <class P>

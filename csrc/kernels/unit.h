@@ -36,8 +36,15 @@ static int64_t scratch_bytes(const AttentionInput& in, bool backward) {
 
 template <class T>
 constexpr AttentionKernels attention_kernels() {
-  return {packed_bytes<T>, scratch_bytes<T>, partial_bytes<T>,  pack_keys<T>,
-          forward_tile<T>, forward_few<T>,   backward_slice<T>, sum_slices<T>};
+  return {Product<T>::kTiles ? kTileDepth : kPad,
+          packed_bytes<T>,
+          scratch_bytes<T>,
+          partial_bytes<T>,
+          pack_keys<T>,
+          forward_tile<T>,
+          forward_few<T>,
+          backward_slice<T>,
+          sum_slices<T>};
 }
 
 template <class T>
@@ -58,13 +65,6 @@ static constexpr Kernels table = {
 
 }  // namespace ICAE_PASTE(unit_, ICAE_ISA)
 
-#if defined(ICAE_AMX)
-const Kernels& kernels_amx(const TileProduct& product) {
-  unit_amx::tile_product = product;
-  return unit_amx::table;
-}
-#else
 const Kernels& ICAE_PASTE(kernels_, ICAE_ISA)() { return ICAE_PASTE(unit_, ICAE_ISA)::table; }
-#endif
 
 }  // namespace icae_fast
