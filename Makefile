@@ -24,7 +24,7 @@ test: $(VENV)/.installed lint
 # and under every instruction set that this CPU can run: each has its own code for tails and masks, and the masked
 # loads of AVX-512, which GCC does not check, have their plain loops in the others. Left out is
 # what runs no other kernel code: opcheck and torch.compile, and the tests of setup.py and of the choice of a set. A
-# set takes half a minute, the build one and a half.
+# set takes half a minute, the build one and a half. AMX is emulated where there is none (csrc/README.md).
 # --force: setuptools does not see changed flags; Ninja does, and compiles no more than it must.
 # --capture=sys: pytest's capture of file descriptors would swallow the report of a process that ends.
 # detect_leaks=0: CPython and torch never free what lives as long as the process.
@@ -34,9 +34,10 @@ RUNTIMES = $(foreach name,asan ubsan,$(shell $${CXX:-c++} -print-file-name=lib$(
 sanitize: $(VENV)/.installed
 	ICAE_FAST_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py -q build --force --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib
-	set -e; isas=$$($(BIN)/python -c "from icae_fast import _C; print(*_C.runnable_isas())"); \
+	set -e; isas=$$($(BIN)/python -c "from icae_fast import _C; runs = _C.runnable_isas(); \
+		print(*runs, *['amx'] * ('avx512' in runs and 'amx' not in runs))"); \
 	for isa in $$isas; do \
-		ICAE_FAST_ISA=$$isa ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
+		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA=$$isa ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider -o pythonpath=$(SANITIZED)/lib \
 			tests/test_ops.py tests/test_build.py tests/test_fingerprint.py \

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "tiles.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -15,6 +17,9 @@
 namespace icae_fast {
 namespace {
 
+// The last one: torch was built with oneDNN's AMX kernels, and no ONEDNN_MAX_CPU_ISA forbids them.
+const std::vector<std::string> kTileFeatures{"amx_tile", "amx_bf16", "amx_in_torch"};
+
 struct Unit {
   const char* name;
   const Kernels& (*table)();
@@ -25,8 +30,10 @@ std::vector<Unit> units() {
   std::vector<Unit> all{{"scalar", kernels_scalar, {}}};
 #if defined(__x86_64__)
   all.push_back({"avx2", kernels_avx2, {"avx2", "fma"}});
-  all.push_back(
-      {"avx512", kernels_avx512, {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}});
+  std::vector<std::string> needs{"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"};
+  all.push_back({"avx512", kernels_avx512, needs});
+  needs.insert(needs.end(), kTileFeatures.begin(), kTileFeatures.end());
+  all.push_back({"amx", kernels_amx, needs});
 #endif
   return all;
 }
@@ -74,6 +81,7 @@ std::vector<std::string> detect() {
     add(true, "amx_tile");
     add(amx & (1u << 22), "amx_bf16");
     add(amx & (1u << 25), "amx_int8");
+    add((amx & (1u << 22)) && has_tiles(), "amx_in_torch");
   }
   return found;
 }
@@ -89,9 +97,16 @@ std::string join(const std::vector<std::string>& names) {
   return text;
 }
 
-// The features that `unit` needs and this CPU lacks.
-std::vector<std::string> missing(const Unit& unit) {
-  const auto have = cpu_features();
+// For tests alone: brgemm also runs without AMX, slowly, and so does the unit if it is forced.
+bool emulates_tiles() {
+  const char* variable = std::getenv("ICAE_FAST_TEST_AMX");
+  return variable != nullptr && std::string(variable) == "1";
+}
+
+// The features that `unit` needs and that neither this CPU nor `also` has.
+std::vector<std::string> missing(const Unit& unit, const std::vector<std::string>& also = {}) {
+  auto have = cpu_features();
+  have.insert(have.end(), also.begin(), also.end());
   std::vector<std::string> lacking;
   for (const auto& need : unit.needs) {
     if (std::find(have.begin(), have.end(), need) == have.end()) lacking.push_back(need);
@@ -104,7 +119,7 @@ const Kernels* select() {
   const std::string forced = variable == nullptr ? "" : variable;
   const Kernels* best = nullptr;
   for (const auto& unit : units()) {
-    const auto lacking = missing(unit);
+    const auto lacking = forced == unit.name && emulates_tiles() ? missing(unit, kTileFeatures) : missing(unit);
     if (forced == unit.name && !lacking.empty()) {
       throw std::runtime_error("ICAE_FAST_ISA=" + forced + ", but this CPU lacks " + join(lacking) +
                                "; unset it and the best instruction set is chosen");
@@ -122,6 +137,10 @@ const Kernels* select() {
 
 const Kernels& kernels() {
   static const Kernels* const selected = select();
+#if defined(__x86_64__)
+  static const bool tiles = std::string(selected->isa) == "amx";
+  if (tiles && !tiles_enabled()) return kernels_avx512();
+#endif
   return *selected;
 }
 

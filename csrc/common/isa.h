@@ -9,10 +9,12 @@
 
 namespace icae_fast {
 
-// The chosen unit. Throws std::runtime_error when ICAE_FAST_ISA names no unit or one that this CPU cannot run.
+// The chosen unit; that for AVX-512 in place of that for AMX while oneDNN is switched off. Throws
+// std::runtime_error when ICAE_FAST_ISA names no unit or one that this CPU cannot run.
 const Kernels& kernels();
 
-// Those of the CPU's features that kernels here use or will use, as far as the OS lets a process use them.
+// Those of the CPU's features that kernels here use or will use, as far as the OS lets a process use them;
+// amx_in_torch says that torch uses AMX too.
 std::vector<std::string> cpu_features();
 
 // Names of the units in this build, the plainest first.

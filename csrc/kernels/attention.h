@@ -22,14 +22,16 @@ struct Arena {
 };
 
 // Packed keys and values of one (row, key/value head). The forward needs K by rows and V by steps, the backward
-// also K by steps and V by rows; where a step is one element the two are the same matrix.
+// also K by steps and V by rows; where a step is one element the two are the same matrix. Tiles take V^T and K^T by
+// rows in place of the steps.
 template <class T>
 struct PackedKeys {
   using P = Product<T>;
   using E = typename P::E;
   E *k_rows, *v_steps, *k_steps, *v_rows;
+  int64_t padded;
 
-  static int64_t width(const AttentionInput& in) { return round_up(in.head_dim, kPad); }
+  static int64_t width(const AttentionInput& in) { return round_up(in.head_dim, P::kTiles ? kTileDepth : kPad); }
   static int matrices(bool backward) { return backward && P::kPair == 2 ? 3 : 2; }
 
   PackedKeys(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, bool backward, const void* base) {
@@ -39,6 +41,16 @@ struct PackedKeys {
     k_rows = first;
     k_steps = P::kPair == 1 ? first : first + 2 * matrix;
     v_rows = v_steps = first + matrix;
+    padded = row.padded_keys();
+  }
+
+  // V^T or K^T from `key` on.
+  Left<E> columns(const AttentionInput& in, const E* steps, int64_t key) const {
+    if constexpr (P::kTiles) {
+      const int64_t piece = key / kColumnTile * kColumnTile;
+      return {steps + piece * width(in) + key - piece, at_most(kColumnTile, padded - piece), P::kPair};
+    }
+    return {steps + key * width(in), P::kPair, width(in) * P::kPair};
   }
 };
 
@@ -62,7 +74,12 @@ static void pack_keys(const AttentionInput& in, const AttentionRow& row, int64_t
   const T* k = row_of<T>(in.k, row.k_begin, kv_head);
   const T* v = row_of<T>(in.v, row.k_begin, kv_head);
   const auto by_steps = [&](const T* from, int64_t stride, typename P::E* out) {
-    pack_steps<P, T>([=](int64_t r) { return from + r * stride; }, n, in.head_dim, out, width, padded);
+    const auto row_at = [=](int64_t r) { return from + r * stride; };
+    if constexpr (P::kTiles) {
+      pack_columns(row_at, n, in.head_dim, out, width, padded);
+    } else {
+      pack_steps<P, T>(row_at, n, in.head_dim, out, width, padded);
+    }
   };
   pack_rows(k, in.k.row, n, in.head_dim, to.k_rows, width, padded);
   if (backward && P::kPair == 2) {
@@ -117,6 +134,11 @@ struct KeyRange {
     end = high[lanes - 1];
     all_begin = low[lanes - 1];
     all_end = high[0];
+  }
+  // Where to begin: keys before `begin` that fill up a tile are masked.
+  template <class P>
+  int64_t first() const {
+    return P::kTiles ? begin / kTileDepth * kTileDepth : begin;
   }
   bool cut(int64_t from, int64_t to) const { return from < all_begin || to > all_end; }
 

@@ -11,10 +11,12 @@ struct BackwardScratch {
   using P = Product<T>;
   using C = typename P::C;
   using E = typename P::E;
+  // Lanes of a product that sums over them.
+  static constexpr int64_t kLaneDepth = P::kTiles ? round_up(kLanes, kTileDepth) : kLanes;
   E *q, *dout;              // transposed, (steps, kLanes, pair)
-  E *q_steps, *dout_steps;  // (kLanes / pair, columns, pair)
+  E *q_steps, *dout_steps;  // (kLaneDepth / pair, columns, pair)
   C *s, *dp;                // (kKeys, kLanes)
-  E *p, *ds;                // by rows, (kKeys, kLanes): s and dp themselves where operands are not narrowed
+  E *p, *ds;                // by rows, (kKeys, kLaneDepth): s and dp themselves where operands are not narrowed
   E* ds_steps;              // (kKeys / pair, kLanes, pair): ds itself in that case
   C* dq;                    // (width, kLanes)
   C *lse, *delta, *factor;  // (kLanes)
@@ -24,19 +26,19 @@ struct BackwardScratch {
   static int64_t columns(const AttentionInput& in) { return round_up(in.head_dim, Vec<C>::kWidth); }
 
   BackwardScratch(const AttentionInput& in, Arena arena, int64_t* bytes = nullptr) {
-    const int64_t transposed = round_up(in.head_dim, P::kPair) * kLanes;
+    const int64_t transposed = PackedKeys<T>::width(in) * kLanes;
     q = arena.take<E>(transposed);
     dout = arena.take<E>(transposed);
-    q_steps = arena.take<E>(kLanes * columns(in));
-    dout_steps = arena.take<E>(kLanes * columns(in));
+    q_steps = arena.take<E>(kLaneDepth * columns(in));
+    dout_steps = arena.take<E>(kLaneDepth * columns(in));
     s = arena.take<C>(kKeys * kLanes);
     dp = arena.take<C>(kKeys * kLanes);
     if constexpr (P::kPair == 1) {
       p = s;
       ds = ds_steps = dp;
     } else {
-      p = arena.take<E>(kKeys * kLanes);
-      ds = arena.take<E>(kKeys * kLanes);
+      p = arena.take<E>(kKeys * kLaneDepth);
+      ds = arena.take<E>(kKeys * kLaneDepth);
       ds_steps = arena.take<E>(kKeys * kLanes);
     }
     dq = arena.take<C>(PackedKeys<T>::width(in) * kLanes);
@@ -95,8 +97,14 @@ static void load_tile(const AttentionInput& in, const AttentionRow& row, const T
   };
   pack_transposed<P, T>(rows_of(in.q), lanes, dim, in.scale < 0, t.q);
   pack_transposed<P, T>(rows_of(g.dout), lanes, dim, false, t.dout);
-  pack_steps<P, T>(rows_of(in.q), lanes, dim, t.q_steps, columns, kLanes);
-  pack_steps<P, T>(rows_of(g.dout), lanes, dim, t.dout_steps, columns, kLanes);
+  pack_steps<P, T>(rows_of(in.q), lanes, dim, t.q_steps, columns, t.kLaneDepth);
+  pack_steps<P, T>(rows_of(g.dout), lanes, dim, t.dout_steps, columns, t.kLaneDepth);
+  if constexpr (P::kTiles) {
+    clear_past<P>(t.q, dim, PackedKeys<T>::width(in));
+    clear_past<P>(t.dout, dim, PackedKeys<T>::width(in));
+    clear(t.p, kKeys * t.kLaneDepth);  // of lanes that only fill up a tile
+    clear(t.ds, kKeys * t.kLaneDepth);
+  }
   t.range->set(in, row, tile);
   for (int64_t l = 0; l < kLanes; ++l) {
     // Lanes that read no key, or only pad the tile, get the weight 2^-inf = 0 everywhere.
@@ -126,12 +134,20 @@ static inline void differentiate_lanes(const BackwardScratch<T>& t, int64_t j, i
     const V<C> p0 = weigh(k), p1 = weigh(k + 1);
     const V<C> ds0 = p0 * (load(t.dp + k * kLanes + j) - delta);
     const V<C> ds1 = p1 * (load(t.dp + (k + 1) * kLanes + j) - delta);
-    store(t.p + k * kLanes + j, p0);
-    store(t.p + (k + 1) * kLanes + j, p1);
-    store(t.ds + k * kLanes + j, ds0);
-    store(t.ds + (k + 1) * kLanes + j, ds1);
+    store(t.p + k * t.kLaneDepth + j, p0);
+    store(t.p + (k + 1) * t.kLaneDepth + j, p1);
+    store(t.ds + k * t.kLaneDepth + j, ds0);
+    store(t.ds + (k + 1) * t.kLaneDepth + j, ds1);
     if constexpr (P::kPair == 2) store_steps<P, C>(t.ds_steps + k * kLanes + 2 * j, ds0, ds1);
   }
+}
+
+// Makes what the products of dK, dV and dQ read of keys from n up to `padded` zero.
+template <class T>
+static inline void clear_keys(const BackwardScratch<T>& t, int64_t n, int64_t padded) {
+  clear(t.p + n * t.kLaneDepth, (padded - n) * t.kLaneDepth);
+  clear(t.ds + n * t.kLaneDepth, (padded - n) * t.kLaneDepth);
+  clear(t.ds_steps + n * kLanes, (padded - n) * kLanes);
 }
 
 // One (query tile, key tile) pair: `key` is the first of n keys.
@@ -141,23 +157,27 @@ static void backward_keys(const AttentionInput& in, const PackedKeys<T>& keys, c
   using P = Product<T>;
   using C = typename P::C;
   constexpr int W = Vec<C>::kWidth;
-  const int64_t width = keys.width(in), columns = t.columns(in), steps = ceil_div(in.head_dim, P::kPair);
-  const int64_t vectors = ceil_div(lanes, W), lane_steps = vectors * W / P::kPair;
-  multiply<P, Into::kSet>({keys.k_rows + key * width, width, P::kPair}, n, {t.q, kLanes * P::kPair}, vectors, steps,
-                          t.s, kLanes);
-  multiply<P, Into::kSet>({keys.v_rows + key * width, width, P::kPair}, n, {t.dout, kLanes * P::kPair}, vectors,
-                          steps, t.dp, kLanes);
+  const int64_t width = keys.width(in), columns = t.columns(in);
+  const int64_t steps = P::kTiles ? width / P::kPair : ceil_div(in.head_dim, P::kPair);
+  const int64_t vectors = ceil_div(lanes, W);
+  const int64_t lane_steps = (P::kTiles ? round_up(vectors * W, kTileDepth) : vectors * W) / P::kPair;
+  const int64_t padded = P::kTiles ? round_up(n, kTileDepth) : n;
+  multiply<P, Into::kSet>({keys.k_rows + key * width, width, P::kPair}, padded, {t.q, kLanes * P::kPair}, vectors,
+                          steps, t.s, kLanes);
+  multiply<P, Into::kSet>({keys.v_rows + key * width, width, P::kPair}, padded, {t.dout, kLanes * P::kPair},
+                          vectors, steps, t.dp, kLanes);
   const C c = C(exponent_scale(in.scale));
   for (int64_t j = 0; j < vectors * W; j += W) {
     t.range->cut(key, key + n) ? differentiate_lanes<T, true>(t, j, n, key, c)
                                : differentiate_lanes<T, false>(t, j, n, key, c);
   }
-  multiply<P, Into::kAdd>({t.ds, kLanes, P::kPair}, n, {t.q_steps, columns * P::kPair}, columns / W, lane_steps,
-                          sums.dk + key * columns, columns);
-  multiply<P, Into::kAdd>({t.p, kLanes, P::kPair}, n, {t.dout_steps, columns * P::kPair}, columns / W, lane_steps,
-                          sums.dk + sums.between + key * columns, columns);
-  multiply<P, Into::kAdd>({keys.k_steps + key * width, P::kPair, width * P::kPair}, width,
-                          {t.ds_steps, kLanes * P::kPair}, vectors, n / P::kPair, t.dq, kLanes);
+  if constexpr (P::kTiles) clear_keys(t, n, padded);
+  multiply<P, Into::kAdd>({t.ds, t.kLaneDepth, P::kPair}, padded, {t.q_steps, columns * P::kPair}, columns / W,
+                          lane_steps, sums.dk + key * columns, columns);
+  multiply<P, Into::kAdd>({t.p, t.kLaneDepth, P::kPair}, padded, {t.dout_steps, columns * P::kPair}, columns / W,
+                          lane_steps, sums.dk + sums.between + key * columns, columns);
+  multiply<P, Into::kAdd>(keys.columns(in, keys.k_steps, key), width, {t.ds_steps, kLanes * P::kPair}, vectors,
+                          padded / P::kPair, t.dq, kLanes);
 }
 
 template <class T>
@@ -166,14 +186,17 @@ static void backward_slice(const AttentionInput& in, const AttentionRow& row, in
   const PackedKeys<T> keys(in, row, kv_head, true, packed);
   const BackwardScratch<T> t(in, Arena{static_cast<char*>(scratch)});
   const Partial<T> sums(in, row, kv_head, slice, g);
+  const TileUse<Product<T>> use;
   clear(sums.dk, row.padded_keys() * t.columns(in));
   clear(sums.dk + sums.between, row.padded_keys() * t.columns(in));
   for (int64_t i = slice; i < row.n_tiles(in); i += row.n_slices) {
     const Tile tile(in, row, kv_head, i);
     load_tile<T>(in, row, tile, t, g);
     clear(t.dq, keys.width(in) * kLanes);
-    for (int64_t key = t.range->begin; key < t.range->end; key += kKeys) {
-      const int64_t n = at_most(kKeys, round_up(t.range->end, kPad) - key);
+    const int64_t end = round_up(t.range->end, kPad);
+    for (int64_t key = t.range->template first<Product<T>>(), next; key < t.range->end; key = next) {
+      next = (key / kKeys + 1) * kKeys;
+      const int64_t n = at_most(next, end) - key;
       backward_keys<T>(in, keys, t, tile.lanes(), key, n, sums);
     }
     store_transposed<T>(t.dq, t.factor, tile.lanes(), in.head_dim, [&](int64_t l) {

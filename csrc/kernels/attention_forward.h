@@ -7,9 +7,16 @@
 // the shift before the row's maximum is known, so the shift is the largest score of some earlier block, and is
 // raised only when a score exceeds it by kSlack powers of two. Then O^T and the sums are rescaled, which is rare;
 // the results do not depend on what is subtracted, and weights up to 2^kSlack cost no accuracy.
+//
+// With AMX tiles, a tile of scores is computed at once and read back block by block; all else is the same.
 constexpr int kSlack = 8;
-// P^T in bf16 takes 12 KiB of the first-level cache, O^T another 12 at head_dim 64.
+// P^T in bf16 takes 12 KiB of the first-level cache, O^T another 12 at head_dim 64. AMX needs larger products, and
+// CPUs with it have 2 MiB of second-level cache.
+#if defined(ICAE_AMX)
+constexpr int64_t kForwardKeys = kColumnTile;
+#else
 constexpr int64_t kForwardKeys = 64;
+#endif
 
 // Shift (in powers of two) and sum of weights of each lane.
 template <class C>
@@ -25,13 +32,15 @@ struct ForwardScratch {
   E* q;  // (steps, kLanes, pair)
   E* p;  // (kForwardKeys / pair, kLanes, pair)
   C* o;  // (width, kLanes)
+  C* s;  // with tiles: (kForwardKeys, kLanes)
   Softmax<C>* softmax;
   KeyRange<C>* range;
 
   ForwardScratch(const AttentionInput& in, Arena arena, int64_t* bytes = nullptr) {
-    q = arena.take<E>(round_up(in.head_dim, P::kPair) * kLanes);
+    q = arena.take<E>(PackedKeys<T>::width(in) * kLanes);
     p = arena.take<E>(kForwardKeys * kLanes);
     o = arena.take<C>(PackedKeys<T>::width(in) * kLanes);
+    s = arena.take<C>(P::kTiles ? kForwardKeys * kLanes : 0);
     softmax = arena.take<Softmax<C>>(1);
     range = arena.take<KeyRange<C>>(1);
     if (bytes != nullptr) *bytes = arena.used;
@@ -81,7 +90,8 @@ struct LaneGroup {
   void add_values(int64_t end) {
     const int64_t width = keys.width(in), steps = (end - summed) / P::kPair;
     if (steps == 0) return;
-    const Left<E> v{keys.v_steps + summed * width, P::kPair, width * P::kPair};
+    if constexpr (P::kTiles) return add_by_tiles(end);
+    const Left<E> v = keys.columns(in, keys.v_steps, summed);
     const Right<E> p{t.p + (summed - tile) * kLanes + first * P::kPair, kLanes * P::kPair};
     for (int64_t d = 0; d < width; d += kBlockRows) {
       const Left<E> part{v.data + d * v.row, v.row, v.step};
@@ -91,6 +101,25 @@ struct LaneGroup {
     }
     started = true;
     summed = end;
+  }
+
+  // Keys that are in O^T already and those past `end` weigh nothing in the product of the whole tile.
+  void add_by_tiles(int64_t end) {
+    const int64_t depth = round_up(end - tile, kTileDepth);
+    clear(t.p, (summed - tile) * kLanes);
+    clear(t.p + (end - tile) * kLanes, (tile + depth - end) * kLanes);
+    const Left<E> v = keys.columns(in, keys.v_steps, tile);
+    multiply_tiles(v.data, v.row, keys.width(in), t.p, kLanes, vectors * W, depth, started, t.o, kLanes);
+    started = true;
+    summed = end;
+  }
+
+  // S^T of the tile's keys up to `end`.
+  void score_by_tiles(int64_t end) {
+    static_assert(kLanes <= kBlockVectors * W || !P::kTiles, "one group has all lanes");
+    const int64_t width = keys.width(in);
+    multiply_tiles(keys.k_rows + tile * width, width, round_up(end - tile, kTileDepth), t.q, kLanes, vectors * W,
+                   width, false, t.s, kLanes);
   }
 
   // Raises the shift of the lanes whose `highest` exceeds it, and rescales what was summed up with the old one.
@@ -116,8 +145,12 @@ struct LaneGroup {
   inline __attribute__((always_inline)) void weigh(int64_t key) {
     const int64_t width = keys.width(in);
     Block<P, vectors> s = {};
-    multiply_into<P, vectors>(s, {keys.k_rows + key * width, width, P::kPair},
-                              {t.q + first * P::kPair, kLanes * P::kPair}, ceil_div(in.head_dim, P::kPair));
+    if constexpr (P::kTiles) {
+      load_block<P, vectors>(s, t.s + (key - tile) * kLanes, kLanes);
+    } else {
+      multiply_into<P, vectors>(s, {keys.k_rows + key * width, width, P::kPair},
+                                {t.q + first * P::kPair, kLanes * P::kPair}, ceil_div(in.head_dim, P::kPair));
+    }
     Softmax<C>& softmax = *t.softmax;
     V<C> highest[vectors];
     bool rises = false;
@@ -157,6 +190,7 @@ struct LaneGroup {
   }
 
   void attend(int64_t end) {
+    if constexpr (P::kTiles) score_by_tiles(end);
     for (int64_t key = tile; key < end; key += kBlockRows) {
       t.range->cut(key, key + kBlockRows) ? weigh<true>(key) : weigh<false>(key);
     }
@@ -186,6 +220,7 @@ static void forward_tile(const AttentionInput& in, const AttentionRow& row, int6
   const Tile tile(in, row, kv_head, tile_index);
   const PackedKeys<T> keys(in, row, kv_head, false, packed);
   const ForwardScratch<T> t(in, Arena{static_cast<char*>(scratch)});
+  const TileUse<P> use;
   const int64_t lanes = tile.lanes(), vectors = ceil_div(lanes, Vec<C>::kWidth);
   const auto q = [&](int64_t l) { return row_of<T>(in.q, row.q_begin + tile.position(l), tile.head(l)); };
   const auto out = [&](int64_t l) {
@@ -194,18 +229,20 @@ static void forward_tile(const AttentionInput& in, const AttentionRow& row, int6
   prefetch_lanes<false, T>(q, lanes, in.head_dim);
   prefetch_lanes<true, T>(out, lanes, in.head_dim);
   pack_transposed<P, T>(q, lanes, in.head_dim, in.scale < 0, t.q);
+  if constexpr (P::kTiles) clear_past<P>(t.q, in.head_dim, keys.width(in));
   t.range->set(in, row, tile);
   for (int64_t l = 0; l < kLanes; ++l) {
     t.softmax->shift[l] = -kInfinity<C>;
     t.softmax->sum[l] = 0;
   }
-  const int64_t begin = t.range->begin, end = round_up(t.range->end, kPad);
+  const int64_t begin = t.range->template first<P>(), end = round_up(t.range->end, kPad);
   if (begin >= t.range->end) clear(t.o, keys.width(in) * kLanes);
   const C c = C(exponent_scale(in.scale));
   in_blocks(vectors, [&](int64_t n, int64_t width) {
     bool started = false;
-    for (int64_t key = begin; key < t.range->end; key += kForwardKeys) {
-      const int64_t stop = at_most(key + kForwardKeys, end), lane = n * Vec<C>::kWidth;
+    for (int64_t key = begin, next; key < t.range->end; key = next) {
+      next = (key / kForwardKeys + 1) * kForwardKeys;
+      const int64_t stop = at_most(next, end), lane = n * Vec<C>::kWidth;
       if (width == 3) {
         LaneGroup<T, 3>{in, keys, t, lane, c, key, key, started}.attend(stop);
       } else if (width == 2) {

@@ -5,29 +5,44 @@
 // makes packing at every call cheap: with panels packed by one thread and read by all, it cost 5 % of the time at
 // T 2560, N 960, k 576 (Zen 4, two threads); so it costs under 1 %, and 97 % of the rate of bare `vdpbf16ps` is
 // left, where oneDNN reaches 81 to 88 %.
+//
+// With AMX a panel is multiplied with up to kMostRows rows at once, into memory (tiles.h), and what follows reads
+// it from there.
 
 #if defined(ICAE_AVX512)
 
 // Elements of a panel of one term: (k / 2, 2 halves, kHalf, pair).
 constexpr int64_t kPanelStep = 2 * kHalf * 2;
+#if defined(ICAE_AMX)
+constexpr int64_t kRowStep = 16, kMostRows = 128;
+#else
+constexpr int64_t kRowStep = kTileRows, kMostRows = 96;
+#endif
+
+// Elements of k in a panel: tiles take whole steps, and where k ends in the middle of one, x is copied and padded.
+static inline int64_t padded_k(const GemmTerm& term) {
+  return Product<bf16>::kTiles ? round_up(term.k, kTileDepth) : term.k;
+}
 
 static inline int64_t panel_size(const Gemm& g) {
   int64_t k = 0;
-  for (int64_t i = 0; i < g.n_terms; ++i) k += g.terms[i].k;
+  for (int64_t i = 0; i < g.n_terms; ++i) k += padded_k(g.terms[i]);
   return k / 2 * kPanelStep;
 }
 
 // Rows whose x is kept in the second-level cache while all panels of the call pass over it.
 static inline int64_t block_rows(const Gemm& g) {
-  constexpr int64_t kBlockBytes = 256 << 10, kMostRows = 96;
+  constexpr int64_t kBlockBytes = 256 << 10;
   const int64_t rows = kBlockBytes / at_least(1, g.terms[0].k * static_cast<int64_t>(sizeof(bf16)));
-  return at_least(kTileRows, at_most(rows, kMostRows) / kTileRows * kTileRows);
+  return at_least(kRowStep, at_most(rows, kMostRows) / kRowStep * kRowStep);
 }
 
 // A copy of x's block is padded by a cache line a row. Without one, rows that lie a multiple of 4 KiB apart push
 // each other out of the first-level cache: 12 of them share its 8 places.
-static inline int64_t copied_row(const GemmTerm& term) { return term.k + 32; }
-static inline bool copies(const GemmTerm& term) { return term.x_row * sizeof(bf16) % 2048 == 0; }
+static inline int64_t copied_row(const GemmTerm& term) { return padded_k(term) + 32; }
+static inline bool copies(const GemmTerm& term) {
+  return term.x_row * sizeof(bf16) % 2048 == 0 || padded_k(term) != term.k;
+}
 
 static int64_t gemm_scratch_bytes(const Gemm& g, int64_t panels) {
   int64_t elements = panels * panel_size(g);
@@ -35,15 +50,15 @@ static int64_t gemm_scratch_bytes(const Gemm& g, int64_t panels) {
   return elements * sizeof(bf16);
 }
 
-// Weights of up to 16 columns into one half of a panel.
-static inline void pack_half(const bf16* w, int64_t w_row, int64_t n, int64_t k, bf16* to) {
+// Weights of up to 16 columns into one half of a panel, with zeros from k up to `padded`.
+static inline void pack_half(const bf16* w, int64_t w_row, int64_t n, int64_t k, int64_t padded, bf16* to) {
   for (int64_t d = 0; d < k; d += 32) {
     __m512i x[16];
     for (int i = 0; i < 16; ++i) {
       x[i] = i < n ? load_bytes(w + i * w_row + d, (k - d) * sizeof(bf16)) : _mm512_setzero_si512();
     }
     transpose(x);
-    const int64_t steps = at_most(16, (k - d) / 2);
+    const int64_t steps = at_most(16, (padded - d) / 2);
     for (int64_t s = 0; s < steps; ++s) _mm512_storeu_si512(to + (d / 2 + s) * kPanelStep, x[s]);
   }
 }
@@ -54,9 +69,9 @@ static inline void pack_panel(const Gemm& g, int64_t panel, bf16* to) {
     const GemmTerm& term = g.terms[i];
     for (int h = 0; h < 2; ++h) {
       const bf16* w = static_cast<const bf16*>(term.w) + halves.column[h] * term.w_row;
-      pack_half(w, term.w_row, halves.n[h], term.k, to + h * 2 * kHalf);
+      pack_half(w, term.w_row, halves.n[h], term.k, padded_k(term), to + h * 2 * kHalf);
     }
-    to += term.k / 2 * kPanelStep;
+    to += padded_k(term) / 2 * kPanelStep;
   }
 }
 
@@ -107,9 +122,43 @@ ICAE_INLINE void finish_row(const Gemm& g, const Halves& h, int64_t d, int64_t r
   }
 }
 
+#if defined(ICAE_AMX)
+
+// Rows of the next tile, of `left` rows.
+static inline int64_t rows_of_tile(int64_t left) { return at_least(kRowStep, left / kRowStep * kRowStep); }
+
+template <Finish finish, bool full>
+static inline void finish_rows(const Gemm& g, const Halves& h, const float* sums, int64_t row, int64_t rows) {
+  V<float> bias[2] = {};
+  for (int i = 0; i < 2 && g.bias != nullptr; ++i) {
+    bias[i] = load_n(static_cast<const bf16*>(g.bias) + h.column[i], h.n[i]);
+  }
+  const int64_t d = finish == Finish::kRotate ? h.column[0] % g.head_dim : 0;
+  for (int64_t r = 0; r < rows; ++r, sums += 2 * kHalf) {
+    finish_row<finish, full>(g, h, d, row + r, load(sums) + bias[0], load(sums + kHalf) + bias[1]);
+  }
+}
+
 template <Finish finish>
 static void gemm_tile(const Gemm& g, const Halves& h, const bf16* const (&x)[2], const int64_t (&x_row)[2],
-                      const bf16* panel, int64_t row, int64_t rows) {
+                      const bf16* panel, int64_t row, int64_t rows, int64_t tile_rows) {
+  alignas(64) float sums[kMostRows * 2 * kHalf];  // stays in the first-level cache
+  for (int64_t i = 0; i < g.n_terms; ++i) {
+    const int64_t k = padded_k(g.terms[i]);
+    multiply_tiles(x[i], x_row[i], tile_rows, panel, 2 * kHalf, 2 * kHalf, k, i > 0, sums, 2 * kHalf);
+    panel += k / 2 * kPanelStep;
+  }
+  h.n[0] == kHalf&& h.n[1] == kHalf ? finish_rows<finish, true>(g, h, sums, row, rows)
+                                    : finish_rows<finish, false>(g, h, sums, row, rows);
+}
+
+#else
+
+static inline int64_t rows_of_tile(int64_t) { return kTileRows; }
+
+template <Finish finish>
+static void gemm_tile(const Gemm& g, const Halves& h, const bf16* const (&x)[2], const int64_t (&x_row)[2],
+                      const bf16* panel, int64_t row, int64_t rows, int64_t) {
   Sums sums;
   V<float> bias[2] = {};
   for (int i = 0; i < 2 && g.bias != nullptr; ++i) {
@@ -134,6 +183,8 @@ static void gemm_tile(const Gemm& g, const Halves& h, const bf16* const (&x)[2],
   }
 }
 
+#endif
+
 // Rows of x for one block: where they lie, or copied.
 struct RowBlock {
   const bf16* x[2];
@@ -144,13 +195,14 @@ struct RowBlock {
       const GemmTerm& term = g.terms[i];
       x[i] = static_cast<const bf16*>(term.x) + begin * term.x_row;
       x_row[i] = term.x_row;
-      if (!copies(term) && n >= kTileRows) continue;
+      if (!copies(term) && n >= kRowStep) continue;
       x_row[i] = copied_row(term);
       for (int64_t r = 0; r < n; ++r) {
         __builtin_memcpy(static_cast<void*>(copy + r * x_row[i]), x[i] + r * term.x_row, term.k * sizeof(bf16));
+        clear(copy + r * x_row[i] + term.k, padded_k(term) - term.k);
       }
-      // A tile always computes kTileRows rows; those past the end are not stored.
-      for (int64_t r = n; r < kTileRows; ++r) clear(copy + r * x_row[i], term.k);
+      // A tile always computes kRowStep rows; those past the end are not stored.
+      for (int64_t r = n; r < kRowStep; ++r) clear(copy + r * x_row[i], padded_k(term));
       x[i] = copy;
       copy += block_rows(g) * x_row[i];
     }
@@ -161,6 +213,7 @@ template <Finish finish>
 static void gemm_panels(const Gemm& g, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end,
                         void* scratch) {
   bf16* const packed = static_cast<bf16*>(scratch);
+  const TileUse<Product<bf16>> use;
   const int64_t size = panel_size(g), step = block_rows(g);
   for (int64_t p = panel_begin; p < panel_end; ++p) pack_panel(g, p, packed + (p - panel_begin) * size);
   for (int64_t begin = row_begin; begin < row_end; begin += step) {
@@ -168,12 +221,13 @@ static void gemm_panels(const Gemm& g, int64_t panel_begin, int64_t panel_end, i
     const RowBlock block(g, begin, n, packed + (panel_end - panel_begin) * size);
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       const Halves halves = g.halves(p);
-      for (int64_t r = 0; r < n; r += kTileRows) {
-        const int64_t at = at_least(0, at_most(r, n - kTileRows));  // the last tile overlaps the one before
+      for (int64_t r = 0, tile; r < n; r += tile) {
+        tile = rows_of_tile(n - r);
+        const int64_t at = at_least(0, at_most(r, n - tile));  // the last tile overlaps the one before
         const bf16* const x[2] = {block.x[0] + at * block.x_row[0],
                                   g.n_terms == 2 ? block.x[1] + at * block.x_row[1] : nullptr};
         gemm_tile<finish>(g, halves, x, block.x_row, packed + (p - panel_begin) * size, begin + at,
-                          at_most(kTileRows, n));
+                          at_most(tile, n), tile);
       }
     }
   }

@@ -17,6 +17,7 @@ struct Product {
   using E = C;  // what operands are packed as
   using Operand = V<C>;
   static constexpr int kPair = 1;
+  static constexpr bool kTiles = false;
   ICAE_INLINE Operand lanes(const E* p) { return load(p); }
   ICAE_INLINE Operand broadcast(const E* p) { return set1(*p); }
   ICAE_INLINE V<C> multiply_add(V<C> sum, Operand a, Operand b) { return sum + a * b; }
@@ -29,6 +30,11 @@ struct Product<bf16> {
   using E = bf16;
   using Operand = __m512i;
   static constexpr int kPair = 2;
+#if defined(ICAE_AMX)
+  static constexpr bool kTiles = true;  // large products go to tiles.h, and operands are packed for it
+#else
+  static constexpr bool kTiles = false;
+#endif
   ICAE_INLINE Operand lanes(const E* p) { return _mm512_loadu_si512(p); }
   ICAE_INLINE Operand broadcast(const E* p) {
     int32_t pair;
@@ -86,6 +92,15 @@ ICAE_INLINE void multiply_into(Block<P, vectors>& sums, Left<typename P::E> a, R
   }
 }
 
+template <class P, int vectors>
+ICAE_INLINE void load_block(Block<P, vectors>& x, const typename P::C* from, int64_t row) {
+#pragma GCC unroll 8
+  for (int m = 0; m < kBlockRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) x[m][n] = load(from + m * row + n * Vec<typename P::C>::kWidth);
+  }
+}
+
 template <class P, int vectors, Into into>
 static inline void multiply_block(Left<typename P::E> a, Right<typename P::E> b, int64_t steps, typename P::C* c,
                                   int64_t c_row) {
@@ -115,11 +130,15 @@ ICAE_INLINE void in_blocks(int64_t vectors, F f) {
   }
 }
 
-// `rows` is a multiple of kBlockRows.
+// `rows` is a multiple of kBlockRows. Tiles want A by rows, and multiples of kTileDepth of rows and of elements.
 template <class P, Into into>
 static inline void multiply(Left<typename P::E> a, int64_t rows, Right<typename P::E> b, int64_t vectors,
                             int64_t steps, typename P::C* c, int64_t c_row) {
   constexpr int W = Vec<typename P::C>::kWidth;
+  if constexpr (P::kTiles) {
+    return multiply_tiles(a.data, a.row, rows, b.data, b.step / P::kPair, vectors * W, steps * P::kPair,
+                          into == Into::kAdd, c, c_row);
+  }
   in_blocks(vectors, [&](int64_t n, int64_t width) {
     const Right<typename P::E> right{b.data + n * W * P::kPair, b.step};
     for (int64_t m = 0; m < rows; m += kBlockRows) {
@@ -178,10 +197,15 @@ ICAE_INLINE void store_bytes(void* p, __m512i v, int64_t bytes) {
   _mm512_mask_storeu_epi8(p, (uint64_t{1} << bytes) - 1, v);
 }
 
+// The order in which the low halves of two vectors of bf16 are interleaved.
+ICAE_INLINE __m512i low_pairs() {
+  return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                          35, 3, 34, 2, 33, 1, 32, 0);
+}
+
 // Two rows of bf16 interleaved: a pair for each column.
 ICAE_INLINE void interleave(const bf16* even, const bf16* odd, int64_t dim, bf16* to) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                       37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i low = low_pairs();
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t d = 0; d < dim; d += 32) {
     const int64_t bytes = (dim - d) * 2;
@@ -249,6 +273,27 @@ static inline void pack_steps(Row row, int64_t n, int64_t dim, typename P::E* to
   }
 }
 
+// n rows transposed, as A of a product by tiles: pieces of kColumnTile columns, (width, columns) by rows each, with
+// zeros up to `width` rows and `padded` columns.
+template <class Row>
+static inline void pack_columns(Row row, int64_t n, int64_t dim, bf16* to, int64_t width, int64_t padded) {
+#if defined(ICAE_AVX512)
+  for (int64_t r = 0; r < padded; r += 32) {
+    const int64_t piece = r / kColumnTile * kColumnTile, columns = at_most(kColumnTile, padded - piece);
+    for (int64_t d = 0; d < width; d += 16) {
+      const int64_t bytes = at_least(0, at_most(16, dim - d)) * static_cast<int64_t>(sizeof(bf16));
+      const auto part = [&](int64_t i) { return i < n ? load_bytes(row(i) + d, bytes) : _mm512_setzero_si512(); };
+      __m512i x[16];
+      for (int i = 0; i < 16; ++i)
+        x[i] = _mm512_permutex2var_epi16(part(r + 2 * i), low_pairs(), part(r + 2 * i + 1));
+      transpose(x);
+      bf16* out = to + piece * width + d * columns + r - piece;
+      for (int i = 0; i < 16; ++i, out += columns) _mm512_storeu_si512(out, x[i]);
+    }
+  }
+#endif
+}
+
 // B = X^T: lane l of step s holds row(l)'s elements of that step. Lanes from n to kLanes are zero. A `negative` B
 // is -X^T.
 template <class P, class T, class Row>
@@ -283,4 +328,11 @@ static inline void pack_transposed(Row row, int64_t n, int64_t dim, bool negativ
       if constexpr (pair == 1) *out = negative ? -*out : *out;
     }
   }
+}
+
+// Zeros in B's steps from `dim` up to `width`.
+template <class P>
+ICAE_INLINE void clear_past(typename P::E* b, int64_t dim, int64_t width) {
+  const int64_t used = round_up(dim, P::kPair);
+  clear(b + used * kLanes, (width - used) * kLanes);
 }

@@ -12,8 +12,8 @@ struct __attribute__((may_alias)) bf16 {
   uint16_t bits;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -22,8 +22,8 @@ inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 // A query tile is up to kLanes (position, query head) pairs that share one key/value head. 48 is a multiple of
 // every vector width here and of the usual group sizes 1, 2, 3, 4, 6, 8, 12 and 16.
 constexpr int64_t kLanes = 48;
-// Packed keys of a row, and packed head dimensions, are padded with zeros to a multiple of this: no micro-kernel
-// has more rows.
+// Packed keys of a row, and packed head dimensions, are padded with zeros to a multiple of this or more: no
+// micro-kernel has more rows.
 constexpr int64_t kPad = 8;
 // With this many lanes or fewer in a row, packing its keys costs more than it saves: at 32 rows of 300 keys, groups
 // of 3 heads of 64, bf16, one thread with AVX-512, 3 lanes take 1.9 ms and packed 7.4, 12 lanes 3.9 and 7.6, 15
@@ -52,11 +52,12 @@ struct AttentionInput {
 // One row of the pack: where its queries and keys are. n_keys counts the keys in use.
 struct AttentionRow {
   int64_t q_begin, n_queries, k_begin, n_keys;
-  int64_t packed_begin;   // where its packed keys begin; a multiple of kPad
+  int64_t packed_begin;   // where its packed keys begin; a multiple of key_pad
   int64_t partial_begin;  // backward: where its slices' partial sums begin, in keys
   int64_t n_slices;       // backward: into how many tasks the queries of a key/value head are cut
+  int64_t key_pad;        // the kernels'
 
-  int64_t padded_keys() const { return round_up(n_keys, kPad); }
+  int64_t padded_keys() const { return round_up(n_keys, key_pad); }
   int64_t n_tiles(const AttentionInput& in) const {
     return ceil_div(n_queries, in.positions_per_tile()) * in.head_chunks();
   }
@@ -76,6 +77,7 @@ struct AttentionGradient {
 };
 
 struct AttentionKernels {
+  int64_t key_pad;  // what packed keys of a row are padded to a multiple of
   // Bytes of packed keys and values for all key/value heads, and of one thread's scratch.
   int64_t (*packed_bytes)(const AttentionInput&, bool backward);
   int64_t (*scratch_bytes)(const AttentionInput&, bool backward);
@@ -217,6 +219,17 @@ struct GemmKernels {
               void* scratch);
 };
 
+// ---- AMX -----------------------------------------------------------------------------------------------------
+
+// The product that the unit for AMX works with: ATen's brgemm, behind pointers because kernels do not know torch.
+// C (m, n) (+)= A (m, k) B, where A and C are matrices by rows and B is (k / 2, ld_b, 2).
+struct TileProduct {
+  void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add,
+                   const bf16* a, const bf16* b, float* c);
+  void (*release)();  // gives a thread's tile registers back
+};
+extern const TileProduct tile_product;  // in common/tiles.cpp
+
 // ---- tables --------------------------------------------------------------------------------------------------
 
 enum class Dtype : int { Float = 0, BFloat16 = 1, Double = 2 };
@@ -233,6 +246,7 @@ const Kernels& kernels_scalar();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_amx();
 #endif
 
 }  // namespace icae_fast

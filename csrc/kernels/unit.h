@@ -19,6 +19,7 @@ namespace ICAE_PASTE(unit_, ICAE_ISA) {
 
 // clang-format off: each one uses those before it
 #include "vec.h"
+#include "tiles.h"
 #include "product.h"
 #include "attention.h"
 #include "attention_forward.h"
@@ -36,8 +37,15 @@ static int64_t scratch_bytes(const AttentionInput& in, bool backward) {
 
 template <class T>
 constexpr AttentionKernels attention_kernels() {
-  return {packed_bytes<T>, scratch_bytes<T>, partial_bytes<T>,  pack_keys<T>,
-          forward_tile<T>, forward_few<T>,   backward_slice<T>, sum_slices<T>};
+  return {Product<T>::kTiles ? kTileDepth : kPad,
+          packed_bytes<T>,
+          scratch_bytes<T>,
+          partial_bytes<T>,
+          pack_keys<T>,
+          forward_tile<T>,
+          forward_few<T>,
+          backward_slice<T>,
+          sum_slices<T>};
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 #include "attention_plan.h"
 
 #include "../common/checks.h"
+#include "../common/isa.h"
 
 namespace icae_fast {
 namespace {
@@ -44,6 +45,7 @@ AttentionPlan::AttentionPlan(const at::Tensor& q_in, const at::Tensor& k_in, con
                              const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                              const std::optional<at::Tensor>& seqused_k, double scale, int64_t window) {
   dtype = dtype_of(q_in, kOp, "q");
+  kernels = &icae_fast::kernels().attention[static_cast<int>(dtype)];
   check_shapes(q_in, k_in, v_in);
   TORCH_CHECK(window >= 0, kOp, ": window is ", window, "; it is a number of keys, or 0 for all");
   const auto cu_q = values(cu_seqlens_q, "cu_seqlens_q"), cu_k = values(cu_seqlens_k, "cu_seqlens_k");
@@ -67,7 +69,7 @@ AttentionPlan::AttentionPlan(const at::Tensor& q_in, const at::Tensor& k_in, con
     const int64_t length = cu_k[i + 1] - cu_k[i], n_keys = used.empty() ? length : used[i];
     TORCH_CHECK(n_keys >= 0 && n_keys <= length, kOp, ": seqused_k is ", n_keys, " for row ", i, ", which has ",
                 length, " keys");
-    rows.push_back({cu_q[i], cu_q[i + 1] - cu_q[i], cu_k[i], n_keys, 0, 0, 0});
+    rows.push_back({cu_q[i], cu_q[i + 1] - cu_q[i], cu_k[i], n_keys, 0, 0, 0, kernels->key_pad});
     keys_in_use += n_keys;
   }
   queries_in_rows = cu_q.back();

@@ -16,6 +16,7 @@ struct AttentionPlan {
   std::vector<AttentionRow> rows;
   int64_t queries_in_rows = 0, keys_in_use = 0;
   Dtype dtype;
+  const AttentionKernels* kernels;  // chosen once: the rows are laid out for it
 
   // Raises for shapes, types or cu_seqlens that the kernels would read out of bounds with.
   AttentionPlan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens_q,

@@ -12,6 +12,9 @@ constexpr int64_t kFewestRows = 16;
 // Packed panels of one task stay in the second-level cache, 1 MiB and more on CPUs with AVX512-BF16.
 constexpr int64_t kPanelBytes = 384 << 10;
 
+// A multiple of kTileRows and of the 16 rows of an AMX tile.
+constexpr int64_t kChunkStep = 48;
+
 struct GemmTask {
   const Gemm* gemm;
   int64_t panel_begin, panel_end, row_begin, row_end;
@@ -32,7 +35,7 @@ std::vector<GemmTask> cut(const std::vector<Gemm>& gemms, int64_t group, int64_t
   int64_t before = 0;
   for (const auto& g : gemms) {
     const int64_t own = g.panels(), most = at_most(group, most_panels(g));
-    const int64_t rows = round_up(ceil_div(g.rows, chunks), kTileRows);
+    const int64_t rows = round_up(ceil_div(g.rows, chunks), kChunkStep);
     for (int64_t p = 0, n; p < own; p += n, before += n) {
       n = at_least(1, at_most(at_most(most, own - p), single - before));
       for (int64_t r = 0; r < g.rows; r += rows) {

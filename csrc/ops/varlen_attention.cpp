@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "../common/checks.h"
-#include "../common/isa.h"
 #include "../common/parallel.h"
 #include "attention_plan.h"
 
@@ -62,7 +61,7 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention_cpu(const at::Tensor& q, con
                                                         double scale, int64_t window) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   AttentionPlan plan(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, window);
-  const auto& kernels = icae_fast::kernels().attention[static_cast<int>(plan.dtype)];
+  const auto& kernels = *plan.kernels;
   auto out = at::empty(q.sizes(), q.options());
   auto lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(compute_type(q)));
   if (plan.queries_in_rows < q.size(0)) {

@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "../common/checks.h"
-#include "../common/isa.h"
 #include "../common/parallel.h"
 #include "attention_plan.h"
 
@@ -68,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward_cpu(
     int64_t /*max_seqlen_k*/, double scale, int64_t window) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   AttentionPlan plan(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, window);
-  const auto& kernels = icae_fast::kernels().attention[static_cast<int>(plan.dtype)];
+  const auto& kernels = *plan.kernels;
   TORCH_CHECK(dout_in.sizes() == q.sizes() && out_in.sizes() == q.sizes(), kOp, ": dout is ", dout_in.sizes(),
               " and out ", out_in.sizes(), ", not ", q.sizes(), " as q is");
   const std::vector<int64_t> of_lse{q.size(1), q.size(0)};

@@ -32,8 +32,13 @@ def _backward(ops, ctx, dout, dlse):
     return (*grads, *[None] * 7)
 
 
-def _sample(name, rows, hq, hkv, head_dim, *, window=0, used=None, view=False, gradcheck=False):
-    """A sample of `rows` [(query length, key length), ...]; `used` shortens the keys, `view` strides q, k, v."""
+def _sample(name, rows, hq, hkv, head_dim, *, window=0, used=None, view=False, rising=False, gradcheck=False):
+    """A sample of `rows` [(query length, key length), ...].
+
+    used: shortens the keys
+    view: q, k and v have strides
+    rising: keys grow along the rows, so that a softmax has to raise its maximum again and again
+    """
 
     def make(dtype, device, generator):
         def rand(length, heads):
@@ -45,9 +50,12 @@ def _sample(name, rows, hq, hkv, head_dim, *, window=0, used=None, view=False, g
             return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
         lq, lk = [r[0] for r in rows], [r[1] for r in rows]
+        q, k = rand(sum(lq), hq), rand(sum(lk), hkv)
+        if rising:
+            k *= torch.linspace(0.1, 6, len(k), dtype=dtype, device=device)[:, None, None]
         return {
-            "q": rand(sum(lq), hq),
-            "k": rand(sum(lk), hkv),
+            "q": q,
+            "k": k,
             "v": rand(sum(lk), hkv),
             "cu_seqlens_q": cumulative(lq),
             "cu_seqlens_k": cumulative(lk),
@@ -75,6 +83,7 @@ SAMPLES = (
     _sample("seqused", [(1, 40), (3, 40), (2, 40)], 4, 2, 64, used=[17, 40, 2]),
     _sample("window", [(90, 90), (5, 70)], 2, 1, 64, window=33),
     _sample("view", [(23, 23), (40, 40)], 4, 2, 64, view=True),
+    _sample("rising", [(200, 200)], 3, 1, 64, rising=True),
     _sample("span-512", [(640, 640)], 3, 1, 64),
     _sample("grad-gqa", [(5, 5), (1, 1), (0, 0), (3, 6)], 4, 2, 4, gradcheck=True),
     _sample("grad-window-view", [(7, 7), (3, 1)], 2, 1, 6, window=3, view=True, gradcheck=True),

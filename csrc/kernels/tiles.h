@@ -1,0 +1,42 @@
+// bf16 products on AMX tiles, by the micro-kernels of oneDNN that ATen's `brgemm` runs.
+//
+// None of this has run on a CPU with AMX yet. Tests run it on AVX512-BF16, for which oneDNN generates other code
+// behind the same call. What is expected: a tile instruction does 16 x 16 x 32 products in 16 cycles, eight times
+// as many as two ports do with `vdpbf16ps`, so that softmax and epilogues take most of the time that is left.
+//
+// What shapes the callers:
+// * oneDNN generates a kernel for each shape, strides and `add` on a thread's first call with it, which takes 0.1
+// ms
+//   (Zen 4). So operands are padded to few shapes: rows to 16, depth to 32.
+// * A depth that is no multiple of 32 would work, but tiles then are reconfigured or copied inside the kernel.
+// * A call costs a look-up in a table, and where the shape changes a tile configuration: some hundred cycles,
+// against
+//   the 16 of a tile instruction. So a call is given as many rows as fit the caches.
+// * The configuration stays until `release`; anything else on this thread that uses tiles would find it wrong.
+constexpr int64_t kTileDepth = 32;
+// Keys of one packed piece of K^T or V^T. In one matrix, rows could lie a multiple of 4 KiB apart and push each
+// other out of the first-level cache.
+constexpr int64_t kColumnTile = 128;
+static_assert(kColumnTile % kTileDepth == 0, "a piece is whole tiles");
+
+// The time in which a thread may hold tile registers.
+template <class P>
+struct TileUse {
+  TileUse() = default;
+  TileUse(const TileUse&) = delete;
+  TileUse& operator=(const TileUse&) = delete;
+  ~TileUse() {
+#if defined(ICAE_AMX)
+    if constexpr (P::kTiles) tile_product.release();
+#endif
+  }
+};
+
+// C (rows, columns) (+)= A (rows, depth) B, where B is (depth / 2, b_row, 2).
+template <class E, class C>
+ICAE_INLINE void multiply_tiles(const E* a, int64_t a_row, int64_t rows, const E* b, int64_t b_row, int64_t columns,
+                                int64_t depth, bool add, C* c, int64_t c_row) {
+#if defined(ICAE_AMX)
+  tile_product.multiply(rows, columns, depth, a_row, b_row, c_row, add, a, b, c);
+#endif
+}
