@@ -75,14 +75,16 @@ static inline void pack_panel(const Gemm& g, int64_t panel, bf16* to) {
   }
 }
 
-using Sums = V<float>[kTileRows][2];
+template <int height>
+using Sums = V<float>[height][2];
 
-ICAE_INLINE void accumulate(const bf16* x, int64_t x_row, const bf16* panel, int64_t k, Sums& sums) {
+template <int height>
+ICAE_INLINE void accumulate(const bf16* x, int64_t x_row, const bf16* panel, int64_t k, Sums<height>& sums) {
   using P = Product<bf16>;
   for (int64_t d = 0; d < k; d += 2, panel += kPanelStep) {
     const __m512i w[2] = {P::lanes(panel), P::lanes(panel + 2 * kHalf)};
 #pragma GCC unroll 12
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < height; ++r) {
       const __m512i pair = P::broadcast(x + r * x_row + d);
       sums[r][0] = P::multiply_add(sums[r][0], pair, w[0]);
       sums[r][1] = P::multiply_add(sums[r][1], pair, w[1]);
@@ -154,32 +156,46 @@ static void gemm_tile(const Gemm& g, const Halves& h, const bf16* const (&x)[2],
 
 #else
 
-static inline int64_t rows_of_tile(int64_t) { return kTileRows; }
+// Fewer rows at the end are a smaller tile: 4 rows of 128 would cost a tenth of them again as part of 12.
+static inline int64_t rows_of_tile(int64_t left) { return left > 8 ? 12 : left > 4 ? 8 : 4; }
 
-template <Finish finish>
-static void gemm_tile(const Gemm& g, const Halves& h, const bf16* const (&x)[2], const int64_t (&x_row)[2],
-                      const bf16* panel, int64_t row, int64_t rows, int64_t) {
-  Sums sums;
+template <Finish finish, int height>
+static void gemm_tile_of(const Gemm& g, const Halves& h, const bf16* const (&x)[2], const int64_t (&x_row)[2],
+                         const bf16* panel, int64_t row, int64_t rows) {
+  Sums<height> sums;
   V<float> bias[2] = {};
   for (int i = 0; i < 2 && g.bias != nullptr; ++i) {
     bias[i] = load_n(static_cast<const bf16*>(g.bias) + h.column[i], h.n[i]);
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < kTileRows; ++r) {
+  for (int r = 0; r < height; ++r) {
     sums[r][0] = bias[0];
     sums[r][1] = bias[1];
   }
-  accumulate(x[0], x_row[0], panel, g.terms[0].k, sums);
-  if (g.n_terms == 2) accumulate(x[1], x_row[1], panel + g.terms[0].k / 2 * kPanelStep, g.terms[1].k, sums);
+  accumulate<height>(x[0], x_row[0], panel, g.terms[0].k, sums);
+  if (g.n_terms == 2) accumulate<height>(x[1], x_row[1], panel + g.terms[0].k / 2 * kPanelStep, g.terms[1].k, sums);
   const int64_t d = finish == Finish::kRotate ? h.column[0] % g.head_dim : 0;
-  if (rows == kTileRows && h.n[0] == kHalf && h.n[1] == kHalf) {
+  if (rows == height && h.n[0] == kHalf && h.n[1] == kHalf) {
 #pragma GCC unroll 12
-    for (int r = 0; r < kTileRows; ++r) finish_row<finish, true>(g, h, d, row + r, sums[r][0], sums[r][1]);
+    for (int r = 0; r < height; ++r) finish_row<finish, true>(g, h, d, row + r, sums[r][0], sums[r][1]);
   } else {
 #pragma GCC unroll 12
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < height; ++r) {
       if (r < rows) finish_row<finish, false>(g, h, d, row + r, sums[r][0], sums[r][1]);
     }
+  }
+}
+
+template <Finish finish>
+static void gemm_tile(const Gemm& g, const Halves& h, const bf16* const (&x)[2], const int64_t (&x_row)[2],
+                      const bf16* panel, int64_t row, int64_t rows, int64_t height) {
+  static_assert(kTileRows == 12, "rows_of_tile knows these heights");
+  if (height == 12) {
+    gemm_tile_of<finish, 12>(g, h, x, x_row, panel, row, rows);
+  } else if (height == 8) {
+    gemm_tile_of<finish, 8>(g, h, x, x_row, panel, row, rows);
+  } else {
+    gemm_tile_of<finish, 4>(g, h, x, x_row, panel, row, rows);
   }
 }
 

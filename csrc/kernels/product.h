@@ -299,8 +299,8 @@ static inline void pack_columns(Row row, int64_t n, int64_t dim, bf16* to, int64
 }
 
 #if defined(ICAE_AVX512)
-// X^T in blocks of kBlockRows columns of X: (width / kBlockRows, padded / 2, kBlockRows, 2). One block after the other
-// is multiplied, and so reads its part of the first-level cache from end to end.
+// X^T in blocks of kBlockRows columns of X: (width / kBlockRows, padded / 2, kBlockRows, 2). One block after the
+// other is multiplied, and so reads its part of the first-level cache from end to end.
 template <class Row>
 static inline void pack_column_blocks(Row row, int64_t n, int64_t dim, bf16* to, int64_t width, int64_t padded) {
   static_assert(kBlockRows == 8, "a vector of pairs is two blocks");
