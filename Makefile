@@ -16,7 +16,8 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q
-	ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q tests/test_golden.py tests/test_modeling.py tests/test_models.py
+	ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q tests/test_golden.py tests/test_modeling.py tests/test_models.py \
+		tests/test_adapter_mode.py tests/test_fingerprint.py
 	$(MAKE) bench-check
 
 # The op and argument tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a build of their own
@@ -39,7 +40,7 @@ sanitize: $(VENV)/.installed
 		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA=$$isa ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider -o pythonpath=$(SANITIZED)/lib \
-			tests/test_ops.py tests/test_build.py \
+			tests/test_ops.py tests/test_build.py tests/test_fingerprint.py \
 			-k "(cpp or test_build) and not (opcheck or compile or instruction or sentence or install)"; \
 	done
 

@@ -25,6 +25,7 @@ from icae_fast import ICAE, ICAEConfig
 from icae_fast.embedded import load_smollm2
 
 TOKENS = (700, 1100)
+ADAPTER_MODES = ("fused", "merged")
 LORA_B_STD = (0.0, 0.02, 0.2)  # of the up-projections; 0 is a new adapter
 
 
@@ -46,27 +47,34 @@ def rms(t: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def compare(ids: torch.Tensor, std: float) -> dict[str, Any]:
-    """The distances for one context, as JSON values."""
+def compare(ids: torch.Tensor, std: float) -> list[dict[str, Any]]:
+    """The distances for one context in each adapter mode, as JSON values."""
     exact, narrow = with_adapter(torch.float32, std), with_adapter(torch.bfloat16, std)
     truth, rounded_truth = (BaselineICAE.from_icae(i).compress(ids[None]).float() for i in (exact, narrow))
-    ours32, ours16 = (i.compress(ids)[0].slots.float() for i in (exact, narrow))
     error = rms(rounded_truth - truth)
-    return {
-        "tokens": len(ids),
-        "lora_b_std": std,
-        "fp32_rms_difference": rms(ours32 - truth) / rms(truth),
-        "baseline_bf16_error": error / rms(truth),
-        "bf16_distance": rms(ours16 - rounded_truth) / error,
-        "bf16_error_of_ours": rms(ours16 - truth) / error,
-    }
+    rows = []
+    for mode in ADAPTER_MODES:
+        exact.adapter_mode = narrow.adapter_mode = mode
+        ours32, ours16 = (i.compress(ids)[0].slots.float() for i in (exact, narrow))
+        rows.append(
+            {
+                "tokens": len(ids),
+                "lora_b_std": std,
+                "adapter_mode": mode,
+                "fp32_rms_difference": rms(ours32 - truth) / rms(truth),
+                "baseline_bf16_error": error / rms(truth),
+                "bf16_distance": rms(ours16 - rounded_truth) / error,
+                "bf16_error_of_ours": rms(ours16 - truth) / error,
+            }
+        )
+    return rows
 
 
 def main() -> None:
     """Compare on the file named on the command line."""
     text = Path(sys.argv[1]).read_text(encoding="utf-8")
     ids = torch.tensor(load_smollm2()[1](text)["input_ids"])
-    rows = [rounded(compare(ids[:n], std)) for n in TOKENS for std in LORA_B_STD]
+    rows = [rounded(row) for n in TOKENS for std in LORA_B_STD for row in compare(ids[:n], std)]
     machine = describe_machine()
     path = REPOSITORY / "docs" / "results" / f"accuracy-{machine_slug(machine)}.json"
     path.write_text(json.dumps({"suite": "accuracy", "machine": machine, "rows": rows}, indent=1) + "\n")

@@ -34,6 +34,17 @@ class PackedLoRA:
     dropout_seed: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class MergedQKV:
+    """One layer with its LoRA merged: what `lora_qkv_rope` takes in place of the base weights, and then without LoRA.
+
+    Args:
+        weight: ((Hq + 2 Hkv) D, d), W_q' above W_k above W_v', in the compute dtype.
+    """
+
+    weight: torch.Tensor
+
+
 class LoRAAdapter(nn.Module):
     """LoRA factors of the query and value projections of every layer.
 

@@ -1,7 +1,8 @@
 """The base model's layer stack run over packed rows, with the adapter on or off.
 
-`Backbone` composes the Hugging Face model's own modules (norms, output projection, MLP, rotary tables)
-with this package's ops; it copies no weights, and the model goes on working by itself.
+`Backbone` runs this package's ops on the weights of the Hugging Face model's own modules; it copies none, and the
+model goes on working by itself. A module that is not what the ops compute (another activation, quantised, with
+hooks, or asking for a gradient) is called itself.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from icae_fast.adapter import PackedLoRA
+from icae_fast.adapter import MergedQKV, PackedLoRA
 from icae_fast.errors import BackendError, UnsupportedModelError
-from icae_fast.ops import REGISTRY, backend_of, lora_qkv_rope, varlen_attention
+from icae_fast.ops import REGISTRY, backend_of, linear, lora_qkv_rope, rms_norm, swiglu, varlen_attention
 from icae_fast.spans import PackedRows
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -92,7 +93,7 @@ class Backbone:
         self,
         x: torch.Tensor,
         rows: PackedRows,
-        lora: Sequence[PackedLoRA] | None = None,
+        lora: Sequence[PackedLoRA] | Sequence[MergedQKV] | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Final-normed hidden states of packed embeddings.
@@ -101,22 +102,24 @@ class Backbone:
             x: (T, d) input embeddings.
             rows: where rows begin, their positions, and which hidden states are asked for; in the last layer
                 queries, output projection and MLP run for those alone.
-            lora: each layer's packed LoRA (encoder), or None (frozen decoder).
+            lora: each layer's packed LoRA or merged weights (encoder), or None (frozen decoder).
             cache: holds earlier keys and values of each row, and is appended to.
 
         Returns:
             (Tq, d), or (T, d) when `rows.out_rows` is None.
         """
         cos, sin = self._rotary_tables(rows.positions, x)
+        stream = None  # the residual stream without what the last module gave, which the next norm adds
         for i in range(self.n_layers):
-            x = self._layer(i, x, cos, sin, rows, lora[i] if lora else None, cache)
-        return self.model.norm(x)
+            x, stream = self._layer(i, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
+        return _norm(self.model.norm, x, stream)[0]
 
-    def _layer(self, i, x, cos, sin, rows, lora, cache):
+    def _layer(self, i, x, stream, cos, sin, rows, lora, cache):
         layer = self.model.layers[i]
         last = i == self.n_layers - 1 and rows.out_rows is not None
         out_rows = rows.out_rows if last else None
-        q, k, v = self._project(layer, layer.input_layernorm(x), cos, sin, out_rows, lora)
+        h, stream = _norm(layer.input_layernorm, x, stream)
+        q, k, v = self._project(layer, h, cos, sin, out_rows, lora)
         cu_q, max_q = (rows.cu_seqlens_out, rows.max_seqlen_out) if last else (rows.cu_seqlens, rows.max_seqlen)
         cu_k, max_k, used = rows.cu_seqlens, rows.max_seqlen, None
         if cache is not None:
@@ -126,14 +129,16 @@ class Backbone:
             q, k, v, cu_q, cu_k, max_q, max_k,
             scale=layer.self_attn.scaling, window=self.windows[i], seqused_k=used,
         )  # fmt: skip
-        x = x[out_rows] if last else x
-        x = x + layer.self_attn.o_proj(attended.flatten(1))
-        return x + layer.mlp(layer.post_attention_layernorm(x))
+        stream = stream[out_rows] if last else stream
+        h, stream = _norm(layer.post_attention_layernorm, _linear(layer.self_attn.o_proj, attended.flatten(1)), stream)
+        return _mlp(layer.mlp, h), stream
 
     def _project(self, layer, h, cos, sin, out_rows, lora):
         attention = layer.self_attn
         _check_frozen(attention)
         weight, bias = packed_qkv(attention)
+        if isinstance(lora, MergedQKV):
+            weight, lora = lora.weight, None
         norms = eps = None
         if hasattr(attention, "q_norm"):
             norms = torch.stack((attention.q_norm.weight, attention.k_norm.weight)).detach()
@@ -151,6 +156,36 @@ class Backbone:
         cos, sin = self.model.rotary_emb(x.new_empty(0, dtype=dtype), positions[None])
         half = self.head_dim // 2  # both halves of a head turn by the same angles
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def _is_plain(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether an op may compute from a module's weights: frozen, in the dtype of x, and with nobody looking on."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
+    return not hooked and frozen and all(p.dtype == x.dtype for p in module.parameters())
+
+
+def _norm(module, x, stream):
+    """The norm of `stream + x`, and that sum."""
+    if hasattr(module, "variance_epsilon") and _is_plain(module, x):
+        return rms_norm(x, module.weight, module.variance_epsilon, residual=stream)
+    total = x if stream is None else stream + x
+    return module(total), total
+
+
+def _linear(module, x):
+    return linear(x, module.weight, module.bias) if type(module) is nn.Linear and _is_plain(module, x) else module(x)
+
+
+def _mlp(module, x):
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    if not silu or any(type(p) is not nn.Linear for p in parts) or not _is_plain(module, x):
+        return module(x)
+    gate, up, down = parts
+    if not all(_is_plain(p, x) for p in parts) or (gate.bias is None) != (up.bias is None):
+        return module(x)
+    return _linear(down, swiglu(x, *packed((gate, up))))
 
 
 def _check_frozen(attention: nn.Module) -> None:
@@ -174,16 +209,24 @@ def _window(config, layer: int) -> int:
 
 
 def packed_qkv(attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W_q, W_k and W_v as one tensor that shares its memory with the three modules, and the biases likewise.
-
-    The first call moves the three into one block and makes the modules' parameters views of it, so there
-    is no second copy; later calls find them adjacent and only make the view. Loading weights into the
-    modules, saving them and training them go on as before.
+    """W_q, W_k and W_v as one tensor, and their biases likewise; see `packed`.
 
     Returns:
         weight ((Hq + 2 Hkv) D, d) and bias ((Hq + 2 Hkv) D,) or None.
     """
-    modules = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return packed((attention.q_proj, attention.k_proj, attention.v_proj))
+
+
+def packed(modules: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of linear modules one under the other as one tensor that shares its memory with them.
+
+    The first call moves them into one block and makes the modules' parameters views of it, so there is no second
+    copy; later calls find them adjacent and only make the view. Loading weights into the modules, saving them and
+    training them go on as before.
+
+    Returns:
+        weight (rows of all, d) and bias (rows of all,) or None.
+    """
     weight = _packed([m.weight for m in modules])
     return weight, None if modules[0].bias is None else _packed([m.bias for m in modules])
 

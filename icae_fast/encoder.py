@@ -26,7 +26,7 @@ def encode_spans(
     config = icae.config
     cuts = [span_lengths(len(ids), config) for ids in contexts]
     spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
-    lora = icae.adapter.pack(icae.dtype, dropout=dropout)
+    lora = icae.encoder_weights.get(icae, dropout=dropout)
     memory_tokens = icae.memory_token_embed.weight[: config.memory_size].to(icae.dtype)
     slots, done, total = [], 0, sum(map(len, contexts))
     for batch in micro_batches([len(s) + config.memory_size for s in spans], token_budget):

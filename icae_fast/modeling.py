@@ -10,6 +10,7 @@ from torch import nn
 
 from icae_fast import prompts
 from icae_fast.adapter import LoRAAdapter
+from icae_fast.adapter_mode import AdapterModeMixin, EncoderWeights
 from icae_fast.backbone import Backbone, check_supported
 from icae_fast.config import ICAEConfig
 from icae_fast.encoder import encode_spans
@@ -24,7 +25,7 @@ from icae_fast.spans import span_lengths
 DEFAULT_TOKEN_BUDGET = 4096
 
 
-class ICAE(PretrainedMixin, nn.Module):
+class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
     """Compresses long contexts into memory slots that the frozen base model reads in their place.
 
     The encoder is the base model with LoRA on q and v reading `[span, k memory tokens]`; the slots are its
@@ -40,6 +41,7 @@ class ICAE(PretrainedMixin, nn.Module):
         adapter: `LoRAAdapter`; memory_token_embed: (k + 3, d) embeddings of memory tokens, AE, LM, FT;
         slot_gain: () or None. These three are what is trained.
         max_positions: the most positions that the decoder may use; the base model's own limit unless set.
+        adapter_mode: how compressing applies the LoRA: "auto", "fused" or "merged"; see `AdapterModeMixin`.
 
     Source: Ge et al., arXiv 2307.06945; getao/icae `code/icae_v2/modeling_icae_multi_span.py`.
     """
@@ -66,6 +68,7 @@ class ICAE(PretrainedMixin, nn.Module):
         self.adapter = LoRAAdapter(
             config, b.n_layers, b.hidden_size, b.num_q_heads * b.head_dim, b.num_kv_heads * b.head_dim, trained_dtype
         ).to(embedding.device)
+        self.encoder_weights = EncoderWeights()
         self.memory_token_embed = nn.Embedding(config.memory_size + 3, b.hidden_size, dtype=trained_dtype)
         # Memory tokens that begin as words are within the range that the first layer knows; the reference's
         # N(0, 1) is seven times wider than SmolLM2's embeddings (standard deviation 0.136).

@@ -29,6 +29,7 @@ _LLAMA3_ROPE = {
 _KINDS = {
     "llama": ("llama", {}),
     "llama3": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3_ROPE}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu"}),
     "llama-mha": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": 7}),
     "mistral-full": ("mistral", {"sliding_window": None}),

@@ -7,9 +7,11 @@ import golden
 from icae_fast import ICAE
 
 
-@pytest.fixture
-def icae():
-    return ICAE.from_reference_checkpoint(golden.reference_checkpoint_path(), golden.load_base())
+@pytest.fixture(params=["fused", "merged"])
+def icae(request):
+    loaded = ICAE.from_reference_checkpoint(golden.reference_checkpoint_path(), golden.load_base())
+    loaded.adapter_mode = request.param
+    return loaded
 
 
 def pad(rows, value):

@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 from transformers import DynamicCache
 
-from icae_fast.backbone import packed_qkv
+from icae_fast.backbone import packed, packed_qkv
 from icae_fast.spans import span_lengths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,3 +162,37 @@ def test_packed_weights_share_memory_with_the_modules(make_base, model_kind):
     assert bias is None or (bias[-attention.v_proj.bias.shape[0] :] == 3.0).all()
     again, _ = packed_qkv(attention)
     assert again.data_ptr() == weight.data_ptr() == attention.q_proj.weight.data_ptr()
+
+
+MODULES = ("self_attn.o_proj", "mlp", "mlp.gate_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_with_hooks_is_called(make_icae, random_ids, name):
+    icae, calls = make_icae(), []
+    before = icae.compress(random_ids(16))[0].slots
+    module = icae.base_model.model.layers[1].get_submodule(name)
+    module.register_forward_hook(lambda *_: calls.append(name))
+    torch.testing.assert_close(icae.compress(random_ids(16))[0].slots, before, **TOLERANCE)
+    assert calls == [name]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_that_is_trained_gets_its_gradient(make_icae, random_ids, name):
+    """The package freezes the base model, but whoever thaws a part of it must not go without its gradient."""
+    icae, ids = make_icae(), random_ids(29)
+    parameters = list(icae.base_model.model.layers[1].get_submodule(name).requires_grad_(True).parameters())
+    got = torch.autograd.grad(icae.encode([ids])[0].square().sum(), parameters)
+    expected = torch.autograd.grad(hf_slots(icae, ids).square().sum(), parameters)
+    for g, e in zip(got, expected, strict=True):
+        assert g.abs().max() > 0
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
+
+
+def test_gate_and_up_share_memory_with_the_modules(make_base):
+    mlp = make_base("llama3").model.layers[0].mlp
+    values = torch.cat([mlp.gate_proj.weight.detach().clone(), mlp.up_proj.weight.detach().clone()])
+    weight, bias = packed((mlp.gate_proj, mlp.up_proj))
+    assert torch.equal(weight, values)
+    assert weight.data_ptr() == mlp.gate_proj.weight.data_ptr()
+    assert bias.data_ptr() == mlp.gate_proj.bias.data_ptr()

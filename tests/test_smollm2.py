@@ -74,9 +74,25 @@ def baseline_slots(fp32, bf16, ids):
     return tuple(BaselineICAE.from_icae(icae).compress(ids[None]).float() for icae in (fp32, bf16))
 
 
-@pytest.mark.parametrize("n_threads", [1, "usual"])
-def test_fp32_slots_equal_the_baseline(fp32, ids, baseline_slots, threads, n_threads):
+@pytest.fixture
+def in_mode():
+    """`in_mode(icae, mode)`: the ICAE in an adapter mode until the test ends."""
+    changed = []
+
+    def change(icae, mode):
+        changed.append((icae, icae.adapter_mode))
+        icae.adapter_mode = mode
+        return icae
+
+    yield change
+    for icae, mode in reversed(changed):
+        icae.adapter_mode = mode
+
+
+@pytest.mark.parametrize(("n_threads", "mode"), [(1, "fused"), ("usual", "fused"), (1, "merged")])
+def test_fp32_slots_equal_the_baseline(fp32, ids, baseline_slots, threads, n_threads, in_mode, mode):
     exact = baseline_slots[0]
+    in_mode(fp32, mode)
     torch.set_num_threads(threads if n_threads == "usual" else 1)
     memory = fp32.compress(ids)[0]
     torch.set_num_threads(1)
@@ -86,14 +102,25 @@ def test_fp32_slots_equal_the_baseline(fp32, ids, baseline_slots, threads, n_thr
     assert rms(memory.slots - exact) < 5e-6 * rms(exact)
 
 
-def test_bf16_slots_err_no_more_than_the_baseline(bf16, ids, baseline_slots):
+@pytest.mark.parametrize("mode", ["fused", "merged"])
+def test_bf16_slots_err_no_more_than_the_baseline(bf16, ids, baseline_slots, in_mode, mode):
     """Distance to the baseline in bf16 is within what bf16 itself costs the baseline; so is that to fp32."""
     exact, rounded = baseline_slots
-    ours = bf16.compress(ids)[0].slots.float()
+    ours = in_mode(bf16, mode).compress(ids)[0].slots.float()
+    assert bf16.adapter_mode_in_use == mode
     budget = 1.5 * rms(rounded - exact)
     assert 0 < budget < 0.2 * rms(exact)
     assert rms(ours - rounded) <= budget
     assert rms(ours - exact) <= budget
+
+
+def test_both_adapter_modes_are_the_same_up_to_rounding(fp32, bf16, ids, in_mode):
+    pytest.importorskip("peft", reason="the tolerances stand beside the baseline, which needs PEFT")
+    from bench.checks import assert_same, rms_difference
+
+    wide, narrow = ([in_mode(i, m).compress(ids[:60])[0].slots for m in ("fused", "merged")] for i in (fp32, bf16))
+    assert rms_difference(*wide) < 1e-5
+    assert_same(*narrow, torch.bfloat16, "fused and merged slots")
 
 
 def test_the_adapter_acts(fp32, bf16, ids):

@@ -9,6 +9,14 @@
 
 namespace icae_fast {
 
+// Calls f(begin, end) for pieces of `rows` rows with about `row_size` elements each.
+template <class F>
+void for_rows(int64_t rows, int64_t row_size, const F& f) {
+  constexpr int64_t kElementsPerTask = 1 << 15;  // some 10 us of work, against 5 us to wake a thread
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, row_size));
+  at::parallel_for(0, rows, grain, f);
+}
+
 // Upper bound of the `worker` that for_each_task passes.
 inline int64_t max_workers(int64_t tasks) {
   return std::max<int64_t>(1, std::min<int64_t>(tasks, at::get_num_threads()));

@@ -106,7 +106,9 @@ ICAE_INLINE void store_both(bf16* row, const Halves& h, V<float> a, V<float> b) 
 template <Finish finish, bool full>
 ICAE_INLINE void finish_row(const Gemm& g, const Halves& h, int64_t d, int64_t row, V<float> a, V<float> b) {
   bf16* y = static_cast<bf16*>(g.y) + row * g.y_row;
-  if constexpr (finish == Finish::kStore) {
+  if constexpr (finish == Finish::kStore && full) {  // the halves are neighbours
+    _mm512_storeu_si512(y + h.column[0], (__m512i)_mm512_cvtne2ps_pbh(b * g.factor, a * g.factor));
+  } else if constexpr (finish == Finish::kStore) {
     store_both<full>(y, h, a * g.factor, b * g.factor);
   } else if constexpr (finish == Finish::kRotate) {
     const int64_t at = (g.table_rows == nullptr ? row : g.table_rows[row]) * (g.head_dim / 2) + d;
@@ -115,8 +117,7 @@ ICAE_INLINE void finish_row(const Gemm& g, const Halves& h, int64_t d, int64_t r
     store_both<full>(y, h, a * cos - b * sin, b * cos + a * sin);
   } else {
     if (g.kept != nullptr) store_both<full>(static_cast<bf16*>(g.kept) + row * g.columns, h, a, b);
-    const V<float> t = _mm512_min_ps(set1(126.0f), a * -1.44269504f);  // 2^126 is as good as infinity here
-    const V<float> sigmoid = _mm512_rcp14_ps(exp2<float, 4>(t) + 1.0f);
+    const V<float> sigmoid = _mm512_rcp14_ps(exp_of_negative<float, Elem<bf16>::kExpDegree>(a) + 1.0f);
     store_half<full>(y + h.column[0], a * sigmoid * b, h.n[0]);
   }
 }

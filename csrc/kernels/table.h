@@ -123,6 +123,36 @@ struct HeadsKernels {
                    int64_t cols, int64_t begin, int64_t end);
 };
 
+// ---- rows: RMS norm, SwiGLU ----------------------------------------------------------------------------------
+
+// RMS norm over rows of `size` elements, all tensors contiguous.
+struct NormPass {
+  const void *x, *residual;  // residual may be null
+  const void* weight;
+  void* sum;  // forward: x + residual, rounded; null without a residual
+  void* y;
+  const void *dy, *dsum;  // backward: the gradients that come in; dsum may be null
+  void* dx;               // backward, where x is the sum
+  int64_t size;
+  double eps;
+};
+
+// silu(gate) * up over rows of gate_up (rows, 2 size), all tensors contiguous.
+struct SwigluPass {
+  const void* gate_up;
+  void* y;         // (rows, size)
+  const void* dy;  // backward
+  void* dgate_up;
+  int64_t size;
+};
+
+struct RowsKernels {
+  void (*norm)(const NormPass&, int64_t begin, int64_t end);
+  void (*norm_backward)(const NormPass&, int64_t begin, int64_t end);
+  void (*swiglu)(const SwigluPass&, int64_t begin, int64_t end);
+  void (*swiglu_backward)(const SwigluPass&, int64_t begin, int64_t end);
+};
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------
 
 // A panel is 32 columns of the result, in two halves of 16, so that two columns which are needed together (the two
@@ -208,6 +238,7 @@ struct Kernels {
   const char* isa;
   AttentionKernels attention[3];  // by Dtype
   HeadsKernels heads[3];
+  RowsKernels rows[3];
   GemmKernels gemm;  // of bf16; null in a unit that has none
 };
 

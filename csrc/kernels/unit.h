@@ -26,6 +26,7 @@ namespace ICAE_PASTE(unit_, ICAE_ISA) {
 #include "attention_few.h"
 #include "attention_backward.h"
 #include "heads.h"
+#include "rows.h"
 #include "gemm.h"
 // clang-format on
 
@@ -52,10 +53,16 @@ constexpr HeadsKernels heads_kernels() {
   return {heads_forward<T>, heads_backward<T>, drop<T>, add_kept<T>};
 }
 
+template <class T>
+constexpr RowsKernels rows_kernels() {
+  return {norm_forward<T>, norm_backward<T>, swiglu_forward<T>, swiglu_backward<T>};
+}
+
 static constexpr Kernels table = {
     ICAE_TEXT(ICAE_ISA),
     {attention_kernels<float>(), attention_kernels<bf16>(), attention_kernels<double>()},
     {heads_kernels<float>(), heads_kernels<bf16>(), heads_kernels<double>()},
+    {rows_kernels<float>(), rows_kernels<bf16>(), rows_kernels<double>()},
 #if defined(ICAE_AVX512)
     {gemm_scratch_bytes, gemm_run},
 #else

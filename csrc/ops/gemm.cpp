@@ -27,44 +27,36 @@ int64_t most_panels(const Gemm& g) {
   return at_least(1, at_most(kMostPanels, kPanelBytes / at_least(1, bytes)));
 }
 
-// Tasks of up to `group` panels and `chunks` pieces of the rows.
-std::vector<GemmTask> cut(const std::vector<Gemm>& gemms, int64_t group, int64_t chunks) {
+// Tasks of up to `group` panels and `chunks` pieces of the rows; those near the end are smaller, so that threads that
+// were held up do not let the others wait for a whole task.
+std::vector<GemmTask> cut(const std::vector<Gemm>& gemms, int64_t group, int64_t chunks, int64_t panels) {
+  const int64_t single = panels - 4 * at::get_num_threads();  // the first panel that goes alone
   std::vector<GemmTask> tasks;
+  int64_t before = 0;
   for (const auto& g : gemms) {
-    const int64_t panels = g.panels(), most = at_most(group, most_panels(g));
+    const int64_t own = g.panels(), most = at_most(group, most_panels(g));
     const int64_t rows = round_up(ceil_div(g.rows, chunks), kChunkStep);
-    for (int64_t p = 0; p < panels; p += most) {
+    for (int64_t p = 0, n; p < own; p += n, before += n) {
+      n = at_least(1, at_most(at_most(most, own - p), single - before));
       for (int64_t r = 0; r < g.rows; r += rows) {
-        tasks.push_back({&g, p, at_most(panels, p + most), r, at_most(g.rows, r + rows)});
+        tasks.push_back({&g, p, p + n, r, at_most(g.rows, r + rows)});
       }
     }
   }
   return tasks;
 }
 
-// The largest groups that leave no thread waiting for long: rows of x are then read least often.
 std::vector<GemmTask> plan(const std::vector<Gemm>& gemms) {
+  constexpr int64_t kTasksPerThread = 3, kFewestChunkRows = 8 * kTileRows;
   const int64_t threads = at::get_num_threads();
   int64_t panels = 0, rows = 0;
   for (const auto& g : gemms) {
     panels += g.panels();
     rows = at_least(rows, g.rows);
   }
-  constexpr int64_t kTasksPerThread = 3, kFewestChunkRows = 8 * kTileRows;
   const int64_t wanted = ceil_div(kTasksPerThread * threads, at_least(1, panels));
   const int64_t chunks = at_least(1, at_most(wanted, rows / kFewestChunkRows));
-  std::vector<GemmTask> best;
-  double best_use = 0;
-  for (int64_t group = kMostPanels; group >= 1; --group) {
-    auto tasks = cut(gemms, group, chunks);
-    const int64_t each = ceil_div(tasks.size(), threads), most = each * threads * group;
-    const double use = double(panels * chunks) / double(at_least(1, most));
-    if (best.empty() || use > best_use + 0.02) {
-      best = std::move(tasks);
-      best_use = use;
-    }
-  }
-  return best;
+  return cut(gemms, at_most(kMostPanels, at_least(1, panels / (kTasksPerThread * threads))), chunks, panels);
 }
 
 }  // namespace

@@ -16,7 +16,9 @@
 #include <tuple>
 
 #include "../common/checks.h"
+#include "../common/parallel.h"
 #include "gemm.h"
+#include "linear.h"
 #include "projection.h"
 
 namespace icae_fast {
@@ -34,9 +36,9 @@ struct Output {
 };
 
 void project_by_aten(const Projection& p, Output& out) {
-  project(out.q, p.query_input(), p.weight_q(), p.bias_q());
-  project(out.k, p.x, p.weight_k(), p.bias_k());
-  project(out.v, p.x, p.weight_v(), p.bias_v());
+  multiply_by_aten(out.q, p.query_input(), p.weight_q(), p.bias_q());
+  multiply_by_aten(out.k, p.x, p.weight_k(), p.bias_k());
+  multiply_by_aten(out.v, p.x, p.weight_v(), p.bias_v());
   if (p.has_lora()) {
     const auto down = p.down();
     out.q.addmm_(down.q, p.b_q().t(), 1, p.lora_scale());

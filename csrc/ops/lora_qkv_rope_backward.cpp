@@ -10,6 +10,8 @@
 #include <tuple>
 
 #include "../common/checks.h"
+#include "../common/parallel.h"
+#include "linear.h"
 #include "projection.h"
 
 namespace icae_fast {
@@ -40,10 +42,10 @@ struct ProjectionGradients {
 at::Tensor before_norm(const Projection& p, const Projection::Down& down, int64_t which) {
   auto y = at::empty({which == 0 ? p.n_queries : p.n_tokens, which == 0 ? p.q_size() : p.kv_size()}, p.x.options());
   if (which == 1) {
-    project(y, p.x, p.weight_k(), p.bias_k());
+    multiply_by_aten(y, p.x, p.weight_k(), p.bias_k());
     return y;
   }
-  project(y, p.query_input(), p.weight_q(), p.bias_q());
+  multiply_by_aten(y, p.query_input(), p.weight_q(), p.bias_q());
   if (p.has_lora()) y.addmm_(down.q, p.b_q().t(), 1, p.lora_scale());
   return y;
 }

@@ -1,13 +1,12 @@
 #include "projection.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 
 #include "../common/checks.h"
 #include "../common/isa.h"
+#include "../common/parallel.h"
 
 namespace icae_fast {
 namespace {
@@ -151,20 +150,6 @@ HeadsPass Projection::heads_pass(int64_t which) const {
   pass.norm = norm.defined() ? norm.select(0, which).const_data_ptr() : nullptr;
   pass.eps = eps;
   return pass;
-}
-
-void project(at::Tensor& out, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
-  if (bias.defined()) {
-    at::addmm_out(out, bias, input, weight.t());
-  } else {
-    at::mm_out(out, input, weight.t());
-  }
-}
-
-void for_rows(int64_t rows, int64_t row_size, const std::function<void(int64_t, int64_t)>& f) {
-  constexpr int64_t kElementsPerTask = 1 << 15;  // some 10 us of work, against 5 us to wake a thread
-  const int64_t grain = at_least(1, kElementsPerTask / at_least(1, row_size));
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { f(begin, end); });
 }
 
 }  // namespace icae_fast

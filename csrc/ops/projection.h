@@ -4,7 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <functional>
 #include <optional>
 
 #include "../kernels/table.h"
@@ -62,11 +61,5 @@ struct Projection {
   HeadsPass heads_pass(int64_t which) const;
   const HeadsKernels& kernels() const;
 };
-
-// out = input weight^T + bias
-void project(at::Tensor& out, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
-
-// Calls f(begin, end) for pieces of `rows` rows with about `row_size` elements each.
-void for_rows(int64_t rows, int64_t row_size, const std::function<void(int64_t, int64_t)>& f);
 
 }  // namespace icae_fast

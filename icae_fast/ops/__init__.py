@@ -3,6 +3,9 @@
     op                  what
     lora_qkv_rope       packed QKV projection, LoRA on q and v, RoPE
     varlen_attention    causal attention over packed rows, GQA, memory-only queries
+    rms_norm            RMS norm with residual add
+    swiglu              packed gate-up projection and SwiGLU
+    linear              a projection with frozen weights
 
 `backend_of(op, device)` tells which backend runs. Adding one: a folder with `ref.py` and `spec.py`, then
 a C++ kernel registered for the CPU key or a Triton launcher for the CUDA key; nothing above changes.
@@ -12,7 +15,11 @@ import os
 import warnings
 
 from icae_fast.ops._declare import REGISTRY, OpSpec, Sample, backend_of, backends, call_backend, load_extension
+from icae_fast.ops.fingerprint import fingerprint
+from icae_fast.ops.linear import linear
 from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
+from icae_fast.ops.rms_norm import rms_norm
+from icae_fast.ops.swiglu import swiglu
 from icae_fast.ops.varlen_attention import varlen_attention
 
 __all__ = [
@@ -23,7 +30,11 @@ __all__ = [
     "backend_of",
     "backends",
     "call_backend",
+    "fingerprint",
+    "linear",
     "lora_qkv_rope",
+    "rms_norm",
+    "swiglu",
     "varlen_attention",
 ]
 

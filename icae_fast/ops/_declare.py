@@ -116,6 +116,19 @@ def _bind_namespace(backward: Callable, namespace: str) -> Callable:
     return bound
 
 
+def check_frozen(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise where a tensor that gets no gradient asks for one.
+
+    Raises:
+        BackendError: naming it.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad:
+            raise BackendError(f"{op} gives no gradient to {name}: freeze the base model with requires_grad_(False)")
+
+
 def backends(spec: OpSpec) -> Iterator[str]:
     """Names of the backends of this op that can run on this machine's CPU, the reference first."""
     yield "reference"

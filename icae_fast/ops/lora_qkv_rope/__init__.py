@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.errors import BackendError
+from icae_fast.ops._declare import check_frozen
 from icae_fast.ops.lora_qkv_rope.spec import BACKWARD_SPEC, SPEC
 
 __all__ = ["BACKWARD_SPEC", "SPEC", "lora_qkv_rope"]
@@ -60,12 +60,7 @@ def lora_qkv_rope(
 
     Source: Ge et al., arXiv 2307.06945, section 2; Hu et al., arXiv 2106.09685 (LoRA).
     """
-    if torch.is_grad_enabled():
-        for name, t in (("weight", weight), ("bias", bias), ("qk_norm", qk_norm)):
-            if t is not None and t.requires_grad:
-                raise BackendError(
-                    f"lora_qkv_rope gives no gradient to {name}: freeze the base model with requires_grad_(False)"
-                )
+    check_frozen("lora_qkv_rope", weight=weight, bias=bias, qk_norm=qk_norm)
     return torch.ops.icae_fast.lora_qkv_rope(
         x, weight, bias, lora_a, lora_b, cos, sin, qk_norm, q_rows, dropout_seed,
         num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p,

@@ -1,0 +1,28 @@
+"""A projection with frozen weights."""
+
+from __future__ import annotations
+
+import torch
+
+from icae_fast.ops._declare import check_frozen
+from icae_fast.ops.linear.spec import SPEC
+
+__all__ = ["SPEC", "linear"]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`y = x W^T + b` with frozen W and b: the gradient is that of x, and x is not kept for it.
+
+    Args:
+        x: (T, d) fp32, bf16 or fp64.
+        weight: (n, d).
+        bias: (n,) or None.
+
+    Returns:
+        y (T, n) in x's dtype, summed up in fp32 (fp64 for fp64).
+
+    Raises:
+        BackendError: weight or bias asks for a gradient, which no backend computes.
+    """
+    check_frozen("linear", weight=weight, bias=bias)
+    return torch.ops.icae_fast.linear(x, weight, bias)

@@ -1,0 +1,39 @@
+"""The gated half of a LLaMA MLP as one op: packed gate-up projection and SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+
+from icae_fast.ops._declare import check_frozen
+from icae_fast.ops.swiglu.spec import BACKWARD_SPEC, SPEC
+
+__all__ = ["BACKWARD_SPEC", "SPEC", "swiglu"]
+
+
+def swiglu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, recompute: bool = False
+) -> torch.Tensor:
+    """Project to gate and up in one product and multiply `silu(gate)` by up.
+
+        y = silu(x W_gate^T + b_gate) * (x W_up^T + b_up)
+
+    The weights are frozen: the gradient is that of x. For it the (T, 2 m) products are kept, where x asks for a
+    gradient, or computed again.
+
+    Args:
+        x: (T, d) fp32, bf16 or fp64.
+        weight: (2 m, d) W_gate above W_up.
+        bias: (2 m,) or None.
+        recompute: keep nothing for the backward but x; it then costs the product once more.
+
+    Returns:
+        y (T, m) in x's dtype.
+
+    Raises:
+        BackendError: weight or bias asks for a gradient, which no backend computes.
+
+    Source: Shazeer, arXiv 2002.05202; `LlamaMLP` of transformers.
+    """
+    check_frozen("swiglu", weight=weight, bias=bias)
+    keep = torch.is_grad_enabled() and x.requires_grad and not recompute
+    return torch.ops.icae_fast.swiglu(x, weight, bias, keep)[0]
