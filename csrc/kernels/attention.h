@@ -50,6 +50,9 @@ struct PackedKeys {
       const int64_t piece = key / kColumnTile * kColumnTile;
       return {steps + piece * width(in) + key - piece, at_most(kColumnTile, padded - piece), P::kPair};
     }
+    if constexpr (P::kPair == 2) {
+      return {steps + key * kBlockRows, P::kPair, kBlockRows * P::kPair, kBlockRows * padded};
+    }
     return {steps + key * width(in), P::kPair, width(in) * P::kPair};
   }
 };
@@ -77,6 +80,10 @@ static void pack_keys(const AttentionInput& in, const AttentionRow& row, int64_t
     const auto row_at = [=](int64_t r) { return from + r * stride; };
     if constexpr (P::kTiles) {
       pack_columns(row_at, n, in.head_dim, out, width, padded);
+#if defined(ICAE_AVX512)
+    } else if constexpr (P::kPair == 2) {
+      pack_column_blocks(row_at, n, in.head_dim, out, width, padded);
+#endif
     } else {
       pack_steps<P, T>(row_at, n, in.head_dim, out, width, padded);
     }

@@ -15,7 +15,7 @@ constexpr int kSlack = 8;
 #if defined(ICAE_AMX)
 constexpr int64_t kForwardKeys = kColumnTile;
 #else
-constexpr int64_t kForwardKeys = 64;
+constexpr int64_t kForwardKeys = 128;
 #endif
 
 // Shift (in powers of two) and sum of weights of each lane.
@@ -94,7 +94,7 @@ struct LaneGroup {
     const Left<E> v = keys.columns(in, keys.v_steps, summed);
     const Right<E> p{t.p + (summed - tile) * kLanes + first * P::kPair, kLanes * P::kPair};
     for (int64_t d = 0; d < width; d += kBlockRows) {
-      const Left<E> part{v.data + d * v.row, v.row, v.step};
+      const Left<E> part{v.data + d / kBlockRows * v.block, v.row, v.step};
       C* o = t.o + d * kLanes + first;
       started ? multiply_block<P, vectors, Into::kAdd>(part, p, steps, o, kLanes)
               : multiply_block<P, vectors, Into::kSet>(part, p, steps, o, kLanes);
@@ -207,8 +207,11 @@ static void store_lse(const AttentionInput& in, const AttentionRow& row, const T
   for (int64_t l = 0; l < tile.lanes(); ++l) {
     const C total = softmax.sum[l];
     static_cast<C*>(to.lse)[tile.head(l) * in.n_queries + row.q_begin + tile.position(l)] =
-        total == 0 ? -kInfinity<C> : C(softmax.shift[l] * 0.6931471805599453 + __builtin_log(double(total)));
-    softmax.sum[l] = total == 0 ? C(0) : 1 / total;
+        total == 0 ? -kInfinity<C> : softmax.shift[l] * C(0.6931471805599453) + log_of(total);
+  }
+  for (int64_t l = 0; l < kLanes; l += Vec<C>::kWidth) {
+    const V<C> total = load(softmax.sum + l);
+    store(softmax.sum + l, total == V<C>{} ? V<C>{} : C(1) / total);
   }
 }
 

@@ -63,6 +63,7 @@ template <class E>
 struct Left {
   const E* data;
   int64_t row, step;
+  int64_t block = kBlockRows * row;  // from one block of kBlockRows rows to the next
 };
 
 template <class E>
@@ -142,7 +143,7 @@ static inline void multiply(Left<typename P::E> a, int64_t rows, Right<typename 
   in_blocks(vectors, [&](int64_t n, int64_t width) {
     const Right<typename P::E> right{b.data + n * W * P::kPair, b.step};
     for (int64_t m = 0; m < rows; m += kBlockRows) {
-      const Left<typename P::E> left{a.data + m * a.row, a.row, a.step};
+      const Left<typename P::E> left{a.data + m / kBlockRows * a.block, a.row, a.step};
       auto* out = c + m * c_row + n * W;
       if (width == 3) {
         multiply_block<P, 3, into>(left, right, steps, out, c_row);
@@ -203,16 +204,18 @@ ICAE_INLINE __m512i low_pairs() {
                           35, 3, 34, 2, 33, 1, 32, 0);
 }
 
-// Two rows of bf16 interleaved: a pair for each column.
-ICAE_INLINE void interleave(const bf16* even, const bf16* odd, int64_t dim, bf16* to) {
-  const __m512i low = low_pairs();
+// Two rows of bf16 interleaved: f(column, up to 16 pairs as bytes) for every 16 columns.
+template <class F>
+ICAE_INLINE void interleave(const bf16* even, const bf16* odd, int64_t dim, F f) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                       37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t d = 0; d < dim; d += 32) {
     const int64_t bytes = (dim - d) * 2;
     const __m512i a = load_bytes(even + d, bytes);
     const __m512i b = odd == nullptr ? _mm512_setzero_si512() : load_bytes(odd + d, bytes);
-    store_bytes(to + 2 * d, _mm512_permutex2var_epi16(a, low, b), 2 * bytes);
-    if (bytes > 32) store_bytes(to + 2 * d + 32, _mm512_permutex2var_epi16(a, high, b), 2 * bytes - 64);
+    f(d, _mm512_permutex2var_epi16(a, low, b));
+    if (bytes > 32) f(d + 16, _mm512_permutex2var_epi16(a, high, b));
   }
 }
 #endif
@@ -259,7 +262,8 @@ static inline void pack_steps(Row row, int64_t n, int64_t dim, typename P::E* to
   if constexpr (pair == 2) {
 #if defined(ICAE_AVX512)
     for (int64_t r = 0; r < n; r += 2, to += 2 * width) {
-      interleave(row(r), r + 1 < n ? row(r + 1) : nullptr, dim, to);
+      interleave(row(r), r + 1 < n ? row(r + 1) : nullptr, dim,
+                 [&](int64_t d, __m512i pairs) { store_bytes(to + 2 * d, pairs, 4 * (dim - d)); });
       clear(to + 2 * dim, 2 * (width - dim));
     }
 #endif
@@ -293,6 +297,31 @@ static inline void pack_columns(Row row, int64_t n, int64_t dim, bf16* to, int64
   }
 #endif
 }
+
+#if defined(ICAE_AVX512)
+// X^T in blocks of kBlockRows columns of X: (width / kBlockRows, padded / 2, kBlockRows, 2). One block after the other
+// is multiplied, and so reads its part of the first-level cache from end to end.
+template <class Row>
+static inline void pack_column_blocks(Row row, int64_t n, int64_t dim, bf16* to, int64_t width, int64_t padded) {
+  static_assert(kBlockRows == 8, "a vector of pairs is two blocks");
+  const int64_t block = kBlockRows * padded;
+  for (int64_t r = 0; r < padded; r += 2) {
+    bf16* const step = to + r * kBlockRows;
+    const auto put = [&](int64_t d, __m512i pairs) {
+      bf16* const first = step + d / kBlockRows * block;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(pairs));
+      if (d + kBlockRows < width) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + block), _mm512_extracti64x4_epi64(pairs, 1));
+      }
+    };
+    if (r < n) {
+      interleave(row(r), r + 1 < n ? row(r + 1) : nullptr, dim, put);
+    } else {
+      for (int64_t d = 0; d < width; d += 2 * kBlockRows) put(d, _mm512_setzero_si512());
+    }
+  }
+}
+#endif
 
 // B = X^T: lane l of step s holds row(l)'s elements of that step. Lanes from n to kLanes are zero. A `negative` B
 // is -X^T.

@@ -223,6 +223,9 @@ ICAE_INLINE C sum(V<C> v) {
 #endif
 }
 
+ICAE_INLINE float log_of(float x) { return __builtin_logf(x); }
+ICAE_INLINE double log_of(double x) { return __builtin_log(x); }
+
 // ---- exp -----------------------------------------------------------------------------------------------------
 
 // Minimax polynomials of 2^f on [-1/2, 1/2], lowest power first; largest relative error 2.6e-6, 1.9e-9, 3e-18.
