@@ -27,8 +27,8 @@ int64_t most_panels(const Gemm& g) {
   return at_least(1, at_most(kMostPanels, kPanelBytes / at_least(1, bytes)));
 }
 
-// Tasks of up to `group` panels and `chunks` pieces of the rows; those near the end are smaller, so that threads that
-// were held up do not let the others wait for a whole task.
+// Tasks of up to `group` panels and `chunks` pieces of the rows; those near the end are smaller, so that threads
+// that were held up do not let the others wait for a whole task.
 std::vector<GemmTask> cut(const std::vector<Gemm>& gemms, int64_t group, int64_t chunks, int64_t panels) {
   const int64_t single = panels - 4 * at::get_num_threads();  // the first panel that goes alone
   std::vector<GemmTask> tasks;
