@@ -21,7 +21,8 @@ WITHOUT = "set ICAE_FAST_BUILD=0 to install without the C++ kernels, on the slow
 OPENMP = {"Linux": ["-fopenmp"]}.get(platform.system(), [])
 # Contraction to fused multiply-adds is what the kernels count on. No -march: each kernels/unit_*.cpp says itself
 # which instructions it may use.
-COMPILE = ["-O3", "-g0", "-falign-loops=64", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMPILE = ["-O3", "-g0", "-falign-loops=64", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden"]
+COMPILE += ["-Wall", "-Wextra"]
 # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes.
 COMPILE += ["-Wno-maybe-uninitialized", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
 # These come after Python's own flags too: under its -fwrapv no integer overflow would be a mistake.
