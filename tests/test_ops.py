@@ -118,7 +118,8 @@ def test_opcheck(spec, backend, sample):
 
 
 @pytest.mark.parametrize(
-    ("spec", "backend", "sample"), [c for c in DIFFERENTIABLE if c.values[2].name in ("gqa", "dropout", "gqa-primes", "primes", "bias-tail")]
+    ("spec", "backend", "sample"),
+    [c for c in DIFFERENTIABLE if c.values[2].name in ("gqa", "dropout", "gqa-primes", "primes", "bias-tail")],
 )
 def test_compiles_without_a_graph_break(spec, backend, sample):
     torch.compiler.reset()  # every case compiles the same closure, and there is a limit to that

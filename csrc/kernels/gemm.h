@@ -37,12 +37,7 @@ static inline int64_t block_rows(const Gemm& g) {
   return at_least(kRowStep, at_most(rows, kMostRows) / kRowStep * kRowStep);
 }
 
-// A copy of x's block is padded by a cache line a row. Without one, rows that lie a multiple of 4 KiB apart push
-// each other out of the first-level cache: 12 of them share its 8 places.
-static inline int64_t copied_row(const GemmTerm& term) { return padded_k(term) + 32; }
-static inline bool copies(const GemmTerm& term) {
-  return term.x_row * sizeof(bf16) % 2048 == 0 || padded_k(term) != term.k;
-}
+static inline int64_t copied_row(const GemmTerm& term) { return padded_k(term) + kRowGap; }
 
 static int64_t gemm_scratch_bytes(const Gemm& g, int64_t panels) {
   int64_t elements = panels * panel_size(g);
@@ -211,7 +206,7 @@ struct RowBlock {
       const GemmTerm& term = g.terms[i];
       x[i] = static_cast<const bf16*>(term.x) + begin * term.x_row;
       x_row[i] = term.x_row;
-      if (!copies(term) && n >= kRowStep) continue;
+      if (padded_k(term) == term.k && n >= kRowStep) continue;
       x_row[i] = copied_row(term);
       for (int64_t r = 0; r < n; ++r) {
         __builtin_memcpy(static_cast<void*>(copy + r * x_row[i]), x[i] + r * term.x_row, term.k * sizeof(bf16));

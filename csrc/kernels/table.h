@@ -160,6 +160,10 @@ struct RowsKernels {
 constexpr int64_t kHalf = 16;
 // Rows of one register tile: 12 x 2 vectors of sums, 2 of weights and a broadcast fill 27 of 32 registers.
 constexpr int64_t kTileRows = 12;
+// Rows that lie a multiple of 2 KiB apart push each other out of the first-level cache: the 12 of a tile share 8 or
+// 16 of its places. Copies of rows are kept apart by a cache line more.
+constexpr int64_t kRowGap = 32;
+inline bool rows_collide(int64_t row) { return row * 2 % 2048 == 0; }
 // Panels that one call may be given.
 constexpr int64_t kMostPanels = 4;
 

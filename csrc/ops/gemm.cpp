@@ -66,6 +66,12 @@ bool takes_gemm(const at::Tensor& x, int64_t rows) {
          rows >= kFewestRows;
 }
 
+at::Tensor rows_apart(const at::Tensor& x) {
+  if (!rows_collide(x.stride(0))) return x;
+  auto copy = at::empty({x.size(0), x.size(1) + kRowGap}, x.options()).narrow(1, 0, x.size(1));
+  return copy.copy_(x);
+}
+
 Gemm gemm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y) {
   Gemm g{};
   add_term(g, x, weight);

@@ -41,7 +41,8 @@ at::Tensor linear_cpu(const at::Tensor& x_in, const at::Tensor& weight_in,
   const auto x = with_unit_stride(x_in), weight = with_unit_stride(weight_in);
   auto y = at::empty({x.size(0), weight.size(0)}, x.options());
   if (takes_gemm(x, x.size(0))) {
-    run_gemms({gemm_of(x, weight, bias, y)});
+    const auto rows = rows_apart(x);
+    run_gemms({gemm_of(rows, weight, bias, y)});
   } else {
     multiply_by_aten(y, x, weight, bias);
   }

@@ -49,31 +49,33 @@ void project_by_aten(const Projection& p, Output& out) {
 }
 
 // s x A^T of q and v. The factor is applied before rounding, so that a scale that is no power of two costs nothing.
-std::pair<at::Tensor, at::Tensor> scaled_down(const Projection& p) {
+std::pair<at::Tensor, at::Tensor> scaled_down(const Projection& p, const at::Tensor& x) {
   const at::Tensor none;
   const auto factor = static_cast<float>(p.lora_scale());
   if (p.one_input()) {
-    auto both = at::empty({p.n_tokens, 2 * p.rank}, p.x.options());
-    Gemm g = gemm_of(p.x, p.lora_a, none, both);
+    auto both = at::empty({p.n_tokens, 2 * p.rank + kRowGap}, x.options()).narrow(1, 0, 2 * p.rank);
+    Gemm g = gemm_of(x, p.lora_a, none, both);
     g.factor = factor;
     run_gemms({g});
     return {both.narrow(1, 0, p.rank), both.narrow(1, p.rank, p.rank)};
   }
   const auto inputs = p.adapter_inputs();
-  auto q = at::empty({p.n_queries, p.rank}, p.x.options()), v = at::empty({p.n_tokens, p.rank}, p.x.options());
-  Gemm gq = gemm_of(inputs.q, p.a_q(), none, q), gv = gemm_of(inputs.v, p.a_v(), none, v);
+  const auto input_q = rows_apart(inputs.q), input_v = p.drops() ? rows_apart(inputs.v) : x;
+  auto q = at::empty({p.n_queries, p.rank + kRowGap}, x.options()).narrow(1, 0, p.rank);
+  auto v = at::empty({p.n_tokens, p.rank + kRowGap}, x.options()).narrow(1, 0, p.rank);
+  Gemm gq = gemm_of(input_q, p.a_q(), none, q), gv = gemm_of(input_v, p.a_v(), none, v);
   gq.factor = gv.factor = factor;
   run_gemms({gq, gv});
   return {q, v};
 }
 
 void project_fused(const Projection& p, Output& out) {
-  const auto input_q = p.query_input();
-  Gemm q = gemm_of(input_q, p.weight_q(), p.bias_q(), out.q), k = gemm_of(p.x, p.weight_k(), p.bias_k(), out.k);
-  Gemm v = gemm_of(p.x, p.weight_v(), p.bias_v(), out.v);
+  const auto x = rows_apart(p.x), input_q = p.rows.defined() ? rows_apart(p.query_input()) : x;
+  Gemm q = gemm_of(input_q, p.weight_q(), p.bias_q(), out.q), k = gemm_of(x, p.weight_k(), p.bias_k(), out.k);
+  Gemm v = gemm_of(x, p.weight_v(), p.bias_v(), out.v);
   at::Tensor down_q, down_v;
   if (p.has_lora()) {
-    std::tie(down_q, down_v) = scaled_down(p);
+    std::tie(down_q, down_v) = scaled_down(p, x);
     add_term(q, down_q, p.b_q());
     add_term(v, down_v, p.b_v());
   }

@@ -46,7 +46,8 @@ std::tuple<at::Tensor, at::Tensor> swiglu_cpu(const at::Tensor& x_in, const at::
   auto y = at::empty({rows, columns / 2}, x.options());
   auto gate_up = keep || !fused ? at::empty({rows, columns}, x.options()) : at::empty({0}, x.options());
   if (fused) {
-    Gemm g = gemm_of(x, weight, bias, y);
+    const auto apart = rows_apart(x);
+    Gemm g = gemm_of(apart, weight, bias, y);
     g.finish = Finish::kSwiglu;
     g.kept = keep ? gate_up.mutable_data_ptr() : nullptr;
     run_gemms({g});
@@ -70,7 +71,8 @@ at::Tensor swiglu_backward_cpu(const at::Tensor& dy_in, const at::Tensor& x_in, 
   if (rows > 0 && gate_up.numel() == 0) {
     gate_up = at::empty({rows, columns}, x.options());
     if (takes_gemm(x, rows)) {
-      run_gemms({gemm_of(x, weight, bias, gate_up)});
+      const auto apart = rows_apart(x);
+      run_gemms({gemm_of(apart, weight, bias, gate_up)});
     } else {
       multiply_by_aten(gate_up, x, weight, bias);
     }
