@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
+
+from icae_fast.ops._precision import compute_dtype
 
 
 def linear(x, weight, bias, *, upcast=True):
     """See `icae_fast.ops.linear` for the formula and the shapes."""
-    narrow = upcast and x.dtype in (torch.bfloat16, torch.float16)
-    dtype = torch.float32 if narrow else x.dtype
+    dtype = compute_dtype(x, upcast)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)

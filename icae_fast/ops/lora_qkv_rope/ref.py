@@ -6,12 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from icae_fast.ops._dropout import dropout_scale
+from icae_fast.ops._precision import compute_dtype
 
 QUERY, VALUE = 0, 1  # which projection a dropout mask is for
-
-
-def _compute_dtype(x: torch.Tensor, upcast: bool) -> torch.dtype:
-    return torch.float32 if upcast and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 def _rotate(y, cos, sin):
@@ -70,7 +67,7 @@ def lora_qkv_rope(
     num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p, *, upcast=True,
 ):  # fmt: skip
     """See `icae_fast.ops.lora_qkv_rope` for the formula and the shapes."""
-    dtype = _compute_dtype(x, upcast)
+    dtype = compute_dtype(x, upcast)
     p = _Parts(x, weight, bias, lora_a, lora_b, qk_norm, q_rows, dropout_seed, num_q_heads, num_kv_heads, dropout_p, dtype)  # noqa: E501  # fmt: skip
     head_dim = p.nq // num_q_heads
     heads = [y.unflatten(-1, (-1, head_dim)) for y in (p.q(lora_scale), p.k(), p.v(lora_scale))]
@@ -87,7 +84,7 @@ def lora_qkv_rope_backward(
     num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p, *, upcast=True,
 ):  # fmt: skip
     """Gradients of x, lora_a and lora_b; the base weights are frozen and get none."""
-    dtype = _compute_dtype(x, upcast)
+    dtype = compute_dtype(x, upcast)
     p = _Parts(x, weight, bias, lora_a, lora_b, qk_norm, q_rows, dropout_seed, num_q_heads, num_kv_heads, dropout_p, dtype)  # noqa: E501  # fmt: skip
     tables = [(cos, sin) if q_rows is None else (cos[q_rows], sin[q_rows]), (cos, sin)]
     grads = [dq.to(dtype), dk.to(dtype)]

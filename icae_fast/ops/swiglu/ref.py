@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-
-def _compute_dtype(x, upcast):
-    return torch.float32 if upcast and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+from icae_fast.ops._precision import compute_dtype
 
 
 def _gate_up(x, weight, bias, dtype):
@@ -16,14 +14,14 @@ def _gate_up(x, weight, bias, dtype):
 
 def swiglu(x, weight, bias, keep, *, upcast=True):
     """See `icae_fast.ops.swiglu` for the formula and the shapes."""
-    gate_up = _gate_up(x, weight, bias, _compute_dtype(x, upcast))
+    gate_up = _gate_up(x, weight, bias, compute_dtype(x, upcast))
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype), gate_up.to(x.dtype) if keep else x.new_empty(0)
 
 
 def swiglu_backward(dy, x, weight, bias, gate_up, *, upcast=True):
     """The gradient of x; the weights are frozen and get none. An empty `gate_up` is computed again."""
-    dtype = _compute_dtype(x, upcast)
+    dtype = compute_dtype(x, upcast)
     kept = gate_up.to(dtype) if gate_up.numel() else _gate_up(x, weight, bias, dtype)
     gate, up = kept.chunk(2, dim=-1)
     s, dy = gate.sigmoid(), dy.to(dtype)

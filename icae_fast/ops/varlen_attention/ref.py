@@ -6,6 +6,8 @@ import itertools
 
 import torch
 
+from icae_fast.ops._precision import compute_dtype
+
 
 def _rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k):
     """Slices of q and of k that belong together, row after row."""
@@ -27,10 +29,6 @@ def _heads(t, n, dtype):
     return t.to(dtype).transpose(0, 1).repeat_interleave(n // t.shape[1], dim=0)
 
 
-def _compute_dtype(q, upcast):
-    return torch.float32 if upcast and q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-
-
 def _lse_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -39,7 +37,7 @@ def varlen_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window, *, upcast=True
 ):
     """See `icae_fast.ops.varlen_attention` for the formula and the shapes."""
-    dtype, heads = _compute_dtype(q, upcast), q.shape[1]
+    dtype, heads = compute_dtype(q, upcast), q.shape[1]
     out = q.new_zeros(q.shape)
     lse = q.new_full((heads, q.shape[0]), float("-inf"), dtype=_lse_dtype(q))
     for rq, rk in _rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k):
@@ -57,7 +55,7 @@ def varlen_attention_backward(
     max_seqlen_q, max_seqlen_k, scale, window, *, upcast=True,
 ):  # fmt: skip
     """Gradients of q, k and v, through the output and through the log-sum-exp."""
-    dtype, heads, kv_heads = _compute_dtype(q, upcast), q.shape[1], k.shape[1]
+    dtype, heads, kv_heads = compute_dtype(q, upcast), q.shape[1], k.shape[1]
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     for rq, rk in _rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k):
         qi, ki, vi = (_heads(t, heads, dtype) for t in (q[rq], k[rk], v[rk]))
