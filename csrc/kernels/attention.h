@@ -181,14 +181,16 @@ static inline void store_transposed(const typename Elem<T>::C* x, const typename
     for (int64_t l = 0; l < lanes; l += 16) {
       const V<float> f = load(factor + l);
       for (int64_t d = 0; d < dim; d += 16) {
-        __m512i block[16] = {};
+        __m512i block[16];
         const int64_t n = at_most(16, dim - d);
-        up_to_16(n, [&](int i) { block[i] = (__m512i)(load(x + (d + i) * kLanes + l) * f); });
+        for (int i = 0; i < 16; ++i) {
+          block[i] = i < n ? (__m512i)(load(x + (d + i) * kLanes + l) * f) : _mm512_setzero_si512();
+        }
         transpose(block);
-        up_to_16(lanes - l, [&](int i) {
+        for (int i = 0; i < 16 && l + i < lanes; ++i) {
           T* to = row(l + i) + d;
           n == 16 ? store(to, (V<float>)block[i]) : store_n(to, (V<float>)block[i], n);
-        });
+        }
       }
     }
     return;

@@ -48,10 +48,13 @@ static int64_t gemm_scratch_bytes(const Gemm& g, int64_t panels) {
 // Weights of up to 16 columns into one half of a panel, with zeros from k up to `padded`.
 static inline void pack_half(const bf16* w, int64_t w_row, int64_t n, int64_t k, int64_t padded, bf16* to) {
   for (int64_t d = 0; d < k; d += 32) {
-    __m512i x[16] = {};
-    up_to_16(n, [&](int i) { x[i] = load_bytes(w + i * w_row + d, (k - d) * sizeof(bf16)); });
+    __m512i x[16];
+    for (int i = 0; i < 16; ++i) {
+      x[i] = i < n ? load_bytes(w + i * w_row + d, (k - d) * sizeof(bf16)) : _mm512_setzero_si512();
+    }
     transpose(x);
-    up_to_16((padded - d) / 2, [&](int i) { _mm512_storeu_si512(to + (d / 2 + i) * kPanelStep, x[i]); });
+    const int64_t steps = at_most(16, (padded - d) / 2);
+    for (int64_t s = 0; s < steps; ++s) _mm512_storeu_si512(to + (d / 2 + s) * kPanelStep, x[s]);
   }
 }
 

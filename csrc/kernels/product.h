@@ -187,21 +187,6 @@ ICAE_INLINE void transpose(__m512i (&x)[16]) {
   }
 }
 
-// Calls f(i) for i from 0 up to n, at most 16, unrolled in any case: an array that is indexed in a loop lives in
-// memory, and 16 vectors through memory twice cost more than transposing them.
-template <class F>
-ICAE_INLINE void up_to_16(int64_t n, F f) {
-  if (n >= 16) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) f(i);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if (i < n) f(i);
-    }
-  }
-}
-
 // Up to 64 bytes, the others 0.
 ICAE_INLINE __m512i load_bytes(const void* p, int64_t bytes) {
   if (bytes >= 64) return _mm512_loadu_si512(p);
@@ -303,11 +288,11 @@ static inline void pack_columns(Row row, int64_t n, int64_t dim, bf16* to, int64
       const int64_t bytes = at_least(0, at_most(16, dim - d)) * static_cast<int64_t>(sizeof(bf16));
       const auto part = [&](int64_t i) { return i < n ? load_bytes(row(i) + d, bytes) : _mm512_setzero_si512(); };
       __m512i x[16];
-      up_to_16(16,
-               [&](int i) { x[i] = _mm512_permutex2var_epi16(part(r + 2 * i), low_pairs(), part(r + 2 * i + 1)); });
+      for (int i = 0; i < 16; ++i)
+        x[i] = _mm512_permutex2var_epi16(part(r + 2 * i), low_pairs(), part(r + 2 * i + 1));
       transpose(x);
-      bf16* const out = to + piece * width + d * columns + r - piece;
-      up_to_16(16, [&](int i) { _mm512_storeu_si512(out + i * columns, x[i]); });
+      bf16* out = to + piece * width + d * columns + r - piece;
+      for (int i = 0; i < 16; ++i, out += columns) _mm512_storeu_si512(out, x[i]);
     }
   }
 #endif
@@ -349,12 +334,15 @@ static inline void pack_transposed(Row row, int64_t n, int64_t dim, bool negativ
     constexpr int64_t per_vector = 16 * pair;
     for (int64_t l = 0; l < round_up(n, 16); l += 16) {
       for (int64_t d = 0; d < dim; d += per_vector) {
-        __m512i x[16] = {};
-        up_to_16(n - l, [&](int i) { x[i] = load_bytes(row(l + i) + d, (dim - d) * sizeof(T)); });
+        __m512i x[16];
+        for (int i = 0; i < 16; ++i) {
+          x[i] = l + i < n ? load_bytes(row(l + i) + d, (dim - d) * sizeof(T)) : _mm512_setzero_si512();
+        }
         transpose(x);
-        up_to_16(ceil_div(dim - d, pair), [&](int i) {
-          _mm512_storeu_si512(to + ((d / pair + i) * kLanes + l) * pair, _mm512_xor_si512(x[i], sign));
-        });
+        const int64_t steps = at_most(16, ceil_div(dim - d, pair));
+        for (int64_t s = 0; s < steps; ++s) {
+          _mm512_storeu_si512(to + ((d / pair + s) * kLanes + l) * pair, _mm512_xor_si512(x[s], sign));
+        }
       }
     }
     return;
