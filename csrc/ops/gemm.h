@@ -10,8 +10,8 @@
 
 namespace icae_fast {
 
-// Whether products with these operands go to the kernels rather than to ATen.
-bool takes_gemm(const at::Tensor& x, int64_t rows);
+// Whether products of x go to the kernels rather than to ATen.
+bool takes_gemm(const at::Tensor& x);
 
 // x, or where its rows lie a multiple of 2 KiB apart a copy in which they do not: one pass over x, where copying
 // the rows that each task needs took 8 % of the time at 256 x 2048 by 8192 columns.

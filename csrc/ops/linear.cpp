@@ -31,6 +31,12 @@ void multiply_by_aten(at::Tensor& out, const at::Tensor& x, const at::Tensor& we
   }
 }
 
+void multiply(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  if (!takes_gemm(x)) return multiply_by_aten(out, x, weight, bias);
+  const auto apart = rows_apart(x);
+  run_gemms({gemm_of(apart, weight, bias, out)});
+}
+
 namespace {
 
 at::Tensor linear_cpu(const at::Tensor& x_in, const at::Tensor& weight_in,
@@ -40,12 +46,7 @@ at::Tensor linear_cpu(const at::Tensor& x_in, const at::Tensor& weight_in,
   check_linear(x_in, weight_in, bias, "linear");
   const auto x = with_unit_stride(x_in), weight = with_unit_stride(weight_in);
   auto y = at::empty({x.size(0), weight.size(0)}, x.options());
-  if (takes_gemm(x, x.size(0))) {
-    const auto rows = rows_apart(x);
-    run_gemms({gemm_of(rows, weight, bias, y)});
-  } else {
-    multiply_by_aten(y, x, weight, bias);
-  }
+  multiply(y, x, weight, bias);
   return y;
 }
 

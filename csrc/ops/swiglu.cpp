@@ -42,7 +42,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_cpu(const at::Tensor& x_in, const at::
   const auto bias = checked_bias(x_in, weight_in, bias_in);
   const auto x = with_unit_stride(x_in), weight = with_unit_stride(weight_in);
   const int64_t rows = x.size(0), columns = weight.size(0);
-  const bool fused = takes_gemm(x, rows);
+  const bool fused = takes_gemm(x);
   auto y = at::empty({rows, columns / 2}, x.options());
   auto gate_up = keep || !fused ? at::empty({rows, columns}, x.options()) : at::empty({0}, x.options());
   if (fused) {
@@ -70,12 +70,7 @@ at::Tensor swiglu_backward_cpu(const at::Tensor& dy_in, const at::Tensor& x_in, 
   auto gate_up = kept.contiguous();
   if (rows > 0 && gate_up.numel() == 0) {
     gate_up = at::empty({rows, columns}, x.options());
-    if (takes_gemm(x, rows)) {
-      const auto apart = rows_apart(x);
-      run_gemms({gemm_of(apart, weight, bias, gate_up)});
-    } else {
-      multiply_by_aten(gate_up, x, weight, bias);
-    }
+    multiply(gate_up, x, weight, bias);
   }
   TORCH_CHECK(gate_up.numel() == rows * columns, "swiglu_backward: gate_up is ", kept.sizes(), ", not (", rows,
               ", ", columns, ") or empty");
