@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ISAS = _C.build_info()["isas"]
 SANITIZERS = _C.build_info()["sanitizers"]
 # The features by which to tell that a CPU runs an instruction set.
-NEEDS = {"scalar": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512_bf16"}}
+NEEDS = {"scalar": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512_vbmi", "avx512_bf16"}}
 NEEDS["amx"] = NEEDS["avx512"] | {"amx_tile", "amx_bf16", "amx_in_torch"}
 # Those that this CPU cannot run, but tests can: torch's brgemm, which `amx` multiplies with, also runs on AVX512-BF16.
 EMULATED = {"amx"} & set(ISAS) if set(_C.runnable_isas()) & {"avx512", "amx"} == {"avx512"} else set()

@@ -30,7 +30,8 @@ std::vector<Unit> units() {
   std::vector<Unit> all{{"scalar", kernels_scalar, {}}};
 #if defined(__x86_64__)
   all.push_back({"avx2", kernels_avx2, {"avx2", "fma"}});
-  std::vector<std::string> needs{"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"};
+  std::vector<std::string> needs{"avx2",     "fma",      "avx512f",     "avx512bw",
+                                 "avx512vl", "avx512dq", "avx512_vbmi", "avx512_bf16"};
   all.push_back({"avx512", kernels_avx512, needs});
   needs.insert(needs.end(), kTileFeatures.begin(), kTileFeatures.end());
   all.push_back({"amx", kernels_amx, needs});
@@ -70,12 +71,14 @@ std::vector<std::string> detect() {
   const bool fma = c & (1u << 12);
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
   const unsigned last_subleaf = a, amx = d;
+  const bool vbmi = c & (1u << 1);
   add(ymm && (b & (1u << 5)), "avx2");
   add(ymm && fma, "fma");
   add(zmm && (b & (1u << 16)), "avx512f");
   add(zmm && (b & (1u << 30)), "avx512bw");
   add(zmm && (b & (1u << 31)), "avx512vl");
   add(zmm && (b & (1u << 17)), "avx512dq");
+  add(zmm && vbmi, "avx512_vbmi");
   if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) add(zmm && (a & (1u << 5)), "avx512_bf16");
   if ((amx & (1u << 24)) && (states & 0x60000) == 0x60000 && tiles_permitted()) {
     add(true, "amx_tile");

@@ -155,21 +155,32 @@ struct KeyRange {
   }
 };
 
-// What lse and softmax work on is 2^(score * exponent): |scale| log2(e). The sign of a negative scale goes into Q.
+// Narrows two keys' weights and stores them as one step.
+#if defined(ICAE_AVX512)
+ICAE_INLINE __m512i pair_up(V<float> even, V<float> odd) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both);
+}
+#endif
+template <class P, class C, class E>
+ICAE_INLINE void store_steps(E* to, V<C> even, V<C> odd) {
+  if constexpr (P::kPair == 1) {
+    store(to, even);
+    store(to + kLanes, odd);
+  } else {
+#if defined(ICAE_AVX512)
+    _mm512_storeu_si512(to, pair_up(even, odd));
+#endif
+  }
+}
+
+// The softmax's weights are 2^(score * exponent): |scale| log2(e). The sign of a negative scale goes into Q.
 // A scale of 0 would turn a masked -inf into a NaN; this small it gives the same weights.
 static inline double exponent_scale(double scale) {
   const double size = scale < 0 ? -scale : scale;
   return (size < 1e-30 ? 1e-30 : size) * 1.4426950408889634;
-}
-
-// Asks for a tile's rows at once: they lie too far apart for the CPU to foresee, and one miss after the other took
-// a tenth of the time at 4 x 640 tokens (AVX-512).
-template <bool to_write, class T, class Row>
-static inline void prefetch_lanes(Row row, int64_t lanes, int64_t dim) {
-  for (int64_t l = 0; l < lanes; ++l) {
-    const T* p = row(l);
-    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + d, to_write);
-  }
 }
 
 // Writes a transposed tile x[dim][kLanes], times `factor` of each lane, to `row(lane)`.

@@ -1,12 +1,13 @@
 // Forward attention over one query tile: online softmax over tiles of kForwardKeys keys (FlashAttention-2),
 // transposed.
 //
-//     S^T = K Q^T,    P^T = 2^(c S^T - shift),    O^T = O^T 2^(old shift - shift) + V^T P^T
+//     S^T = K Q^T - shift,    P^T = 2^(c S^T),    O^T = O^T 2^(c (old shift - shift)) + V^T P^T
 //
-// Scores never reach memory: a block of them becomes weights in the registers that it was summed up in. That needs
-// the shift before the row's maximum is known, so the shift is the largest score of some earlier block, and is
-// raised only when a score exceeds it by kSlack powers of two. Then O^T and the sums are rescaled, which is rare;
-// the results do not depend on what is subtracted, and weights up to 2^kSlack cost no accuracy.
+// Scores never reach memory: a block of them becomes weights in the registers that it was summed up in, which begin
+// at minus the shift. That needs the shift before the row's maximum is known, so the shift is the largest score of
+// some earlier block, and is raised only when a score exceeds it by kSlack powers of two. Then O^T and the sums are
+// rescaled, which is rare; the results do not depend on what is subtracted, and weights up to 2^kSlack cost no
+// accuracy.
 //
 // With AMX tiles, a tile of scores is computed at once and read back block by block; all else is the same.
 constexpr int kSlack = 8;
@@ -18,10 +19,11 @@ constexpr int64_t kForwardKeys = kColumnTile;
 constexpr int64_t kForwardKeys = 128;
 #endif
 
-// Shift (in powers of two) and sum of weights of each lane.
+// Of each lane: the shift, how far above it a score may be (minus infinity while there is no shift yet), and the
+// sum of weights.
 template <class C>
 struct Softmax {
-  C shift[kLanes], sum[kLanes];
+  C shift[kLanes], slack[kLanes], sum[kLanes];
 };
 
 template <class T>
@@ -47,27 +49,6 @@ struct ForwardScratch {
   }
 };
 
-// Narrows two keys' weights and stores them as one step.
-#if defined(ICAE_AVX512)
-ICAE_INLINE __m512i pair_up(V<float> even, V<float> odd) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, both);
-}
-#endif
-template <class P, class C, class E>
-ICAE_INLINE void store_steps(E* to, V<C> even, V<C> odd) {
-  if constexpr (P::kPair == 1) {
-    store(to, even);
-    store(to + kLanes, odd);
-  } else {
-#if defined(ICAE_AVX512)
-    _mm512_storeu_si512(to, pair_up(even, odd));
-#endif
-  }
-}
-
 // Some lanes of one tile of keys, as many as a block of registers is wide: O^T follows P^T from key to key.
 template <class T, int vectors>
 struct LaneGroup {
@@ -75,13 +56,13 @@ struct LaneGroup {
   using C = typename P::C;
   using E = typename P::E;
   static constexpr int W = Vec<C>::kWidth;
-  static constexpr int degree = Elem<T>::kExpDegree;
 
   const AttentionInput& in;
   const PackedKeys<T>& keys;
   const ForwardScratch<T>& t;
-  int64_t first;   // lane
-  C c;             // of the exponent
+  int64_t first;  // lane
+  const Weights<T>& weights;
+  bool careful;    // looks for NaN in every block
   int64_t summed;  // keys before this one are in O^T
   int64_t tile;    // first key of the tile
   bool& started;   // O^T holds something
@@ -122,38 +103,67 @@ struct LaneGroup {
                    width, false, t.s, kLanes);
   }
 
-  // Raises the shift of the lanes whose `highest` exceeds it, and rescales what was summed up with the old one.
-  __attribute__((noinline)) void raise(int64_t key, const V<C> (&highest)[vectors]) {
+  // The largest score of each lane. A NaN among the scores makes it NaN.
+  ICAE_INLINE V<C> largest(const Block<P, vectors>& s, int n) {
+    V<C> largest = s[0][n], any_nan = s[0][n];
+#pragma GCC unroll 8
+    for (int m = 1; m < kBlockRows; ++m) {
+      largest = vmax(largest, s[m][n]);
+      any_nan = s[m][n] == s[m][n] ? any_nan : s[m][n];
+    }
+    return any_nan == any_nan ? largest : any_nan;
+  }
+
+  // Raises the shift of the lanes that have a score above their slack, by as much as the largest one exceeds it,
+  // and rescales what was summed up with the old one. `s` becomes relative to the new one. A NaN or an infinite
+  // score makes a lane NaN, for good.
+  __attribute__((noinline)) void raise(int64_t key, Block<P, vectors>& s) {
     add_values(key);
     for (int n = 0; n < vectors; ++n) {
       Softmax<C>& softmax = *t.softmax;
       const int64_t lane = first + n * W;
-      const V<C> old = load(softmax.shift + lane);
-      const V<C> shift = highest[n] > old + C(kSlack) ? highest[n] : old;
-      const V<C> factor = shift == old ? set1(C(1)) : exp2<C, degree>(old - shift);
-      store(softmax.shift + lane, shift);
-      store(softmax.sum + lane, load(softmax.sum + lane) * factor);
+      const V<C> highest = largest(s, n), slack = load(softmax.slack + lane);
+      const I<C> rises = ~(highest <= slack);
+      const V<C> by = rises ? highest + (highest - highest) : V<C>{};
+      // Sums are 0 before the first shift, where a lane's O^T is anything finite.
+      const V<C> factor = exp2<C, Elem<C>::kExpDegree>(slack == -kInfinity<C> ? by - by : -by * weights.exponent);
+      store(softmax.shift + lane, load(softmax.shift + lane) + by);
+      store(softmax.slack + lane, rises ? set1(C(kSlack) / weights.exponent) : slack);
+      store(softmax.sum + lane, load(softmax.sum + lane) * factor + (by - by));
       for (int64_t d = 0; d < keys.width(in) && started; ++d) {
         C* o = t.o + d * kLanes + lane;
         store(o, load(o) * factor);
       }
+      for (int m = 0; m < kBlockRows; ++m) s[m][n] -= by;
     }
   }
 
   // Scores of kBlockRows keys, and from them weights.
   template <bool masked>
-  inline __attribute__((always_inline)) void weigh(int64_t key) {
+  ICAE_FORCED void weigh(int64_t key) {
     const int64_t width = keys.width(in);
-    Block<P, vectors> s = {};
-    if constexpr (P::kTiles) {
-      load_block<P, vectors>(s, t.s + (key - tile) * kLanes, kLanes);
-    } else {
+    Softmax<C>& softmax = *t.softmax;
+    Block<P, vectors> s;
+    if constexpr (P::kTiles) load_block<P, vectors>(s, t.s + (key - tile) * kLanes, kLanes);
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const V<C> shift = load(softmax.shift + first + n * W);
+#pragma GCC unroll 8
+      for (int m = 0; m < kBlockRows; ++m) s[m][n] = P::kTiles ? s[m][n] - shift : -shift;
+    }
+    if constexpr (!P::kTiles) {
       multiply_into<P, vectors>(s, {keys.k_rows + key * width, width, P::kPair},
                                 {t.q + first * P::kPair, kLanes * P::kPair}, ceil_div(in.head_dim, P::kPair));
     }
-    Softmax<C>& softmax = *t.softmax;
-    V<C> highest[vectors];
-    bool rises = false;
+    I<C> rises = {};
+    if constexpr (!Weights<T>::kKeepsNan) {
+      // What is not finite in a key makes all lanes' scores so; in a query, `careful` tells.
+      V<C> total = s[0][0];
+#pragma GCC unroll 8
+      for (int m = 1; m < kBlockRows; ++m) total += s[m][0];
+      const V<C> zero = total - total;
+      rises = zero != zero;
+    }
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
       const int64_t lane = first + n * W;
@@ -170,20 +180,29 @@ struct LaneGroup {
         even = vmax(even, s[m][n]);
         odd = vmax(odd, s[m + 1][n]);
       }
-      highest[n] = vmax(even, odd) * c;
-      rises |= any<C>(highest[n] > load(softmax.shift + lane) + C(kSlack));
+      rises |= ~(vmax(even, odd) <= load(softmax.slack + lane));
     }
-    if (__builtin_expect(rises, 0)) raise(key, highest);
+    if (__builtin_expect(careful || any<C>(rises), 0)) {
+      Block<P, vectors> copy;  // `s` itself stays in registers if its address is not taken
+#pragma GCC unroll 8
+      for (int m = 0; m < kBlockRows; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) copy[m][n] = s[m][n];
+      }
+      raise(key, copy);
+#pragma GCC unroll 8
+      for (int m = 0; m < kBlockRows; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) s[m][n] = copy[m][n];
+      }
+    }
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
       const int64_t lane = first + n * W;
-      V<C> shift = load(softmax.shift + lane), total = load(softmax.sum + lane);
-      shift = shift == -kInfinity<C> ? V<C>{} : shift;  // a lane without keys so far weighs all at 0
+      V<C> total = load(softmax.sum + lane);
 #pragma GCC unroll 8
       for (int m = 0; m < kBlockRows; m += 2) {
-        const V<C> a = exp2<C, degree>(s[m][n] * c - shift), b = exp2<C, degree>(s[m + 1][n] * c - shift);
-        total += a + b;
-        store_steps<P, C>(t.p + (key - tile + m) * kLanes + lane * P::kPair, a, b);
+        weights.of_pair(s[m][n], s[m + 1][n], t.p + (key - tile + m) * kLanes + lane * P::kPair, total);
       }
       store(softmax.sum + lane, total);
     }
@@ -204,14 +223,45 @@ static void store_lse(const AttentionInput& in, const AttentionRow& row, const T
                       const ForwardScratch<T>& t, const AttentionOutput& to) {
   using C = typename Elem<T>::C;
   Softmax<C>& softmax = *t.softmax;
+  const C scale = C(exponent_scale(in.scale) * 0.6931471805599453);
   for (int64_t l = 0; l < tile.lanes(); ++l) {
     const C total = softmax.sum[l];
     static_cast<C*>(to.lse)[tile.head(l) * in.n_queries + row.q_begin + tile.position(l)] =
-        total == 0 ? -kInfinity<C> : softmax.shift[l] * C(0.6931471805599453) + log_of(total);
+        total == 0 ? -kInfinity<C> : softmax.shift[l] * scale + log_of(total);
   }
   for (int64_t l = 0; l < kLanes; l += Vec<C>::kWidth) {
     const V<C> total = load(softmax.sum + l);
     store(softmax.sum + l, total == V<C>{} ? V<C>{} : C(1) / total);
+  }
+}
+
+// Where a tile's rows of q are, and those of the output.
+template <class T>
+struct TileRows {
+  const AttentionInput& in;
+  const AttentionRow& row;
+  const AttentionOutput& to;
+  const Tile& tile;
+
+  const T* q(int64_t lane) const { return row_of<T>(in.q, row.q_begin + tile.position(lane), tile.head(lane)); }
+  T* out(int64_t lane) const {
+    const int64_t position = row.q_begin + tile.position(lane);
+    return static_cast<T*>(to.out) + (position * in.q_heads + tile.head(lane)) * in.head_dim;
+  }
+};
+
+// Asks for the rows of a tile that comes soon, into the second-level cache: they lie too far apart for the CPU to
+// foresee, and one miss after the other took a tenth of the time at 4 x 640 tokens (AVX-512).
+template <class T>
+static void prefetch_tile(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, int64_t tile_index,
+                          const AttentionOutput& to) {
+  const Tile tile(in, row, kv_head, tile_index);
+  const TileRows<T> rows{in, row, to, tile};
+  for (int64_t l = 0; l < tile.lanes(); ++l) {
+    for (int64_t d = 0; d < in.head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(rows.q(l) + d, 0, 2);
+      __builtin_prefetch(rows.out(l) + d, 1, 2);
+    }
   }
 }
 
@@ -225,36 +275,35 @@ static void forward_tile(const AttentionInput& in, const AttentionRow& row, int6
   const ForwardScratch<T> t(in, Arena{static_cast<char*>(scratch)});
   const TileUse<P> use;
   const int64_t lanes = tile.lanes(), vectors = ceil_div(lanes, Vec<C>::kWidth);
-  const auto q = [&](int64_t l) { return row_of<T>(in.q, row.q_begin + tile.position(l), tile.head(l)); };
-  const auto out = [&](int64_t l) {
-    return static_cast<T*>(to.out) + ((row.q_begin + tile.position(l)) * in.q_heads + tile.head(l)) * in.head_dim;
-  };
-  prefetch_lanes<false, T>(q, lanes, in.head_dim);
-  prefetch_lanes<true, T>(out, lanes, in.head_dim);
+  const TileRows<T> rows{in, row, to, tile};
+  const auto q = [&](int64_t l) { return rows.q(l); };
   pack_transposed<P, T>(q, lanes, in.head_dim, in.scale < 0, t.q);
   if constexpr (P::kTiles) clear_past<P>(t.q, in.head_dim, keys.width(in));
   t.range->set(in, row, tile);
   for (int64_t l = 0; l < kLanes; ++l) {
-    t.softmax->shift[l] = -kInfinity<C>;
+    t.softmax->shift[l] = 0;
+    t.softmax->slack[l] = -kInfinity<C>;
     t.softmax->sum[l] = 0;
   }
   const int64_t begin = t.range->template first<P>(), end = round_up(t.range->end, kPad);
   if (begin >= t.range->end) clear(t.o, keys.width(in) * kLanes);
-  const C c = C(exponent_scale(in.scale));
+  const Weights<T> weights(C(exponent_scale(in.scale)));
+  const bool careful =
+      !Weights<T>::kKeepsNan && !all_finite(t.q, ceil_div(in.head_dim, P::kPair) * kLanes * P::kPair);
   in_blocks(vectors, [&](int64_t n, int64_t width) {
     bool started = false;
     for (int64_t key = begin, next; key < t.range->end; key = next) {
       next = (key / kForwardKeys + 1) * kForwardKeys;
       const int64_t stop = at_most(next, end), lane = n * Vec<C>::kWidth;
       if (width == 3) {
-        LaneGroup<T, 3>{in, keys, t, lane, c, key, key, started}.attend(stop);
+        LaneGroup<T, 3>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
       } else if (width == 2) {
-        LaneGroup<T, 2>{in, keys, t, lane, c, key, key, started}.attend(stop);
+        LaneGroup<T, 2>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
       } else {
-        LaneGroup<T, 1>{in, keys, t, lane, c, key, key, started}.attend(stop);
+        LaneGroup<T, 1>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
       }
     }
   });
   store_lse(in, row, tile, t, to);
-  store_transposed<T>(t.o, t.softmax->sum, lanes, in.head_dim, out);
+  store_transposed<T>(t.o, t.softmax->sum, lanes, in.head_dim, [&](int64_t l) { return rows.out(l); });
 }

@@ -86,6 +86,9 @@ struct AttentionKernels {
   void (*pack)(const AttentionInput&, const AttentionRow&, int64_t kv_head, bool backward, void* packed);
   void (*tile)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t tile, const void* packed,
                void* scratch, const AttentionOutput&);
+  // Asks for the rows of q and of the output of a tile that comes next but one or so.
+  void (*prefetch)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t tile,
+                   const AttentionOutput&);
   void (*few)(const AttentionInput&, const AttentionRow&, int64_t kv_head, void* scratch, const AttentionOutput&);
   void (*slice)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t slice, const void* packed,
                 void* scratch, const AttentionGradient&);

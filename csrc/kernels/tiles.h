@@ -10,8 +10,7 @@
 //   (Zen 4). So operands are padded to few shapes: rows to 16, depth to 32.
 // * A depth that is no multiple of 32 would work, but tiles then are reconfigured or copied inside the kernel.
 // * A call costs a look-up in a table, and where the shape changes a tile configuration: some hundred cycles,
-// against
-//   the 16 of a tile instruction. So a call is given as many rows as fit the caches.
+//   against the 16 of a tile instruction. So a call is given as many rows as fit the caches.
 // * The configuration stays until `release`; anything else on this thread that uses tiles would find it wrong.
 constexpr int64_t kTileDepth = 32;
 // Keys of one packed piece of K^T or V^T. In one matrix, rows could lie a multiple of 4 KiB apart and push each

@@ -22,6 +22,7 @@ namespace ICAE_PASTE(unit_, ICAE_ISA) {
 #include "tiles.h"
 #include "product.h"
 #include "attention.h"
+#include "attention_weights.h"
 #include "attention_forward.h"
 #include "attention_few.h"
 #include "attention_backward.h"
@@ -43,6 +44,7 @@ constexpr AttentionKernels attention_kernels() {
           partial_bytes<T>,
           pack_keys<T>,
           forward_tile<T>,
+          prefetch_tile<T>,
           forward_few<T>,
           backward_slice<T>,
           sum_slices<T>};

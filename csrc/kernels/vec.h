@@ -2,7 +2,8 @@
 // poor. Included inside a unit's namespace: ICAE_VECTOR_BYTES is the width, ICAE_AVX2 and ICAE_AVX512 say which
 // intrinsics there are. Functions take and give vectors by value and are always inlined.
 
-#define ICAE_INLINE static inline __attribute__((always_inline))
+#define ICAE_FORCED inline __attribute__((always_inline))
+#define ICAE_INLINE static ICAE_FORCED
 
 template <class C>
 struct Vec;

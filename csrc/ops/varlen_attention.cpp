@@ -41,13 +41,18 @@ void attend(const AttentionPlan& plan, const AttentionKernels& kernels, const vo
     }
   }
   const int64_t bytes = kernels.scratch_bytes(in, false);
-  const auto scratch = at::empty({max_workers(tasks.size()) * bytes}, at::kByte);
+  const int64_t workers = max_workers(tasks.size());
+  const auto scratch = at::empty({workers * bytes}, at::kByte);
   char* const base = static_cast<char*>(scratch.mutable_data_ptr());
   for_each_task(tasks.size(), [&](int64_t i, int64_t worker) {
     const auto& [row, kv_head, part] = tasks[i];
     if (is_few(plan, *row)) {
       kernels.few(in, *row, kv_head, base + worker * bytes, to);
     } else {
+      // What this thread will likely take next: its rows lie too far apart for the CPU to foresee.
+      if (const size_t next = i + workers; next < tasks.size() && !is_few(plan, *tasks[next].row)) {
+        kernels.prefetch(in, *tasks[next].row, tasks[next].kv_head, tasks[next].part, to);
+      }
       kernels.tile(in, *row, kv_head, part, packed, base + worker * bytes, to);
     }
   });
