@@ -1,0 +1,173 @@
+"""Rows that the frozen decoder reads: shared segments of keys and values, and each row's own tail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+
+from icae_fast.backbone import Backbone
+from icae_fast.ops import shared_prefix_attention
+from icae_fast.spans import PackedRows, cumulative
+
+
+class Segment(Protocol):
+    """Keys and values that rows share; `icae_fast.cache.KVSegment` is one."""
+
+    keys: torch.Tensor  # (layers, S, Hkv, D)
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SharedSegments:
+    """The segments of a batch of rows in depth-first order, each with the rows that read it.
+
+    Args:
+        segments: each one once, after those that stand before it.
+        rows: (first row, one after the last row) of each.
+    """
+
+    segments: tuple[Segment, ...]
+    rows: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, paths: Sequence[Sequence[Segment]]) -> SharedSegments:
+        """Find what neighbouring rows share, given what each row reads."""
+        segments, ranges = [], []
+
+        def visit(begin: int, end: int, depth: int) -> None:
+            row = begin
+            while row < end:
+                first = row
+                segment = paths[row][depth] if depth < len(paths[row]) else None
+                while row < end and (paths[row][depth] if depth < len(paths[row]) else None) is segment:
+                    row += 1
+                if segment is not None:
+                    segments.append(segment)
+                    ranges.append((first, row))
+                    visit(first, row, depth + 1)
+
+        visit(0, len(paths), 0)
+        return cls(tuple(segments), tuple(ranges))
+
+
+def tree_order(paths: Sequence[Sequence[Segment]]) -> list[int]:
+    """An order of rows in which those that share segments are neighbours; otherwise as they are."""
+    seen: dict[int, int] = {}
+    for path in paths:
+        for segment in path:
+            seen.setdefault(id(segment), len(seen))
+    return sorted(range(len(paths)), key=lambda row: [seen[id(segment)] for segment in paths[row]])
+
+
+class DecoderRows:
+    """A batch of rows in which the decoder reads on, with the keys and values of what they have read.
+
+    Args:
+        backbone: of the frozen decoder.
+        paths: the segments that each row has read; rows that share some must be neighbours (`tree_order`).
+        capacities: tokens that each row can be given.
+        dtype, device: of the keys and values.
+    """
+
+    def __init__(
+        self, backbone: Backbone, paths: Sequence[Sequence[Segment]], capacities: Sequence[int], dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        shape = (backbone.n_layers, sum(capacities), backbone.num_kv_heads, backbone.head_dim)
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.paths, self.capacities = [list(p) for p in paths], list(capacities)
+        self.prefix_lengths = [sum(s.keys.shape[1] for s in p) for p in paths]
+        self.starts = [0, *accumulate(capacities)][:-1]
+        self.lengths = [0] * len(self.starts)
+        self.shared = SharedSegments.of(self.paths)
+        self._set_tensors()
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self.keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, each shared segment counted once, room to grow included."""
+        tensors = [self.keys, self.values, *(t for s in self.shared.segments for t in (s.keys, s.values))]
+        return sum(t.nbytes for t in tensors)
+
+    def _set_tensors(self) -> None:
+        self.tail_starts = torch.tensor(self.starts, dtype=torch.int32, device=self.device)
+        self.tail_lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, given by their places in rising order."""
+        for name in ("paths", "capacities", "prefix_lengths", "starts", "lengths"):
+            values = getattr(self, name)
+            setattr(self, name, [values[i] for i in rows])
+        self.shared = SharedSegments.of(self.paths)
+        self._set_tensors()
+
+    def tail(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values (layers, n, Hkv, D) that a row was given, which can be a segment of others."""
+        start, n = self.starts[row], self.lengths[row]
+        return self.keys[:, start : start + n].clone(), self.values[:, start : start + n].clone()
+
+    def append(self, counts: Sequence[int]) -> PackedRows:
+        """Announce `counts[i]` more tokens for row i; gives their layout, asking for each row's last hidden state.
+
+        Raises:
+            ValueError: a row has no room for them.
+        """
+        before = self.lengths
+        self.lengths = [n + more for n, more in zip(before, counts, strict=True)]
+        for n, capacity in zip(self.lengths, self.capacities, strict=True):
+            if n > capacity:
+                raise ValueError(f"a row of {n} tokens does not fit into the {capacity} that it was given")
+        self._set_tensors()
+        places = [torch.arange(s + n, s + n + c) for s, n, c in zip(self.starts, before, counts, strict=True)]
+        positions = [torch.arange(p + n, p + n + c) for p, n, c in zip(self.prefix_lengths, before, counts, strict=True)]
+        self._places = torch.cat(places).to(self.device)
+        cu = cumulative(counts)
+        return PackedRows(
+            positions=torch.cat(positions),
+            cu_seqlens=cu,
+            max_seqlen=max(counts),
+            out_rows=cu[1:].to(torch.int64) - 1,
+            cu_seqlens_out=torch.arange(len(counts) + 1, dtype=torch.int32),
+            max_seqlen_out=1,
+        ).to(self.device)
+
+    def append_one(self) -> list[int]:
+        """Announce one more token for every row, for `decode_step`; gives their positions."""
+        positions = [p + n for p, n in zip(self.prefix_lengths, self.lengths, strict=True)]
+        if any(n >= capacity for n, capacity in zip(self.lengths, self.capacities, strict=True)):
+            raise ValueError("a row has no room for another token")
+        self.lengths = [n + 1 for n in self.lengths]
+        self.tail_lengths += 1
+        return positions
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float,
+        window: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """Write k and v (T, Hkv, D) of the announced tokens and attend to all that their rows have read.
+
+        Args:
+            layer: which one.
+            q: (Tq, Hq, D) queries, the last ones of each row.
+            k, v: (T, Hkv, D).
+            cu_seqlens_q: (R + 1,) int32, where each row's queries begin.
+            scale, window: see `icae_fast.ops.shared_prefix_attention`.
+
+        Returns:
+            (Tq, Hq, D).
+        """
+        self.keys[layer].index_copy_(0, self._places, k)
+        self.values[layer].index_copy_(0, self._places, v)
+        return shared_prefix_attention(
+            q, self.keys[layer], self.values[layer], cu_seqlens_q, self.tail_starts, self.tail_lengths,
+            [s.keys[layer] for s in self.shared.segments], [s.values[layer] for s in self.shared.segments],
+            self.shared.rows, scale=scale, window=window,
+        )  # fmt: skip
