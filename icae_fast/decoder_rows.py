@@ -21,6 +21,18 @@ class Segment(Protocol):
     values: torch.Tensor
 
 
+def empty_keys(backbone: Backbone, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Room for n keys or values, (layers, n, Hkv, D); a head's lie side by side in memory, as kernels read them."""
+    return torch.empty(
+        (backbone.n_layers, backbone.num_kv_heads, n, backbone.head_dim), dtype=dtype, device=device
+    ).transpose(1, 2)
+
+
+def by_heads(keys: torch.Tensor) -> torch.Tensor:
+    """A copy of keys or values (layers, n, Hkv, D) that lies in memory as those of `empty_keys` do."""
+    return keys.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class SharedSegments:
     """The segments of a batch of rows in depth-first order, each with the rows that read it.
@@ -77,8 +89,7 @@ class DecoderRows:
         self, backbone: Backbone, paths: Sequence[Sequence[Segment]], capacities: Sequence[int], dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
-        shape = (backbone.n_layers, sum(capacities), backbone.num_kv_heads, backbone.head_dim)
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (empty_keys(backbone, sum(capacities), dtype, device) for _ in range(2))
         self.paths, self.capacities = [list(p) for p in paths], list(capacities)
         self.prefix_lengths = [sum(s.keys.shape[1] for s in p) for p in paths]
         self.starts = [0, *accumulate(capacities)][:-1]
@@ -112,7 +123,7 @@ class DecoderRows:
     def tail(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values (layers, n, Hkv, D) that a row was given, which can be a segment of others."""
         start, n = self.starts[row], self.lengths[row]
-        return self.keys[:, start : start + n].clone(), self.values[:, start : start + n].clone()
+        return tuple(by_heads(t[:, start : start + n]) for t in (self.keys, self.values))
 
     def append(self, counts: Sequence[int]) -> PackedRows:
         """Announce `counts[i]` more tokens for row i; gives their layout, asking for each row's last hidden state.

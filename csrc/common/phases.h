@@ -1,5 +1,5 @@
-// Work that goes on phase after phase on one set of threads: a token step has some two hundred phases of 30 us or so,
-// and opening a parallel region for each would cost as much as a tenth of it.
+// Work that goes on phase after phase on one set of threads: a token step has some two hundred phases of 30 us or
+// so, and opening a parallel region for each would cost as much as a tenth of it.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -16,9 +16,9 @@
 
 namespace icae_fast {
 
-// A thread takes tasks of a phase until there are none, and goes on when all of them are done, whoever did them. So it
-// does not matter how many threads come, nor when: one alone does everything, and one that comes late finds the first
-// phases done.
+// A thread takes tasks of a phase until there are none, and goes on when all of them are done, whoever did them. So
+// it does not matter how many threads come, nor when: one alone does everything, and one that comes late finds the
+// first phases done.
 class Phases {
  public:
   explicit Phases(int64_t n) : phases_(n) {}

@@ -9,10 +9,10 @@ constexpr bool kFewPairs = Product<T>::kPair == 2;
 template <class T>
 struct FewScratch {
   using C = typename Elem<T>::C;
-  C *q, *o;      // (kFewLanes, width)
-  C* s;          // (kFewLanes, kKeys)
-  T *narrow_q;   // with pairs: (kFewLanes, width)
-  T* narrow_s;   // with pairs: (kFewLanes, kKeys)
+  C *q, *o;     // (kFewLanes, width)
+  C* s;         // (kFewLanes, kKeys)
+  T* narrow_q;  // with pairs: (kFewLanes, width)
+  T* narrow_s;  // with pairs: (kFewLanes, kKeys)
   static int64_t width(const AttentionInput& in) { return round_up(in.head_dim, 2 * Vec<C>::kWidth); }
   FewScratch(const AttentionInput& in, Arena arena, int64_t* bytes = nullptr) {
     const int64_t size = kFewLanes * width(in), narrow = kFewPairs<T> ? 1 : 0;
@@ -26,28 +26,6 @@ struct FewScratch {
 };
 
 #if defined(ICAE_AVX512)
-// The sums of 16 vectors, each into one element.
-ICAE_INLINE V<float> sum_each(V<float> (&x)[16]) {
-  __m512i t[16];
-  // Halves the number of vectors by adding neighbours, within and then across 128-bit parts.
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const __m512 a = x[2 * i], b = x[2 * i + 1];
-    x[i] = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = (__m512d)x[2 * i], b = (__m512d)x[2 * i + 1];
-    t[i] = (__m512i)((V<float>)_mm512_unpacklo_pd(a, b) + (V<float>)_mm512_unpackhi_pd(a, b));
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const __m512i a = t[2 * i], b = t[2 * i + 1];
-    x[i] = (V<float>)_mm512_shuffle_i32x4(a, b, 0x88) + (V<float>)_mm512_shuffle_i32x4(a, b, 0xdd);
-  }
-  return (V<float>)_mm512_shuffle_f32x4(x[0], x[1], 0x88) + (V<float>)_mm512_shuffle_f32x4(x[0], x[1], 0xdd);
-}
-
 // Scores of n keys, 16 at a time, for all lanes.
 static inline void few_pair_scores(const AttentionInput& in, const bf16* k, int64_t n, const FewScratch<bf16>& t,
                                    int64_t lanes) {
@@ -150,6 +128,15 @@ static inline void few_wide_values(const AttentionInput& in, const T* v, int64_t
   }
 }
 
+// Asks for n keys or values, which are used once and so are never in a cache.
+template <class T>
+static inline void prefetch_keys(const T* x, int64_t row, int64_t n, int64_t dim) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(x + i * row + d, 0, 2);
+  }
+}
+
 // Calls `f` with the lanes in groups of 4, 2 and 1, as template arguments.
 template <class F4, class F2, class F1>
 ICAE_INLINE void in_groups(int64_t lanes, F4 four, F2 two, F1 one) {
@@ -172,8 +159,8 @@ static inline void few_scores(const AttentionInput& in, const T* k, int64_t n, c
 }
 
 template <class T>
-static inline void few_values(const AttentionInput& in, const T* v, int64_t n, const FewScratch<T>& t, int64_t lanes,
-                              const typename Elem<T>::C* factor) {
+static inline void few_values(const AttentionInput& in, const T* v, int64_t n, const FewScratch<T>& t,
+                              int64_t lanes, const typename Elem<T>::C* factor) {
 #if defined(ICAE_AVX512)
   if constexpr (kFewPairs<T>) {
     for (int64_t l = 0; l < lanes; ++l) {
@@ -226,6 +213,8 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
   KeyRange<C> range;
   range.set(in, row, tile);
   C max[kFewLanes], total[kFewLanes] = {}, factor[kFewLanes];
+  prefetch_keys(row_of<T>(in.k, row.k_begin + range.begin, kv_head), in.k.row,
+                at_most(kKeys, range.end - range.begin), dim);
   clear(t.o, kFewLanes * width);
   kFewPairs<T> ? clear(t.narrow_q, kFewLanes * width) : clear(t.q, kFewLanes * width);
   for (int64_t l = 0; l < lanes; ++l) {
@@ -241,7 +230,10 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
     const int64_t n = at_most(kKeys, range.end - key);
     const T* k = row_of<T>(in.k, row.k_begin + key, kv_head);
     const T* v = row_of<T>(in.v, row.k_begin + key, kv_head);
+    // While scores are computed, values come; while values are added up, the next keys.
+    prefetch_keys(v, in.v.row, n, dim);
     few_scores(in, k, n, t, lanes);
+    prefetch_keys(k + n * in.k.row, in.k.row, at_most(kKeys, range.end - key - n), dim);
     for (int64_t l = 0; l < lanes; ++l) {
       C* s = t.s + l * kKeys;
       for (int64_t i = 0; i < n && key + i < range.low[l]; ++i) s[i] = -kInfinity<C>;

@@ -310,8 +310,10 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
   });
   store_lse(in, row, tile, t, to);
   if (to.partial) {
-    store_transposed<C>(t.o, t.softmax->sum, lanes, in.head_dim, [&](int64_t l) { return rows.template out<C>(l); });
+    store_transposed<C>(t.o, t.softmax->sum, lanes, in.head_dim,
+                        [&](int64_t l) { return rows.template out<C>(l); });
   } else {
-    store_transposed<T>(t.o, t.softmax->sum, lanes, in.head_dim, [&](int64_t l) { return rows.template out<T>(l); });
+    store_transposed<T>(t.o, t.softmax->sum, lanes, in.head_dim,
+                        [&](int64_t l) { return rows.template out<T>(l); });
   }
 }

@@ -53,10 +53,10 @@ struct AttentionInput {
 // the row, or stand where `positions` says, counted from the row's first key.
 struct AttentionRow {
   int64_t q_begin, n_queries, k_begin, n_keys;
-  int64_t packed_begin;   // where its packed keys begin; a multiple of key_pad
-  int64_t partial_begin;  // backward: where its slices' partial sums begin, in keys
-  int64_t n_slices;       // backward: into how many tasks the queries of a key/value head are cut
-  int64_t key_pad;        // the kernels'
+  int64_t packed_begin;                // where its packed keys begin; a multiple of key_pad
+  int64_t partial_begin;               // backward: where its slices' partial sums begin, in keys
+  int64_t n_slices;                    // backward: into how many tasks the queries of a key/value head are cut
+  int64_t key_pad;                     // the kernels'
   const int32_t* positions = nullptr;  // of the queries, less `key_position`
   int64_t key_position = 0;
 

@@ -37,7 +37,8 @@ AttentionPlan::AttentionPlan(const at::Tensor& q_in, const at::Tensor& k_in, con
   kernels = &icae_fast::kernels().attention[static_cast<int>(dtype)];
   check_shapes(q_in, k_in, v_in);
   TORCH_CHECK(window >= 0, kOp, ": window is ", window, "; it is a number of keys, or 0 for all");
-  const auto cu_q = int_values(kOp, cu_seqlens_q, "cu_seqlens_q"), cu_k = int_values(kOp, cu_seqlens_k, "cu_seqlens_k");
+  const auto cu_q = int_values(kOp, cu_seqlens_q, "cu_seqlens_q"),
+             cu_k = int_values(kOp, cu_seqlens_k, "cu_seqlens_k");
   check_cumulative(cu_q, q_in.size(0), "cu_seqlens_q");
   check_cumulative(cu_k, k_in.size(0), "cu_seqlens_k");
   TORCH_CHECK(cu_q.size() == cu_k.size(), kOp, ": cu_seqlens_q is for ", cu_q.size() - 1,

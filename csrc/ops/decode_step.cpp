@@ -41,8 +41,8 @@ struct Arguments {
 };
 
 void check_matrix(const Arguments& a, const at::Tensor& w, int64_t rows, int64_t columns, const char* name) {
-  TORCH_CHECK(w.dim() == 2 && w.size(1) == columns && (rows < 0 || w.size(0) == rows) && w.stride(1) == 1, kOp, ": ",
-              name, " is ", w.sizes(), "; it has ", columns, " columns and is contiguous");
+  TORCH_CHECK(w.dim() == 2 && w.size(1) == columns && (rows < 0 || w.size(0) == rows) && w.stride(1) == 1, kOp,
+              ": ", name, " is ", w.sizes(), "; it has ", columns, " columns and is contiguous");
   check_same_type(w, a.embedding, kOp, name);
 }
 
@@ -61,8 +61,8 @@ void check_cache(const Arguments& a, const at::Tensor& t, const char* name) {
 
 void check_weights(const Arguments& a) {
   const auto n = static_cast<size_t>(a.layers());
-  TORCH_CHECK(a.norms.size() == 2 * n + 1 && a.matrices.size() == kMatrices * n && a.biases.size() == kMatrices * n &&
-                  a.qk_norms.size() == n,
+  TORCH_CHECK(a.norms.size() == 2 * n + 1 && a.matrices.size() == kMatrices * n &&
+                  a.biases.size() == kMatrices * n && a.qk_norms.size() == n,
               kOp, ": for ", n, " layers there must be ", 2 * n + 1, " norms, ", kMatrices * n,
               " matrices and biases, and ", n, " qk_norms");
   const int64_t d = a.hidden(), q = a.q_heads * a.head_dim(), qkv = q + 2 * a.kv_heads * a.head_dim();
@@ -90,8 +90,8 @@ void check(const Arguments& a) {
   dtype_of(a.embedding, kOp, "the embedding");
   TORCH_CHECK(a.tokens.dim() == 1 && a.tokens.scalar_type() == at::kLong, kOp, ": tokens is 1-d int64, not ",
               a.tokens.sizes(), " ", a.tokens.scalar_type());
-  TORCH_CHECK(a.embedding.dim() == 2 && a.tail_keys.dim() == 4, kOp, ": the embedding is (vocabulary, d) and tail_keys ",
-              "(layers, tokens, kv_heads, head_dim)");
+  TORCH_CHECK(a.embedding.dim() == 2 && a.tail_keys.dim() == 4, kOp,
+              ": the embedding is (vocabulary, d) and tail_keys ", "(layers, tokens, kv_heads, head_dim)");
   TORCH_CHECK(a.kv_heads > 0 && a.q_heads > 0 && a.q_heads % a.kv_heads == 0 && a.head_dim() % 2 == 0, kOp, ": ",
               a.q_heads, " query heads, ", a.kv_heads, " key/value heads, head_dim ", a.head_dim());
   check_weights(a);
@@ -122,8 +122,8 @@ std::vector<TailRow> tail_rows(const Arguments& a) {
   std::vector<TailRow> tails;
   const int64_t* tokens = a.tokens.const_data_ptr<int64_t>();
   for (size_t r = 0; r < rows; ++r) {
-    TORCH_CHECK(starts[r] >= 0 && lengths[r] >= 1 && starts[r] + lengths[r] <= a.tail_keys.size(1), kOp, ": row ", r,
-                " has a tail of ", lengths[r], " keys from ", starts[r], ", of ", a.tail_keys.size(1));
+    TORCH_CHECK(starts[r] >= 0 && lengths[r] >= 1 && starts[r] + lengths[r] <= a.tail_keys.size(1), kOp, ": row ",
+                r, " has a tail of ", lengths[r], " keys from ", starts[r], ", of ", a.tail_keys.size(1));
     TORCH_CHECK(tokens[r] >= 0 && tokens[r] < a.embedding.size(0), kOp, ": token ", tokens[r], " of row ", r,
                 " is not in the vocabulary of ", a.embedding.size(0));
     tails.push_back({static_cast<int64_t>(r), 1, starts[r], lengths[r], 0});
@@ -215,8 +215,16 @@ class Step {
   template <class Before>
   void project(int64_t phase, const at::Tensor& w, const std::optional<at::Tensor>& bias, After after,
                const at::Tensor& y, const void* x, const Before& before) {
-    StreamedProduct p{x, a_.rows(), w.size(1), w.const_data_ptr(), w.stride(0), w.size(0),
-                      bias.has_value() ? bias->const_data_ptr() : nullptr, after, row(y, 0), y.stride(0)};
+    StreamedProduct p{x,
+                      a_.rows(),
+                      w.size(1),
+                      w.const_data_ptr(),
+                      w.stride(0),
+                      w.size(0),
+                      bias.has_value() ? bias->const_data_ptr() : nullptr,
+                      after,
+                      row(y, 0),
+                      y.stride(0)};
     if (after == After::kSwiglu) p.y_row = p.outputs();
     const auto bounds = cut_outputs(p.outputs(), w.stride(0) * size_ * (after == After::kSwiglu ? 2 : 1));
     phases_.run(phase, static_cast<int64_t>(bounds.size()) - 1, before,
@@ -247,8 +255,8 @@ class Step {
       if (v >= 0) {
         kernels_.head(y, nullptr, 0, nullptr, nullptr, dim, cached(a_.tail_values, i, place, v));
       } else if (k >= 0) {
-        kernels_.head(y, norm == nullptr ? nullptr : norm + dim * size_, a_.eps, row(a_.cos, r), row(a_.sin, r), dim,
-                      cached(a_.tail_keys, i, place, k));
+        kernels_.head(y, norm == nullptr ? nullptr : norm + dim * size_, a_.eps, row(a_.cos, r), row(a_.sin, r),
+                      dim, cached(a_.tail_keys, i, place, k));
       } else {
         kernels_.head(y, norm, a_.eps, row(a_.cos, r), row(a_.sin, r), dim, at(q_, (r * a_.q_heads + h) * dim));
       }
@@ -273,16 +281,16 @@ class Step {
 
 at::Tensor decode_step_cpu(const at::Tensor& tokens, const at::Tensor& embedding, at::TensorList norms,
                            at::TensorList matrices, const OptionalTensors& biases, const OptionalTensors& qk_norms,
-                           const at::Tensor& head, const at::Tensor& cos, const at::Tensor& sin, at::Tensor tail_keys,
-                           at::Tensor tail_values, const at::Tensor& tail_starts, const at::Tensor& tail_lengths,
-                           at::TensorList prefix_keys, at::TensorList prefix_values, at::IntArrayRef prefix_rows,
-                           int64_t num_q_heads, int64_t num_kv_heads, double scale, double norm_eps,
-                           at::IntArrayRef windows) {
+                           const at::Tensor& head, const at::Tensor& cos, const at::Tensor& sin,
+                           at::Tensor tail_keys, at::Tensor tail_values, const at::Tensor& tail_starts,
+                           const at::Tensor& tail_lengths, at::TensorList prefix_keys, at::TensorList prefix_values,
+                           at::IntArrayRef prefix_rows, int64_t num_q_heads, int64_t num_kv_heads, double scale,
+                           double norm_eps, at::IntArrayRef windows) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto dense = tokens.contiguous();
-  const Arguments a{dense,       embedding,    head,        cos,           sin,         norms,       matrices,
-                    biases,      qk_norms,     tail_keys,   tail_values,   tail_starts, tail_lengths, prefix_keys,
-                    prefix_values, prefix_rows, num_q_heads, num_kv_heads, scale,       norm_eps,    windows};
+  const Arguments a{dense,         embedding,   head,        cos,          sin,         norms,        matrices,
+                    biases,        qk_norms,    tail_keys,   tail_values,  tail_starts, tail_lengths, prefix_keys,
+                    prefix_values, prefix_rows, num_q_heads, num_kv_heads, scale,       norm_eps,     windows};
   check(a);
   auto tails = tail_rows(a);
   std::vector<int64_t> lengths;

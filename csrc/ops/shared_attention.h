@@ -1,6 +1,6 @@
-// Attention of rows that share keys: each segment of keys is read once for all rows that read it, each row's own tail
-// apart, and the partial results are merged by log-sum-exp. `shared_prefix_attention` and `decode_step` are built on
-// it: a plan says what there is to do, and its caller on which threads and when.
+// Attention of rows that share keys: each segment of keys is read once for all rows that read it, each row's own
+// tail apart, and the partial results are merged by log-sum-exp. `shared_prefix_attention` and `decode_step` are
+// built on it: a plan says what there is to do, and its caller on which threads and when.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,9 +23,9 @@ struct TailRow {
   int64_t q_begin, n_queries, k_begin, n_keys, start;
 };
 
-// Segments of the given lengths in the order in which rows read them; rows[2 s] and rows[2 s + 1] are the first row that
-// reads segment s and the one after the last. Also sets the positions at which the tails start. Raises where rows
-// that read a segment together have read different numbers of keys before it.
+// Segments of the given lengths in the order in which rows read them; rows[2 s] and rows[2 s + 1] are the first row
+// that reads segment s and the one after the last. Also sets the positions at which the tails start. Raises where
+// rows that read a segment together have read different numbers of keys before it.
 std::vector<PrefixSegment> place_segments(const char* op, const std::vector<int64_t>& lengths, at::IntArrayRef rows,
                                           std::vector<TailRow>& tails);
 

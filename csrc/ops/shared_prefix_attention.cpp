@@ -27,16 +27,17 @@ std::vector<TailRow> tail_rows(const at::Tensor& q, const at::Tensor& k, const a
                                const at::Tensor& starts, const at::Tensor& lengths) {
   const auto cu = int_values(kOp, cu_seqlens_q, "cu_seqlens_q"), start = int_values(kOp, starts, "tail_starts"),
              length = int_values(kOp, lengths, "tail_lengths");
-  TORCH_CHECK(!cu.empty() && cu.front() == 0 && cu.back() == q.size(0), kOp,
-              ": cu_seqlens_q goes from 0 to the ", q.size(0), " queries");
-  TORCH_CHECK(start.size() + 1 == cu.size() && length.size() + 1 == cu.size(), kOp, ": tail_starts and tail_lengths ",
-              "have ", start.size(), " and ", length.size(), " values for ", cu.size() - 1, " rows");
+  TORCH_CHECK(!cu.empty() && cu.front() == 0 && cu.back() == q.size(0), kOp, ": cu_seqlens_q goes from 0 to the ",
+              q.size(0), " queries");
+  TORCH_CHECK(start.size() + 1 == cu.size() && length.size() + 1 == cu.size(), kOp,
+              ": tail_starts and tail_lengths ", "have ", start.size(), " and ", length.size(), " values for ",
+              cu.size() - 1, " rows");
   std::vector<TailRow> rows;
   for (size_t r = 0; r < start.size(); ++r) {
     const int64_t queries = cu[r + 1] - cu[r];
     TORCH_CHECK(queries >= 0 && length[r] >= queries && start[r] >= 0 && start[r] + length[r] <= k.size(0), kOp,
-                ": row ", r, " has ", queries, " queries and a tail of ", length[r], " keys from ", start[r], ", of ",
-                k.size(0), "; a tail holds at least the queries' own keys");
+                ": row ", r, " has ", queries, " queries and a tail of ", length[r], " keys from ", start[r],
+                ", of ", k.size(0), "; a tail holds at least the queries' own keys");
     rows.push_back({cu[r], queries, start[r], length[r], 0});
   }
   return rows;
@@ -52,8 +53,8 @@ at::Tensor shared_prefix_attention_cpu(const at::Tensor& q_in, const at::Tensor&
   const auto& unit = kernels();
   TORCH_CHECK(q_in.dim() == 3 && q_in.size(2) > 0, kOp, ": q is (tokens, heads, head_dim), not ", q_in.sizes());
   TORCH_CHECK(window >= 0, kOp, ": window is ", window, "; it is a number of keys, or 0 for all");
-  TORCH_CHECK(prefix_keys.size() == prefix_values.size(), kOp, ": there are ", prefix_keys.size(), " prefix_keys and ",
-              prefix_values.size(), " prefix_values");
+  TORCH_CHECK(prefix_keys.size() == prefix_values.size(), kOp, ": there are ", prefix_keys.size(),
+              " prefix_keys and ", prefix_values.size(), " prefix_values");
   check_keys(k_in, v_in, q_in, "k and v");
   const int64_t kv_heads = k_in.size(1);
   TORCH_CHECK(kv_heads > 0 && q_in.size(1) > 0 && q_in.size(1) % kv_heads == 0, kOp, ": ", q_in.size(1),
@@ -98,6 +99,4 @@ at::Tensor shared_prefix_attention_cpu(const at::Tensor& q_in, const at::Tensor&
 }  // namespace
 }  // namespace icae_fast
 
-TORCH_LIBRARY_IMPL(icae_fast, CPU, m) {
-  m.impl("shared_prefix_attention", icae_fast::shared_prefix_attention_cpu);
-}
+TORCH_LIBRARY_IMPL(icae_fast, CPU, m) { m.impl("shared_prefix_attention", icae_fast::shared_prefix_attention_cpu); }

@@ -76,7 +76,8 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention_cpu(const at::Tensor& q, con
   plan.reserve_packed([&](const AttentionRow& row) { return !is_few(plan, row); });
   const auto packed = at::empty({kernels.packed_bytes(plan.input, false)}, at::kByte);
   pack_rows(plan, kernels, packed.mutable_data_ptr());
-  attend(plan, kernels, packed.const_data_ptr(), {out.mutable_data_ptr(), lse.mutable_data_ptr(), 0, q.size(0), false});
+  attend(plan, kernels, packed.const_data_ptr(),
+         {out.mutable_data_ptr(), lse.mutable_data_ptr(), 0, q.size(0), false});
   return {out, lse};
 }
 
