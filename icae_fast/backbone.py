@@ -25,7 +25,7 @@ class KeyValueCache(Protocol):
     """What the backbone asks of a cache: `icae_fast.cache.DecoderCache` is one."""
 
     cu_seqlens: torch.Tensor
-    seqused: torch.Tensor
+    seqused: torch.Tensor | None
     max_seqlen: int
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
