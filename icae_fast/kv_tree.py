@@ -223,8 +223,9 @@ def weights_key(layers: nn.Module) -> tuple:
     """Something that is another one when weights have changed, as far as a glance can tell.
 
     It is made of the version counter of every parameter, which all writes through the parameter itself count up
-    (`load_state_dict`, optimizers, `add_`), and of 8 or more evenly spaced values of each, which tell when other weights came
-    in through `.data` or with another `Parameter`. A write through `.data` that spares these values is not seen.
+    (`load_state_dict`, optimizers, `add_`), and of 8 or more evenly spaced values of each, which tell when other
+    weights came in through `.data` or with another `Parameter`. A write through `.data` that spares these values is
+    not seen.
     """
     versions, samples = [], {}
     for p in layers.parameters():

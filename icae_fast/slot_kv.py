@@ -83,8 +83,8 @@ class SlotKVMixin:
             mask = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.int64)
             base_model.generate(ids, attention_mask=mask, past_key_values=cache)
 
-        Without the mask, or with `inputs_embeds` of the new tokens alone, it silently reads them at wrong places. A
-        cache serves one call: both append to it.
+        Without the mask, or with `inputs_embeds` of the new tokens alone, `generate` drops some of them, moves the
+        rest, and in most cases says nothing. A cache serves one call: both append to it.
 
         Args:
             memory: of this model.

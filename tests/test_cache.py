@@ -17,7 +17,6 @@ from icae_fast.slot_kv import memory_pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LENGTHS = (1, 4, 3, 2)
 
 
@@ -31,13 +30,19 @@ def hf_path(base, pieces):
     )
 
 
+def assert_same(got, expected):
+    """Equal to 1e-5 of the largest value."""
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def assert_path(segments, pieces, expected):
     """One segment a piece, at its place, and together what is expected."""
     assert [s.length for s in segments] == [len(p) for p in pieces]
     assert [s.start for s in segments] == [sum(map(len, pieces[:i])) for i in range(len(pieces))]
     assert all(s.keys.is_contiguous() and s.values.is_contiguous() for s in segments)
-    torch.testing.assert_close(torch.cat([s.keys for s in segments], 1), expected[0], **CLOSE)
-    torch.testing.assert_close(torch.cat([s.values for s in segments], 1), expected[1], **CLOSE)
+    assert_same(torch.cat([s.keys for s in segments], 1), expected[0])
+    assert_same(torch.cat([s.values for s in segments], 1), expected[1])
 
 
 @pytest.fixture
@@ -164,8 +169,8 @@ def test_any_sequence_of_paths_does_as_a_plain_tree(tiny_icae, make_pieces, step
                 for n, segment in enumerate(segments):
                     first = known.setdefault(tuple(path[: n + 1]), segment)
                     assert segment.start == first.start
-                    torch.testing.assert_close(segment.keys, first.keys, **CLOSE)
-                    torch.testing.assert_close(segment.values, first.values, **CLOSE)
+                    assert_same(segment.keys, first.keys)
+                    assert_same(segment.values, first.values)
             if shrunk is not None and i == len(steps) // 2:
                 tree.byte_budget = model.budget = shrunk * per_token
                 model.evict()
@@ -210,13 +215,13 @@ def test_pieces_are_embeddings(icae, make_pieces, piece):
     assert len(icae.slot_kv) == 0
 
 
-def test_nothing_is_kept_of_a_forward_that_fails(icae, make_pieces, monkeypatch):
+def test_nothing_is_kept_of_a_forward_that_fails(icae, make_pieces):
     pieces = make_pieces()
     icae.slot_kv.path(pieces[:1])
-    with monkeypatch.context() as patch:
-        patch.setattr(icae.backbone.model.layers[2], "mlp", lambda x: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            icae.slot_kv.path(pieces)
+    broken = icae.backbone.model.layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        icae.slot_kv.path(pieces)
+    broken.remove()
     assert len(icae.slot_kv) == 1
     assert_path(icae.slot_kv.path(pieces), pieces, hf_path(icae.base_model, pieces))
 
