@@ -14,11 +14,11 @@ from icae_fast.cache import KVSegment
 
 
 def dynamic_cache(config: Any, paths: Sequence[Sequence[KVSegment]], copies: int = 1) -> DynamicCache:
-    """A `DynamicCache` that has read one path a row, shorter ones padded with zeros on the left.
+    """A `DynamicCache` that has read one path a row, shorter ones padded on the left.
 
-    Nothing is copied that need not be: rows that are the same are one row expanded, and a path of one segment is a
-    view of it. `DynamicCache` grows by concatenation and reorders by indexing, so it never writes into what it was
-    given.
+    Rows that are the same are one row expanded: the cache grows by concatenation and reorders by indexing, which is
+    when they become several. The path itself is copied, since `reset` wrote into the cache's tensors in transformers
+    5.0.
 
     Args:
         config: the base model's, which says what layers have a sliding window.
@@ -49,14 +49,12 @@ def _layers(paths: Sequence[Sequence[KVSegment]], copies: int) -> Iterator[tuple
     for layer in range(len(paths[0][0].keys)):
         both = []
         for name in ("keys", "values"):
-            rows = [_joined([getattr(s, name)[layer] for s in p]) for p in (paths[:1] if alike else paths)]
+            rows = [torch.cat([getattr(s, name)[layer] for s in p]) for p in (paths[:1] if alike else paths)]
             if alike:
                 stacked = rows[0].expand(len(paths) * copies, -1, -1, -1)
             else:
-                stacked = pad_sequence(rows, batch_first=True, padding_side="left").repeat_interleave(copies, 0)
+                # Masked, and not 0: transformers 5.0 counts a static cache's tokens by their keys that are not.
+                stacked = pad_sequence(rows, batch_first=True, padding_value=1.0, padding_side="left")
+                stacked = stacked.repeat_interleave(copies, 0)
             both.append(stacked.transpose(1, 2))
         yield both[0], both[1]
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -76,15 +76,16 @@ class SlotKVMixin:
     ) -> Cache:  # fmt: skip
         """A transformers cache in which the base model has read a memory; `generation_inputs` is the easier way.
 
-        What follows are ordinary ids. `base_model(input_ids=ids, past_key_values=cache)` places them by itself.
-        `base_model.generate` takes their positions from the attention mask, which must cover what is cached, too:
+        What follows are ordinary ids. `base_model(input_ids=ids, past_key_values=cache)` places them by itself;
+        `base_model.generate` wants any ids for what is cached, and a mask over all of them:
 
             ids = tokenizer(question, return_tensors="pt").input_ids
-            mask = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.int64)
-            base_model.generate(ids, attention_mask=mask, past_key_values=cache)
+            ids = torch.nn.functional.pad(ids, (int(cache.get_seq_length()), 0))
+            out = base_model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+            answer = out[:, ids.shape[1] :]
 
-        Without the mask, or with `inputs_embeds` of the new tokens alone, `generate` drops some of them, moves the
-        rest, and in most cases says nothing. A cache serves one call: both append to it.
+        Given new ids or their embeddings alone, `generate` may drop some, move the rest, and say nothing. A cache
+        serves one call: both append to it.
 
         Args:
             memory: of this model.
