@@ -302,6 +302,9 @@ class ICAE(PretrainedMixin, AdapterModeMixin, SlotKVMixin, nn.Module):
     ) -> list[str] | list[list[int]]:
         """Answer prompts about a memory, greedily; all prompts in one batch, the slots read once.
 
+        What was read of the memory is kept for later calls, within `kv_budget`. For sampling, beams and the rest, see
+        `generation_inputs`.
+
         Args:
             memory: of this model.
             prompts: a text, a row of ids, or a list of those; laid out by the config's `prompt_format`.

@@ -101,8 +101,8 @@ class SlotKVMixin:
         """
         self._check_memory(memory)
         _check_choice("task", task, Task)
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-            raise InvalidInputError(f"rows is {rows!r}; give a whole number of at least 1")
+        _check_choice("kind", kind, CacheKind)
+        _check_positive(rows=rows)
         v = self.vocabulary
         prefix = self._template_prefix() if task == "answer" else []
         last = {"answer": [v.ft], "restore": [v.ae], "continue": [v.lm], "slots": []}[task]
@@ -125,7 +125,8 @@ class SlotKVMixin:
             answers = icae.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
         `generate` gives the answers alone, prompts not included, and all that it offers works: sampling, beams,
-        streamers, logits processors (which see the answer alone). Greedily, the ids are those of `icae.generate`.
+        streamers, logits processors (which see the answer alone). Greedily, the ids are those of `icae.generate`, up
+        to ties in rounding.
 
         Given embeddings and a cache, `generate` slices off as many embeddings as tokens are cached, and takes
         positions from the attention mask. So `inputs_embeds` and `attention_mask` here are of full length, zeros
@@ -152,10 +153,9 @@ class SlotKVMixin:
             TokenizerMismatchError: text without a tokenizer.
         """
         self._check_memory(memory)
+        _check_choice("cache", cache, CacheKind)
         options = {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
-        for name, n in {"max_new_tokens": max_new_tokens, **options}.items():
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise InvalidInputError(f"{name} is {n!r}; give a whole number of at least 1")
+        _check_positive(max_new_tokens=max_new_tokens, **options)
         pairs = [([], [self.vocabulary.ae])] if prompts is None else [self.prompt_ids(p) for p in as_list(prompts)]
         suffixes = [_embedded(self, suffix) for _, suffix in pairs]
         pieces = memory_pieces(self, memory, pairs[0][0])
@@ -185,7 +185,6 @@ class SlotKVMixin:
     ) -> Cache:
         from icae_fast.hf_cache import dynamic_cache, static_cache  # transformers takes seconds to import
 
-        _check_choice("the kind of cache", kind, CacheKind)
         config = self.base_model.config
         if kind == "dynamic":
             return dynamic_cache(config, paths, copies)
@@ -201,6 +200,12 @@ class SlotKVMixin:
 def _check_choice(what: str, value: Any, choices: Any) -> None:
     if value not in get_args(choices):
         raise InvalidInputError(f"{what} is {value!r}; it must be one of {', '.join(get_args(choices))}")
+
+
+def _check_positive(**numbers: Any) -> None:
+    for name, n in numbers.items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise InvalidInputError(f"{name} is {n!r}; give a whole number of at least 1")
 
 
 def _check_room(icae: ICAE, n_read: int, n_new: int) -> None:

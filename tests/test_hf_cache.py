@@ -292,7 +292,7 @@ def test_bad_input(icae, memory):
     refusals = [
         ("task is 'ask'", lambda: icae.kv_cache(memory, "ask")),
         ("rows is 0", lambda: icae.kv_cache(memory, rows=0)),
-        ("kind of cache is 'paged'", lambda: icae.kv_cache(memory, kind="paged")),
+        ("kind is 'paged'", lambda: icae.kv_cache(memory, kind="paged")),
         ("max_cache_len=None has no room", lambda: icae.kv_cache(memory, kind="static")),
         ("max_cache_len=16 has no room", lambda: icae.kv_cache(memory, kind="static", max_cache_len=16)),
         ("expected one Memory", lambda: icae.kv_cache([memory])),
@@ -300,7 +300,7 @@ def test_bad_input(icae, memory):
         ("num_beams is 0", lambda: icae.generation_inputs(memory, [5], num_beams=0)),
         ("num_return_sequences is True", lambda: icae.generation_inputs(memory, [5], num_return_sequences=True)),
         ("the list is empty", lambda: icae.generation_inputs(memory, [])),
-        ("kind of cache is None", lambda: icae.generation_inputs(memory, [5], cache=None)),
+        ("cache is None", lambda: icae.generation_inputs(memory, [5], cache=None)),
     ]
     for message, call in refusals:
         with pytest.raises(InvalidInputError, match=message):
