@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from icae_fast.backbone import Backbone
-from icae_fast.spans import PackedRows, cumulative
+from icae_fast.spans import PackedRows, pack_behind
+
+
+@dataclass(frozen=True, eq=False)
+class KVSegment:
+    """Keys and values that the frozen decoder computed for a piece of its input, in all layers.
+
+    Args:
+        keys: (n_layers, S, Hkv, D) contiguous, in the model's dtype, RoPE applied at positions `start .. start + S`.
+        values: (n_layers, S, Hkv, D) contiguous.
+        start: position of the first token.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    start: int
+
+    @property
+    def length(self) -> int:
+        """S, the positions that the piece takes."""
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
 
 
 class DecoderCache:
@@ -47,20 +73,12 @@ class DecoderCache:
         self.lengths = [start + n for start, n in zip(starts, counts, strict=True)]
         if max(self.lengths) > self.capacity:
             raise ValueError(f"a row of {max(self.lengths)} tokens does not fit into a cache of {self.capacity}")
-        positions = torch.cat([torch.arange(s, e) for s, e in zip(starts, self.lengths, strict=True)])
+        rows = pack_behind(starts, counts)
         base = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * self.capacity
-        self._places = (base + positions).to(device)
+        self._places = (base + rows.positions).to(device)
         self.seqused = torch.tensor(self.lengths, dtype=torch.int32, device=device)
         self.max_seqlen = max(self.lengths)
-        cu = cumulative(counts)
-        return PackedRows(
-            positions=positions,
-            cu_seqlens=cu,
-            max_seqlen=max(counts),
-            out_rows=cu[1:].to(torch.int64) - 1,
-            cu_seqlens_out=torch.arange(len(counts) + 1, dtype=torch.int32),
-            max_seqlen_out=1,
-        ).to(device)
+        return rows.to(device)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k and v (T, Hkv, D) of the announced tokens; gives all keys and values of the layer."""
@@ -68,9 +86,12 @@ class DecoderCache:
         self.values[layer].index_copy_(0, self._places, v)
         return self.keys[layer], self.values[layer]
 
-    def copy_row_from(self, prefix: DecoderCache) -> None:
-        """Begin every row with what the only row of `prefix` holds."""
-        n, rows = prefix.lengths[0], len(self.lengths)
-        for mine, theirs in zip((*self.keys, *self.values), (*prefix.keys, *prefix.values), strict=True):
-            mine.view(rows, self.capacity, *mine.shape[1:])[:, :n] = theirs[:n]
-        self.lengths = [n] * rows
+    def begin_with(self, segments: Sequence[KVSegment]) -> None:
+        """Begin every row with the keys and values of `segments`, one behind the other from position 0."""
+        rows, end = len(self.lengths), 0
+        for segment in segments:
+            start, end = end, end + segment.length
+            sources = (*segment.keys, *segment.values)
+            for mine, theirs in zip((*self.keys, *self.values), sources, strict=True):
+                mine.view(rows, self.capacity, *mine.shape[1:])[:, start:end] = theirs
+        self.lengths = [end] * rows

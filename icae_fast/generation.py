@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def generate_greedy(
     icae: ICAE,
-    prefix: torch.Tensor,
+    prefix: Sequence[torch.Tensor],
     suffixes: Sequence[torch.Tensor],
     max_new_tokens: int,
     min_new_tokens: int = 0,
@@ -25,13 +25,13 @@ def generate_greedy(
 ) -> list[list[int]]:
     """Continue `prefix + suffix` for every suffix, one row each, all rows in one batch.
 
-    The prefix (template and slots) is read once, whatever the number of rows. A row ends with its first
-    end-of-sequence token, which is returned with it as transformers' `generate` does; ids that ICAE adds to
-    the vocabulary never compete.
+    The prefix (template and slots) is read once, whatever the number of rows, and not again in later calls while
+    `icae.slot_kv` keeps it. A row ends with its first end-of-sequence token, which is returned with it as
+    transformers' `generate` does; ids that ICAE adds to the vocabulary never compete.
 
     Args:
         icae: the model.
-        prefix: (P, d) embeddings that all rows share; P may be 0.
+        prefix: (P_i, d) embeddings of the pieces that all rows share, one behind the other; may be empty.
         suffixes: (S_i, d) embeddings of each row, at least one token each.
         max_new_tokens: the most tokens that a row gets.
         min_new_tokens: tokens before which no row may end.
@@ -45,31 +45,29 @@ def generate_greedy(
         InvalidInputError: token numbers out of range, or a streamer for several rows.
         NonFiniteError: the logits hold NaN.
     """
-    _check(icae, prefix, suffixes, max_new_tokens, min_new_tokens, streamer)
+    n_prefix = sum(len(piece) for piece in prefix)
+    _check(icae, n_prefix, suffixes, max_new_tokens, min_new_tokens, streamer)
     if max_new_tokens == 0:
         if streamer is not None:
             streamer.end()
         return [[] for _ in suffixes]
     lengths = [len(s) for s in suffixes]
     cache = DecoderCache(
-        icae.backbone, len(suffixes), len(prefix) + max(lengths) + max_new_tokens, icae.dtype, icae.device
+        icae.backbone, len(suffixes), n_prefix + max(lengths) + max_new_tokens, icae.dtype, icae.device
     )
-    if len(prefix):
-        shared = DecoderCache(icae.backbone, 1, len(prefix), icae.dtype, icae.device)
-        icae.backbone.forward(prefix, shared.append([len(prefix)]), cache=shared)
-        cache.copy_row_from(shared)
+    cache.begin_with(icae.slot_kv.path(prefix))
     hidden = icae.backbone.forward(torch.cat(list(suffixes)), cache.append(lengths), cache=cache)
     return _decode(icae, hidden, cache, max_new_tokens, min_new_tokens, streamer)
 
 
-def _check(icae, prefix, suffixes, max_new_tokens, min_new_tokens, streamer):
+def _check(icae, n_prefix, suffixes, max_new_tokens, min_new_tokens, streamer):
     if not 0 <= min_new_tokens <= max_new_tokens:
         raise InvalidInputError(
             f"min_new_tokens={min_new_tokens} and max_new_tokens={max_new_tokens}: give 0 <= min <= max"
         )
     if streamer is not None and len(suffixes) > 1:
         raise InvalidInputError(f"a streamer shows one row and there are {len(suffixes)} prompts; pass one prompt")
-    longest = len(prefix) + max(len(s) for s in suffixes)
+    longest = n_prefix + max(len(s) for s in suffixes)
     if longest + max_new_tokens > icae.max_positions:
         raise ContextTooLongError(
             f"slots and prompt take {longest} positions and max_new_tokens={max_new_tokens} more, but the base model "

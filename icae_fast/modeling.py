@@ -17,15 +17,17 @@ from icae_fast.encoder import encode_spans
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
 from icae_fast.generation import generate_greedy
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
+from icae_fast.kv_tree import SlotKVTree
 from icae_fast.loss import decoder_forward
 from icae_fast.memory import Memory
 from icae_fast.pretrained import PretrainedMixin
+from icae_fast.slot_kv import SlotKVMixin, memory_pieces
 from icae_fast.spans import span_lengths
 
 DEFAULT_TOKEN_BUDGET = 4096
 
 
-class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
+class ICAE(PretrainedMixin, AdapterModeMixin, SlotKVMixin, nn.Module):
     """Compresses long contexts into memory slots that the frozen base model reads in their place.
 
     The encoder is the base model with LoRA on q and v reading `[span, k memory tokens]`; the slots are its
@@ -42,6 +44,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
         slot_gain: () or None. These three are what is trained.
         max_positions: the most positions that the decoder may use; the base model's own limit unless set.
         adapter_mode: how compressing applies the LoRA: "auto", "fused" or "merged"; see `AdapterModeMixin`.
+        slot_kv: the `SlotKVTree` of keys and values that the decoder has read; see `SlotKVMixin`.
 
     Source: Ge et al., arXiv 2307.06945; getao/icae `code/icae_v2/modeling_icae_multi_span.py`.
     """
@@ -69,6 +72,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
             config, b.n_layers, b.hidden_size, b.num_q_heads * b.head_dim, b.num_kv_heads * b.head_dim, trained_dtype
         ).to(embedding.device)
         self.encoder_weights = EncoderWeights()
+        self.slot_kv = SlotKVTree(self.backbone)
         self.memory_token_embed = nn.Embedding(config.memory_size + 3, b.hidden_size, dtype=trained_dtype)
         # Memory tokens that begin as words are within the range that the first layer knows; the reference's
         # N(0, 1) is seven times wider than SmolLM2's embeddings (standard deviation 0.136).
@@ -298,6 +302,9 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
     ) -> list[str] | list[list[int]]:
         """Answer prompts about a memory, greedily; all prompts in one batch, the slots read once.
 
+        What was read of the memory is kept for later calls, within `kv_budget`. For sampling, beams and the rest, see
+        `generation_inputs`.
+
         Args:
             memory: of this model.
             prompts: a text, a row of ids, or a list of those; laid out by the config's `prompt_format`.
@@ -322,8 +329,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
         self._check_memory(memory)
         if not return_ids and self.tokenizer is None:
             raise TokenizerMismatchError("there is no tokenizer to write text with; pass return_ids=True or tokenizer=")
-        template = self.tokens_to_embeddings(torch.tensor(pairs[0][0], dtype=torch.int64))
-        prefix = torch.cat((template, memory.slots.to(template)))
+        prefix = memory_pieces(self, memory, pairs[0][0])
         suffixes = [self.tokens_to_embeddings(torch.tensor(s, dtype=torch.int64)) for _, s in pairs]
         rows = generate_greedy(self, prefix, suffixes, max_new_tokens, min_new_tokens, streamer)
         return rows if return_ids else [self.tokenizer.decode(r, skip_special_tokens=True) for r in rows]
