@@ -30,6 +30,8 @@ class DecoderCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(backbone.n_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(backbone.n_layers)]
         self.capacity, self.lengths = capacity, [0] * n_rows
+        self._blocks = list(range(n_rows))  # where each row lies, in units of the capacity; rising
+        self._n_blocks = n_rows
         self.cu_seqlens = torch.arange(n_rows + 1, dtype=torch.int32, device=device) * capacity
         self.seqused = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self.max_seqlen = 0
@@ -48,7 +50,7 @@ class DecoderCache:
         if max(self.lengths) > self.capacity:
             raise ValueError(f"a row of {max(self.lengths)} tokens does not fit into a cache of {self.capacity}")
         positions = torch.cat([torch.arange(s, e) for s, e in zip(starts, self.lengths, strict=True)])
-        base = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * self.capacity
+        base = torch.tensor(self._blocks).repeat_interleave(torch.tensor(counts)) * self.capacity
         self._places = (base + positions).to(device)
         self.seqused = torch.tensor(self.lengths, dtype=torch.int32, device=device)
         self.max_seqlen = max(self.lengths)
@@ -66,11 +68,24 @@ class DecoderCache:
         """Write k and v (T, Hkv, D) of the announced tokens; gives all keys and values of the layer."""
         self.keys[layer].index_copy_(0, self._places, k)
         self.values[layer].index_copy_(0, self._places, v)
-        return self.keys[layer], self.values[layer]
+        first = self._blocks[0] * self.capacity  # `cu_seqlens` counts from the first row that is left
+        return self.keys[layer][first:], self.values[layer][first:]
 
-    def copy_row_from(self, prefix: DecoderCache) -> None:
-        """Begin every row with what the only row of `prefix` holds."""
-        n, rows = prefix.lengths[0], len(self.lengths)
-        for mine, theirs in zip((*self.keys, *self.values), (*prefix.keys, *prefix.values), strict=True):
-            mine.view(rows, self.capacity, *mine.shape[1:])[:, :n] = theirs[:n]
-        self.lengths = [n] * rows
+    def keep(self, indices: Sequence[int]) -> None:
+        """Go on with some of the rows, given by their places in rising order; the others' room lies idle."""
+        self._blocks = [self._blocks[i] for i in indices]
+        self.lengths = [self.lengths[i] for i in indices]
+        starts = torch.tensor([*self._blocks, self._n_blocks], dtype=torch.int32) - self._blocks[0]
+        self.cu_seqlens = (starts * self.capacity).to(self.cu_seqlens.device)
+
+    def copy_rows_from(self, prefixes: DecoderCache, prefix_of_row: Sequence[int]) -> None:
+        """Begin row i with what row `prefix_of_row[i]` of another cache holds."""
+        followers: dict[int, list[int]] = {}
+        for row, prefix in enumerate(prefix_of_row):
+            followers.setdefault(prefix, []).append(row)
+        for mine, theirs in zip((*self.keys, *self.values), (*prefixes.keys, *prefixes.values), strict=True):
+            mine = mine.view(self._n_blocks, self.capacity, *mine.shape[1:])
+            theirs = theirs.view(prefixes._n_blocks, prefixes.capacity, *theirs.shape[1:])
+            for prefix, rows in followers.items():
+                mine[rows, : prefixes.lengths[prefix]] = theirs[prefix, : prefixes.lengths[prefix]]
+        self.lengths = [prefixes.lengths[prefix] for prefix in prefix_of_row]

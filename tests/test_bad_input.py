@@ -310,7 +310,7 @@ class TestMemories:
                     call()
 
     def test_no_memory_but_something_else(self, tiny_icae, memory):
-        for wrong in ([memory], memory.slots, None, "text"):
+        for wrong in (memory.slots, None, "text", [[memory]], [memory, memory.slots]):
             for call in (
                 lambda m=wrong: tiny_icae.generate(m, [5], return_ids=True),
                 lambda m=wrong: tiny_icae.restore(m, return_ids=True),
@@ -318,6 +318,8 @@ class TestMemories:
             ):
                 with pytest.raises(Invalid, match=r"expected one Memory and got .*; compress gives a list of them"):
                     call()
+        with pytest.raises(Invalid, match="expected one Memory and got list"):
+            tiny_icae.extend([memory], [5])
 
     def test_a_failed_extension_leaves_the_memory_alone(self, tiny_icae, memory):
         before = memory.slots.clone()
