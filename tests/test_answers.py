@@ -143,18 +143,16 @@ def test_an_eos_that_is_no_token(icae, memory, eos):
 
 
 def test_processors_and_criteria_of_transformers(icae, memory, free):
-    eos = free[0].ids[3]
-    criteria = StoppingCriteriaList([MaxLengthCriteria(6 + max(len(icae.tokenizer(p)["input_ids"]) for p in PROMPTS))])
+    longest = max(len(icae.tokenizer(p)["input_ids"]) for p in PROMPTS)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(longest + 6)])
     answers = icae.answer(memory, PROMPTS, stopping_criteria=criteria, **SAMPLED)
     assert [(a.ids, a.finish_reason) for a in answers] == [(a.ids[:6], "stop") for a in free]
     width = len(icae.tokenizer(PROMPTS[0])["input_ids"])
-    processors = [MinLengthLogitsProcessor(width + 8, eos)]
-    held = icae.generate(memory, PROMPTS[0], return_ids=True, eos_token_id=eos, logits_processor=processors, **SAMPLED)[
-        0
-    ]
-    assert held == icae.generate(memory, PROMPTS[0], return_ids=True, eos_token_id=eos, min_new_tokens=8, **SAMPLED)[0]
-    assert eos not in held[:8]
-    assert held[:3] == free[0].ids[:3]
+    eos, options = free[0].ids[3], SAMPLED | {"return_ids": True}
+    hold = [MinLengthLogitsProcessor(width + 8, eos)]
+    held = icae.generate(memory, PROMPTS[0], eos_token_id=eos, logits_processor=hold, **options)
+    assert held == icae.generate(memory, PROMPTS[0], eos_token_id=eos, min_new_tokens=8, **options)
+    assert eos not in held[0][:8]
 
 
 def test_processors_that_leave_nothing(icae, memory):

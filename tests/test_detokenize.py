@@ -30,19 +30,21 @@ def test_pieces_are_whole_characters_and_come_at_once(request, name, words):
     """Special tokens between the words give no text and change none."""
     tokenizer = request.getfixturevalue(name)
     ids = [i for word in words for i in (*tokenizer(word, add_special_tokens=False)["input_ids"], 2)]
-    text, so_far = IncrementalText(tokenizer), ""
+    text, so_far, certain = IncrementalText(tokenizer), "", ""
     for n, token in enumerate(ids, 1):
         piece = text.push(token)
         assert HALF not in piece
         so_far += piece
-        assert so_far == decode(tokenizer, ids[:n]).rstrip(HALF)
+        known = decode(tokenizer, ids[:n]).rstrip(HALF)
+        certain = known if len(known) > len(certain) else certain  # byte fallback takes back what it has decoded
+        assert so_far == certain
     assert text.finish() == ""
     assert so_far == decode(tokenizer, ids)
 
 
-@given(ids=st.lists(st.integers(0, 271), max_size=30))
+@given(ids=st.lists(st.integers(0, 2) | st.integers(131, 271), max_size=30))
 def test_invalid_bytes_under_byte_fallback_take_nothing_back(fallback_tokenizer, ids):
-    """All text but that of bytes is there in order, and so is what the whole row decodes to where it is valid."""
+    """Among bytes from 0x80 on, words and blanks are all there, and valid text is what the whole row decodes to."""
     whole, text = decode(fallback_tokenizer, ids), "".join(pieces_of(IncrementalText(fallback_tokenizer), ids))
     if HALF not in whole:
         assert text == whole
@@ -100,6 +102,6 @@ def test_a_stop_string_across_tokens_is_held_back(byte_tokenizer):
 
 
 def test_without_a_stop_string_the_end_gives_what_was_held(byte_tokenizer):
-    text = StoppableText(byte_tokenizer, "xyz")
+    text = StoppableText(byte_tokenizer, ["xyz"])
     assert [text.push(i) for i in byte_tokenizer("x")["input_ids"]] == [""]
     assert (text.finish(), text.text, text.stopped) == ("x", "x", False)
