@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from icae_fast.decoding import DecodeSession
-from icae_fast.detokenize import StoppableText
+from icae_fast.detokenize import StoppableText, hidden_tokens
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
 from icae_fast.memory import Memory
 from icae_fast.sampling import GenerationOptions, TokenChooser
@@ -112,11 +112,12 @@ class AnswerBatch:
             )
         if stop_strings and icae.tokenizer is None:
             raise TokenizerMismatchError("stop_strings are text, but there is no tokenizer; pass tokenizer=")
+        hidden = sorted(hidden_tokens(icae.tokenizer)) if stop_strings else ()
         for text in stop_strings:
-            if special := [t for t in icae.tokenizer.all_special_tokens if t in text]:
+            if special := next((t for t in hidden if t in text), None):
                 raise InvalidInputError(
-                    f"the stop string {text!r} holds the special token {special[0]!r}, which text does not show; "
-                    "give its id as eos_token_id"
+                    f"the stop string {text!r} holds the special token {special!r}, which text does not show; give its "
+                    "id as eos_token_id"
                 )
 
     def finish(self) -> list[Answer]:

@@ -8,6 +8,12 @@ from typing import Any
 _INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are no character, or none yet
 
 
+def hidden_tokens(tokenizer: Any) -> set[str]:
+    """The tokens that `skip_special_tokens` leaves out of text."""
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return added | set(tokenizer.all_special_tokens)
+
+
 class IncrementalText:
     """The text of a growing row of ids, given out piece by piece.
 

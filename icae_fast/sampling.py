@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
-    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -38,11 +36,11 @@ class GenerationOptions:
         do_sample: draw each token from the distribution instead of taking the most likely one. The three next ones
             and `seed` need it.
         temperature: above 0; the logits are divided by it.
-        top_k: draw from the k most likely tokens; 0 for all.
+        top_k: draw from the k most likely tokens (of equal ones at the end any); 0 for all.
         top_p: draw from the fewest tokens whose probabilities add up to this; 1 for all.
         seed: of the first row; row i has `seed + i`, or one seed is given for each row. What a row draws depends on
-            its seed alone, so row i of a batch gets what its prompt gets by itself with `seed=seed + i`. None takes a
-            seed from torch's global generator.
+            its seed and its logits alone, so row i of a batch gets what its prompt gets by itself with
+            `seed=seed + i`, as far as its logits are rounded alike. None takes seeds from torch's global generator.
         repetition_penalty: above 1, makes tokens less likely that are in the prompt (without template and special
             tokens) or have been generated. What is in the memory is not seen: slots have no ids.
         stop_strings: a text or several; where one comes, the answer ends, and its text ends before it. Only visible
@@ -140,15 +138,18 @@ class GenerationOptions:
         return seeds
 
     def processors(self) -> LogitsProcessorList:
-        """What changes the scores before a token is taken, in transformers' order."""
+        """What changes the scores by the ids before, in transformers' order."""
         chain = LogitsProcessorList()
         if self.repetition_penalty != 1:
             chain.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
         chain += self.logits_processor
+        return chain
+
+    def warpers(self) -> LogitsProcessorList:
+        """What shapes the distribution that is drawn from, top-k excepted; it looks at no ids."""
+        chain = LogitsProcessorList()
         if self.temperature != 1:
             chain.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k:
-            chain.append(TopKLogitsWarper(operator.index(self.top_k)))
         if self.top_p < 1:
             chain.append(TopPLogitsWarper(float(self.top_p)))
         return chain
@@ -197,6 +198,7 @@ class TokenChooser:
         self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self._active = torch.arange(n, device=device)
         self._processors, self._see_all_rows = options.processors(), bool(options.logits_processor)
+        self._top_k, self._warpers = options.top_k, options.warpers()
         self._criteria = StoppingCriteriaList(options.stopping_criteria)
         self._history = self._uniform = None
         if options.repetition_penalty != 1 or self._see_all_rows or self._criteria:
@@ -221,7 +223,8 @@ class TokenChooser:
             # `MinNewTokensLengthLogitsProcessor` looks every id of the vocabulary up among those of `eos`.
             logits[:, self._eos] = float("-inf")
         scores = self._processed(logits.float()) if self._processors else logits
-        tokens = scores.argmax(-1) if self._uniform is None else self._draw(scores)
+        # The first of the largest, as `argmax` gives, in a quarter of its time for one row of 49152 in bf16 (44 us).
+        tokens = scores.max(-1).indices if self._uniform is None else self._draw(scores)
         if self._history is not None:
             self._history[self._active, self._width + self._step] = tokens
         self._step += 1
@@ -250,12 +253,19 @@ class TokenChooser:
         return self._processors(seen, everyone)[self._active]
 
     def _draw(self, scores: torch.Tensor) -> torch.Tensor:
+        ids, vocabulary = None, scores.shape[1]
+        if 0 < self._top_k < vocabulary:
+            # Then the sort for top-p and the sums are over k tokens (a sort of 49152 takes 3 ms a row on a CPU).
+            scores, ids = scores.topk(self._top_k)
+            ids = torch.nn.functional.pad(ids, (0, 1), value=vocabulary)
+        scores = self._warpers(None, scores.float())
         # In fp32 the sum would lose tokens less likely than 6e-8.
         cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
         total = cumulative[:, -1:]
         point = self._uniform[self._active, self._step, None] * total
         below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not reach the end, past every token
-        return torch.searchsorted(cumulative, torch.minimum(point, below), right=True)[:, 0]
+        drawn = torch.searchsorted(cumulative, torch.minimum(point, below), right=True)
+        return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
 def _uniform(seeds: Sequence[int], n: int) -> torch.Tensor:

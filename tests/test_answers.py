@@ -1,13 +1,16 @@
 """Sampled answers and streams of them, over a tokenizer with half characters: all ways to read an answer agree."""
 
+import copy
 import inspect
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import MaxLengthCriteria, MinLengthLogitsProcessor, StoppingCriteriaList
 
 from icae_fast import Answer, TextPiece
 from icae_fast.decoding import DecodeSession
+from icae_fast.detokenize import hidden_tokens
 from icae_fast.errors import InvalidInputError, NonFiniteError, TokenizerMismatchError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +137,13 @@ def test_stop_strings_end_text_and_ids(icae, memory, free):
 def test_a_stop_string_may_not_be_a_special_token(icae, memory):
     with pytest.raises(InvalidInputError, match="'a</s>' holds the special token '</s>', which text does not show"):
         icae.generate(memory, PROMPTS, stop_strings=["a</s>"])
+
+
+def test_an_added_special_token_is_no_stop_string_either(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True), AddedToken("<seen>", special=False)])
+    assert hidden_tokens(tokenizer) == {"<pad>", "<bos>", "</s>", "<|turn|>"}
+    assert tokenizer.decode([320, 321], skip_special_tokens=True) == "<seen>"
 
 
 @pytest.mark.parametrize("eos", [320, -1, "</s>", [5, "a"], 1.5])

@@ -73,7 +73,9 @@ def test_top_k_and_top_p_are_those_of_transformers(options, warper):
 def test_nothing_filtered_is_ever_drawn(logits, top_k, top_p, temperature, seed):
     scores = torch.tensor([logits]) / temperature
     scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
-    allowed = TopPLogitsWarper(top_p)(None, scores)[0].softmax(0) > 0
+    # Of equal ones transformers keeps more than k, or any of them.
+    least = scores[0][TopPLogitsWarper(top_p)(None, scores)[0] > float("-inf")].min()
+    allowed = torch.tensor(logits) / temperature >= least
     options = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "seed": seed, "do_sample": True}
     tokens = chooser(50, **options).choose(torch.tensor([logits]).repeat(50, 1))
     assert allowed[tokens].all()
@@ -180,9 +182,11 @@ def test_processors_and_criteria_see_every_row_in_each_call():
 
 def test_nothing_to_draw_from_is_an_id_past_the_vocabulary():
     for hopeless in (float("-inf"), float("nan")):
-        tokens = chooser(2, do_sample=True, seed=0).choose(torch.stack((LOGITS, torch.full((V,), hopeless))))
-        assert tokens[0] < V
-        assert tokens[1] == V
+        for top_k in (0, 3):
+            rows = torch.stack((LOGITS, torch.full((V,), hopeless)))
+            tokens = chooser(2, do_sample=True, seed=0, top_k=top_k).choose(rows)
+            assert tokens[0] < V
+            assert tokens[1] == V
 
 
 @pytest.mark.parametrize(
