@@ -11,6 +11,7 @@ import torch
 from icae_fast.decoding import DecodeSession
 from icae_fast.detokenize import StoppableText, hidden_tokens
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
+from icae_fast.inputs import is_int
 from icae_fast.memory import Memory
 from icae_fast.sampling import GenerationOptions, TokenChooser
 
@@ -95,8 +96,7 @@ class AnswerBatch:
     def _check(self, least: int, stop_strings: Sequence[str]) -> None:
         icae, rows = self.icae, self.rows
         for most in {r.limit for r in rows}:
-            whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (least, most))
-            if not whole or not 0 <= least <= most:
+            if not (is_int(least) and is_int(most) and 0 <= least <= most):
                 raise InvalidInputError(
                     f"min_new_tokens={least} and max_new_tokens={most}: give 0 <= min <= max, whole numbers"
                 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from icae_fast import prompts as layouts
 from icae_fast.answers import Answer, AnswerBatch, FinishReason, Row
 from icae_fast.errors import InvalidInputError, TokenizerMismatchError
-from icae_fast.inputs import Context, as_list, to_ids
+from icae_fast.inputs import Context, as_list, is_int, to_ids
 from icae_fast.memory import Memory
 from icae_fast.sampling import GenerationOptions
 
@@ -143,7 +143,8 @@ class GenerationMixin:
 
         def limit(m: Memory) -> int:
             room = max(1, self.max_positions - m.n_slots - 1)
-            return max(min_new_tokens, min(m.n_source_tokens + 16, room))
+            least = min_new_tokens if is_int(min_new_tokens) else 0  # anything else is refused below
+            return max(least, min(m.n_source_tokens + 16, room))
 
         rows = [
             Row(i, m, [], [self.vocabulary.ae], [], limit(m) if max_new_tokens is None else max_new_tokens)

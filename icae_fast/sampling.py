@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from icae_fast.errors import InvalidInputError
+from icae_fast.inputs import is_int
 
 # (rows, length) int64 ids and (rows, vocabulary) fp32 scores to scores, as transformers' `LogitsProcessor`.
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -76,7 +78,7 @@ class GenerationOptions:
                 raise InvalidInputError(f"{name} is {value!r}; give a number above 0{hint}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise InvalidInputError(f"top_p is {self.top_p!r}; give a number above 0 and up to 1")
-        if not _is_whole(self.top_k) or self.top_k < 0:
+        if not is_int(self.top_k) or self.top_k < 0:
             raise InvalidInputError(f"top_k is {self.top_k!r}; give a whole number, 0 for all tokens")
         if not self.do_sample:
             changed = [n for n in ("temperature", "top_k", "top_p") if getattr(self, n) != _DEFAULTS[n]]
@@ -115,9 +117,9 @@ class GenerationOptions:
         if self.eos_token_id is None:
             return tuple(default)
         ids = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else (self.eos_token_id,)
-        if not all(_is_whole(i) and 0 <= i < n_base for i in ids):
+        if not all(is_int(i) and 0 <= i < n_base for i in ids):
             raise InvalidInputError(f"eos_token_id is {self.eos_token_id!r}; give ids from 0 to {n_base - 1}")
-        return tuple(ids)
+        return tuple(int(i) for i in ids)
 
     def row_seeds(self, n_rows: int) -> list[int]:
         """A seed for each row.
@@ -128,14 +130,14 @@ class GenerationOptions:
         seed = self.seed
         if seed is None:
             return torch.randint(2**62, (n_rows,)).tolist()
-        if _is_whole(seed):
-            seed = range(seed, seed + n_rows)
-        seeds = list(seed) if isinstance(seed, (range, list, tuple)) else [seed]
-        if not all(_is_whole(s) and 0 <= s < 2**63 for s in seeds):
+        if is_int(seed):
+            seed = [int(seed) + i for i in range(n_rows)]
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+        if not all(is_int(s) and 0 <= s < 2**63 for s in seeds):
             raise InvalidInputError(f"seed is {self.seed!r}; give whole numbers from 0 to below 2**63")
         if len(seeds) != n_rows:
             raise InvalidInputError(f"there are {len(seeds)} seeds for {n_rows} rows; give one, or one for each row")
-        return seeds
+        return [int(s) for s in seeds]
 
     def processors(self) -> LogitsProcessorList:
         """What changes the scores by the ids before, in transformers' order."""
@@ -159,18 +161,14 @@ _DEFAULTS = {f.name: f.default for f in dataclasses.fields(GenerationOptions)}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else tuple(value or ())
+    texts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
     if not all(isinstance(t, str) and t for t in texts):
         raise InvalidInputError(f"stop_strings is {value!r}; give a text or several, none of them empty")
-    return texts
+    return tuple(texts)
 
 
 class TokenChooser:
@@ -198,7 +196,7 @@ class TokenChooser:
         self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self._active = torch.arange(n, device=device)
         self._processors, self._see_all_rows = options.processors(), bool(options.logits_processor)
-        self._top_k, self._warpers = options.top_k, options.warpers()
+        self._top_k, self._warpers = int(options.top_k), options.warpers()
         self._criteria = StoppingCriteriaList(options.stopping_criteria)
         self._history = self._uniform = None
         if options.repetition_penalty != 1 or self._see_all_rows or self._criteria:

@@ -329,10 +329,14 @@ class TestMemories:
 
 
 class TestGenerationArguments:
-    @pytest.mark.parametrize(("low", "high"), [(4, 3), (-1, 3), (0, -1)])
+    @pytest.mark.parametrize(("low", "high"), [(4, 3), (-1, 3), (0, -1), (0, 2.5), (0, None), (True, 3)])
     def test_numbers_of_tokens(self, tiny_icae, memory, low, high):
         with pytest.raises(Invalid, match=f"min_new_tokens={low} and max_new_tokens={high}: give 0 <= min <= max"):
             tiny_icae.generate(memory, [5], high, min_new_tokens=low, return_ids=True)
+
+    def test_a_minimum_that_is_no_number(self, tiny_icae, memory):
+        with pytest.raises(Invalid, match=r"min_new_tokens=few and max_new_tokens=36: .* whole numbers"):
+            tiny_icae.restore(memory, min_new_tokens="few", return_ids=True)
 
     def test_a_streamer_for_several_prompts(self, tiny_icae, memory, streamer):
         with pytest.raises(Invalid, match="there are 2 prompts; pass one prompt"):

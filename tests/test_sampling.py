@@ -1,5 +1,6 @@
 """The choice of tokens: distributions, seeds, processors in transformers' order, and options out of range."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -205,6 +206,7 @@ def test_nothing_to_draw_from_is_an_id_past_the_vocabulary():
         ({"seed": 0}, "seed would change nothing"),
         ({"stop_strings": ""}, "stop_strings is ''; give a text or several, none of them empty"),
         ({"stop_strings": ["a", 5]}, "stop_strings is"),
+        ({"stop_strings": 5}, "stop_strings is 5"),
         ({"logits_processor": TopKLogitsWarper(3)}, "logits_processor is a TopKLogitsWarper; give a list"),
         ({"stopping_criteria": [5]}, "stopping_criteria is a list; give a list"),
     ],
@@ -212,6 +214,14 @@ def test_nothing_to_draw_from_is_an_id_past_the_vocabulary():
 def test_options_out_of_range(options, message):
     with pytest.raises(InvalidInputError, match=message):
         GenerationOptions(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    numbers = {"seed": np.int64(3), "top_k": np.int32(4), "temperature": np.float32(1.5), "top_p": np.float64(0.9)}
+    plain = {"seed": 3, "top_k": 4, "temperature": 1.5, "top_p": 0.9}
+    first, second = (chooser(9, do_sample=True, **o).choose(LOGITS.repeat(9, 1)) for o in (numbers, plain))
+    assert torch.equal(first, second)
+    assert GenerationOptions(eos_token_id=np.int64(5)).eos_ids((), V) == (5,)
 
 
 def test_what_only_shows_with_the_rows():
