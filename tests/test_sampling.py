@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from icae_fast.errors import InvalidInputError
@@ -179,6 +180,30 @@ def test_processors_and_criteria_see_every_row_in_each_call():
     assert batch.stopped() == [True]
     assert calls == [[[V, 1], [2, 3]], [[V, 1, 0], [2, 3, 0]]]
     assert torch.equal(scores_seen[1], torch.stack((torch.zeros(V), -logits[1])))
+
+
+class NoReadingBack(TorchDispatchMode):
+    """Raises where a value is read from a tensor, which on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            raise AssertionError(f"{func} reads a value back")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 0, "temperature": 0.8, "top_k": 5, "top_p": 0.9}])
+def test_choosing_reads_nothing_back(sampling):
+    with NoReadingBack(), pytest.raises(AssertionError, match="reads a value back"):
+        LOGITS[0].item()
+    tokens = chooser(
+        prompts=[[1, 2], [3]], max_new_tokens=4, min_new_tokens=1, eos=(0,), repetition_penalty=1.3,
+        logits_processor=[lambda ids, scores: scores * 2], **sampling,
+    )  # fmt: skip
+    with NoReadingBack():
+        tokens.choose(LOGITS.repeat(2, 1))
+        tokens.keep([1])
+        tokens.choose(LOGITS[None].clone())
+        assert tokens.stopped() == [False]
 
 
 def test_nothing_to_draw_from_is_an_id_past_the_vocabulary():
