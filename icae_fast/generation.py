@@ -105,7 +105,8 @@ class GenerationMixin:
         """`generate` piece by piece: yields a row's text as soon as it is certain, rows as they come.
 
         Pieces hold whole characters and no part of a stop string; those of a row add up to what `generate` gives
-        (`IncrementalText` tells of an exception, invalid bytes of tokenizers with byte fallback). Arguments are checked by the call itself, and decoding goes on only while the iterator is read.
+        (`IncrementalText` tells of an exception, invalid bytes of tokenizers with byte fallback).
+        Arguments are checked by the call itself, and decoding goes on only while the iterator is read.
 
         Raises:
             InvalidInputError, ContextTooLongError, TokenizerMismatchError, NonFiniteError: as `generate`.
