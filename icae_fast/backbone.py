@@ -22,7 +22,7 @@ SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class KeyValueCache(Protocol):
-    """What the backbone asks of a cache: `icae_fast.decoder_rows.DecoderRows` is one."""
+    """What the backbone asks of a cache: `icae_fast.cache.DecoderRows` is one."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float,

@@ -37,6 +37,12 @@ Rate = Annotated[int, typer.Option(help="Context tokens a slot, for an untrained
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else on stdout.")]
 NewTokens = Annotated[int | None, typer.Option(min=1, help="The most tokens to write.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="Sample at this temperature; without, the likeliest tokens come.")
+]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to this probability.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Sample, the same in every call with this seed.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
 
 
 def main() -> None:
@@ -155,19 +161,30 @@ def restore(
 def ask(
     memory: Annotated[Path, typer.Argument(help="A memory file.")],
     prompts: Annotated[list[str], typer.Argument(help="Questions or instructions.")],
-    max_new_tokens: NewTokens = 128, adapter: Adapter = None, model: Model = EMBEDDED_NAME,
-    dtype: Dtype = "bfloat16", as_json: AsJson = False,
+    max_new_tokens: NewTokens = 128, temperature: Temperature = None, top_p: TopP = None, seed: Seed = None,
+    stop: Stop = None, adapter: Adapter = None, model: Model = EMBEDDED_NAME, dtype: Dtype = "bfloat16",
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Answer questions about a memory; several are answered in one batch."""
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    options = {name: value for name, value in sampling.items() if value is not None}
+    options |= {"do_sample": bool(options), "stop_strings": stop or (), "max_new_tokens": max_new_tokens or 128}
     icae, loaded = load_memory_for(memory, adapter, model, dtype)
-    streamer = _streamer(icae) if len(prompts) == 1 and not as_json else None
-    answers = icae.generate(loaded, list(prompts), max_new_tokens=max_new_tokens or 128, streamer=streamer)
+    if len(prompts) == 1 and not as_json:
+        for piece in icae.stream(loaded, prompts, **options):
+            print(piece.text, end="", flush=True)
+        print()
+        return
+    answers = icae.answer(loaded, prompts, **options)
     if as_json:
-        rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
+        rows = [
+            {"prompt": p, "answer": a.text, "finish_reason": a.finish_reason}
+            for p, a in zip(prompts, answers, strict=True)
+        ]
         print(json.dumps({"memory": str(memory), "answers": rows}))
-    elif streamer is None:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            print(f"> {prompt}\n{answer}\n")
+        return
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(f"> {prompt}\n{answer.text}\n")
 
 
 def _streamer(icae: Any) -> Any:

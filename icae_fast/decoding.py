@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from icae_fast.decoder_rows import DecoderRows, Segment, tree_order
+from icae_fast.cache import DecoderRows, KVSegment, tree_order
 from icae_fast.ops import decode_step
 from icae_fast.step_weights import RotaryTables, StepWeights
 
@@ -29,7 +29,7 @@ class DecodeSession:
     """
 
     def __init__(
-        self, icae: ICAE, paths: Sequence[Sequence[Segment]], suffixes: Sequence[torch.Tensor], max_new_tokens: int
+        self, icae: ICAE, paths: Sequence[Sequence[KVSegment]], suffixes: Sequence[torch.Tensor], max_new_tokens: int
     ) -> None:
         self._icae = icae
         # Rows that share segments become neighbours; callers go on seeing their own order.
@@ -48,6 +48,7 @@ class DecodeSession:
         """Bytes of all keys and values, each shared segment counted once."""
         return self._rows.nbytes
 
+    @torch.no_grad()
     def start(self) -> torch.Tensor:
         """Read all suffixes; gives (R, V) logits of each row's first new token."""
         counts = [len(s) for s in self._suffixes]
@@ -55,6 +56,7 @@ class DecodeSession:
         self._suffixes = []
         return self._in_callers_order(self._icae.base_model.lm_head(hidden))
 
+    @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read one more token a row; gives (R, V) logits of the next one.
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from icae_fast.backbone import Backbone
-from icae_fast.cache import KVSegment
+from icae_fast.cache import KVSegment, empty_keys
 from icae_fast.errors import InvalidInputError
+from icae_fast.ops import varlen_attention
 from icae_fast.spans import cumulative, pack_behind
 
 DEFAULT_BYTE_BUDGET = 1 << 30
@@ -159,9 +160,8 @@ class SlotKVTree:
 
     @torch.inference_mode(False)  # tensors made in that mode could not be used outside of it
     def _empty_segment(self, piece: torch.Tensor, start: int) -> KVSegment:
-        b = self.backbone
-        shape = (b.n_layers, len(piece), b.num_kv_heads, b.head_dim)
-        return KVSegment(piece.new_empty(shape), piece.new_empty(shape), start)
+        keys, values = (empty_keys(self.backbone, len(piece), piece.dtype, piece.device) for _ in range(2))
+        return KVSegment(keys, values, start)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -188,24 +188,28 @@ class SlotKVTree:
 
 
 class _Recorder:
-    """The backbone's cache while segments are computed: writes K and V into them, gives those of whole rows."""
+    """The backbone's cache while segments are computed: writes K and V into them, attends to those of whole rows."""
 
     def __init__(self, rows: list[_Row], device: torch.device) -> None:
         self._read = [s for row in rows for s in row.path]
         self._written = [s for row in rows for s in row.path[row.n_known :]]
         lengths = [sum(s.length for s in row.path) for row in rows]
-        self.cu_seqlens, self.max_seqlen = cumulative(lengths).to(device), max(lengths)
-        self.seqused = None
+        self._cu_seqlens, self._max_seqlen = cumulative(lengths).to(device), max(lengths)
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float,
+        window: int,
+    ) -> torch.Tensor:  # fmt: skip
         """See `icae_fast.backbone.KeyValueCache`."""
         lengths = [s.length for s in self._written]
         for segment, its_k, its_v in zip(self._written, k.split(lengths), v.split(lengths), strict=True):
             segment.keys[layer] = its_k
             segment.values[layer] = its_v
-        if len(self._read) == len(self._written):
-            return k, v
-        return torch.cat([s.keys[layer] for s in self._read]), torch.cat([s.values[layer] for s in self._read])
+        if len(self._read) > len(self._written):
+            k = torch.cat([s.keys[layer] for s in self._read])
+            v = torch.cat([s.values[layer] for s in self._read])
+        n = self._max_seqlen
+        return varlen_attention(q, k, v, cu_seqlens_q, self._cu_seqlens, n, n, scale=scale, window=window)[0]
 
 
 def _chained_keys(pieces: Sequence[torch.Tensor]) -> list[bytes]:

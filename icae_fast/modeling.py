@@ -8,26 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from icae_fast import prompts
 from icae_fast.adapter import LoRAAdapter
 from icae_fast.adapter_mode import AdapterModeMixin, EncoderWeights
 from icae_fast.backbone import Backbone, check_supported
 from icae_fast.config import ICAEConfig
 from icae_fast.encoder import encode_spans
-from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
-from icae_fast.generation import generate_greedy
+from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError, NonFiniteError
+from icae_fast.generation import GenerationMixin
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
 from icae_fast.kv_tree import SlotKVTree
 from icae_fast.loss import decoder_forward
 from icae_fast.memory import Memory
 from icae_fast.pretrained import PretrainedMixin
-from icae_fast.slot_kv import SlotKVMixin, memory_pieces
+from icae_fast.slot_kv import SlotKVMixin
 from icae_fast.spans import span_lengths
 
 DEFAULT_TOKEN_BUDGET = 4096
 
 
-class ICAE(PretrainedMixin, AdapterModeMixin, SlotKVMixin, nn.Module):
+class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.Module):
     """Compresses long contexts into memory slots that the frozen base model reads in their place.
 
     The encoder is the base model with LoRA on q and v reading `[span, k memory tokens]`; the slots are its
@@ -138,17 +137,6 @@ class ICAE(PretrainedMixin, AdapterModeMixin, SlotKVMixin, nn.Module):
         added = self.memory_token_embed(special.clamp_min(0)).to(base.dtype)
         embeddings = torch.where((special >= 0)[..., None], added, base)
         return embeddings.masked_fill((ids == self.vocabulary.pad)[..., None], 0.0)
-
-    def prompt_ids(self, prompt: Context) -> tuple[list[int], list[int]]:
-        """Ids before and after the slots when `prompt` is asked: the decoder reads `prefix, slots, suffix`.
-
-        Raises:
-            InvalidInputError, TokenizerMismatchError: the prompt is empty, out of range, or text without a
-                tokenizer.
-        """
-        ids = to_ids(prompt, self.tokenizer, "the prompt", add_special_tokens=False)
-        ids = self.vocabulary.check_context(ids, "the prompt").tolist()
-        return prompts.prompt_ids(ids, self.tokenizer, self.vocabulary, self.config.prompt_format)
 
     def encode(self, contexts: Sequence[torch.Tensor], token_budget: int = DEFAULT_TOKEN_BUDGET,
                on_progress: Callable[[int, int], None] | None = None) -> list[torch.Tensor]:  # fmt: skip
@@ -264,75 +252,6 @@ class ICAE(PretrainedMixin, AdapterModeMixin, SlotKVMixin, nn.Module):
             )
         if not bool(torch.isfinite(memory.slots).all()):
             raise NonFiniteError("the memory's slots hold NaN or infinity; compress the context again")
-
-    def restore(
-        self, memory: Memory, max_new_tokens: int | None = None, min_new_tokens: int = 0, return_ids: bool = False,
-        streamer: Any = None,
-    ) -> str | list[int]:  # fmt: skip
-        """Write out the context that a memory holds (autoencoding): greedy from `[slots, AE]`.
-
-        Args:
-            memory: of this model.
-            max_new_tokens: by default the context's length and 16 more, or as many as the base model has positions.
-            min_new_tokens: tokens before which it may not end.
-            return_ids: give ids even if there is a tokenizer.
-            streamer: a transformers streamer.
-
-        Returns:
-            Text, or ids, the end-of-sequence token last if it came to one.
-
-        Raises:
-            TokenizerMismatchError: text is asked for without a tokenizer.
-        """
-        self._check_memory(memory)
-        if max_new_tokens is None:
-            room = max(1, self.max_positions - memory.n_slots - 1)
-            max_new_tokens = max(min_new_tokens, min(memory.n_source_tokens + 16, room))
-        pairs = [([], [self.vocabulary.ae])]
-        return self._generate(memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer)[0]
-
-    def generate(
-        self,
-        memory: Memory,
-        prompts: Context | Sequence[Context],
-        max_new_tokens: int = 128,
-        min_new_tokens: int = 0,
-        return_ids: bool = False,
-        streamer: Any = None,
-    ) -> list[str] | list[list[int]]:
-        """Answer prompts about a memory, greedily; all prompts in one batch, the slots read once.
-
-        What was read of the memory is kept for later calls, within `kv_budget`. For sampling, beams and the rest, see
-        `generation_inputs`.
-
-        Args:
-            memory: of this model.
-            prompts: a text, a row of ids, or a list of those; laid out by the config's `prompt_format`.
-            max_new_tokens: the most tokens of an answer.
-            min_new_tokens: tokens before which an answer may not end.
-            return_ids: give ids even if there is a tokenizer.
-            streamer: a transformers streamer, for a single prompt.
-
-        Returns:
-            An answer for each prompt: text, or ids, the end-of-sequence token last if it came to one.
-
-        Raises:
-            InvalidInputError: no or an empty prompt, ids out of range, a memory of another model.
-            ContextTooLongError: slots, prompt and answer would pass the base model's positions.
-            TokenizerMismatchError: text without a tokenizer.
-        """
-        pairs = [self.prompt_ids(p) for p in as_list(prompts)]
-        return self._generate(memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer)
-
-    @torch.no_grad()
-    def _generate(self, memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer):
-        self._check_memory(memory)
-        if not return_ids and self.tokenizer is None:
-            raise TokenizerMismatchError("there is no tokenizer to write text with; pass return_ids=True or tokenizer=")
-        prefix = memory_pieces(self, memory, pairs[0][0])
-        suffixes = [self.tokens_to_embeddings(torch.tensor(s, dtype=torch.int64)) for _, s in pairs]
-        rows = generate_greedy(self, prefix, suffixes, max_new_tokens, min_new_tokens, streamer)
-        return rows if return_ids else [self.tokenizer.decode(r, skip_special_tokens=True) for r in rows]
 
     def forward(
         self,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from icae_fast.cache import DecoderCache
+from icae_fast import decoding
+from icae_fast.cache import DecoderRows
 from icae_fast.errors import InvalidInputError
 from icae_fast.kv_tree import SlotKVTree
 from icae_fast.slot_kv import memory_pieces
@@ -40,7 +41,7 @@ def assert_path(segments, pieces, expected):
     """One segment a piece, at its place, and together what is expected."""
     assert [s.length for s in segments] == [len(p) for p in pieces]
     assert [s.start for s in segments] == [sum(map(len, pieces[:i])) for i in range(len(pieces))]
-    assert all(s.keys.is_contiguous() and s.values.is_contiguous() for s in segments)
+    assert all(t.transpose(1, 2).is_contiguous() for s in segments for t in (s.keys, s.values))
     assert_same(torch.cat([s.keys for s in segments], 1), expected[0])
     assert_same(torch.cat([s.values for s in segments], 1), expected[1])
 
@@ -62,13 +63,14 @@ def make_pieces():
 
 @pytest.fixture
 def count_tokens(monkeypatch):
-    """`count_tokens(icae)`: a list that grows by the tokens of each forward of the frozen decoder."""
+    """`count_tokens(icae)`: a list that grows by the tokens of each forward of the frozen decoder, steps included."""
 
     def watch(icae):
-        calls, forward = [], icae.backbone.forward
+        calls, forward, step = [], icae.backbone.forward, decoding.decode_step
         monkeypatch.setattr(
             icae.backbone, "forward", lambda x, rows, *a, **k: (calls.append(len(x)), forward(x, rows, *a, **k))[1]
         )
+        monkeypatch.setattr(decoding, "decode_step", lambda t, *a, **k: (calls.append(len(t)), step(t, *a, **k))[1])
         return calls
 
     return watch
@@ -317,18 +319,23 @@ def test_autocast_does_not_reach_what_is_kept(icae, make_pieces):
     assert_path(segments, pieces, hf_path(icae.base_model, pieces))
 
 
-def test_rows_begin_with_segments(icae, make_pieces):
-    segments = icae.slot_kv.path(make_pieces())
-    cache = DecoderCache(icae.backbone, 3, 12, icae.dtype, icae.device)
-    cache.begin_with(segments)
-    assert cache.lengths == [10] * 3
-    for mine, name in ((cache.keys, "keys"), (cache.values, "values")):
-        whole = torch.cat([getattr(s, name) for s in segments], 1)
-        for layer, rows in zip(whole, mine, strict=True):
-            assert all(torch.equal(row[:10], layer) for row in rows.view(3, 12, *rows.shape[1:]))
-    empty = DecoderCache(icae.backbone, 2, 5, icae.dtype, icae.device)
-    empty.begin_with([])
-    assert empty.lengths == [0, 0]
+def test_rows_keep_what_they_were_given(icae, make_pieces):
+    """Rows read behind segments; those that are left after others went still find their own keys."""
+    a, b, *_ = icae.slot_kv.path(make_pieces())
+    rows = DecoderRows(icae.backbone, [[a], [a, b], []], [4, 2, 3], icae.dtype, icae.device)
+    assert rows.nbytes == rows.keys.nbytes + rows.values.nbytes + a.nbytes + b.nbytes
+    x = icae.embed(torch.arange(3, 9))
+    layout = rows.append([3, 1, 2])
+    assert layout.positions.tolist() == [a.length, a.length + 1, a.length + 2, a.length + b.length, 0, 1]
+    icae.backbone.forward(x, layout, cache=rows)
+    before = [rows.tail(i) for i in range(3)]
+    rows.keep([0, 2])
+    for (keys, values), place in zip((before[0], before[2]), (0, 1), strict=True):
+        assert torch.equal(rows.tail(place)[0], keys)
+        assert torch.equal(rows.tail(place)[1], values)
+    assert rows.shared.rows == ((0, 1),)
+    with pytest.raises(ValueError, match="does not fit"):
+        rows.append([2, 1])
 
 
 def test_memory_pieces_are_the_template_and_the_spans(icae, random_ids):

@@ -57,6 +57,17 @@ def test_compress_restore_ask(run, text_file, tmp_path):
     code, out, _ = run("ask", memory, "Who kept the light?", "What burned?", "--max-new-tokens", 4)
     assert out.startswith("> Who kept the light?\n")
 
+    sampled = ("ask", memory, "Who kept the light?", "--max-new-tokens", 8, "--temperature", 1.5, "--seed", 3)
+    code, out, _ = run(*sampled, "--json")
+    answer = json.loads(out)["answers"][0]
+    assert answer["finish_reason"] == "length"
+    assert run(*sampled)[:2] == (0, answer["answer"] + "\n")
+    stop = answer["answer"][3]
+    cut = answer["answer"].partition(stop)[0]
+    assert run(*sampled, "--stop", stop)[:2] == (0, cut + "\n")
+    code, _, err = run(*sampled, "--top-p", 2)
+    assert (code, "top_p is 2" in err) == (2, True)
+
 
 def test_compress_into_a_folder_as_a_table(run, text_file, tmp_path):
     folder = tmp_path / "memories"

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from icae_fast.decoder_rows import DecoderRows, SharedSegments, tree_order
+from icae_fast.cache import DecoderRows, KVSegment, SharedSegments, tree_order
 from icae_fast.decoding import DecodeSession
 from icae_fast.step_weights import StepWeights
 
 
-@dataclass(eq=False)
-class Piece:
-    """A segment, and the embeddings that it was made of."""
+@dataclass(frozen=True, eq=False)
+class Piece(KVSegment):
+    """A segment that remembers the embeddings that it was made of."""
 
     embeddings: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 def make_piece(icae, path, n, seed):
@@ -24,7 +22,7 @@ def make_piece(icae, path, n, seed):
     x = icae.embed(torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(seed)))
     rows = DecoderRows(icae.backbone, [path], [n], icae.dtype, icae.device)
     icae.backbone.forward(x, rows.append([n]), cache=rows)
-    return Piece(x, *rows.tail(0))
+    return Piece(*rows.tail(0), sum(s.length for s in path), x)
 
 
 def expected_logits(icae, path, suffix, tokens):

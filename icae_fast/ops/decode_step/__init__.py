@@ -70,5 +70,6 @@ def decode_step(
     rows = [i for pair in prefix_rows for i in pair]
     return torch.ops.icae_fast.decode_step(
         tokens, embedding, norms, matrices, biases, qk_norms, head, cos, sin, tail_keys, tail_values,
-        tail_starts, tail_lengths, prefix_keys, prefix_values, rows, num_q_heads, num_kv_heads, scale, norm_eps, windows,
+        tail_starts, tail_lengths, prefix_keys, prefix_values, rows, num_q_heads, num_kv_heads, scale, norm_eps,
+        windows,
     )  # fmt: skip
