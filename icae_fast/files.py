@@ -17,7 +17,7 @@ from icae_fast.errors import CheckpointError
 def write_atomically(files: Mapping[Path, bytes | bytearray]) -> None:
     """Write files under temporary names beside them, sync them, and rename them into place when all are written.
 
-    When it returns, files and names are on the disk.
+    The files are on the disk when it returns, but for their names; see `sync_folder`.
 
     Raises:
         OSError: a folder cannot be written or is full; nothing is left behind and older files stay as they are.
@@ -31,8 +31,6 @@ def write_atomically(files: Mapping[Path, bytes | bytearray]) -> None:
                 os.fsync(file.fileno())
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
-        for folder in {path.parent for path in files}:
-            sync_folder(folder)
     except BaseException:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)

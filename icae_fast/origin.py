@@ -86,7 +86,7 @@ class OriginTracker:
         """The origin now.
 
         Args:
-            exact: look at all bytes of the adapter (3 ms for SmolLM2 at rank 128). Otherwise only at the tensors'
+            exact: look at all bytes of the adapter (1.4 ms for SmolLM2 at rank 128). Otherwise only at the tensors'
                 version counters, which do not see a write through `.data`.
         """
         tensors = [p for _, p in self.icae.reference_named_parameters()]

@@ -111,9 +111,12 @@ class LocalFolder:
             name = hashlib.sha256(key.encode()).hexdigest()[:32]
             rows[key] = f"{name[:2]}/{name}-{uuid.uuid4().hex[:16]}{SUFFIX}"
         try:
-            for file in rows.values():
-                self._make(self.root / file[:2])
+            folders = {self.root / file[:2] for file in rows.values()}
+            for folder in folders:
+                self._make(folder)
             write_atomically({self.root / rows[key]: data for key, data in entries.items()})
+            for folder in folders:
+                sync_folder(folder)
         except OSError as error:
             raise StoreError(f"cannot write into the store {self.root}: {error}; free space or check it") from error
         # From here on nothing is taken back: if this fails the index may have the rows, or else these files are waste.
