@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def stored(slots: torch.Tensor, dtype: SlotDtype | None) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def slots_stored_as(icae: ICAE, dtype: SlotDtype | None) -> Iterator[None]:
-    """While it is open the decoder gets its slots as a store with this `dtype` gives them back."""
+def slots_changed(icae: ICAE, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Iterator[None]:
+    """While it is open the decoder gets what `change` makes of the slots of all rows."""
     encode = icae.encode
-    icae.encode = lambda *arguments: [stored(slots, dtype) for slots in encode(*arguments)]
+    icae.encode = lambda *arguments: change(encode(*arguments))
     try:
         yield
     finally:
@@ -57,19 +57,22 @@ def slots_stored_as(icae: ICAE, dtype: SlotDtype | None) -> Iterator[None]:
 
 @torch.no_grad()
 def restoration(icae: ICAE, windows: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Loss of restoring each window, and how far storage moves slots, for each dtype in `STORED`.
+    """Loss of restoring each window (of one length), and how far storage moves slots, for each dtype in `STORED`.
 
     Returns:
-        `loss` (nats a token) and `slot_error` (RMS over the RMS of slots), by name, "own" for unchanged.
+        `loss` (nats a token) and `slot_error` (RMS over the RMS of slots), by name, "own" for unchanged; and
+        `loss_from_others`, with the slots of the next window: what the decoder guesses without the memory.
     """
     batch = collate(icae, [autoencoding_sample(icae, w.tolist()) for w in windows])
     slots = torch.cat(icae.encode(list(windows)))
     result: dict[str, Any] = {"loss": {}, "slot_error": {}}
     for dtype in STORED:
-        with slots_stored_as(icae, dtype):
+        with slots_changed(icae, lambda rows, dtype=dtype: [stored(row, dtype) for row in rows]):
             result["loss"][dtype or "own"] = icae(**batch)["loss"].item()
         off = stored(slots, dtype) - slots
         result["slot_error"][dtype or "own"] = (off.square().mean() / slots.square().mean()).sqrt().item()
+    with slots_changed(icae, lambda rows: [*rows[1:], rows[0]]):
+        result["loss_from_others"] = icae(**batch)["loss"].item()
     return result
 
 
@@ -115,13 +118,9 @@ def measure(ids: torch.Tensor, warm_up: int = WARM_UP, steps: int = STEPS) -> li
         if trained:
             train_briefly(icae, ids[: len(ids) * 3 // 4], warm_up, steps)
         icae.base_model.to(torch.float32)
-        windows = list(kept.split(config.max_span_tokens))[: 32 if trained else 1]
-        row = {
-            "trained_steps": trained,
-            "tokens": len(windows[0]),
-            "slots": config.memory_size,
-            "windows": len(windows),
-        }
+        length = min(config.max_span_tokens, len(kept) // 2)
+        windows = [w for w in kept.split(length) if len(w) == length]
+        row = {"trained_steps": trained, "tokens": length, "slots": config.memory_size, "windows": len(windows)}
         rows.append(rounded(row | restoration(icae.eval(), windows), 5))
     return rows
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.quantized_slots import contrast, restoration, slots_stored_as, stored, train_briefly
+from bench.quantized_slots import contrast, restoration, slots_changed, stored, train_briefly
 from icae_fast import MemoryStore
 from training.objectives import autoencoding_sample, collate
 
@@ -18,7 +18,7 @@ def test_it_measures_what_a_store_gives_back(tiny_icae, random_ids, tmp_path, dt
     batch = collate(tiny_icae, [autoencoding_sample(tiny_icae, ids.tolist())])
     with torch.no_grad():
         before = tiny_icae(**batch)["loss"].item()
-        with slots_stored_as(tiny_icae, dtype):
+        with slots_changed(tiny_icae, lambda rows: [stored(row, dtype) for row in rows]):
             assert (tiny_icae(**batch)["loss"].item() == before) == (dtype is None)
         assert tiny_icae(**batch)["loss"].item() == before
 
@@ -27,6 +27,9 @@ def test_figures_of_all_dtypes(tiny_icae, random_ids):
     result = restoration(tiny_icae, [random_ids(16), random_ids(16, seed=1)])
     assert result["slot_error"]["own"] == 0
     assert 0 < result["slot_error"]["bfloat16"] < result["slot_error"]["int8"] < 0.02
+    swapped = restoration(tiny_icae, [random_ids(16)] * 2)
+    assert swapped["loss_from_others"] == pytest.approx(swapped["loss"]["own"])
+    assert result["loss_from_others"] != pytest.approx(result["loss"]["own"])
     assert all(abs(loss - result["loss"]["own"]) < 0.1 for loss in result["loss"].values())
 
 
