@@ -72,7 +72,7 @@ class MemoryStore:
 
         Args:
             key: any text.
-            memory: what `icae.compress` gave.
+            memory: what `icae.compress` gave. It is written down as the work of the model as it is now.
             kv: keys and values of its slots, kept beside them.
             source_hash: for the header, see `icae_fast.origin.source_hash`.
 
@@ -84,7 +84,7 @@ class MemoryStore:
         origin = self._current(exact=True)
         if origin is None:
             raise InvalidInputError(
-                "the store was opened without a model, so it is for reading; pass MemoryStore icae="
+                "the store was opened without a model, so it is for reading; pass icae= to MemoryStore"
             )
         check_memory(memory, origin.config.memory_size, origin.base["hidden_size"])
         if kv is not None:

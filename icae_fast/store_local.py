@@ -113,19 +113,14 @@ class LocalFolder:
         try:
             folders = {self.root / file[:2] for file in rows.values()}
             for folder in folders:
-                self._make(folder)
+                folder.mkdir(exist_ok=True)
             write_atomically({self.root / rows[key]: data for key, data in entries.items()})
-            for folder in folders:
+            for folder in (*folders, self.root):  # another process may have made a subfolder and not have synced yet
                 sync_folder(folder)
         except OSError as error:
             raise StoreError(f"cannot write into the store {self.root}: {error}; free space or check it") from error
         # From here on nothing is taken back: if this fails the index may have the rows, or else these files are waste.
         self._discard(*self.index.put(rows))
-
-    def _make(self, folder: Path) -> None:
-        if not folder.exists():
-            folder.mkdir(exist_ok=True)
-            sync_folder(self.root)
 
     def _discard(self, *files: str) -> None:
         for file in files:

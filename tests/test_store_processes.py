@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from icae_fast import MemoryStore
-from store_worker import make_origin, memory_for
+from store_helpers import make_origin, memory_for
 
 WORKER = Path(__file__).with_name("store_worker.py")
 
