@@ -31,7 +31,8 @@ class MemoryStore:
     Any number of threads and processes may use one folder at once. When `put` returns, the entry is on the disk; a
     process that is killed at any moment leaves every entry whole. Every byte of a file is under a checksum.
 
-    A local folder has an SQLite index, which must be on a local disk (its locks do not work on network file systems).
+    A local folder has an SQLite index, which must be on a local disk (its locks do not work on network file systems)
+    where readers may write, too: they take their locks in a file beside it.
     Other addresses that fsspec knows have one object for each entry and no index: `put` is atomic where objects are
     written whole (S3, GCS, Azure; not SFTP), `get` fetches the object, and `len` and `keys` list the folder.
 
