@@ -67,6 +67,33 @@ def test_kill_during_a_thousand_puts_loses_nothing_that_was_returned(start, tmp_
         check_all(store, store.keys())
 
 
+def test_kills_at_forty_moments_of_a_put(tmp_path):
+    folder, returned = tmp_path / "store", []
+    MemoryStore(folder, make_origin()).close()
+    for number in range(40):
+        end, start = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(end)
+                store = MemoryStore(folder, make_origin())
+                for i in range(1000):
+                    store.put(f"{number}-{i}", memory_for(f"{number}-{i}"))
+                    os.write(start, f"{number}-{i}\n".encode())
+            finally:
+                os._exit(1)
+        os.close(start)
+        with os.fdopen(end) as pipe:
+            returned.append(pipe.readline().strip())
+            time.sleep(number * 1e-4)  # a put takes about a millisecond
+            os.kill(child, signal.SIGKILL)
+            returned += pipe.read().split("\n")[:-1]
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with MemoryStore(folder, make_origin(), create=False) as store:
+        check_all(store, returned)
+        check_all(store, store.keys())
+
+
 def test_four_processes_write_at_once(start, tmp_path):
     workers = [start("put", n, 100) for n in range(4)]
     for worker in workers:
