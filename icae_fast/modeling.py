@@ -18,7 +18,7 @@ from icae_fast.generation import GenerationMixin
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
 from icae_fast.kv_tree import SlotKVTree
 from icae_fast.loss import decoder_forward
-from icae_fast.memory import Memory
+from icae_fast.memory import Memory, check_memory
 from icae_fast.pretrained import PretrainedMixin
 from icae_fast.slot_kv import SlotKVMixin
 from icae_fast.spans import span_lengths
@@ -186,7 +186,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         """
         if token_budget < 1:
             raise InvalidInputError(f"token_budget is {token_budget}; give at least 1")
-        rows = [self._context_ids(c, f"context {i}") for i, c in enumerate(as_list(contexts))]
+        rows = [self.context_ids(c, f"context {i}") for i, c in enumerate(as_list(contexts))]
         try:
             slots = encode_spans(self, rows, token_budget, on_progress, dropout=False)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -200,7 +200,16 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             raise NonFiniteError(self.describe_non_finite("the memory slots"))
         return [Memory(s, len(r), tuple(span_lengths(len(r), self.config))) for s, r in zip(slots, rows, strict=True)]
 
-    def _context_ids(self, context: Context, what: str) -> torch.Tensor:
+    def context_ids(self, context: Context, what: str = "the context") -> torch.Tensor:
+        """The ids that `compress` reads of a text or row of ids, (L,) int64 on the CPU.
+
+        Args:
+            context: as for `compress`.
+            what: names it in error messages.
+
+        Raises:
+            InvalidInputError, ContextTooLongError, TokenizerMismatchError: see `compress`.
+        """
         ids = to_ids(context, self.tokenizer, what, add_special_tokens=True)
         ids = self.vocabulary.check_context(ids, what)
         n_slots = len(span_lengths(len(ids), self.config)) * self.config.memory_size
@@ -227,7 +236,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         """
         self._check_memory(memory)
         ids = to_ids(more, self.tokenizer, "the extension", add_special_tokens=False)
-        new = self.compress([self._context_ids(ids, "the extension")], token_budget=token_budget)[0]
+        new = self.compress([self.context_ids(ids, "the extension")], token_budget=token_budget)[0]
         if memory.n_slots + new.n_slots >= self.max_positions:
             raise ContextTooLongError(
                 f"{memory.n_slots} slots and {new.n_slots} more do not fit into the base model's "
@@ -240,18 +249,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         )
 
     def _check_memory(self, memory: Memory) -> None:
-        if not isinstance(memory, Memory):
-            raise InvalidInputError(
-                f"expected one Memory and got {type(memory).__name__}; compress gives a list of them"
-            )
-        k, d = self.config.memory_size, self.backbone.hidden_size
-        if memory.slots.shape != (len(memory.span_lengths) * k, d):
-            raise InvalidInputError(
-                f"the memory's slots are {tuple(memory.slots.shape)}, but {len(memory.span_lengths)} spans of this "
-                f"model give {(len(memory.span_lengths) * k, d)}; use the model that made the memory"
-            )
-        if not bool(torch.isfinite(memory.slots).all()):
-            raise NonFiniteError("the memory's slots hold NaN or infinity; compress the context again")
+        check_memory(memory, self.config.memory_size, self.backbone.hidden_size)
 
     def forward(
         self,

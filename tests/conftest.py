@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from icae_fast import ICAE, ICAEConfig, embedded
+from icae_fast import ICAE, ICAEConfig, MemoryStore, embedded
+from store_helpers import make_origin
 
 # No time limit (machines differ), the same examples each run, and nothing written into the checkout.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -137,6 +138,13 @@ def random_ids():
         return torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty local memory store without a model, k = 4 and d = 16."""
+    with MemoryStore(tmp_path / "store", make_origin()) as opened:
+        yield opened
 
 
 @pytest.fixture
