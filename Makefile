@@ -54,6 +54,7 @@ bench: $(VENV)/.installed
 	$(BIN)/icae-fast bench latency examples/harrow_point.txt --rounds 5 \
 		--prompt "Who was the first keeper of the lighthouse?" -o docs/results
 	$(BIN)/python -m bench.accuracy examples/harrow_point.txt
+	$(BIN)/python -m bench.quantized_slots examples/harrow_point.txt
 	$(MAKE) readme
 
 # Compressing alone, beside its targets, in a quarter of an hour on two cores; WORKLOAD=big adds one thread for the other

@@ -107,6 +107,7 @@ class _Rows:
 
     def _answer(self, memory: Memory, clock: FirstToken) -> list[int]:
         limits = {"max_new_tokens": self.n, "min_new_tokens": self.n}
+        self.icae.clear_kv()  # a first question: the slots have not been read
         return self.icae.generate(memory, [self.prompt], return_ids=True, streamer=clock, **limits)[0]
 
     def cold(self) -> Timing:

@@ -100,7 +100,32 @@ def _accuracy(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"ops": ops_table, "latency": latency_tables, "encode": encode_tables, "accuracy": accuracy_tables}
+def slots_tables() -> str:
+    """Every `quantized-slots-*.json` under docs/results: restoration loss with slots in fewer bits."""
+    return "\n\n".join(_slots(json.loads(p.read_text())) for p in sorted(RESULTS.glob("quantized-slots-*.json")))
+
+
+def _slots(result: dict[str, Any]) -> str:
+    lines = [
+        "Restoration loss of SmolLM2 in fp32, nats a token of held-out text, with the RMS error of the slots; "
+        f"{result['machine']['cpu']}, commit {result['machine']['commit'][:8]}:",
+        "",
+        "| adapter | tokens into slots | fp32 slots | bf16 | int8 | slots of another text |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        name = f"trained for {row['trained_steps']} steps" if row["trained_steps"] else "new"
+        loss, error = row["loss"], row["slot_error"]
+        cells = [f"{loss['own']:.4f}", *(f"{loss[n]:.4f} ({error[n]:.2%})" for n in ("bfloat16", "int8"))]
+        cells.append(f"{row['loss_from_others']:.4f}")
+        lines.append(f"| {name} | {row['tokens']} into {row['slots']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "ops": ops_table, "latency": latency_tables, "encode": encode_tables, "accuracy": accuracy_tables,
+    "slots": slots_tables,
+}  # fmt: skip
 
 
 def fill(text: str) -> str:

@@ -6,10 +6,26 @@ answers = icae.generate(memories[0], prompts=["What is it about?"])
 """
 
 from icae_fast import errors
+from icae_fast.answers import Answer
 from icae_fast.config import ICAEConfig
-from icae_fast.memory import Memory
+from icae_fast.generation import TextPiece
+from icae_fast.memory import Memory, SlotKV
 from icae_fast.modeling import ICAE
 from icae_fast.ops import backend_of
+from icae_fast.origin import Origin
+from icae_fast.store import MemoryStore
 
 __version__ = "0.1.0"
-__all__ = ["ICAE", "ICAEConfig", "Memory", "__version__", "backend_of", "errors"]
+__all__ = [
+    "ICAE",
+    "Answer",
+    "ICAEConfig",
+    "Memory",
+    "MemoryStore",
+    "Origin",
+    "SlotKV",
+    "TextPiece",
+    "__version__",
+    "backend_of",
+    "errors",
+]

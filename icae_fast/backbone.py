@@ -22,14 +22,13 @@ SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class KeyValueCache(Protocol):
-    """What the backbone asks of a cache: `icae_fast.cache.DecoderCache` is one."""
+    """What the backbone asks of a cache: `icae_fast.cache.DecoderRows` is one."""
 
-    cu_seqlens: torch.Tensor
-    seqused: torch.Tensor
-    max_seqlen: int
-
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the keys and values of the rows announced last; gives all keys and values of the layer."""
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float,
+        window: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """Append the keys and values of the rows announced last, and attend to all that these rows have read."""
 
 
 def check_supported(model: nn.Module) -> None:
@@ -108,7 +107,7 @@ class Backbone:
         Returns:
             (Tq, d), or (T, d) when `rows.out_rows` is None.
         """
-        cos, sin = self._rotary_tables(rows.positions, x)
+        cos, sin = self.rotary_tables(rows.positions, x)
         stream = None  # the residual stream without what the last module gave, which the next norm adds
         for i in range(self.n_layers):
             x, stream = self._layer(i, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
@@ -121,14 +120,13 @@ class Backbone:
         h, stream = _norm(layer.input_layernorm, x, stream)
         q, k, v = self._project(layer, h, cos, sin, out_rows, lora)
         cu_q, max_q = (rows.cu_seqlens_out, rows.max_seqlen_out) if last else (rows.cu_seqlens, rows.max_seqlen)
-        cu_k, max_k, used = rows.cu_seqlens, rows.max_seqlen, None
-        if cache is not None:
-            k, v = cache.update(i, k, v)
-            cu_k, max_k, used = cache.cu_seqlens, cache.max_seqlen, cache.seqused
-        attended, _ = varlen_attention(
-            q, k, v, cu_q, cu_k, max_q, max_k,
-            scale=layer.self_attn.scaling, window=self.windows[i], seqused_k=used,
-        )  # fmt: skip
+        scale, window = layer.self_attn.scaling, self.windows[i]
+        if cache is None:
+            attended, _ = varlen_attention(
+                q, k, v, cu_q, rows.cu_seqlens, max_q, rows.max_seqlen, scale=scale, window=window
+            )
+        else:
+            attended = cache.attend(i, q, k, v, cu_q, scale, window)
         stream = stream[out_rows] if last else stream
         h, stream = _norm(layer.post_attention_layernorm, _linear(layer.self_attn.o_proj, attended.flatten(1)), stream)
         return _mlp(layer.mlp, h), stream
@@ -139,18 +137,22 @@ class Backbone:
         weight, bias = packed_qkv(attention)
         if isinstance(lora, MergedQKV):
             weight, lora = lora.weight, None
-        norms = eps = None
-        if hasattr(attention, "q_norm"):
-            norms = torch.stack((attention.q_norm.weight, attention.k_norm.weight)).detach()
-            eps = attention.q_norm.variance_epsilon
+        eps = attention.q_norm.variance_epsilon if hasattr(attention, "q_norm") else 0.0
         return lora_qkv_rope(
             h, weight, bias, lora.a if lora else None, lora.b if lora else None, cos, sin,
             num_q_heads=self.num_q_heads, num_kv_heads=self.num_kv_heads,
-            lora_scale=lora.scale if lora else 0.0, qk_norm=norms, norm_eps=eps or 0.0, q_rows=out_rows,
+            lora_scale=lora.scale if lora else 0.0, qk_norm=qk_norms(attention), norm_eps=eps, q_rows=out_rows,
             dropout_p=lora.dropout_p if lora else 0.0, dropout_seed=lora.dropout_seed if lora else None,
         )  # fmt: skip
 
-    def _rotary_tables(self, positions, x):
+    @staticmethod
+    def is_silu(mlp: nn.Module) -> bool:
+        """Whether an MLP is the one that `swiglu` computes: three linear modules and SiLU."""
+        silu = type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+        return silu and all(type(getattr(mlp, n, None)) is nn.Linear for n in ("gate_proj", "up_proj", "down_proj"))
+
+    def rotary_tables(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (T, D / 2) of positions (T,), in fp32 (fp64 where x is)."""
         # Kept in fp32: the Hugging Face forward rounds them to bf16, which costs accuracy and gains nothing.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         cos, sin = self.model.rotary_emb(x.new_empty(0, dtype=dtype), positions[None])
@@ -158,7 +160,7 @@ class Backbone:
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
-def _is_plain(module: nn.Module, x: torch.Tensor) -> bool:
+def is_plain(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether an op may compute from a module's weights: frozen, in the dtype of x, and with nobody looking on."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
@@ -167,23 +169,21 @@ def _is_plain(module: nn.Module, x: torch.Tensor) -> bool:
 
 def _norm(module, x, stream):
     """The norm of `stream + x`, and that sum."""
-    if hasattr(module, "variance_epsilon") and _is_plain(module, x):
+    if hasattr(module, "variance_epsilon") and is_plain(module, x):
         return rms_norm(x, module.weight, module.variance_epsilon, residual=stream)
     total = x if stream is None else stream + x
     return module(total), total
 
 
 def _linear(module, x):
-    return linear(x, module.weight, module.bias) if type(module) is nn.Linear and _is_plain(module, x) else module(x)
+    return linear(x, module.weight, module.bias) if type(module) is nn.Linear and is_plain(module, x) else module(x)
 
 
 def _mlp(module, x):
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    if not silu or any(type(p) is not nn.Linear for p in parts) or not _is_plain(module, x):
+    if not Backbone.is_silu(module) or not is_plain(module, x):
         return module(x)
-    gate, up, down = parts
-    if not all(_is_plain(p, x) for p in parts) or (gate.bias is None) != (up.bias is None):
+    gate, up, down = parts = module.gate_proj, module.up_proj, module.down_proj
+    if not all(is_plain(p, x) for p in parts) or (gate.bias is None) != (up.bias is None):
         return module(x)
     return _linear(down, swiglu(x, *packed((gate, up))))
 
@@ -206,6 +206,13 @@ def _window(config, layer: int) -> int:
     if types is not None:
         return window or 0 if types[layer] == "sliding_attention" else 0
     return window or 0 if config.model_type == "mistral" else 0
+
+
+def qk_norms(attention: nn.Module) -> torch.Tensor | None:
+    """(2, D) weights of the norms of query and key heads, None for a model without them."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    return torch.stack((attention.q_norm.weight, attention.k_norm.weight)).detach()
 
 
 def packed_qkv(attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,76 +1,192 @@
-"""Keys and values of the frozen decoder, held row by row with room to grow."""
+"""Keys and values of the frozen decoder: segments that rows share, and rows that read on behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from icae_fast.backbone import Backbone
-from icae_fast.spans import PackedRows, cumulative
+from icae_fast.ops import shared_prefix_attention
+from icae_fast.spans import PackedRows, pack_behind
 
 
-class DecoderCache:
-    """A key/value cache of `n_rows` rows with room for `capacity` tokens each.
+def empty_keys(backbone: Backbone, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Room for n keys or values, (layers, n, Hkv, D); a head's lie side by side in memory, as kernels read them."""
+    return torch.empty(
+        (backbone.n_layers, backbone.num_kv_heads, n, backbone.head_dim), dtype=dtype, device=device
+    ).transpose(1, 2)
 
-    A step first announces how many tokens each row gets, `rows = cache.append([...])`, and then runs
-    `backbone.forward(x, rows, cache=cache)`.
+
+def by_heads(keys: torch.Tensor) -> torch.Tensor:
+    """A copy of keys or values (layers, n, Hkv, D) that lies in memory as those of `empty_keys` do."""
+    return keys.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class KVSegment:
+    """Keys and values that the frozen decoder computed for a piece of its input, in all layers.
 
     Args:
-        backbone: gives the number of layers and the head shapes.
-        n_rows: rows.
-        capacity: tokens that each row can hold.
+        keys: (n_layers, S, Hkv, D) in the model's dtype, RoPE applied at positions `start .. start + S`; laid out as by
+            `empty_keys`.
+        values: (n_layers, S, Hkv, D), likewise.
+        start: position of the first token.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    start: int
+
+    @property
+    def length(self) -> int:
+        """S, the positions that the piece takes."""
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True)
+class SharedSegments:
+    """The segments of a batch of rows in depth-first order, each with the rows that read it.
+
+    Args:
+        segments: each one once, after those that stand before it.
+        rows: (first row, one after the last row) of each.
+    """
+
+    segments: tuple[KVSegment, ...]
+    rows: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, paths: Sequence[Sequence[KVSegment]]) -> SharedSegments:
+        """Find what neighbouring rows share, given what each row reads."""
+        segments, ranges = [], []
+
+        def visit(begin: int, end: int, depth: int) -> None:
+            row = begin
+            while row < end:
+                first = row
+                segment = paths[row][depth] if depth < len(paths[row]) else None
+                while row < end and (paths[row][depth] if depth < len(paths[row]) else None) is segment:
+                    row += 1
+                if segment is not None:
+                    segments.append(segment)
+                    ranges.append((first, row))
+                    visit(first, row, depth + 1)
+
+        visit(0, len(paths), 0)
+        return cls(tuple(segments), tuple(ranges))
+
+
+def tree_order(paths: Sequence[Sequence[KVSegment]]) -> list[int]:
+    """An order of rows in which those that share segments are neighbours; otherwise as they are."""
+    seen: dict[int, int] = {}
+    for path in paths:
+        for segment in path:
+            seen.setdefault(id(segment), len(seen))
+    return sorted(range(len(paths)), key=lambda row: [seen[id(segment)] for segment in paths[row]])
+
+
+class DecoderRows:
+    """A batch of rows in which the decoder reads on, with the keys and values of what they have read.
+
+    Args:
+        backbone: of the frozen decoder.
+        paths: the segments that each row has read; rows that share some must be neighbours (`tree_order`).
+        capacities: tokens that each row can be given.
         dtype, device: of the keys and values.
     """
 
     def __init__(
-        self, backbone: Backbone, n_rows: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (n_rows * capacity, backbone.num_kv_heads, backbone.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(backbone.n_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(backbone.n_layers)]
-        self.capacity, self.lengths = capacity, [0] * n_rows
-        self.cu_seqlens = torch.arange(n_rows + 1, dtype=torch.int32, device=device) * capacity
-        self.seqused = torch.zeros(n_rows, dtype=torch.int32, device=device)
-        self.max_seqlen = 0
-        self._places = torch.empty(0, dtype=torch.int64, device=device)
+        self, backbone: Backbone, paths: Sequence[Sequence[KVSegment]], capacities: Sequence[int], dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.keys, self.values = (empty_keys(backbone, sum(capacities), dtype, device) for _ in range(2))
+        self.paths, self.capacities = [list(p) for p in paths], list(capacities)
+        self.prefix_lengths = [sum(s.length for s in p) for p in paths]
+        self.starts = [0, *accumulate(capacities)][:-1]
+        self.lengths = [0] * len(self.starts)
+        self.shared = SharedSegments.of(self.paths)
+        self._set_tensors()
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self.keys.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, the room to grow included."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        """Bytes of keys and values, each shared segment counted once, room to grow included."""
+        return self.keys.nbytes + self.values.nbytes + sum(s.nbytes for s in self.shared.segments)
+
+    def _set_tensors(self) -> None:
+        self.tail_starts = torch.tensor(self.starts, dtype=torch.int32, device=self.device)
+        self.tail_lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, given by their places in rising order."""
+        for name in ("paths", "capacities", "prefix_lengths", "starts", "lengths"):
+            values = getattr(self, name)
+            setattr(self, name, [values[i] for i in rows])
+        self.shared = SharedSegments.of(self.paths)
+        self._set_tensors()
+
+    def tail(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values (layers, n, Hkv, D) that a row was given, which can be a segment of others."""
+        start, n = self.starts[row], self.lengths[row]
+        return tuple(by_heads(t[:, start : start + n]) for t in (self.keys, self.values))
 
     def append(self, counts: Sequence[int]) -> PackedRows:
-        """Announce `counts[i]` more tokens for row i; gives their layout, asking for each row's last hidden state."""
-        device = self.seqused.device
-        starts = self.lengths
-        self.lengths = [start + n for start, n in zip(starts, counts, strict=True)]
-        if max(self.lengths) > self.capacity:
-            raise ValueError(f"a row of {max(self.lengths)} tokens does not fit into a cache of {self.capacity}")
-        positions = torch.cat([torch.arange(s, e) for s, e in zip(starts, self.lengths, strict=True)])
-        base = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * self.capacity
-        self._places = (base + positions).to(device)
-        self.seqused = torch.tensor(self.lengths, dtype=torch.int32, device=device)
-        self.max_seqlen = max(self.lengths)
-        cu = cumulative(counts)
-        return PackedRows(
-            positions=positions,
-            cu_seqlens=cu,
-            max_seqlen=max(counts),
-            out_rows=cu[1:].to(torch.int64) - 1,
-            cu_seqlens_out=torch.arange(len(counts) + 1, dtype=torch.int32),
-            max_seqlen_out=1,
-        ).to(device)
+        """Announce `counts[i]` more tokens for row i; gives their layout, asking for each row's last hidden state.
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k and v (T, Hkv, D) of the announced tokens; gives all keys and values of the layer."""
+        Raises:
+            ValueError: a row has no room for them.
+        """
+        before = self.lengths
+        self.lengths = [n + more for n, more in zip(before, counts, strict=True)]
+        for n, capacity in zip(self.lengths, self.capacities, strict=True):
+            if n > capacity:
+                raise ValueError(f"a row of {n} tokens does not fit into the {capacity} that it was given")
+        self._set_tensors()
+        places = [torch.arange(s + n, s + n + c) for s, n, c in zip(self.starts, before, counts, strict=True)]
+        self._places = torch.cat(places).to(self.device)
+        return pack_behind([p + n for p, n in zip(self.prefix_lengths, before, strict=True)], counts).to(self.device)
+
+    def append_one(self) -> list[int]:
+        """Announce one more token for every row, for `decode_step`; gives their positions."""
+        positions = [p + n for p, n in zip(self.prefix_lengths, self.lengths, strict=True)]
+        if any(n >= capacity for n, capacity in zip(self.lengths, self.capacities, strict=True)):
+            raise ValueError("a row has no room for another token")
+        self.lengths = [n + 1 for n in self.lengths]
+        self.tail_lengths += 1
+        return positions
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float,
+        window: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """Write k and v (T, Hkv, D) of the announced tokens and attend to all that their rows have read.
+
+        Args:
+            layer: which one.
+            q: (Tq, Hq, D) queries, the last ones of each row.
+            k, v: (T, Hkv, D).
+            cu_seqlens_q: (R + 1,) int32, where each row's queries begin.
+            scale, window: see `icae_fast.ops.shared_prefix_attention`.
+
+        Returns:
+            (Tq, Hq, D).
+        """
         self.keys[layer].index_copy_(0, self._places, k)
         self.values[layer].index_copy_(0, self._places, v)
-        return self.keys[layer], self.values[layer]
-
-    def copy_row_from(self, prefix: DecoderCache) -> None:
-        """Begin every row with what the only row of `prefix` holds."""
-        n, rows = prefix.lengths[0], len(self.lengths)
-        for mine, theirs in zip((*self.keys, *self.values), (*prefix.keys, *prefix.values), strict=True):
-            mine.view(rows, self.capacity, *mine.shape[1:])[:, :n] = theirs[:n]
-        self.lengths = [n] * rows
+        return shared_prefix_attention(
+            q, self.keys[layer], self.values[layer], cu_seqlens_q, self.tail_starts, self.tail_lengths,
+            [s.keys[layer] for s in self.shared.segments], [s.values[layer] for s in self.shared.segments],
+            self.shared.rows, scale=scale, window=window,
+        )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +38,15 @@ MemorySize = Annotated[int, typer.Option(help="Slots a span, for an untrained ad
 Rate = Annotated[int, typer.Option(help="Context tokens a slot, for an untrained adapter.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else on stdout.")]
+MemoryName = Annotated[str, typer.Argument(help="A memory file, or with --store a key.")]
+Store = Annotated[str | None, typer.Option(help="The memory store that the memory is in.")]
 NewTokens = Annotated[int | None, typer.Option(min=1, help="The most tokens to write.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="Sample at this temperature; without, the likeliest tokens come.")
+]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that add up to this probability.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Sample, the same in every call with this seed.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
 
 
 def main() -> None:
@@ -81,13 +91,22 @@ def read_text(path: Path) -> str:
         raise InvalidInputError(f"cannot read {path} as UTF-8 text ({error}); check the path") from error
 
 
-def load_memory_for(path: Path, adapter: str | None, model: str, dtype: str) -> tuple[Any, Any]:
-    """The ICAE that made a memory file, and the memory."""
+def load_memory_for(memory: str, store: str | None, adapter: str | None, model: str, dtype: str) -> tuple[Any, Any]:
+    """The ICAE that made a memory, and the memory: a file, or a key in a store."""
+    from icae_fast import MemoryStore
     from icae_fast.memory_file import load_memory, read_memory_header
 
-    config = read_memory_header(path)[1]["config"]
+    if store is None:
+        header = read_memory_header(memory)[1]
+    else:
+        with MemoryStore(store, create=False) as opened:
+            header = opened.header(memory)
+    config = header["config"]
     icae = load(adapter, model, config["memory_size"], config["compression_rate"], dtype)
-    return icae, load_memory(path, icae)
+    if store is None:
+        return icae, load_memory(memory, icae)
+    with MemoryStore(store, icae, create=False) as opened:
+        return icae, opened.get(memory)
 
 
 def describe(memory: Any) -> dict[str, Any]:
@@ -105,75 +124,128 @@ def describe(memory: Any) -> dict[str, Any]:
 def compress(
     files: Annotated[list[Path], typer.Argument(help="UTF-8 text files.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the memories.")] = None,
+    store: Annotated[str | None, typer.Option(help="Memory store to put them into; texts that it holds are not compressed again.")] = None,  # noqa: E501
     adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = 128, rate: Rate = 4,
     dtype: Dtype = "bfloat16", as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Compress text files, all in one batch, into memory files (FILE.icae) beside them or in a folder."""
-    from icae_fast.memory_file import save_memory
-
+    """Compress text files, all in one batch, into memory files (FILE.icae) beside them or in a folder, or a store."""
     texts = [read_text(path) for path in files]
     targets = [(output or path.parent) / (path.name + MEMORY_SUFFIX) for path in files]
-    if len(set(targets)) < len(targets):
+    if output is not None and store is not None:
+        raise InvalidInputError("--output and --store say two places; give one of them")
+    if store is None and len(set(targets)) < len(targets):
         raise InvalidInputError("two files would write the same memory; give them different names or compress apart")
     if output is not None and not output.is_dir():
         raise InvalidInputError(f"{output} is no folder; make it first")
     icae = load(adapter, model, memory_size, rate, dtype)
+    rows = _compress_into_store(texts, store, icae) if store else _compress_into_files(texts, targets, icae)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        Console().print(_memory_table("key" if store else "memory file", rows))
+
+
+def _compress_into_files(texts: list[str], targets: list[Path], icae: Any) -> list[dict[str, Any]]:
+    from icae_fast.memory_file import save_memory
+
+    with _compressing() as on_progress:
+        memories = icae.compress(texts, on_progress=on_progress)
+    for target, memory in zip(targets, memories, strict=True):
+        save_memory(target, memory, icae)
+    return [{"memory": str(t)} | describe(m) for t, m in zip(targets, memories, strict=True)]
+
+
+def _compress_into_store(texts: list[str], path: str, icae: Any) -> list[dict[str, Any]]:
+    from icae_fast import MemoryStore
+
+    with MemoryStore(path, icae) as store, _compressing() as on_progress:
+        memories = store.compress(texts, on_progress=on_progress)
+        keys = [store.key_of(text) for text in texts]
+    return [{"memory": key} | describe(memory) for key, memory in zip(keys, memories, strict=True)]
+
+
+@contextlib.contextmanager
+def _compressing() -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("compressing"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
     with Progress(*columns, TimeElapsedColumn(), console=stderr, transient=True) as progress:
         task = progress.add_task("compressing", total=None)
-        memories = icae.compress(texts, on_progress=lambda n, of: progress.update(task, completed=n, total=of))
-    for target, memory in zip(targets, memories, strict=True):
-        save_memory(target, memory, icae)
-    rows = [{"memory": str(t)} | describe(m) for t, m in zip(targets, memories, strict=True)]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table("memory file", "tokens", "spans", "slots", "ratio", "KiB")
+        yield lambda n, of: progress.update(task, completed=n, total=of)
+
+
+def _memory_table(first: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(first, "tokens", "spans", "slots", "ratio", "KiB")
     for row in rows:
         table.add_row(
             row["memory"], str(row["tokens"]), str(len(row["spans"])), str(row["slots"]), f"{row['ratio']:.2f}",
             f"{row['bytes'] / 1024:.0f}",
         )  # fmt: skip
-    Console().print(table)
+    return table
 
 
 @app.command()
 def restore(
-    memory: Annotated[Path, typer.Argument(help="A memory file.")],
-    max_new_tokens: NewTokens = None, adapter: Adapter = None, model: Model = EMBEDDED_NAME,
+    memory: MemoryName,
+    max_new_tokens: NewTokens = None, store: Store = None, adapter: Adapter = None, model: Model = EMBEDDED_NAME,
     dtype: Dtype = "bfloat16", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write out the text that a memory holds."""
-    icae, loaded = load_memory_for(memory, adapter, model, dtype)
+    icae, loaded = load_memory_for(memory, store, adapter, model, dtype)
     streamer = None if as_json else _streamer(icae)
     text = icae.restore(loaded, max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
-        print(json.dumps({"memory": str(memory), "text": text} | describe(loaded)))
+        print(json.dumps({"memory": memory, "text": text} | describe(loaded)))
 
 
 @app.command()
 def ask(
-    memory: Annotated[Path, typer.Argument(help="A memory file.")],
+    memory: MemoryName,
     prompts: Annotated[list[str], typer.Argument(help="Questions or instructions.")],
-    max_new_tokens: NewTokens = 128, adapter: Adapter = None, model: Model = EMBEDDED_NAME,
+    max_new_tokens: NewTokens = 128, temperature: Temperature = None, top_p: TopP = None, seed: Seed = None,
+    stop: Stop = None, store: Store = None, adapter: Adapter = None, model: Model = EMBEDDED_NAME,
     dtype: Dtype = "bfloat16", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Answer questions about a memory; several are answered in one batch."""
-    icae, loaded = load_memory_for(memory, adapter, model, dtype)
-    streamer = _streamer(icae) if len(prompts) == 1 and not as_json else None
-    answers = icae.generate(loaded, list(prompts), max_new_tokens=max_new_tokens or 128, streamer=streamer)
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    options = {name: value for name, value in sampling.items() if value is not None}
+    options |= {"do_sample": bool(options), "stop_strings": stop or (), "max_new_tokens": max_new_tokens or 128}
+    icae, loaded = load_memory_for(memory, store, adapter, model, dtype)
+    if len(prompts) == 1 and not as_json:
+        for piece in icae.stream(loaded, prompts, **options):
+            print(piece.text, end="", flush=True)
+        print()
+        return
+    answers = icae.answer(loaded, prompts, **options)
     if as_json:
-        rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
-        print(json.dumps({"memory": str(memory), "answers": rows}))
-    elif streamer is None:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            print(f"> {prompt}\n{answer}\n")
+        rows = [
+            {"prompt": p, "answer": a.text, "finish_reason": a.finish_reason}
+            for p, a in zip(prompts, answers, strict=True)
+        ]
+        print(json.dumps({"memory": memory, "answers": rows}))
+        return
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(f"> {prompt}\n{answer.text}\n")
 
 
 def _streamer(icae: Any) -> Any:
     from transformers import TextStreamer
 
     return TextStreamer(icae.tokenizer, skip_special_tokens=True)
+
+
+@app.command("list")
+def list_store(
+    store: Annotated[str, typer.Argument(help="A memory store: a folder, or an fsspec address.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the memories of a store."""
+    from icae_fast import MemoryStore
+
+    with MemoryStore(store, create=False) as opened:
+        rows = [{"memory": key} | describe(opened.get(key)) for key in opened.keys()]  # noqa: SIM118
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        Console().print(_memory_table("key", rows))
 
 
 @app.command()

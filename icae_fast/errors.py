@@ -26,7 +26,7 @@ class UnsupportedModelError(ICAEError, TypeError):
 
 
 class CheckpointError(ICAEError, ValueError):
-    """A checkpoint is truncated, incomplete, misshaped or carries something unknown."""
+    """A checkpoint or memory is truncated, damaged, incomplete, misshaped or carries something unknown."""
 
 
 class BaseModelMismatchError(CheckpointError):
@@ -43,6 +43,16 @@ class NonFiniteError(ICAEError, ArithmeticError):
 
 class CacheError(ICAEError, OSError):
     """The cache folder cannot be written, or what it holds is damaged."""
+
+
+class StoreError(ICAEError, OSError):
+    """A memory store's folder cannot be used, or its index is damaged or busy."""
+
+
+class MemoryNotFoundError(ICAEError, KeyError):
+    """A memory store has no entry under this key."""
+
+    __str__ = Exception.__str__  # KeyError's shows the message's repr
 
 
 class BackendError(ICAEError, RuntimeError):

@@ -14,8 +14,10 @@ from safetensors.torch import save
 from icae_fast.errors import CheckpointError
 
 
-def write_atomically(files: Mapping[Path, bytes]) -> None:
+def write_atomically(files: Mapping[Path, bytes | bytearray]) -> None:
     """Write files under temporary names beside them, sync them, and rename them into place when all are written.
+
+    The files are on the disk when it returns, but for their names; see `sync_folder`.
 
     Raises:
         OSError: a folder cannot be written or is full; nothing is left behind and older files stay as they are.
@@ -33,6 +35,37 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk. Windows has no call for it and does it by itself."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def map_file(path: str | Path) -> torch.Tensor:
+    """The bytes of a file as a (size,) uint8 tensor that is mapped, not read.
+
+    The mapping is private: a write to the tensor stays in this process. No file descriptor is kept, so that any
+    number of files can be held; a file must not be truncated while it is (replacing or deleting it does no harm).
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    size = os.stat(path).st_size
+    if size == 0:  # which cannot be mapped
+        return torch.empty(0, dtype=torch.uint8)
+    try:
+        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        if not os.path.exists(path):  # deleted since the line before
+            raise FileNotFoundError(f"{path} was deleted") from error
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -1,103 +1,198 @@
-"""Greedy decoding of the frozen decoder from a memory."""
+"""Writing from memories: restoring contexts and answering prompts, whole or piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from icae_fast.cache import DecoderCache
-from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError
+from icae_fast import prompts as layouts
+from icae_fast.answers import Answer, AnswerBatch, FinishReason, Row
+from icae_fast.errors import InvalidInputError, TokenizerMismatchError
+from icae_fast.inputs import Context, as_list, is_int, to_ids
+from icae_fast.memory import Memory
+from icae_fast.sampling import GenerationOptions
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
 
 
-@torch.no_grad()
-def generate_greedy(
-    icae: ICAE,
-    prefix: torch.Tensor,
-    suffixes: Sequence[torch.Tensor],
-    max_new_tokens: int,
-    min_new_tokens: int = 0,
-    streamer: Any = None,
-) -> list[list[int]]:
-    """Continue `prefix + suffix` for every suffix, one row each, all rows in one batch.
-
-    The prefix (template and slots) is read once, whatever the number of rows. A row ends with its first
-    end-of-sequence token, which is returned with it as transformers' `generate` does; ids that ICAE adds to
-    the vocabulary never compete.
+class TextPiece(NamedTuple):
+    """A piece of one row's answer, as `ICAE.stream` gives it.
 
     Args:
-        icae: the model.
-        prefix: (P, d) embeddings that all rows share; P may be 0.
-        suffixes: (S_i, d) embeddings of each row, at least one token each.
-        max_new_tokens: the most tokens that a row gets.
-        min_new_tokens: tokens before which no row may end.
-        streamer: a transformers streamer (`put`, `end`); for a single row.
-
-    Returns:
-        A list of token ids for each row.
-
-    Raises:
-        ContextTooLongError: a row would pass the base model's positions.
-        InvalidInputError: token numbers out of range, or a streamer for several rows.
-        NonFiniteError: the logits hold NaN.
+        row: which prompt it answers, counted from 0.
+        text: whole characters; empty at most in a row's last piece.
+        finish_reason: as in `Answer` in a row's last piece, None before.
     """
-    _check(icae, prefix, suffixes, max_new_tokens, min_new_tokens, streamer)
-    if max_new_tokens == 0:
-        if streamer is not None:
-            streamer.end()
-        return [[] for _ in suffixes]
-    lengths = [len(s) for s in suffixes]
-    cache = DecoderCache(
-        icae.backbone, len(suffixes), len(prefix) + max(lengths) + max_new_tokens, icae.dtype, icae.device
-    )
-    if len(prefix):
-        shared = DecoderCache(icae.backbone, 1, len(prefix), icae.dtype, icae.device)
-        icae.backbone.forward(prefix, shared.append([len(prefix)]), cache=shared)
-        cache.copy_row_from(shared)
-    hidden = icae.backbone.forward(torch.cat(list(suffixes)), cache.append(lengths), cache=cache)
-    return _decode(icae, hidden, cache, max_new_tokens, min_new_tokens, streamer)
+
+    row: int
+    text: str
+    finish_reason: FinishReason | None
 
 
-def _check(icae, prefix, suffixes, max_new_tokens, min_new_tokens, streamer):
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise InvalidInputError(
-            f"min_new_tokens={min_new_tokens} and max_new_tokens={max_new_tokens}: give 0 <= min <= max"
-        )
-    if streamer is not None and len(suffixes) > 1:
-        raise InvalidInputError(f"a streamer shows one row and there are {len(suffixes)} prompts; pass one prompt")
-    longest = len(prefix) + max(len(s) for s in suffixes)
-    if longest + max_new_tokens > icae.max_positions:
-        raise ContextTooLongError(
-            f"slots and prompt take {longest} positions and max_new_tokens={max_new_tokens} more, but the base model "
-            f"has {icae.max_positions}; ask for fewer tokens, or set icae.max_positions higher if it extrapolates"
-        )
+class GenerationMixin:
+    """What an `ICAE` writes: `generate`, `answer`, `stream` and `restore`.
 
+    All rows of a call decode in one batch. Rows of one memory share what the decoder reads of it, and a row leaves the
+    batch as soon as it ends. A token costs one host synchronisation, which reads the chosen ids.
 
-def _decode(icae, hidden, cache, max_new_tokens, min_new_tokens, streamer):
-    n_rows = hidden.shape[0]
-    eos = torch.tensor(icae.eos_token_ids, dtype=torch.int64, device=icae.device)
-    produced: list[list[int]] = [[] for _ in range(n_rows)]
-    running = list(range(n_rows))
-    for step in range(max_new_tokens):
-        logits = icae.base_model.lm_head(hidden)
-        if step == 0 and not bool(torch.isfinite(logits).all()):
-            raise NonFiniteError(icae.describe_non_finite("the logits"))
-        if step < min_new_tokens:
-            logits[:, eos] = float("-inf")
-        token = logits.argmax(-1)
-        ids = token.tolist()  # the only host synchronisation of a step
-        for i in running:
-            produced[i].append(ids[i])
-        if streamer is not None:
-            streamer.put(token.cpu())
-        running = [i for i in running if ids[i] not in icae.eos_token_ids]
-        if not running or step + 1 == max_new_tokens:
-            break
-        hidden = icae.backbone.forward(icae.embed(token), cache.append([1] * n_rows), cache=cache)
-    if streamer is not None:
-        streamer.end()
-    return produced
+    Every method takes the fields of `icae_fast.sampling.GenerationOptions` as keyword arguments: `do_sample`,
+    `temperature`, `top_k`, `top_p`, `seed`, `repetition_penalty`, `stop_strings`, `eos_token_id`, `logits_processor`
+    and `stopping_criteria`.
+    """
+
+    def generate(
+        self: ICAE,
+        memory: Memory | Sequence[Memory],
+        prompts: Context | Sequence[Context],
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        return_ids: bool = False,
+        streamer: Any = None,
+        **options: Any,
+    ) -> list[str] | list[list[int]]:
+        """Answer prompts about memories.
+
+        With several memories, prompt i is about memory i. Where there is one of either, it goes with all of the
+        other: many prompts about one memory, or one prompt about many.
+
+        Args:
+            memory: of this model, one or a list.
+            prompts: a text, a row of ids, or a list of those; laid out by the config's `prompt_format`.
+            max_new_tokens: the most tokens of an answer.
+            min_new_tokens: tokens before which no end-of-sequence token may come; a stop string may.
+            return_ids: give ids even if there is a tokenizer.
+            streamer: a transformers streamer, for a single row. It gets every token, of stop strings too; one with
+                `skip_prompt` gets the prompt's ids first, as it expects.
+            options: see `GenerationOptions`; greedy by default.
+
+        Returns:
+            An answer for each row: text, or ids, the end-of-sequence token last if it came to one.
+
+        Raises:
+            InvalidInputError: no or an empty prompt, ids out of range, a memory of another model, other numbers of
+                prompts than of memories, or an option that is out of range or unknown.
+            ContextTooLongError: slots, prompt and answer would pass the base model's positions.
+            TokenizerMismatchError: text without a tokenizer.
+            NonFiniteError: logits hold NaN, or processors leave nothing to choose from.
+        """
+        if not return_ids:
+            self._check_has_tokenizer()
+        answers = self.answer(memory, prompts, max_new_tokens, min_new_tokens, streamer, **options)
+        return [a.ids if return_ids else a.text for a in answers]
+
+    def answer(
+        self: ICAE,
+        memory: Memory | Sequence[Memory],
+        prompts: Context | Sequence[Context],
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        streamer: Any = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """`generate` with ids, text and the reason of ending of each row; arguments and errors are the same."""
+        rows = self._rows(memory, prompts, max_new_tokens)
+        return AnswerBatch(self, rows, min_new_tokens, GenerationOptions.of(options), streamer).finish()
+
+    def stream(
+        self: ICAE,
+        memory: Memory | Sequence[Memory],
+        prompts: Context | Sequence[Context],
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        **options: Any,
+    ) -> Iterator[TextPiece]:
+        """`generate` piece by piece: yields a row's text as soon as it is certain, rows as they come.
+
+        Pieces hold whole characters and no part of a stop string; those of a row add up to what `generate` gives
+        (`IncrementalText` tells of an exception, invalid bytes of tokenizers with byte fallback).
+        Arguments are checked by the call itself, and decoding goes on only while the iterator is read.
+
+        Raises:
+            InvalidInputError, ContextTooLongError, TokenizerMismatchError, NonFiniteError: as `generate`.
+        """
+        self._check_has_tokenizer()
+        rows = self._rows(memory, prompts, max_new_tokens)
+        steps = AnswerBatch(self, rows, min_new_tokens, GenerationOptions.of(options), incremental=True).run()
+        return (TextPiece(row.index, piece, row.reason) for row, piece in steps if piece or row.reason)
+
+    def restore(
+        self: ICAE,
+        memory: Memory | Sequence[Memory],
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        return_ids: bool = False,
+        streamer: Any = None,
+        **options: Any,
+    ) -> str | list[int] | list[str] | list[list[int]]:
+        """Write out the contexts that memories hold (autoencoding), from `[slots, AE]`.
+
+        Args:
+            memory: of this model, one or a list.
+            max_new_tokens: by default the context's length and 16 more, or as many as the base model has positions.
+            min_new_tokens, return_ids, streamer, options: as of `generate`.
+
+        Returns:
+            Text, or ids, the end-of-sequence token last if it came to one; a list of those for a list of memories.
+
+        Raises:
+            InvalidInputError, ContextTooLongError, TokenizerMismatchError, NonFiniteError: as `generate`.
+        """
+        memories = self._memories(memory)
+        if not return_ids:
+            self._check_has_tokenizer()
+
+        def limit(m: Memory) -> int:
+            room = max(1, self.max_positions - m.n_slots - 1)
+            least = min_new_tokens if is_int(min_new_tokens) else 0  # anything else is refused below
+            return max(least, min(m.n_source_tokens + 16, room))
+
+        rows = [
+            Row(i, m, [], [self.vocabulary.ae], [], limit(m) if max_new_tokens is None else max_new_tokens)
+            for i, m in enumerate(memories)
+        ]
+        answers = AnswerBatch(self, rows, min_new_tokens, GenerationOptions.of(options), streamer).finish()
+        results = [a.ids if return_ids else a.text for a in answers]
+        return results[0] if isinstance(memory, Memory) else results
+
+    def prompt_ids(self: ICAE, prompt: Context) -> tuple[list[int], list[int]]:
+        """Ids before and after the slots when `prompt` is asked: the decoder reads `prefix, slots, suffix`.
+
+        Raises:
+            InvalidInputError, TokenizerMismatchError: the prompt is empty, out of range, or text without a
+                tokenizer.
+        """
+        return self._layout(self._own_prompt_ids(prompt))
+
+    def _own_prompt_ids(self: ICAE, prompt: Context) -> list[int]:
+        ids = to_ids(prompt, self.tokenizer, "the prompt", add_special_tokens=False)
+        return self.vocabulary.check_context(ids, "the prompt").tolist()
+
+    def _layout(self: ICAE, ids: list[int]) -> tuple[list[int], list[int]]:
+        return layouts.prompt_ids(ids, self.tokenizer, self.vocabulary, self.config.prompt_format)
+
+    def _memories(self: ICAE, memory: Memory | Sequence[Memory]) -> list[Memory]:
+        memories = list(memory) if isinstance(memory, (list, tuple)) else [memory]
+        if not memories:
+            raise InvalidInputError("the list of memories is empty; give at least one")
+        for m in {id(m): m for m in memories}.values():
+            self._check_memory(m)
+        return memories
+
+    def _rows(self: ICAE, memory, prompts, max_new_tokens: int) -> list[Row]:
+        memories, asked = self._memories(memory), [self._own_prompt_ids(p) for p in as_list(prompts)]
+        n = max(len(memories), len(asked))
+        if {len(memories), len(asked)} - {1, n}:
+            raise InvalidInputError(
+                f"there are {len(memories)} memories and {len(asked)} prompts; give a prompt for each memory, one "
+                "prompt for all, or one memory"
+            )
+        memories, asked = (x * n if len(x) == 1 else x for x in (memories, asked))
+        return [
+            Row(i, m, *self._layout(ids), ids, max_new_tokens)
+            for i, (m, ids) in enumerate(zip(memories, asked, strict=True))
+        ]
+
+    def _check_has_tokenizer(self: ICAE) -> None:
+        if self.tokenizer is None:
+            raise TokenizerMismatchError("there is no tokenizer to write text with; pass return_ids=True or tokenizer=")

@@ -52,7 +52,15 @@ def check_base(model: nn.Module, identity: dict[str, Any], what: str) -> None:
     Raises:
         BaseModelMismatchError: another shape, or other weights.
     """
-    mine = base_identity(model)
+    compare_identities(base_identity(model), identity, what)
+
+
+def compare_identities(mine: dict[str, Any], identity: dict[str, Any], what: str) -> None:
+    """Raise unless both are of one base model, `identity` being that which `what` was made for.
+
+    Raises:
+        BaseModelMismatchError: another shape, or other weights.
+    """
     differing = [f"{n} {identity[n]} (here {mine[n]})" for n in _SHAPE_FIELDS if n in identity and identity[n] != mine[n]]  # noqa: E501  # fmt: skip
     if differing:
         raise BaseModelMismatchError(

@@ -80,10 +80,11 @@ def check_tokenizer(tokenizer: Any, n_base: int) -> None:
 def _is_ids(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dim() == 1
-    return not isinstance(value, str) and len(value) > 0 and all(_is_int(v) for v in value)
+    return not isinstance(value, str) and len(value) > 0 and all(is_int(v) for v in value)
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether a value is one whole number that fits into 64 bits; truth values and tensors are not."""
     if isinstance(value, (bool, torch.Tensor)):
         return False
     try:
@@ -128,6 +129,6 @@ def to_ids(value: Any, tokenizer: Any, what: str, *, add_special_tokens: bool) -
                 f"{what} is a {value.dtype} tensor of shape {tuple(value.shape)}; token ids are one row of integers"
             )
         return value.to(device="cpu", dtype=torch.int64)
-    if not hasattr(value, "__len__") or not all(_is_int(v) for v in value):
+    if not hasattr(value, "__len__") or not all(is_int(v) for v in value):
         raise InvalidInputError(f"{what} is neither text nor a row of integer token ids")
     return torch.tensor([int(v) for v in value], dtype=torch.int64)

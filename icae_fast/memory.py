@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from icae_fast.errors import InvalidInputError, NonFiniteError
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -50,3 +52,41 @@ class Memory:
             f"Memory({self.n_source_tokens} tokens in {len(self.span_lengths)} spans -> {self.n_slots} slots, "
             f"{self.nbytes / 1024:.0f} KiB {str(self.slots.dtype).removeprefix('torch.')})"
         )
+
+
+@dataclass(frozen=True)
+class SlotKV:
+    """Keys and values that the frozen decoder has for a memory's slots behind a certain prefix.
+
+    Args:
+        keys, values: (n_layers, n_slots, Hkv, D) in the model's dtype, rotated to positions from `start` on.
+        prefix_ids: the tokens that stand before the slots; attention makes the values depend on all of them.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    prefix_ids: tuple[int, ...] = ()
+
+    @property
+    def start(self) -> int:
+        """The position of the first slot."""
+        return len(self.prefix_ids)
+
+
+def check_memory(memory: Memory, memory_size: int, hidden_size: int) -> None:
+    """Raise unless a memory can be one of a model with k = `memory_size` and d = `hidden_size`.
+
+    Raises:
+        InvalidInputError: no memory, or one with another k or d.
+        NonFiniteError: its slots hold NaN or infinity.
+    """
+    if not isinstance(memory, Memory):
+        raise InvalidInputError(f"expected one Memory and got {type(memory).__name__}; compress gives a list of them")
+    shape = (len(memory.span_lengths) * memory_size, hidden_size)
+    if memory.slots.shape != shape:
+        raise InvalidInputError(
+            f"the memory's slots are {tuple(memory.slots.shape)}, but {len(memory.span_lengths)} spans of this "
+            f"model give {shape}; use the model that made the memory"
+        )
+    if not bool(torch.isfinite(memory.slots).all()):
+        raise NonFiniteError("the memory's slots hold NaN or infinity; compress the context again")

@@ -8,24 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from icae_fast import prompts
 from icae_fast.adapter import LoRAAdapter
 from icae_fast.adapter_mode import AdapterModeMixin, EncoderWeights
 from icae_fast.backbone import Backbone, check_supported
 from icae_fast.config import ICAEConfig
 from icae_fast.encoder import encode_spans
-from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
-from icae_fast.generation import generate_greedy
+from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError, NonFiniteError
+from icae_fast.generation import GenerationMixin
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
+from icae_fast.kv_tree import SlotKVTree
 from icae_fast.loss import decoder_forward
-from icae_fast.memory import Memory
+from icae_fast.memory import Memory, check_memory
 from icae_fast.pretrained import PretrainedMixin
+from icae_fast.slot_kv import SlotKVMixin
 from icae_fast.spans import span_lengths
 
 DEFAULT_TOKEN_BUDGET = 4096
 
 
-class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
+class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.Module):
     """Compresses long contexts into memory slots that the frozen base model reads in their place.
 
     The encoder is the base model with LoRA on q and v reading `[span, k memory tokens]`; the slots are its
@@ -42,6 +43,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
         slot_gain: () or None. These three are what is trained.
         max_positions: the most positions that the decoder may use; the base model's own limit unless set.
         adapter_mode: how compressing applies the LoRA: "auto", "fused" or "merged"; see `AdapterModeMixin`.
+        slot_kv: the `SlotKVTree` of keys and values that the decoder has read; see `SlotKVMixin`.
 
     Source: Ge et al., arXiv 2307.06945; getao/icae `code/icae_v2/modeling_icae_multi_span.py`.
     """
@@ -69,6 +71,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
             config, b.n_layers, b.hidden_size, b.num_q_heads * b.head_dim, b.num_kv_heads * b.head_dim, trained_dtype
         ).to(embedding.device)
         self.encoder_weights = EncoderWeights()
+        self.slot_kv = SlotKVTree(self.backbone)
         self.memory_token_embed = nn.Embedding(config.memory_size + 3, b.hidden_size, dtype=trained_dtype)
         # Memory tokens that begin as words are within the range that the first layer knows; the reference's
         # N(0, 1) is seven times wider than SmolLM2's embeddings (standard deviation 0.136).
@@ -135,17 +138,6 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
         embeddings = torch.where((special >= 0)[..., None], added, base)
         return embeddings.masked_fill((ids == self.vocabulary.pad)[..., None], 0.0)
 
-    def prompt_ids(self, prompt: Context) -> tuple[list[int], list[int]]:
-        """Ids before and after the slots when `prompt` is asked: the decoder reads `prefix, slots, suffix`.
-
-        Raises:
-            InvalidInputError, TokenizerMismatchError: the prompt is empty, out of range, or text without a
-                tokenizer.
-        """
-        ids = to_ids(prompt, self.tokenizer, "the prompt", add_special_tokens=False)
-        ids = self.vocabulary.check_context(ids, "the prompt").tolist()
-        return prompts.prompt_ids(ids, self.tokenizer, self.vocabulary, self.config.prompt_format)
-
     def encode(self, contexts: Sequence[torch.Tensor], token_budget: int = DEFAULT_TOKEN_BUDGET,
                on_progress: Callable[[int, int], None] | None = None) -> list[torch.Tensor]:  # fmt: skip
         """Slots of each context, with a graph for training.
@@ -194,7 +186,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
         """
         if token_budget < 1:
             raise InvalidInputError(f"token_budget is {token_budget}; give at least 1")
-        rows = [self._context_ids(c, f"context {i}") for i, c in enumerate(as_list(contexts))]
+        rows = [self.context_ids(c, f"context {i}") for i, c in enumerate(as_list(contexts))]
         try:
             slots = encode_spans(self, rows, token_budget, on_progress, dropout=False)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -208,7 +200,16 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
             raise NonFiniteError(self.describe_non_finite("the memory slots"))
         return [Memory(s, len(r), tuple(span_lengths(len(r), self.config))) for s, r in zip(slots, rows, strict=True)]
 
-    def _context_ids(self, context: Context, what: str) -> torch.Tensor:
+    def context_ids(self, context: Context, what: str = "the context") -> torch.Tensor:
+        """The ids that `compress` reads of a text or row of ids, (L,) int64 on the CPU.
+
+        Args:
+            context: as for `compress`.
+            what: names it in error messages.
+
+        Raises:
+            InvalidInputError, ContextTooLongError, TokenizerMismatchError: see `compress`.
+        """
         ids = to_ids(context, self.tokenizer, what, add_special_tokens=True)
         ids = self.vocabulary.check_context(ids, what)
         n_slots = len(span_lengths(len(ids), self.config)) * self.config.memory_size
@@ -235,7 +236,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
         """
         self._check_memory(memory)
         ids = to_ids(more, self.tokenizer, "the extension", add_special_tokens=False)
-        new = self.compress([self._context_ids(ids, "the extension")], token_budget=token_budget)[0]
+        new = self.compress([self.context_ids(ids, "the extension")], token_budget=token_budget)[0]
         if memory.n_slots + new.n_slots >= self.max_positions:
             raise ContextTooLongError(
                 f"{memory.n_slots} slots and {new.n_slots} more do not fit into the base model's "
@@ -248,85 +249,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, nn.Module):
         )
 
     def _check_memory(self, memory: Memory) -> None:
-        if not isinstance(memory, Memory):
-            raise InvalidInputError(
-                f"expected one Memory and got {type(memory).__name__}; compress gives a list of them"
-            )
-        k, d = self.config.memory_size, self.backbone.hidden_size
-        if memory.slots.shape != (len(memory.span_lengths) * k, d):
-            raise InvalidInputError(
-                f"the memory's slots are {tuple(memory.slots.shape)}, but {len(memory.span_lengths)} spans of this "
-                f"model give {(len(memory.span_lengths) * k, d)}; use the model that made the memory"
-            )
-        if not bool(torch.isfinite(memory.slots).all()):
-            raise NonFiniteError("the memory's slots hold NaN or infinity; compress the context again")
-
-    def restore(
-        self, memory: Memory, max_new_tokens: int | None = None, min_new_tokens: int = 0, return_ids: bool = False,
-        streamer: Any = None,
-    ) -> str | list[int]:  # fmt: skip
-        """Write out the context that a memory holds (autoencoding): greedy from `[slots, AE]`.
-
-        Args:
-            memory: of this model.
-            max_new_tokens: by default the context's length and 16 more, or as many as the base model has positions.
-            min_new_tokens: tokens before which it may not end.
-            return_ids: give ids even if there is a tokenizer.
-            streamer: a transformers streamer.
-
-        Returns:
-            Text, or ids, the end-of-sequence token last if it came to one.
-
-        Raises:
-            TokenizerMismatchError: text is asked for without a tokenizer.
-        """
-        self._check_memory(memory)
-        if max_new_tokens is None:
-            room = max(1, self.max_positions - memory.n_slots - 1)
-            max_new_tokens = max(min_new_tokens, min(memory.n_source_tokens + 16, room))
-        pairs = [([], [self.vocabulary.ae])]
-        return self._generate(memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer)[0]
-
-    def generate(
-        self,
-        memory: Memory,
-        prompts: Context | Sequence[Context],
-        max_new_tokens: int = 128,
-        min_new_tokens: int = 0,
-        return_ids: bool = False,
-        streamer: Any = None,
-    ) -> list[str] | list[list[int]]:
-        """Answer prompts about a memory, greedily; all prompts in one batch, the slots read once.
-
-        Args:
-            memory: of this model.
-            prompts: a text, a row of ids, or a list of those; laid out by the config's `prompt_format`.
-            max_new_tokens: the most tokens of an answer.
-            min_new_tokens: tokens before which an answer may not end.
-            return_ids: give ids even if there is a tokenizer.
-            streamer: a transformers streamer, for a single prompt.
-
-        Returns:
-            An answer for each prompt: text, or ids, the end-of-sequence token last if it came to one.
-
-        Raises:
-            InvalidInputError: no or an empty prompt, ids out of range, a memory of another model.
-            ContextTooLongError: slots, prompt and answer would pass the base model's positions.
-            TokenizerMismatchError: text without a tokenizer.
-        """
-        pairs = [self.prompt_ids(p) for p in as_list(prompts)]
-        return self._generate(memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer)
-
-    @torch.no_grad()
-    def _generate(self, memory, pairs, max_new_tokens, min_new_tokens, return_ids, streamer):
-        self._check_memory(memory)
-        if not return_ids and self.tokenizer is None:
-            raise TokenizerMismatchError("there is no tokenizer to write text with; pass return_ids=True or tokenizer=")
-        template = self.tokens_to_embeddings(torch.tensor(pairs[0][0], dtype=torch.int64))
-        prefix = torch.cat((template, memory.slots.to(template)))
-        suffixes = [self.tokens_to_embeddings(torch.tensor(s, dtype=torch.int64)) for _, s in pairs]
-        rows = generate_greedy(self, prefix, suffixes, max_new_tokens, min_new_tokens, streamer)
-        return rows if return_ids else [self.tokenizer.decode(r, skip_special_tokens=True) for r in rows]
+        check_memory(memory, self.config.memory_size, self.backbone.hidden_size)
 
     def forward(
         self,

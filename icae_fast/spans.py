@@ -93,6 +93,22 @@ def pack_spans(lengths: Sequence[int], config: ICAEConfig) -> PackedRows:
     )
 
 
+def pack_behind(starts: Sequence[int], counts: Sequence[int]) -> PackedRows:
+    """The layout of rows that go on at positions `starts` with `counts` tokens each.
+
+    Only each row's last hidden state is asked for.
+    """
+    cu = cumulative(counts)
+    return PackedRows(
+        positions=torch.cat([torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]),
+        cu_seqlens=cu,
+        max_seqlen=max(counts),
+        out_rows=cu[1:].to(torch.int64) - 1,
+        cu_seqlens_out=torch.arange(len(counts) + 1, dtype=torch.int32),
+        max_seqlen_out=1,
+    )
+
+
 def micro_batches(costs: Sequence[int], budget: int) -> Iterator[range]:
     """Cut a sequence into runs whose costs add up to at most `budget`; one that costs more goes alone."""
     start = total = 0

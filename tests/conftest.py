@@ -7,10 +7,11 @@ import huggingface_hub
 import hypothesis
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from icae_fast import ICAE, ICAEConfig, embedded
+from icae_fast import ICAE, ICAEConfig, MemoryStore, embedded
+from store_helpers import make_origin
 
 # No time limit (machines differ), the same examples each run, and nothing written into the checkout.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -140,6 +141,13 @@ def random_ids():
 
 
 @pytest.fixture
+def store(tmp_path):
+    """An empty local memory store without a model, k = 4 and d = 16."""
+    with MemoryStore(tmp_path / "store", make_origin()) as opened:
+        yield opened
+
+
+@pytest.fixture
 def make_tokenizer():
     """`make_tokenizer(size=96)`: word `w7` is id 7."""
 
@@ -152,6 +160,40 @@ def make_tokenizer():
         )
 
     return make
+
+
+_SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "</s>"}
+# Merges within characters and across them come of these.
+_BPE_TEXT = "the cat sat on the mat, naïve café; 日本語の文 日本語 😀😃😄 zażółć gęślą jaźń " * 4
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A byte-level BPE tokenizer of 320 tokens, like GPT-2's: ids 0 to 2 are special, many others half characters."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(_SPECIAL.values()),
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator([_BPE_TEXT], trainer)
+    assert backend.get_vocab_size() == 320
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **_SPECIAL)
+
+
+@pytest.fixture(scope="session")
+def fallback_tokenizer():
+    """A tokenizer like LLaMA 2's: words begin with a blank, unknown characters are byte tokens."""
+    words = [*_SPECIAL.values(), *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghij", "▁ab", "▁a", "ab"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    merges = [("a", "b"), ("▁", "a"), ("▁", "ab")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<pad>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **_SPECIAL)
 
 
 class RecordingStreamer:

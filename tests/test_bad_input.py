@@ -310,7 +310,7 @@ class TestMemories:
                     call()
 
     def test_no_memory_but_something_else(self, tiny_icae, memory):
-        for wrong in ([memory], memory.slots, None, "text"):
+        for wrong in (memory.slots, None, "text", [[memory]], [memory, memory.slots]):
             for call in (
                 lambda m=wrong: tiny_icae.generate(m, [5], return_ids=True),
                 lambda m=wrong: tiny_icae.restore(m, return_ids=True),
@@ -318,6 +318,8 @@ class TestMemories:
             ):
                 with pytest.raises(Invalid, match=r"expected one Memory and got .*; compress gives a list of them"):
                     call()
+        with pytest.raises(Invalid, match="expected one Memory and got list"):
+            tiny_icae.extend([memory], [5])
 
     def test_a_failed_extension_leaves_the_memory_alone(self, tiny_icae, memory):
         before = memory.slots.clone()
@@ -327,10 +329,14 @@ class TestMemories:
 
 
 class TestGenerationArguments:
-    @pytest.mark.parametrize(("low", "high"), [(4, 3), (-1, 3), (0, -1)])
+    @pytest.mark.parametrize(("low", "high"), [(4, 3), (-1, 3), (0, -1), (0, 2.5), (0, None), (True, 3)])
     def test_numbers_of_tokens(self, tiny_icae, memory, low, high):
         with pytest.raises(Invalid, match=f"min_new_tokens={low} and max_new_tokens={high}: give 0 <= min <= max"):
             tiny_icae.generate(memory, [5], high, min_new_tokens=low, return_ids=True)
+
+    def test_a_minimum_that_is_no_number(self, tiny_icae, memory):
+        with pytest.raises(Invalid, match=r"min_new_tokens=few and max_new_tokens=36: .* whole numbers"):
+            tiny_icae.restore(memory, min_new_tokens="few", return_ids=True)
 
     def test_a_streamer_for_several_prompts(self, tiny_icae, memory, streamer):
         with pytest.raises(Invalid, match="there are 2 prompts; pass one prompt"):

@@ -57,6 +57,17 @@ def test_compress_restore_ask(run, text_file, tmp_path):
     code, out, _ = run("ask", memory, "Who kept the light?", "What burned?", "--max-new-tokens", 4)
     assert out.startswith("> Who kept the light?\n")
 
+    sampled = ("ask", memory, "Who kept the light?", "--max-new-tokens", 8, "--temperature", 1.5, "--seed", 3)
+    code, out, _ = run(*sampled, "--json")
+    answer = json.loads(out)["answers"][0]
+    assert answer["finish_reason"] == "length"
+    assert run(*sampled)[:2] == (0, answer["answer"] + "\n")
+    stop = answer["answer"][3]
+    cut = answer["answer"].partition(stop)[0]
+    assert run(*sampled, "--stop", stop)[:2] == (0, cut + "\n")
+    code, _, err = run(*sampled, "--top-p", 2)
+    assert (code, "top_p is 2" in err) == (2, True)
+
 
 def test_compress_into_a_folder_as_a_table(run, text_file, tmp_path):
     folder = tmp_path / "memories"
@@ -65,6 +76,36 @@ def test_compress_into_a_folder_as_a_table(run, text_file, tmp_path):
     assert code == 0
     assert "tokens" in out
     assert (folder / "note.txt.icae").is_file()
+
+
+def test_a_store_is_compressed_into_listed_and_asked(run, text_file, tmp_path, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text("A second, shorter text.")
+    store = tmp_path / "store"
+    code, out, _ = run("compress", text_file, "--store", store, "--memory-size", 16, "--json")
+    assert code == 0
+    (first,) = json.loads(out)
+    calls = []
+    compress = ICAE.compress
+    monkeypatch.setattr(ICAE, "compress", lambda self, c, **o: calls.append(len(c)) or compress(self, c, **o))
+    code, out, _ = run("compress", text_file, other, "--store", store, "--memory-size", 16, "--json")
+    assert calls == [1]
+    rows = json.loads(out)
+    assert rows[0] == first
+    assert not list(tmp_path.glob("*.icae"))
+    code, out, _ = run("list", store, "--json")
+    assert code == 0
+    assert json.loads(out) == sorted(rows, key=lambda row: row["memory"])
+    code, out, _ = run("list", store)
+    assert all(row["memory"] in out for row in rows)
+    code, out, _ = run("ask", first["memory"], "Who?", "--store", store, "--max-new-tokens", 2, "--json")
+    assert code == 0
+    assert json.loads(out)["answers"][0]["prompt"] == "Who?"
+    code, out, _ = run("restore", first["memory"], "--store", store, "--max-new-tokens", 2, "--json")
+    assert json.loads(out)["tokens"] == first["tokens"]
+    code, _, err = run("ask", "absent", "Who?", "--store", store)
+    assert code == 2
+    assert "no entry 'absent'" in err
 
 
 def test_a_saved_adapter_is_used(run, text_file, tmp_path, smollm2):
@@ -120,6 +161,9 @@ def test_bench_latency(run, text_file, tmp_path):
         (["restore", "note.txt"], "not a safetensors file"),
         (["compress", "note.txt", "-o", "nowhere"], "make it first"),
         (["compress", "note.txt", "note.txt"], "different names"),
+        (["compress", "note.txt", "-o", ".", "--store", "store"], "two places"),
+        (["list", "nowhere"], "no memory store in nowhere"),
+        (["ask", "key", "Who?", "--store", "nowhere"], "no memory store in nowhere"),
         (["compress", "note.txt", "--memory-size", "0"], "memory_size is 0"),
         (["compress", "note.txt", "--dtype", "int4"], "bfloat16 or float32"),
         (["compress", "empty.txt"], "is empty"),

@@ -1,12 +1,15 @@
-"""Greedy decoding from a memory: batches, ends of sequence, streaming and prompt layouts.
+"""Greedy decoding from memories: batches, ends of sequence, rows that leave, streamers and prompt layouts.
 
-That the tokens are those of Hugging Face's own loop is tested for every architecture in `test_models.py`.
+That the tokens are those of Hugging Face's own loop is tested for every architecture in `test_models.py`, that they
+are the baseline's in `test_greedy.py`.
 """
 
 import pytest
 import torch
+from transformers import TextIteratorStreamer
 
-from icae_fast.errors import TokenizerMismatchError
+from icae_fast.decoding import DecodeSession
+from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,6 +105,95 @@ def test_one_prompt_gives_a_list_of_one_answer(icae, memory):
     assert len(expected) == 1
     for same in (ids, tuple(ids), torch.tensor(ids), [torch.tensor(ids)]):
         assert icae.generate(memory, same, 4, return_ids=True) == expected
+
+
+@pytest.fixture
+def rows_of_steps(monkeypatch):
+    """Numbers of rows that each decoding step after the first computes."""
+    counts, step = [], DecodeSession.step
+    monkeypatch.setattr(DecodeSession, "step", lambda self, ids: counts.append(len(ids)) or step(self, ids))
+    return counts
+
+
+def test_a_row_that_ends_leaves_the_batch(icae, memory, prompts, rows_of_steps):
+    free = icae.generate(memory, prompts, 15, return_ids=True)
+    assert rows_of_steps == [4] * 14
+    patterns = set()
+    for eos in sorted({i for row in free for i in row}):
+        rows_of_steps.clear()
+        rows = icae.generate(memory, prompts, 15, return_ids=True, eos_token_id=eos)
+        assert rows == [row[: row.index(eos) + 1] if eos in row else row for row in free]
+        assert rows_of_steps == [sum(len(row) > n for row in rows) for n in range(1, max(map(len, rows)))]
+        patterns.add(tuple(len(row) < 15 for row in rows))
+    assert {(True, False, False, False), (False, False, False, True)} <= patterns  # the first row, and the last
+
+
+def test_many_memories_equal_one_by_one(icae, random_ids, prompts, monkeypatch):
+    memories = icae.compress([random_ids(n, seed=n) for n in (40, 3, 16, 70)])
+    one_by_one = [icae.generate(m, p, 9, return_ids=True)[0] for m, p in zip(memories, prompts, strict=True)]
+    assert icae.generate(memories, prompts, 9, return_ids=True) == one_by_one
+    assert icae.generate(memories[::-1], prompts[::-1], 9, return_ids=True) == one_by_one[::-1]
+    to_all = [icae.generate(m, prompts[0], 9, return_ids=True)[0] for m in memories]
+    assert icae.generate(memories, prompts[0], 9, return_ids=True) == to_all
+    assert icae.generate(tuple(memories), prompts[:1], 9, return_ids=True) == to_all
+    to_one = icae.generate(memories[0], prompts, 9, return_ids=True)
+    assert icae.generate(memories[:1], prompts, 9, return_ids=True) == to_one
+    read = []
+    init = DecodeSession.__init__
+    monkeypatch.setattr(
+        DecodeSession,
+        "__init__",
+        lambda self, *args: read.append(len({tuple(map(id, p)) for p in args[1]})) or init(self, *args),
+    )
+    first, second = memories[:2]
+    assert icae.generate([first, second, first], prompts[:3], 9, return_ids=True) == [
+        to_one[0], one_by_one[1], to_one[2],
+    ]  # fmt: skip
+    assert read == [2]  # the memory that is asked twice is read once
+
+
+def test_memories_and_prompts_that_do_not_pair(icae, memory, prompts):
+    with pytest.raises(
+        InvalidInputError, match="there are 2 memories and 4 prompts; give a prompt for each memory, on"
+    ):
+        icae.generate([memory, memory], prompts, 3, return_ids=True)
+    with pytest.raises(InvalidInputError, match="the list of memories is empty"):
+        icae.generate([], prompts, 3, return_ids=True)
+
+
+def test_restoring_many_equals_one_by_one(icae, random_ids):
+    """Each has its own limit, the length of its context and 16 more."""
+    memories = icae.compress([random_ids(n, seed=n) for n in (1, 40, 7)])
+    one_by_one = [icae.restore(m, return_ids=True) for m in memories]
+    assert [len(row) for row in one_by_one] == [17, 56, 23]
+    assert icae.restore(memories, return_ids=True) == one_by_one
+    assert icae.restore(memories[:1], 5, return_ids=True) == [one_by_one[0][:5]]
+
+
+def test_the_penalty_sees_the_prompt_and_what_was_generated(icae, memory):
+    """Token by token what the training forward's logits, penalised, have as their best."""
+    prompt, penalty = [5, 6, 7, 8], 2.0
+    answer = icae.generate(memory, prompt, 12, return_ids=True, repetition_penalty=penalty)[0]
+    assert answer != icae.generate(memory, prompt, 12, return_ids=True)[0]
+    v = icae.vocabulary
+    row = [*torch.arange(v.first_memory, v.ae).repeat(memory.n_slots // 4), v.ft, *prompt]
+    embeddings = icae.tokens_to_embeddings(torch.tensor(row + answer))
+    embeddings = torch.cat((memory.slots, embeddings[memory.n_slots :]))
+    with torch.no_grad():
+        logits = icae.base_model(inputs_embeds=embeddings[None]).logits[0, len(row) - 1 : -1]
+    for n, (scores, token) in enumerate(zip(logits, answer, strict=True)):
+        seen = torch.tensor(prompt + answer[:n])
+        scores[seen] = torch.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        assert scores.argmax() == token
+
+
+def test_a_streamer_that_skips_the_prompt_shows_the_whole_answer(make_icae, make_tokenizer, random_ids):
+    icae = make_icae(tokenizer=make_tokenizer())
+    memory = icae.compress(random_ids(10))[0]
+    for skip_prompt in (True, False):
+        streamer = TextIteratorStreamer(icae.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+        answer = icae.generate(memory, "w5 w6", 8, streamer=streamer)[0]
+        assert "".join(streamer) == answer != ""
 
 
 def test_prompt_layouts(make_icae, make_tokenizer):

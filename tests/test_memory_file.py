@@ -1,9 +1,12 @@
 """Memories in files: what goes in comes out, and nothing is read by the wrong model."""
 
+import json
+
 import pytest
 import torch
 
 from icae_fast import errors
+from icae_fast.files import save_tensors
 from icae_fast.memory_file import load_memory, read_memory_header, save_memory
 
 
@@ -55,3 +58,45 @@ def test_a_folder_that_cannot_be_written(saved, tmp_path):
     with pytest.raises(errors.CheckpointError, match="cannot write"):
         save_memory(path / "below-a-file", memory, icae)
     assert load_memory(path, icae).n_slots == memory.n_slots
+
+
+def test_a_file_of_version_1_is_read(saved, make_icae, tmp_path):
+    icae, memory, path = saved
+    header = read_memory_header(path)[1]
+    names = ("n_source_tokens", "span_lengths", "config", "base", "adapter_hash")
+    old = {"format_version": 1} | {n: header[n] for n in names}
+    save_tensors(tmp_path / "old", {"slots": memory.slots}, {"icae_memory": json.dumps(old)})
+    loaded = load_memory(tmp_path / "old", icae)
+    assert torch.equal(loaded.slots, memory.slots)
+    assert (loaded.n_source_tokens, loaded.span_lengths) == (40, memory.span_lengths)
+    with pytest.raises(errors.BaseModelMismatchError):
+        load_memory(tmp_path / "old", make_icae(seed=5))
+    for change, message in (
+        ({"format_version": 2}, "lost its checksums"), ({"format_version": 9}, "install a newer"),
+        ({"format_version": "1"}, "no memory file"), ({"base": "llama"}, "no memory file"),
+        ({"config": {"k": 1}}, "no memory file"),
+    ):  # fmt: skip
+        save_tensors(tmp_path / "odd", {"slots": memory.slots}, {"icae_memory": json.dumps(old | change)})
+        with pytest.raises(errors.CheckpointError, match=message):
+            load_memory(tmp_path / "odd", icae)
+
+
+def test_a_changed_byte_is_found(saved):
+    icae, _, path = saved
+    content = path.read_bytes()
+    for i in (20, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :])
+        with pytest.raises(
+            errors.CheckpointError, match=r"a.icae is damaged: the checksum of its (header|slots) is wrong"
+        ):
+            load_memory(path, icae)
+
+
+def test_int8_slots(saved):
+    icae, memory, path = saved
+    size = path.stat().st_size
+    save_memory(path, memory, icae, dtype="int8")
+    slots = load_memory(path, icae).slots
+    assert slots.dtype == icae.dtype
+    assert ((slots - memory.slots).abs() <= 0.501 / 127 * memory.slots.abs().amax(dim=1, keepdim=True)).all()
+    assert path.stat().st_size < size - 2 * memory.slots.numel()

@@ -17,7 +17,9 @@ TOKENS, HEADS, DIM = 200, 3, 64  # several tiles of keys, lanes that fill no vec
 @pytest.mark.parametrize("backend", [b for b in backends(SPEC) if b != "reference"])
 def test_attention_keeps_nan(backend, dtype, where, value, row):
     g = torch.Generator().manual_seed(row)
-    tensors = {name: torch.randn(TOKENS, h, DIM, generator=g).to(dtype) for name, h in (("q", HEADS), ("k", 1), ("v", 1))}
+    tensors = {
+        name: torch.randn(TOKENS, h, DIM, generator=g).to(dtype) for name, h in (("q", HEADS), ("k", 1), ("v", 1))
+    }
     tensors[where][row, 0, 5] = float(value)
     if value != "nan":
         tensors["q"][row:, :, 5] = tensors["q"][row:, :, 5].abs() * (1 if value == "inf" else -1)

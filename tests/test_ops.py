@@ -37,7 +37,12 @@ def as_tuple(results):
 
 
 def to_float64(inputs):
-    return {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+    def wide(value):
+        if isinstance(value, list):
+            return [wide(v) for v in value]
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return {name: wide(value) for name, value in inputs.items()}
 
 
 def assert_within_budget(spec, backend, got, truth, plain):

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <vector>
+
 #include "../kernels/table.h"
 
 namespace icae_fast {
@@ -35,6 +37,18 @@ inline void check_same_type(const at::Tensor& t, const at::Tensor& like, const c
 // Kernels walk rows and heads by stride, but need each head's elements side by side.
 inline at::Tensor with_unit_stride(const at::Tensor& t) {
   return t.dim() == 0 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+// Of a (tokens, heads, head_dim) tensor whose last stride is 1.
+inline Strided strided(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+
+// The values of a 1-d int32 tensor.
+inline std::vector<int32_t> int_values(const char* op, const at::Tensor& t, const char* name) {
+  TORCH_CHECK(t.dim() == 1 && t.scalar_type() == at::kInt, op, ": ", name, " is 1-d int32, not ", t.sizes(), " ",
+              t.scalar_type());
+  const auto dense = t.contiguous();
+  const int32_t* first = dense.const_data_ptr<int32_t>();
+  return {first, first + dense.numel()};
 }
 
 }  // namespace icae_fast

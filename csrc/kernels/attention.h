@@ -131,16 +131,20 @@ struct KeyRange {
   int64_t all_begin, all_end;  // what every lane reads
 
   void set(const AttentionInput& in, const AttentionRow& row, const Tile& tile) {
-    const int64_t lanes = tile.lanes(), offset = row.n_keys - row.n_queries;
+    const int64_t lanes = tile.lanes();
+    begin = all_end = row.n_keys;
+    end = all_begin = 0;
     for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t last = l < lanes ? tile.position(l) + offset : -1;
-      high[l] = at_least(0, last + 1);
-      low[l] = in.window == 0 ? 0 : at_least(0, last + 1 - in.window);
+      const int64_t after = l < lanes ? row.position(tile.position(l)) + 1 : 0;
+      high[l] = at_least(0, at_most(after, row.n_keys));
+      low[l] = in.window == 0 ? 0 : at_least(0, after - in.window);
+      if (l >= lanes) continue;
+      begin = at_most(begin, low[l]);
+      end = at_least(end, high[l]);
+      all_begin = at_least(all_begin, low[l]);
+      all_end = at_most(all_end, high[l]);
     }
-    begin = low[0] / kPad * kPad;
-    end = high[lanes - 1];
-    all_begin = low[lanes - 1];
-    all_end = high[0];
+    begin = begin / kPad * kPad;
   }
   // Where to begin: keys before `begin` that fill up a tile are masked.
   template <class P>

@@ -1,18 +1,89 @@
 // Decoding: at most kFewLanes lanes, whose keys are read once where they lie, without packing. Scores come from dot
 // products along the head.
+//
+// Where T is bf16 and `vdpbf16ps` is there, q and the weights stay narrow: at three lanes of 64 a key then takes a
+// quarter of the cycles.
+template <class T>
+constexpr bool kFewPairs = Product<T>::kPair == 2;
+
 template <class T>
 struct FewScratch {
   using C = typename Elem<T>::C;
-  C *q, *o;  // (kFewLanes, width)
-  C* s;      // (kFewLanes, kKeys)
-  static int64_t width(const AttentionInput& in) { return round_up(in.head_dim, Vec<C>::kWidth); }
+  C *q, *o;     // (kFewLanes, width)
+  C* s;         // (kFewLanes, kKeys)
+  T* narrow_q;  // with pairs: (kFewLanes, width)
+  T* narrow_s;  // with pairs: (kFewLanes, kKeys)
+  static int64_t width(const AttentionInput& in) { return round_up(in.head_dim, 2 * Vec<C>::kWidth); }
   FewScratch(const AttentionInput& in, Arena arena, int64_t* bytes = nullptr) {
-    q = arena.take<C>(kFewLanes * width(in));
-    o = arena.take<C>(kFewLanes * width(in));
+    const int64_t size = kFewLanes * width(in), narrow = kFewPairs<T> ? 1 : 0;
+    q = arena.take<C>(size * (1 - narrow));
+    o = arena.take<C>(size);
     s = arena.take<C>(kFewLanes * kKeys);
+    narrow_q = arena.take<T>(size * narrow);
+    narrow_s = arena.take<T>(kFewLanes * kKeys * narrow);
     if (bytes != nullptr) *bytes = arena.used;
   }
 };
+
+#if defined(ICAE_AVX512)
+// Scores of n keys, 16 at a time, for all lanes.
+static inline void few_pair_scores(const AttentionInput& in, const bf16* k, int64_t n, const FewScratch<bf16>& t,
+                                   int64_t lanes) {
+  for (int64_t key = 0; key < n; key += 16, k += 16 * in.k.row) {
+    const int64_t rows = at_most(16, n - key);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const bf16* q = t.narrow_q + lane * t.width(in);
+      V<float> dots[16] = {};
+      for (int64_t d = 0; d < in.head_dim; d += 32) {
+        const __m512bh part = (__m512bh)_mm512_loadu_si512(q + d);
+        const int64_t bytes = (in.head_dim - d) * static_cast<int64_t>(sizeof(bf16));
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {  // past the last key, the last one once more
+          const bf16* row = k + at_most(i, rows - 1) * in.k.row + d;
+          dots[i] = _mm512_dpbf16_ps(dots[i], part, (__m512bh)load_bytes(row, bytes));
+        }
+      }
+      store(t.s + lane * kKeys + key, sum_each(dots));
+    }
+  }
+}
+
+// o = o factor + weights V for `lanes` lanes, two keys at a time.
+template <int lanes>
+static inline void few_pair_values(const AttentionInput& in, const bf16* v, int64_t n, const FewScratch<bf16>& t,
+                                   int64_t lane, const float* factor) {
+  const int64_t width = t.width(in);
+  const __m512i low = low_pairs(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t d = 0; d < in.head_dim; d += 32) {
+    const int64_t bytes = (in.head_dim - d) * static_cast<int64_t>(sizeof(bf16));
+    V<float> sums[lanes][2];
+#pragma GCC unroll 4
+    for (int l = 0; l < lanes; ++l) {
+      float* o = t.o + (lane + l) * width + d;
+      sums[l][0] = load(o) * factor[lane + l];
+      sums[l][1] = load(o + 16) * factor[lane + l];
+    }
+    for (int64_t key = 0; key < n; key += 2) {
+      const __m512i even = load_bytes(v + key * in.v.row + d, bytes);
+      const __m512i odd = key + 1 < n ? load_bytes(v + (key + 1) * in.v.row + d, bytes) : _mm512_setzero_si512();
+      const __m512bh first = (__m512bh)_mm512_permutex2var_epi16(even, low, odd),
+                     second = (__m512bh)_mm512_permutex2var_epi16(even, high, odd);
+#pragma GCC unroll 4
+      for (int l = 0; l < lanes; ++l) {
+        const __m512bh weights = (__m512bh)Product<bf16>::broadcast(t.narrow_s + (lane + l) * kKeys + key);
+        sums[l][0] = _mm512_dpbf16_ps(sums[l][0], weights, first);
+        sums[l][1] = _mm512_dpbf16_ps(sums[l][1], weights, second);
+      }
+    }
+#pragma GCC unroll 4
+    for (int l = 0; l < lanes; ++l) {
+      float* o = t.o + (lane + l) * width + d;
+      store(o, sums[l][0]);
+      store(o + 16, sums[l][1]);
+    }
+  }
+}
+#endif
 
 template <class T>
 ICAE_INLINE V<typename Elem<T>::C> load_part(const T* p, int64_t left) {
@@ -21,8 +92,8 @@ ICAE_INLINE V<typename Elem<T>::C> load_part(const T* p, int64_t left) {
 
 // Scores of n keys for `lanes` lanes: each part of a key is read and widened once for all lanes.
 template <class T, int lanes>
-static inline void few_scores(const AttentionInput& in, const T* k, int64_t n, const FewScratch<T>& t,
-                              int64_t lane) {
+static inline void few_wide_scores(const AttentionInput& in, const T* k, int64_t n, const FewScratch<T>& t,
+                                   int64_t lane) {
   using C = typename Elem<T>::C;
   constexpr int W = Vec<C>::kWidth;
   const int64_t width = t.width(in);
@@ -40,8 +111,8 @@ static inline void few_scores(const AttentionInput& in, const T* k, int64_t n, c
 
 // o = o factor + weights V for `lanes` lanes.
 template <class T, int lanes>
-static inline void few_values(const AttentionInput& in, const T* v, int64_t n, const FewScratch<T>& t, int64_t lane,
-                              const typename Elem<T>::C* factor) {
+static inline void few_wide_values(const AttentionInput& in, const T* v, int64_t n, const FewScratch<T>& t,
+                                   int64_t lane, const typename Elem<T>::C* factor) {
   using C = typename Elem<T>::C;
   constexpr int W = Vec<C>::kWidth;
   const int64_t width = t.width(in);
@@ -57,6 +128,15 @@ static inline void few_values(const AttentionInput& in, const T* v, int64_t n, c
   }
 }
 
+// Asks for n keys or values, which are used once and so are never in a cache.
+template <class T>
+static inline void prefetch_keys(const T* x, int64_t row, int64_t n, int64_t dim) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(x + i * row + d, 0, 2);
+  }
+}
+
 // Calls `f` with the lanes in groups of 4, 2 and 1, as template arguments.
 template <class F4, class F2, class F1>
 ICAE_INLINE void in_groups(int64_t lanes, F4 four, F2 two, F1 one) {
@@ -64,6 +144,39 @@ ICAE_INLINE void in_groups(int64_t lanes, F4 four, F2 two, F1 one) {
   for (; l + 4 <= lanes; l += 4) four(l);
   for (; l + 2 <= lanes; l += 2) two(l);
   for (; l < lanes; ++l) one(l);
+}
+
+template <class T>
+static inline void few_scores(const AttentionInput& in, const T* k, int64_t n, const FewScratch<T>& t,
+                              int64_t lanes) {
+#if defined(ICAE_AVX512)
+  if constexpr (kFewPairs<T>) return few_pair_scores(in, k, n, t, lanes);
+#endif
+  in_groups(
+      lanes, [&](int64_t l) { few_wide_scores<T, 4>(in, k, n, t, l); },
+      [&](int64_t l) { few_wide_scores<T, 2>(in, k, n, t, l); },
+      [&](int64_t l) { few_wide_scores<T, 1>(in, k, n, t, l); });
+}
+
+template <class T>
+static inline void few_values(const AttentionInput& in, const T* v, int64_t n, const FewScratch<T>& t,
+                              int64_t lanes, const typename Elem<T>::C* factor) {
+#if defined(ICAE_AVX512)
+  if constexpr (kFewPairs<T>) {
+    for (int64_t l = 0; l < lanes; ++l) {
+      const float* s = t.s + l * kKeys;
+      for (int64_t key = 0; key < round_up(n, 16); key += 16) store(t.narrow_s + l * kKeys + key, load(s + key));
+    }
+    return in_groups(
+        lanes, [&](int64_t l) { few_pair_values<4>(in, v, n, t, l, factor); },
+        [&](int64_t l) { few_pair_values<2>(in, v, n, t, l, factor); },
+        [&](int64_t l) { few_pair_values<1>(in, v, n, t, l, factor); });
+  }
+#endif
+  in_groups(
+      lanes, [&](int64_t l) { few_wide_values<T, 4>(in, v, n, t, l, factor); },
+      [&](int64_t l) { few_wide_values<T, 2>(in, v, n, t, l, factor); },
+      [&](int64_t l) { few_wide_values<T, 1>(in, v, n, t, l, factor); });
 }
 
 // Turns lane's scores of n keys into weights; gives the factor for what was summed before.
@@ -100,11 +213,16 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
   KeyRange<C> range;
   range.set(in, row, tile);
   C max[kFewLanes], total[kFewLanes] = {}, factor[kFewLanes];
-  clear(t.q, kFewLanes * width);
+  prefetch_keys(row_of<T>(in.k, row.k_begin + range.begin, kv_head), in.k.row,
+                at_most(kKeys, range.end - range.begin), dim);
   clear(t.o, kFewLanes * width);
+  kFewPairs<T> ? clear(t.narrow_q, kFewLanes * width) : clear(t.q, kFewLanes * width);
   for (int64_t l = 0; l < lanes; ++l) {
     const T* q = row_of<T>(in.q, row.q_begin + tile.position(l), tile.head(l));
-    for (int64_t d = 0; d < dim; ++d) t.q[l * width + d] = in.scale < 0 ? -to_compute(q[d]) : to_compute(q[d]);
+    for (int64_t d = 0; d < dim; ++d) {
+      const C value = in.scale < 0 ? -to_compute(q[d]) : to_compute(q[d]);
+      kFewPairs<T> ? assign(t.narrow_q + l * width + d, value) : assign(t.q + l * width + d, value);
+    }
     max[l] = -kInfinity<C>;
   }
   const C c = C(exponent_scale(in.scale));
@@ -112,29 +230,30 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
     const int64_t n = at_most(kKeys, range.end - key);
     const T* k = row_of<T>(in.k, row.k_begin + key, kv_head);
     const T* v = row_of<T>(in.v, row.k_begin + key, kv_head);
-    in_groups(
-        lanes, [&](int64_t l) { few_scores<T, 4>(in, k, n, t, l); },
-        [&](int64_t l) { few_scores<T, 2>(in, k, n, t, l); }, [&](int64_t l) { few_scores<T, 1>(in, k, n, t, l); });
+    // While scores are computed, values come; while values are added up, the next keys.
+    prefetch_keys(v, in.v.row, n, dim);
+    few_scores(in, k, n, t, lanes);
+    prefetch_keys(k + n * in.k.row, in.k.row, at_most(kKeys, range.end - key - n), dim);
     for (int64_t l = 0; l < lanes; ++l) {
       C* s = t.s + l * kKeys;
       for (int64_t i = 0; i < n && key + i < range.low[l]; ++i) s[i] = -kInfinity<C>;
       for (int64_t i = at_least(0, range.high[l] - key); i < n; ++i) s[i] = -kInfinity<C>;
       factor[l] = few_weights<T>(s, n, c, max + l, total + l);
     }
-    in_groups(
-        lanes, [&](int64_t l) { few_values<T, 4>(in, v, n, t, l, factor); },
-        [&](int64_t l) { few_values<T, 2>(in, v, n, t, l, factor); },
-        [&](int64_t l) { few_values<T, 1>(in, v, n, t, l, factor); });
+    few_values(in, v, n, t, lanes, factor);
   }
   for (int64_t l = 0; l < lanes; ++l) {
-    const int64_t query = row.q_begin + tile.position(l);
-    static_cast<C*>(to.lse)[tile.head(l) * in.n_queries + query] =
+    const int64_t query = row.q_begin + tile.position(l) - to.first;
+    static_cast<C*>(to.lse)[tile.head(l) * to.n + query] =
         total[l] == 0
             ? -kInfinity<C>
             : C(max[l] * (exponent_scale(in.scale) / 1.4426950408889634) + __builtin_log(double(total[l])));
     const C inverse = total[l] == 0 ? C(0) : 1 / total[l];
-    T* out = static_cast<T*>(to.out) + (query * in.q_heads + tile.head(l)) * dim;
-    for (int64_t d = 0; d < dim; ++d) assign(out + d, t.o[l * width + d] * inverse);
+    const int64_t at = (query * in.q_heads + tile.head(l)) * dim;
+    for (int64_t d = 0; d < dim; ++d) {
+      const C o = t.o[l * width + d] * inverse;
+      to.partial ? assign(static_cast<C*>(to.out) + at + d, o) : assign(static_cast<T*>(to.out) + at + d, o);
+    }
   }
 }
 

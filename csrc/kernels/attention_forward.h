@@ -226,7 +226,7 @@ static void store_lse(const AttentionInput& in, const AttentionRow& row, const T
   const C scale = C(exponent_scale(in.scale) * 0.6931471805599453);
   for (int64_t l = 0; l < tile.lanes(); ++l) {
     const C total = softmax.sum[l];
-    static_cast<C*>(to.lse)[tile.head(l) * in.n_queries + row.q_begin + tile.position(l)] =
+    static_cast<C*>(to.lse)[tile.head(l) * to.n + row.q_begin + tile.position(l) - to.first] =
         total == 0 ? -kInfinity<C> : softmax.shift[l] * scale + log_of(total);
   }
   for (int64_t l = 0; l < kLanes; l += Vec<C>::kWidth) {
@@ -244,9 +244,10 @@ struct TileRows {
   const Tile& tile;
 
   const T* q(int64_t lane) const { return row_of<T>(in.q, row.q_begin + tile.position(lane), tile.head(lane)); }
-  T* out(int64_t lane) const {
-    const int64_t position = row.q_begin + tile.position(lane);
-    return static_cast<T*>(to.out) + (position * in.q_heads + tile.head(lane)) * in.head_dim;
+  template <class O>
+  O* out(int64_t lane) const {
+    const int64_t query = row.q_begin + tile.position(lane) - to.first;
+    return static_cast<O*>(to.out) + (query * in.q_heads + tile.head(lane)) * in.head_dim;
   }
 };
 
@@ -260,50 +261,59 @@ static void prefetch_tile(const AttentionInput& in, const AttentionRow& row, int
   for (int64_t l = 0; l < tile.lanes(); ++l) {
     for (int64_t d = 0; d < in.head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
       __builtin_prefetch(rows.q(l) + d, 0, 2);
-      __builtin_prefetch(rows.out(l) + d, 1, 2);
+      __builtin_prefetch(rows.template out<T>(l) + d, 1, 2);
     }
   }
 }
 
 template <class T>
-static void forward_tile(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, int64_t tile_index,
-                         const void* packed, void* scratch, const AttentionOutput& to) {
+static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows, int64_t n_rows, int64_t kv_head,
+                         int64_t tile_index, const void* packed, void* scratch, const AttentionOutput& to) {
   using P = Product<T>;
   using C = typename P::C;
+  const AttentionRow& row = key_rows[0];
   const Tile tile(in, row, kv_head, tile_index);
-  const PackedKeys<T> keys(in, row, kv_head, false, packed);
   const ForwardScratch<T> t(in, Arena{static_cast<char*>(scratch)});
   const TileUse<P> use;
-  const int64_t lanes = tile.lanes(), vectors = ceil_div(lanes, Vec<C>::kWidth);
   const TileRows<T> rows{in, row, to, tile};
-  const auto q = [&](int64_t l) { return rows.q(l); };
-  pack_transposed<P, T>(q, lanes, in.head_dim, in.scale < 0, t.q);
-  if constexpr (P::kTiles) clear_past<P>(t.q, in.head_dim, keys.width(in));
-  t.range->set(in, row, tile);
+  const int64_t lanes = tile.lanes(), size = PackedKeys<T>::width(in);
+  pack_transposed<P, T>([&](int64_t l) { return rows.q(l); }, lanes, in.head_dim, in.scale < 0, t.q);
+  if constexpr (P::kTiles) clear_past<P>(t.q, in.head_dim, size);
   for (int64_t l = 0; l < kLanes; ++l) {
     t.softmax->shift[l] = 0;
     t.softmax->slack[l] = -kInfinity<C>;
     t.softmax->sum[l] = 0;
   }
-  const int64_t begin = t.range->template first<P>(), end = round_up(t.range->end, kPad);
-  if (begin >= t.range->end) clear(t.o, keys.width(in) * kLanes);
   const Weights<T> weights(C(exponent_scale(in.scale)));
   const bool careful =
       !Weights<T>::kKeepsNan && !all_finite(t.q, ceil_div(in.head_dim, P::kPair) * kLanes * P::kPair);
-  in_blocks(vectors, [&](int64_t n, int64_t width) {
+  in_blocks(ceil_div(lanes, Vec<C>::kWidth), [&](int64_t n, int64_t width) {
+    const int64_t lane = n * Vec<C>::kWidth;
     bool started = false;
-    for (int64_t key = begin, next; key < t.range->end; key = next) {
-      next = (key / kForwardKeys + 1) * kForwardKeys;
-      const int64_t stop = at_most(next, end), lane = n * Vec<C>::kWidth;
-      if (width == 3) {
-        LaneGroup<T, 3>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
-      } else if (width == 2) {
-        LaneGroup<T, 2>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
-      } else {
-        LaneGroup<T, 1>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const PackedKeys<T> keys(in, key_rows[r], kv_head, false, packed);
+      t.range->set(in, key_rows[r], tile);
+      const int64_t end = round_up(t.range->end, kPad);
+      for (int64_t key = t.range->template first<P>(), next; key < t.range->end; key = next) {
+        next = (key / kForwardKeys + 1) * kForwardKeys;
+        const int64_t stop = at_most(next, end);
+        if (width == 3) {
+          LaneGroup<T, 3>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
+        } else if (width == 2) {
+          LaneGroup<T, 2>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
+        } else {
+          LaneGroup<T, 1>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
+        }
       }
     }
+    for (int64_t d = 0; d < size && !started; ++d) clear(t.o + d * kLanes + lane, width * Vec<C>::kWidth);
   });
   store_lse(in, row, tile, t, to);
-  store_transposed<T>(t.o, t.softmax->sum, lanes, in.head_dim, [&](int64_t l) { return rows.out(l); });
+  if (to.partial) {
+    store_transposed<C>(t.o, t.softmax->sum, lanes, in.head_dim,
+                        [&](int64_t l) { return rows.template out<C>(l); });
+  } else {
+    store_transposed<T>(t.o, t.softmax->sum, lanes, in.head_dim,
+                        [&](int64_t l) { return rows.template out<T>(l); });
+  }
 }

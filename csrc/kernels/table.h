@@ -49,23 +49,32 @@ struct AttentionInput {
   int64_t positions_per_tile() const { return kLanes / heads_per_tile(); }
 };
 
-// One row of the pack: where its queries and keys are. n_keys counts the keys in use.
+// One row of the pack: where its queries and keys are. n_keys counts the keys in use. Queries are the last ones of
+// the row, or stand where `positions` says, counted from the row's first key.
 struct AttentionRow {
   int64_t q_begin, n_queries, k_begin, n_keys;
-  int64_t packed_begin;   // where its packed keys begin; a multiple of key_pad
-  int64_t partial_begin;  // backward: where its slices' partial sums begin, in keys
-  int64_t n_slices;       // backward: into how many tasks the queries of a key/value head are cut
-  int64_t key_pad;        // the kernels'
+  int64_t packed_begin;                // where its packed keys begin; a multiple of key_pad
+  int64_t partial_begin;               // backward: where its slices' partial sums begin, in keys
+  int64_t n_slices;                    // backward: into how many tasks the queries of a key/value head are cut
+  int64_t key_pad;                     // the kernels'
+  const int32_t* positions = nullptr;  // of the queries, less `key_position`
+  int64_t key_position = 0;
 
+  int64_t position(int64_t query) const {
+    return positions == nullptr ? query + n_keys - n_queries : positions[query] - key_position;
+  }
   int64_t padded_keys() const { return round_up(n_keys, key_pad); }
   int64_t n_tiles(const AttentionInput& in) const {
     return ceil_div(n_queries, in.positions_per_tile()) * in.head_chunks();
   }
 };
 
+// Results of the queries from `first` on, `n` of them.
 struct AttentionOutput {
-  void* out;  // (n_queries, q_heads, head_dim), contiguous
-  void* lse;  // (q_heads, n_queries), contiguous
+  void* out;  // (n, q_heads, head_dim), contiguous; in the compute type where `partial`
+  void* lse;  // (q_heads, n), contiguous
+  int64_t first, n;
+  bool partial;
 };
 
 struct AttentionGradient {
@@ -84,8 +93,9 @@ struct AttentionKernels {
   int64_t (*partial_bytes)(const AttentionInput&, const AttentionGradient&);
 
   void (*pack)(const AttentionInput&, const AttentionRow&, int64_t kv_head, bool backward, void* packed);
-  void (*tile)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t tile, const void* packed,
-               void* scratch, const AttentionOutput&);
+  // Attends to the keys of `n_rows` rows, one after the other, all of the same queries.
+  void (*tile)(const AttentionInput&, const AttentionRow* rows, int64_t n_rows, int64_t kv_head, int64_t tile,
+               const void* packed, void* scratch, const AttentionOutput&);
   // Asks for the rows of q and of the output of a tile that comes next but one or so.
   void (*prefetch)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t tile,
                    const AttentionOutput&);
@@ -154,6 +164,36 @@ struct RowsKernels {
   void (*norm_backward)(const NormPass&, int64_t begin, int64_t end);
   void (*swiglu)(const SwigluPass&, int64_t begin, int64_t end);
   void (*swiglu_backward)(const SwigluPass&, int64_t begin, int64_t end);
+};
+
+// ---- decoding ------------------------------------------------------------------------------------------------
+
+// What becomes of the sums of a product with few rows: stored or added to y in the compute type; silu(gate) * up in
+// the type of x, where columns are those of gate and then those of up.
+enum class After : int { kStore, kAdd, kSwiglu };
+
+// y = x W^T + bias for a few rows of x, each row of weights read once from where it lies.
+struct StreamedProduct {
+  const void* x;  // (rows, k), contiguous
+  int64_t rows, k;
+  const void* w;  // (columns, k)
+  int64_t w_row, columns;
+  const void* bias;  // (columns), or null
+  After after;
+  void* y;
+  int64_t y_row;
+
+  int64_t outputs() const { return after == After::kSwiglu ? columns / 2 : columns; }
+};
+
+// Rows in the compute type to rows in the type of the weights and back, and single heads.
+struct DecodeKernels {
+  void (*product)(const StreamedProduct&, int64_t begin, int64_t end);  // of the outputs from begin up to end
+  void (*widen)(const void* from, int64_t n, void* to);
+  void (*norm)(const void* from, const void* weight, double eps, int64_t n, void* to);
+  void (*head)(const void* from, const void* norm, double eps, const void* cos, const void* sin, int64_t dim,
+               void* to);
+  void (*merge)(const void* const* outs, const void* const* lses, int64_t n, int64_t dim, void* to);
 };
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------
@@ -246,6 +286,7 @@ struct Kernels {
   AttentionKernels attention[3];  // by Dtype
   HeadsKernels heads[3];
   RowsKernels rows[3];
+  DecodeKernels decode[3];
   GemmKernels gemm;  // of bf16; null in a unit that has none
 };
 

@@ -28,6 +28,7 @@ namespace ICAE_PASTE(unit_, ICAE_ISA) {
 #include "attention_backward.h"
 #include "heads.h"
 #include "rows.h"
+#include "decode.h"
 #include "gemm.h"
 // clang-format on
 
@@ -60,11 +61,17 @@ constexpr RowsKernels rows_kernels() {
   return {norm_forward<T>, norm_backward<T>, swiglu_forward<T>, swiglu_backward<T>};
 }
 
+template <class T>
+constexpr DecodeKernels decode_kernels() {
+  return {streamed_product<T>, widen_row<T>, norm_row<T>, turn_head<T>, merge_head<T>};
+}
+
 static constexpr Kernels table = {
     ICAE_TEXT(ICAE_ISA),
     {attention_kernels<float>(), attention_kernels<bf16>(), attention_kernels<double>()},
     {heads_kernels<float>(), heads_kernels<bf16>(), heads_kernels<double>()},
     {rows_kernels<float>(), rows_kernels<bf16>(), rows_kernels<double>()},
+    {decode_kernels<float>(), decode_kernels<bf16>(), decode_kernels<double>()},
 #if defined(ICAE_AVX512)
     {gemm_scratch_bytes, gemm_run},
 #else

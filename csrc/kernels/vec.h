@@ -224,6 +224,30 @@ ICAE_INLINE C sum(V<C> v) {
 #endif
 }
 
+#if defined(ICAE_AVX512)
+// The sums of 16 vectors, each into one element.
+ICAE_INLINE V<float> sum_each(V<float> (&x)[16]) {
+  __m512i t[16];
+  // Halves the number of vectors by adding neighbours, within and then across 128-bit parts.
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = x[2 * i], b = x[2 * i + 1];
+    x[i] = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = (__m512d)x[2 * i], b = (__m512d)x[2 * i + 1];
+    t[i] = (__m512i)((V<float>)_mm512_unpacklo_pd(a, b) + (V<float>)_mm512_unpackhi_pd(a, b));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i a = t[2 * i], b = t[2 * i + 1];
+    x[i] = (V<float>)_mm512_shuffle_i32x4(a, b, 0x88) + (V<float>)_mm512_shuffle_i32x4(a, b, 0xdd);
+  }
+  return (V<float>)_mm512_shuffle_f32x4(x[0], x[1], 0x88) + (V<float>)_mm512_shuffle_f32x4(x[0], x[1], 0xdd);
+}
+#endif
+
 ICAE_INLINE float log_of(float x) { return __builtin_logf(x); }
 ICAE_INLINE double log_of(double x) { return __builtin_log(x); }
 

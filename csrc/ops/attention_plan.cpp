@@ -20,15 +20,6 @@ void check_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v)
   check_same_type(v, q, kOp, "v");
 }
 
-// The int32 values of a 1-d tensor.
-std::vector<int32_t> values(const at::Tensor& t, const char* name) {
-  TORCH_CHECK(t.dim() == 1 && t.scalar_type() == at::kInt, kOp, ": ", name, " is 1-d int32, not ", t.sizes(), " ",
-              t.scalar_type());
-  const auto dense = t.contiguous();
-  const int32_t* first = dense.const_data_ptr<int32_t>();
-  return {first, first + dense.numel()};
-}
-
 void check_cumulative(const std::vector<int32_t>& cu, int64_t tokens, const char* name) {
   TORCH_CHECK(!cu.empty() && cu.front() == 0, kOp, ": ", name, " begins with 0 and has one value more than rows");
   for (size_t i = 1; i < cu.size(); ++i) {
@@ -39,8 +30,6 @@ void check_cumulative(const std::vector<int32_t>& cu, int64_t tokens, const char
 
 }  // namespace
 
-Strided strided(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
-
 AttentionPlan::AttentionPlan(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
                              const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                              const std::optional<at::Tensor>& seqused_k, double scale, int64_t window) {
@@ -48,14 +37,15 @@ AttentionPlan::AttentionPlan(const at::Tensor& q_in, const at::Tensor& k_in, con
   kernels = &icae_fast::kernels().attention[static_cast<int>(dtype)];
   check_shapes(q_in, k_in, v_in);
   TORCH_CHECK(window >= 0, kOp, ": window is ", window, "; it is a number of keys, or 0 for all");
-  const auto cu_q = values(cu_seqlens_q, "cu_seqlens_q"), cu_k = values(cu_seqlens_k, "cu_seqlens_k");
+  const auto cu_q = int_values(kOp, cu_seqlens_q, "cu_seqlens_q"),
+             cu_k = int_values(kOp, cu_seqlens_k, "cu_seqlens_k");
   check_cumulative(cu_q, q_in.size(0), "cu_seqlens_q");
   check_cumulative(cu_k, k_in.size(0), "cu_seqlens_k");
   TORCH_CHECK(cu_q.size() == cu_k.size(), kOp, ": cu_seqlens_q is for ", cu_q.size() - 1,
               " rows and cu_seqlens_k for ", cu_k.size() - 1);
   std::vector<int32_t> used;
   if (seqused_k.has_value()) {
-    used = values(*seqused_k, "seqused_k");
+    used = int_values(kOp, *seqused_k, "seqused_k");
     TORCH_CHECK(used.size() + 1 == cu_k.size(), kOp, ": seqused_k has ", used.size(), " values for ",
                 cu_k.size() - 1, " rows");
   }

@@ -33,8 +33,6 @@ struct AttentionPlan {
   }
 };
 
-Strided strided(const at::Tensor& t);
-
 // One thing to do for one key/value head of a row.
 struct AttentionTask {
   const AttentionRow* row;

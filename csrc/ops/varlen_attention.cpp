@@ -53,7 +53,7 @@ void attend(const AttentionPlan& plan, const AttentionKernels& kernels, const vo
       if (const size_t next = i + workers; next < tasks.size() && !is_few(plan, *tasks[next].row)) {
         kernels.prefetch(in, *tasks[next].row, tasks[next].kv_head, tasks[next].part, to);
       }
-      kernels.tile(in, *row, kv_head, part, packed, base + worker * bytes, to);
+      kernels.tile(in, row, 1, kv_head, part, packed, base + worker * bytes, to);
     }
   });
 }
@@ -76,7 +76,8 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention_cpu(const at::Tensor& q, con
   plan.reserve_packed([&](const AttentionRow& row) { return !is_few(plan, row); });
   const auto packed = at::empty({kernels.packed_bytes(plan.input, false)}, at::kByte);
   pack_rows(plan, kernels, packed.mutable_data_ptr());
-  attend(plan, kernels, packed.const_data_ptr(), {out.mutable_data_ptr(), lse.mutable_data_ptr()});
+  attend(plan, kernels, packed.const_data_ptr(),
+         {out.mutable_data_ptr(), lse.mutable_data_ptr(), 0, q.size(0), false});
   return {out, lse};
 }
 

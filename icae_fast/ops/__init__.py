@@ -6,6 +6,8 @@
     rms_norm            RMS norm with residual add
     swiglu              packed gate-up projection and SwiGLU
     linear              a projection with frozen weights
+    shared_prefix_attention  attention of rows that share the keys they begin with
+    decode_step         a token step of the whole frozen model
 
 `backend_of(op, device)` tells which backend runs. Adding one: a folder with `ref.py` and `spec.py`, then
 a C++ kernel registered for the CPU key or a Triton launcher for the CUDA key; nothing above changes.
@@ -15,10 +17,12 @@ import os
 import warnings
 
 from icae_fast.ops._declare import REGISTRY, OpSpec, Sample, backend_of, backends, call_backend, load_extension
+from icae_fast.ops.decode_step import decode_step
 from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.linear import linear
 from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
 from icae_fast.ops.rms_norm import rms_norm
+from icae_fast.ops.shared_prefix_attention import shared_prefix_attention
 from icae_fast.ops.swiglu import swiglu
 from icae_fast.ops.varlen_attention import varlen_attention
 
@@ -30,10 +34,12 @@ __all__ = [
     "backend_of",
     "backends",
     "call_backend",
+    "decode_step",
     "fingerprint",
     "linear",
     "lora_qkv_rope",
     "rms_norm",
+    "shared_prefix_attention",
     "swiglu",
     "varlen_attention",
 ]

@@ -1,0 +1,70 @@
+// Work that goes on phase after phase on one set of threads: a token step has some two hundred phases of 30 us or
+// so, and opening a parallel region for each would cost as much as a tenth of it.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace icae_fast {
+
+// A thread takes tasks of a phase until there are none, and goes on when all of them are done, whoever did them. So
+// it does not matter how many threads come, nor when: one alone does everything, and one that comes late finds the
+// first phases done.
+class Phases {
+ public:
+  explicit Phases(int64_t n) : phases_(n) {}
+
+  // Runs f(task) for the tasks of a phase that this thread takes; `before()` first, if it takes any. What the phase
+  // wrote is seen by all who return from it.
+  template <class Before, class F>
+  void run(int64_t phase, int64_t tasks, const Before& before, const F& f) {
+    auto& p = phases_[phase];
+    int64_t mine = 0;
+    for (int64_t task = p.next++; task < tasks; task = p.next++, ++mine) {
+      if (mine == 0) before();
+      f(task);
+    }
+    if (mine > 0) p.done.fetch_add(mine, std::memory_order_acq_rel);
+    for (int64_t spins = 0; p.done.load(std::memory_order_acquire) < tasks; ++spins) pause(spins);
+  }
+
+ private:
+  struct alignas(64) Phase {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+
+  static void pause(int64_t spins) {
+    constexpr int64_t kSpins = 1 << 12;  // some 100 us; then this thread may be in the way of the one it waits for
+    if (spins > kSpins) return std::this_thread::yield();
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+
+  std::vector<Phase> phases_;
+};
+
+// Cuts n outputs into tasks, large ones first, so that threads take few and yet end together. Bounds of the tasks;
+// inner ones are multiples of 16, so that no two tasks write into one cache line.
+inline std::vector<int64_t> cut_outputs(int64_t n, int64_t bytes_each) {
+  constexpr int64_t kLeastBytes = 24 << 10;  // 2 us of one core's bandwidth
+  const int64_t workers = at::get_num_threads();
+  const int64_t least = (std::max<int64_t>(1, kLeastBytes / std::max<int64_t>(1, bytes_each)) + 15) / 16 * 16;
+  std::vector<int64_t> bounds{0};
+  while (bounds.back() < n) {
+    const int64_t left = n - bounds.back(), share = (left / (2 * workers) + 15) / 16 * 16;
+    bounds.push_back(workers == 1 ? n : std::min(n, bounds.back() + std::max(least, share)));
+  }
+  return bounds;
+}
+
+}  // namespace icae_fast

@@ -1,0 +1,202 @@
+// A token step's parts besides attention: products with a few rows, and passes over single rows.
+//
+// Activations between the parts are in the compute type; only what a product reads is narrowed to T.
+
+// Rows of x that one pass over a row of weights serves: their sums take 8 registers.
+constexpr int64_t kStreamedRows = 8;
+// Rows of weights whose sums are finished together. Each one's sums across a register would take 40 cycles, in
+// which nothing further ahead is asked for: rows of 1152 bytes came at 15 GB/s, and at 22 when finished by 16 (one
+// thread).
+constexpr int64_t kStreamedBlock = 16;
+// How far ahead weights are asked for, into the second-level cache: the hardware's own prefetching stops at every
+// page of 4 KiB. Reading SmolLM2's matrices so is 4 to 15 % faster than without, and as much faster than a plain
+// maximum over them; into the first-level cache, or less far ahead, it is slower than without (Zen 4).
+constexpr int64_t kAheadBytes = 4096;
+
+// Products of one row of weights with `rows` rows of x, as sums that are still spread over a vector. Two chains
+// where one would have to wait for itself.
+template <class T, int rows>
+struct StreamedRow {
+  using C = typename Elem<T>::C;
+#if defined(ICAE_AVX512)
+  static constexpr bool kPairs = sizeof(T) == 2;
+#else
+  static constexpr bool kPairs = false;
+#endif
+  static constexpr int kChains = rows <= 2 ? 2 : 1;
+  static constexpr int kStep = kPairs ? 32 : Vec<C>::kWidth;  // elements of a vector's worth of work
+  V<C> sums[rows][kChains] = {};
+
+  template <bool whole>
+  ICAE_FORCED void step(const T* x, int64_t x_row, const T* w, int chain, int64_t n) {
+#if defined(ICAE_AVX512)
+    if constexpr (kPairs) {
+      const int64_t bytes = whole ? 64 : n * 2;
+      const __m512bh weights = (__m512bh)load_bytes(w, bytes);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        sums[r][chain] = _mm512_dpbf16_ps(sums[r][chain], weights, (__m512bh)load_bytes(x + r * x_row, bytes));
+      }
+      return;
+    }
+#endif
+    const V<C> weights = whole ? load(w) : load_n(w, n);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      sums[r][chain] += weights * (whole ? load(x + r * x_row) : load_n(x + r * x_row, n));
+    }
+  }
+
+  // `to` is (rows, kStreamedBlock) vectors.
+  ICAE_FORCED void run(const T* x, int64_t x_row, const T* w, int64_t k, V<C>* to) {
+    int64_t d = 0;
+    for (; d + kChains * kStep <= k; d += kChains * kStep) {
+#pragma GCC unroll 2
+      for (int c = 0; c < kChains; ++c) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w + d + c * kStep) + kAheadBytes, 0, 2);
+        step<true>(x + d + c * kStep, x_row, w + d + c * kStep, c, kStep);
+      }
+    }
+    for (; d < k; d += kStep) step<false>(x + d, x_row, w + d, 0, at_most(kStep, k - d));
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      store(reinterpret_cast<C*>(to + r * kStreamedBlock), kChains == 2 ? sums[r][0] + sums[r][1] : sums[r][0]);
+    }
+  }
+};
+
+// Sums of up to kStreamedBlock rows of weights with up to kStreamedRows rows of x: `to` is (rows, kStreamedBlock).
+template <class T>
+static inline void streamed_block(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t w_row, int64_t n,
+                                  int64_t k, typename Elem<T>::C* to) {
+  using C = typename Elem<T>::C;
+  V<C> spread[kStreamedRows * kStreamedBlock];
+  for (int64_t i = 0; i < n; ++i, w += w_row) {
+    V<C>* out = spread + i;
+    if (rows == 1) {
+      StreamedRow<T, 1>().run(x, x_row, w, k, out);
+      continue;
+    }
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) StreamedRow<T, 8>().run(x + r * x_row, x_row, w, k, out + r * kStreamedBlock);
+    for (; r + 4 <= rows; r += 4) StreamedRow<T, 4>().run(x + r * x_row, x_row, w, k, out + r * kStreamedBlock);
+    for (; r + 2 <= rows; r += 2) StreamedRow<T, 2>().run(x + r * x_row, x_row, w, k, out + r * kStreamedBlock);
+    for (; r < rows; ++r) StreamedRow<T, 1>().run(x + r * x_row, x_row, w, k, out + r * kStreamedBlock);
+  }
+  for (int64_t r = 0; r < rows; ++r, to += kStreamedBlock) {
+    const V<C>* row = spread + r * kStreamedBlock;
+#if defined(ICAE_AVX512)
+    if constexpr (sizeof(C) == 4) {
+      V<float> each[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) each[i] = i < n ? row[i] : V<float>{};
+      store(to, sum_each(each));
+      continue;
+    }
+#endif
+    for (int64_t i = 0; i < n; ++i) to[i] = sum<C>(row[i]);
+  }
+}
+
+// silu(gate) * up
+template <class C>
+ICAE_INLINE C gated(C gate, C up) {
+  return gate * up / (C(1) + exp2<C, Elem<C>::kExpDegree>(set1(gate * C(-1.4426950408889634)))[0]);
+}
+
+template <class T>
+static void streamed_product(const StreamedProduct& p, int64_t begin, int64_t end) {
+  using C = typename Elem<T>::C;
+  const T* bias = static_cast<const T*>(p.bias);
+  for (int64_t column = begin; column < end; column += kStreamedBlock) {
+    const int64_t n = at_most(kStreamedBlock, end - column);
+    for (int64_t row = 0; row < p.rows; row += kStreamedRows) {
+      const int64_t rows = at_most(kStreamedRows, p.rows - row);
+      C sums[kStreamedRows * kStreamedBlock], ups[kStreamedRows * kStreamedBlock];
+      const auto product = [&](int64_t first, C* to) {
+        streamed_block<T>(static_cast<const T*>(p.x) + row * p.k, p.k, rows,
+                          static_cast<const T*>(p.w) + first * p.w_row, p.w_row, n, p.k, to);
+        if (bias == nullptr) return;
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t i = 0; i < n; ++i) to[r * kStreamedBlock + i] += to_compute(bias[first + i]);
+        }
+      };
+      product(column, sums);
+      if (p.after == After::kSwiglu) product(p.columns / 2 + column, ups);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = (row + r) * p.y_row + column;
+        const C *sum = sums + r * kStreamedBlock, *up = ups + r * kStreamedBlock;
+        if (p.after == After::kSwiglu) {
+          for (int64_t i = 0; i < n; ++i) assign(static_cast<T*>(p.y) + at + i, gated(sum[i], up[i]));
+        } else {
+          C* y = static_cast<C*>(p.y) + at;
+          for (int64_t i = 0; i < n; ++i) y[i] = p.after == After::kAdd ? y[i] + sum[i] : sum[i];
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+static void widen_row(const void* from, int64_t n, void* to) {
+  for (int64_t i = 0; i < n; ++i)
+    static_cast<typename Elem<T>::C*>(to)[i] = to_compute(static_cast<const T*>(from)[i]);
+}
+
+// y = x / rms(x) * weight, from the compute type to T. `weight` may be null.
+template <class T>
+static void norm_row(const void* from, const void* weight, double eps, int64_t n, void* to) {
+  using C = typename Elem<T>::C;
+  const C* x = static_cast<const C*>(from);
+  const C inverse = inverse_rms(x, n, eps);
+  in_parts<Vec<C>::kWidth>(n, [&](int64_t i, int64_t part) {
+    put(static_cast<T*>(to) + i, get(x + i, part) * inverse * get(static_cast<const T*>(weight) + i, part), part);
+  });
+}
+
+// One projected head: its norm, where `weight` is not null, then RoPE, where `cos` is not null.
+template <class T>
+static void turn_head(const void* from, const void* weight, double eps, const void* cos, const void* sin,
+                      int64_t dim, void* to) {
+  using C = typename Elem<T>::C;
+  constexpr int W = Vec<C>::kWidth;
+  const C* y = static_cast<const C*>(from);
+  T* out = static_cast<T*>(to);
+  const T* scale = static_cast<const T*>(weight);
+  if (cos == nullptr) return in_parts<W>(dim, [&](int64_t d, int64_t n) { put(out + d, get(y + d, n), n); });
+  const C inverse = scale == nullptr ? C(1) : inverse_rms(y, dim, eps);
+  const int64_t half = dim / 2;
+  in_parts<W>(half, [&](int64_t d, int64_t n) {
+    V<C> a = get(y + d, n), b = get(y + half + d, n);
+    if (scale != nullptr) {
+      a = a * inverse * get(scale + d, n);
+      b = b * inverse * get(scale + half + d, n);
+    }
+    const V<C> c = get(static_cast<const C*>(cos) + d, n), s = get(static_cast<const C*>(sin) + d, n);
+    put(out + d, a * c - b * s, n);
+    put(out + half + d, b * c + a * s, n);
+  });
+}
+
+// One head's output from `n` partial ones over different keys, each normalised, and their log-sum-exps:
+// sum_i e^(lse_i - lse) out_i,  lse = log sum_i e^lse_i.
+template <class T>
+static void merge_head(const void* const* outs, const void* const* lses, int64_t n, int64_t dim, void* to) {
+  using C = typename Elem<T>::C;
+  constexpr int W = Vec<C>::kWidth;
+  C highest = -kInfinity<C>, total = 0;
+  const auto lse = [&](int64_t i) { return *static_cast<const C*>(lses[i]); };
+  for (int64_t i = 0; i < n; ++i) highest = lse(i) > highest ? lse(i) : highest;
+  const auto weight = [&](int64_t i) {
+    return lse(i) == -kInfinity<C>
+               ? C(0)
+               : exp2<C, Elem<C>::kExpDegree>(set1((lse(i) - highest) * C(1.4426950408889634)))[0];
+  };
+  for (int64_t i = 0; i < n; ++i) total += weight(i);
+  const C inverse = total == 0 ? C(0) : 1 / total;
+  in_parts<W>(dim, [&](int64_t d, int64_t part) {
+    V<C> sums = {};
+    for (int64_t i = 0; i < n; ++i) sums += get(static_cast<const C*>(outs[i]) + d, part) * (weight(i) * inverse);
+    put(static_cast<T*>(to) + d, sums, part);
+  });
+}

@@ -1,0 +1,98 @@
+"""Reading prompts behind memories and decoding on, a batch of rows at a time; no choice of tokens is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from icae_fast.cache import DecoderRows, KVSegment, tree_order
+from icae_fast.ops import decode_step
+from icae_fast.step_weights import RotaryTables, StepWeights
+
+if TYPE_CHECKING:
+    from icae_fast.modeling import ICAE
+
+
+class DecodeSession:
+    """Rows that are decoded together: each reads shared segments and then a suffix of its own, and goes on from there.
+
+    Where rows share segments, these are read once for all of them. A step is one call of the op `decode_step`
+    where it computes the model (see `StepWeights.of`), and else a forward of the backbone.
+
+    Args:
+        icae: the model, whose frozen decoder runs.
+        paths: the segments that each row reads first, in order; rows may share them.
+        suffixes: (S_r, d) embeddings that each row reads behind them, at least one.
+        max_new_tokens: steps that will be made at most.
+    """
+
+    def __init__(
+        self, icae: ICAE, paths: Sequence[Sequence[KVSegment]], suffixes: Sequence[torch.Tensor], max_new_tokens: int
+    ) -> None:
+        self._icae = icae
+        # Rows that share segments become neighbours; callers go on seeing their own order.
+        self._order = tree_order(paths)
+        self._suffixes = [suffixes[r] for r in self._order]
+        self._rows = DecoderRows(
+            icae.backbone, [paths[r] for r in self._order], [len(s) + max_new_tokens for s in self._suffixes],
+            icae.dtype, icae.device,
+        )  # fmt: skip
+        self._weights = StepWeights.of(icae.base_model, icae.backbone)
+        longest = max(p + c for p, c in zip(self._rows.prefix_lengths, self._rows.capacities, strict=True))
+        self._tables = RotaryTables(icae.backbone, longest, suffixes[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, each shared segment counted once."""
+        return self._rows.nbytes
+
+    @torch.no_grad()
+    def start(self) -> torch.Tensor:
+        """Read all suffixes; gives (R, V) logits of each row's first new token."""
+        counts = [len(s) for s in self._suffixes]
+        hidden = self._icae.backbone.forward(torch.cat(self._suffixes), self._rows.append(counts), cache=self._rows)
+        self._suffixes = []
+        return self._in_callers_order(self._icae.base_model.lm_head(hidden))
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read one more token a row; gives (R, V) logits of the next one.
+
+        Args:
+            tokens: (R,) int64 ids of base tokens, in the order of the rows that are left.
+        """
+        tokens = tokens[torch.tensor(self._order, device=tokens.device)] if self._permuted else tokens
+        if self._weights is None:
+            packed = self._rows.append([1] * len(self._order))
+            hidden = self._icae.backbone.forward(self._icae.embed(tokens), packed, cache=self._rows)
+            return self._in_callers_order(self._icae.base_model.lm_head(hidden))
+        w, rows = self._weights, self._rows
+        cos, sin = self._tables.at(rows.append_one())
+        shared = rows.shared
+        logits = decode_step(
+            tokens, w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, cos, sin, rows.keys, rows.values,
+            rows.tail_starts, rows.tail_lengths, [s.keys for s in shared.segments], [s.values for s in shared.segments],
+            shared.rows, num_q_heads=self._icae.backbone.num_q_heads, num_kv_heads=self._icae.backbone.num_kv_heads,
+            scale=w.scale, norm_eps=w.norm_eps, windows=w.windows,
+        )  # fmt: skip
+        return self._in_callers_order(logits)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, given by their places among those that are left, in rising order."""
+        wanted = {row: place for place, row in enumerate(rows)}
+        kept = [i for i, row in enumerate(self._order) if row in wanted]
+        self._order = [wanted[self._order[i]] for i in kept]
+        self._rows.keep(kept)
+
+    @property
+    def _permuted(self) -> bool:
+        return self._order != list(range(len(self._order)))
+
+    def _in_callers_order(self, logits):
+        if not self._permuted:
+            return logits
+        out = torch.empty_like(logits)
+        out[torch.tensor(self._order, device=logits.device)] = logits
+        return out

@@ -1,0 +1,75 @@
+"""One token step of a whole frozen language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from icae_fast.ops.decode_step.spec import SPEC
+
+__all__ = ["SPEC", "decode_step"]
+
+
+def decode_step(
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    matrices: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    qk_norms: Sequence[torch.Tensor | None],
+    head: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    tail_starts: torch.Tensor,
+    tail_lengths: torch.Tensor,
+    prefix_keys: Sequence[torch.Tensor],
+    prefix_values: Sequence[torch.Tensor],
+    prefix_rows: Sequence[tuple[int, int]],
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    norm_eps: float,
+    windows: Sequence[int],
+) -> torch.Tensor:
+    """Logits of each row's next token, and the step's keys and values put into the cache.
+
+    For a token of each row, with h its embedding, and for every layer
+
+        q, k, v = W_qkv rms_norm(h) + b_qkv,    heads of q and k normalised (where qk_norms are given) and turned
+        h += W_o attention(q, keys, values) + b_o         over prefix and tail, k and v included
+        h += W_down (silu(g) * u) + b_down,     g, u = W_gate_up rms_norm(h) + b_gate_up
+
+    and last logits = W_head rms_norm(h). h stays in the compute type (fp32, fp64 for fp64) throughout. All of it is
+    one call: the weights are read where they lie, each once for all rows.
+
+    Args:
+        tokens: (R,) int64.
+        embedding: (V, d) fp32, bf16 or fp64, as all tensors but cos and sin.
+        norms: (d,) each: of each layer's attention and MLP in turn, and the final one.
+        matrices: of each layer in turn, W_qkv ((Hq + 2 Hkv) D, d), W_o (d, Hq D), W_gate_up (2 I, d), W_down (d, I).
+        biases: theirs, or None.
+        qk_norms: (2, D) of each layer, of q and of k, or None.
+        head: (V', d).
+        cos, sin: (R, D / 2) of each row's position, in the compute type.
+        tail_keys, tail_values: (layers, N, Hkv, D); this step's are written to the last place of each row's tail.
+        tail_starts, tail_lengths: (R,) int32: row r's tail is [start, start + length), this step's token included.
+        prefix_keys, prefix_values: (layers, S_s, Hkv, D) of each segment that several rows share.
+        prefix_rows: see `icae_fast.ops.shared_prefix_attention`.
+        num_q_heads, num_kv_heads: Hq and Hkv.
+        scale: factor of the attention scores.
+        norm_eps: of all norms.
+        windows: sliding window of each layer in keys, 0 for none.
+
+    Returns:
+        (R, V') logits in the compute type.
+    """
+    rows = [i for pair in prefix_rows for i in pair]
+    return torch.ops.icae_fast.decode_step(
+        tokens, embedding, norms, matrices, biases, qk_norms, head, cos, sin, tail_keys, tail_values,
+        tail_starts, tail_lengths, prefix_keys, prefix_values, rows, num_q_heads, num_kv_heads, scale, norm_eps,
+        windows,
+    )  # fmt: skip
