@@ -48,7 +48,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@torch.inference_mode(False)  # tensors made in that mode could not be used outside of it
 def map_file(path: str | Path) -> torch.Tensor:
     """The bytes of a file as a (size,) uint8 tensor that is mapped, not read.
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from icae_fast import store_local
 from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundError, NonFiniteError
 from icae_fast.inputs import Context, as_list
@@ -141,6 +143,7 @@ class MemoryStore:
         memory = file.memory(self.verify)
         return memory if self.icae is None else memory.to(device=self.icae.device, dtype=self.icae.dtype)
 
+    @torch.inference_mode(False)  # what the ICAE keeps must be of use outside of that mode
     def _adopt(self, file: MemoryFile, memory: Memory) -> bool:
         """Give an entry's keys and values to the ICAE; has it any that the ICAE can use?"""
         prefix = file.header["kv_prefix_ids"]
@@ -157,6 +160,7 @@ class MemoryStore:
             )  # fmt: skip
         return True
 
+    @torch.inference_mode(False)
     def get_kv(self, key: str, prefix_ids: Sequence[int] | None = None) -> SlotKV | None:
         """The keys and values that were put with a memory, mapped like slots.
 
@@ -304,6 +308,7 @@ class MemoryStore:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @torch.inference_mode(False)
     def _read(self, key: str) -> MemoryFile:
         what = f"entry {key!r} of the store {self._folder}"
         file = MemoryFile.read(self._folder.read(_checked(key)), what)
