@@ -17,6 +17,8 @@ from bench import decoders, harness, llama_cpp, models, shapes, targets
 from bench.baseline import BaselineICAE
 from docs import tables
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = shapes.QUESTION_WORKLOADS["small"][0]
 MACHINE = {"cpu": "AMD EPYC", "threads": 2, "isa": "avx512", "commit": "0" * 40, "cpu_features": ["avx512f"]}
 
@@ -126,11 +128,10 @@ def test_scaled_times_say_so():
 def test_kv_is_that_of_one_memory_or_of_many(shared):
     icae, prompts = models.models_for(TINY).icae, decoders.prompts_for(TINY)
     memory = icae.compress(models.documents_for(TINY))[0]
-    copies = [memory] if shared else icae.compress([d + i for i, d in enumerate(models.documents_for(TINY) * 4)])
+    if not shared:
+        memory = icae.compress([models.documents_for(TINY)[0].roll(i) for i in range(len(prompts))])
     with decoders.kv_noted() as held:
-        answers = icae.generate(
-            copies[0] if shared else copies, prompts, return_ids=True, **decoders.answer_limits(TINY)
-        )
+        answers = icae.generate(memory, prompts, return_ids=True, **decoders.answer_limits(TINY))
     assert len(held) == 1
     own = sum(len(icae.prompt_ids(p)[1]) + len(a) for p, a in zip(prompts, answers, strict=True))
     kv = decoders.kv_facts(TINY, held[0], own)["kv"]
