@@ -160,8 +160,8 @@ def scaled_times(
     }
     if measured == prompts:
         return times, {}
-    asked = f"measured for {measured} of {prompts} prompts, times {factor:g}"
-    return times, {BY_PROMPT: asked, ONE_BY_ONE: f"compressing measured once, and asking {asked}"}
+    asked = f"for {measured} of {prompts} prompts, times {factor:g}"
+    return times, {BY_PROMPT: f"measured {asked}", ONE_BY_ONE: f"measured compressing once, and asking {asked}"}
 
 
 @contextlib.contextmanager

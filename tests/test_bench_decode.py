@@ -118,7 +118,7 @@ def test_scaled_times_say_so():
     assert times == {decoders.BY_PROMPT: [160.0], decoders.ONE_BY_ONE: [8.0 + 48.0]}
     assert words == {
         decoders.BY_PROMPT: "measured for 2 of 16 prompts, times 8",
-        decoders.ONE_BY_ONE: "compressing measured once, and asking measured for 2 of 16 prompts, times 8",
+        decoders.ONE_BY_ONE: "measured compressing once, and asking for 2 of 16 prompts, times 8",
     }
     times, words = decoders.scaled_times(2, 2, [20.0], [8.0], [6.0])
     assert (times, words) == ({decoders.BY_PROMPT: [20.0], decoders.ONE_BY_ONE: [14.0]}, {})
