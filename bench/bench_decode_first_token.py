@@ -1,7 +1,5 @@
 """The first token of an answer about a document whose memory is stored; the baseline has to compress the document."""
 
-import inspect
-
 from bench import decoders
 from bench.checks import assert_same
 from bench.decoders import BASELINE, KV_TIER
@@ -14,22 +12,17 @@ KEY = "document"
 ROUNDS = 3  # of a quarter of a minute
 
 
-def has_kv_tier():
-    """Can a store give keys and values to the model along with a memory?"""
-    return "kv" in inspect.signature(MemoryStore.get).parameters
-
-
 def put(folder, icae, memory):
-    """Store a memory, with its keys and values where there is such a tier."""
+    """Store a memory with its keys and values."""
     with MemoryStore(folder, icae) as store:
-        store.put(KEY, memory, **({"kv": True} if has_kv_tier() else {}))
+        store.put(KEY, memory, kv=True)
 
 
 def get(folder, icae, kv):
     """The memory from a store that is opened anew, into a model that has read none."""
     icae.clear_kv()
     with MemoryStore(folder, icae) as store:
-        return store.get(KEY, kv=True) if kv else store.get(KEY)
+        return store.get(KEY, kv=kv)
 
 
 def test_first_token(compare, first_token_case, tmp_path):
@@ -49,9 +42,7 @@ def test_first_token(compare, first_token_case, tmp_path):
         kept = icae.slot_kv.nbytes
         return memory.slots, icae.generate(memory, prompts, return_ids=True, **limits), kept
 
-    calls = {BASELINE: compress, OURS: lambda: from_store(False)}
-    if has_kv_tier():
-        calls[KV_TIER] = lambda: from_store(True)
+    calls = {BASELINE: compress, OURS: lambda: from_store(False), KV_TIER: lambda: from_store(True)}
 
     def check(results):
         expected = results[BASELINE][0]

@@ -13,9 +13,9 @@ constexpr int64_t kStreamedBlock = 16;
 // maximum over them; into the first-level cache, or less far ahead, it is slower than without (Zen 4).
 constexpr int64_t kAheadBytes = 4096;
 
-// Products of `columns` rows of weights with `rows` rows of x, as sums that are still spread over a vector. With one
-// row of weights and one or two of x, two chains, since one would have to wait for itself; with many rows of x, two
-// rows of weights, since each x is then loaded half as often.
+// Products of `columns` rows of weights with `rows` rows of x, as sums that are still spread over a vector. With
+// one row of weights and one or two of x, two chains, since one would have to wait for itself; with many rows of x,
+// two rows of weights, since each x is then loaded half as often.
 template <class T, int rows, int columns>
 struct StreamedTile {
   using C = typename Elem<T>::C;
