@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # With fewer jobs a small machine does not run out of memory in the compiler.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test sanitize bench bench-encode bench-check lint format readme clean
+.PHONY: demo test sanitize bench bench-encode bench-decode bench-check lint format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -61,6 +61,13 @@ bench: $(VENV)/.installed
 # shapes, and a larger batch of the 1B model, and takes twice as long.
 bench-encode: $(VENV)/.installed
 	$(BIN)/python -m pytest $(wildcard bench/bench_encode*.py) --workload $(WORKLOAD)
+	$(MAKE) readme
+
+# Answering alone, beside its targets, in about eight minutes on two cores. `python -m bench.llama_cpp` adds a row for
+# llama.cpp, which has to be built first; it says how.
+bench-decode: $(VENV)/.installed
+	@echo "This takes about eight minutes on two cores; leave the machine alone meanwhile."
+	$(BIN)/python -m pytest $(wildcard bench/bench_decode*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
 lint: $(VENV)/.installed

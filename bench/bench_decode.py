@@ -1,47 +1,63 @@
-"""Answering prompts from a memory: the reference's loop, which reads the slots for every prompt, and icae_fast."""
+"""Decoding one long answer behind a memory that has been read: icae_fast, transformers' `generate`, a bare read.
 
-import pytest
-import torch
+`make bench-decode` runs this and its neighbours `bench_decode_*.py`, whose rows stand in one file; see `bench.targets`
+for what they are held against, and `bench.llama_cpp` for a row that is measured by itself.
+"""
 
-from bench.checks import assert_greedy
-from bench.harness import OURS, Work
-from bench.models import SEED, documents_for, models_for
+from bench import decoders
+from bench.decoders import GENERATE, WEIGHTS_READ, Parted
+from bench.harness import OURS
+from bench.measure import FirstToken
+from bench.models import documents_for, models_for
 
-PROMPT_TOKENS = 16
+ROUNDS = 5  # of a quarter of a minute
 
 
-@pytest.mark.parametrize("prompts", [1, 4], ids=["1-prompt", "4-prompts"])
-def test_answer(compare, one_document, prompts):
-    case = one_document
-    models = models_for(case)
-    icae, baseline = models.icae, models.baseline
-    memory = icae.compress(documents_for(case))[0]
-    generator = torch.Generator().manual_seed(SEED + 1)
-    questions = list(torch.randint(case.shape.vocabulary, (prompts, PROMPT_TOKENS), generator=generator))
-    sides = [icae.prompt_ids(q) for q in questions]
-    limits = {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens}
+def test_decode(compare, decode_case):
+    case = decode_case
+    models, limits = models_for(case), decoders.answer_limits(case)
+    icae = models.icae
+    _ = models.baseline  # made here: its weights are no peak
+    memory, prompts = icae.compress(documents_for(case))[0], decoders.prompts_for(case)
+    icae.clear_kv()
+    icae.generate(memory, prompts, max_new_tokens=1, return_ids=True)  # reads the slots
+    pad = icae.eos_token_ids[0]
 
-    def ask_baseline():
-        slots = memory.slots
-        return [baseline.generate(slots, s, p, eos_ids=icae.eos_token_ids, **limits) for p, s in sides]
+    def ours():
+        clock = FirstToken()
+        return icae.generate(memory, prompts, return_ids=True, streamer=clock, **limits), clock.at
 
-    def ask_ours():
-        icae.clear_kv()  # first questions: the slots are read once for all of them
-        return icae.generate(memory, questions, return_ids=True, **limits)
+    def generate():
+        # The cache is a copy of the kept keys and values: milliseconds of seconds.
+        inputs = icae.generation_inputs(memory, prompts, case.new_tokens)
+        clock = FirstToken(skip=1)
+        ids = icae.base_model.generate(
+            **inputs, min_new_tokens=case.new_tokens, do_sample=False, num_beams=1, streamer=clock, pad_token_id=pad
+        )
+        return ids.tolist(), clock.at
+
+    calls = {GENERATE: Parted(generate), WEIGHTS_READ: decoders.weight_reader(case), OURS: Parted(ours)}
 
     def check(results):
-        for answers in results.values():
-            for (prefix, suffix), answer in zip(sides, answers, strict=True):
-                assert len(answer) == case.new_tokens
-                assert_greedy(baseline, memory.slots, prefix, suffix, answer, icae.eos_token_ids, case.torch_dtype)
+        for name in (GENERATE, OURS):
+            decoders.assert_answers(models, case, memory.slots, prompts, results[name])
 
-    element = torch.empty((), dtype=case.torch_dtype).element_size()
+    def derive(seconds):
+        rounds, steps = len(seconds[OURS]), case.new_tokens - 1
+        after = {name: calls[name].after[-rounds:] for name in (GENERATE, OURS)}
+        n_bytes = decoders.weight_bytes(case)
+        return decoders.step_facts(steps, after) | decoders.bandwidth_facts(
+            n_bytes, steps, after[OURS], seconds[WEIGHTS_READ]
+        )
+
     compare(
-        {"baseline": ask_baseline, OURS: ask_ours},
+        calls,
         check,
-        # All prompts decode in one batch at best, so the weights are read once for each step.
-        Work("read", bytes=case.new_tokens * case.shape.decode_weights() * element, tokens=prompts * case.new_tokens),
-        ops=("lora_qkv_rope", "varlen_attention"),
+        decoders.decode_work(case),
+        ("decode_step", "lora_qkv_rope", "shared_prefix_attention"),
+        {WEIGHTS_READ: decoders.reading_work(case)},
+        ROUNDS,
+        derive,
         case=case.name,
-        prompts=prompts,
+        new_tokens=case.new_tokens,
     )

@@ -5,6 +5,7 @@ pytest bench --workload big               more and larger ones
 pytest bench --benchmark-disable          each benchmark once, checked and untimed, at small sizes
 pytest bench/bench_encode.py -k 4x512     some of them; nothing is written
 pytest bench/bench_encode*.py             the suite of compressing; targets stand at the end
+pytest bench/bench_decode*.py             the suite of answering, likewise
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import pytest
 
 from bench.harness import Compare, write_results
 from bench.machine import REPOSITORY, Bounds, describe_machine
-from bench.shapes import ATTENTION_WORKLOADS, ENCODE_WORKLOADS, GROWTH_WORKLOADS, SHAPE_WORKLOADS, WORKLOADS
+from bench.shapes import (
+    ATTENTION_WORKLOADS,
+    DECODE_WORKLOADS,
+    ENCODE_WORKLOADS,
+    FIRST_TOKEN_WORKLOADS,
+    GROWTH_WORKLOADS,
+    QUESTION_WORKLOADS,
+    SHAPE_WORKLOADS,
+    WORKLOADS,
+)
 from bench.targets import render
 
 ROWS = pytest.StashKey[list]()
@@ -45,15 +55,17 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_generate_tests(metafunc):
-    """Some arguments stand for each case of the chosen workload; `one_document` for those with one document."""
+    """Some arguments stand for each case of the chosen workload."""
     disabled = metafunc.config.getoption("benchmark_disable")
     workload = metafunc.config.getoption("--workload") or ("small" if disabled else "real")
     arguments = {
         "case": WORKLOADS[workload],
-        "one_document": [c for c in WORKLOADS[workload] if c.documents == 1],
         "encode_case": ENCODE_WORKLOADS[workload],
         "shape_case": SHAPE_WORKLOADS[workload],
         "rows": ATTENTION_WORKLOADS[workload],
+        "decode_case": DECODE_WORKLOADS[workload],
+        "question_case": QUESTION_WORKLOADS[workload],
+        "first_token_case": FIRST_TOKEN_WORKLOADS[workload],
     }
     for argument, chosen in arguments.items():
         if argument in metafunc.fixturenames:  # session scope makes pytest run all that needs one model in a row

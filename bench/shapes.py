@@ -48,6 +48,10 @@ class ModelShape:
         """Elements of all matrices that a decoding step reads: the layers and the head."""
         return self.layers * self.layer_weights() + self.hidden_size * self.vocabulary
 
+    def kv_elements(self) -> int:
+        """Elements of one token's keys and values in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
 
 MODELS = {
     shape.name: shape
@@ -67,7 +71,7 @@ class Case:
         model: a name in `MODELS`; dtype: a name in `DTYPES`.
         documents, tokens: how many documents of how many tokens.
         memory_size, rate, rank: k, context tokens a slot, LoRA rank.
-        new_tokens: tokens generated where something is.
+        prompts, new_tokens: prompts asked about each document where any are, and tokens generated for each.
         threads: to run with, 0 for as many as torch takes by itself.
     """
 
@@ -78,6 +82,7 @@ class Case:
     memory_size: int = 128
     rate: int = 4
     rank: int = 128
+    prompts: int = 1
     new_tokens: int = 32
     threads: int = 0
 
@@ -96,6 +101,11 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         """The dtype by which torch knows it."""
         return DTYPES[self.dtype]
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return self.torch_dtype.itemsize
 
     @property
     def span_lengths(self) -> list[int]:
@@ -122,12 +132,13 @@ class Rows:
         return f"{self.count}x{self.tokens}"
 
 
-def _tiny(documents: int, tokens: int, rate: int = 4, threads: int = 0) -> Case:
-    return Case("tiny", "fp32", documents, tokens, 8, rate, rank=8, new_tokens=4, threads=threads)
+def _tiny(documents: int, tokens: int, rate: int = 4, threads: int = 0, new_tokens: int = 4, prompts: int = 1) -> Case:
+    sizes = {"memory_size": 8, "rate": rate, "rank": 8}
+    return Case("tiny", "fp32", documents, tokens, **sizes, threads=threads, new_tokens=new_tokens, prompts=prompts)
 
 
-def _smollm2(documents: int, tokens: int, rate: int = 4, threads: int = 0) -> Case:
-    return Case("smollm2-135m", "bf16", documents, tokens, rate=rate, threads=threads)
+def _smollm2(documents: int, tokens: int, rate: int = 4, threads: int = 0, **asked: int) -> Case:
+    return Case("smollm2-135m", "bf16", documents, tokens, rate=rate, threads=threads, **asked)
 
 
 def _llama(documents: int, threads: int = 0) -> Case:
@@ -163,6 +174,24 @@ GROWTH_WORKLOADS = {
     "small": [tuple(_tiny(n, 32) for n in (1, 2, 4))],
     "real": [tuple(_smollm2(n, 512) for n in (1, 2, 4, 8, 16, 32, 64))],
     "big": [tuple(_smollm2(n, 512) for n in (1, 2, 4, 8, 16, 32, 64))],
+}
+# For `bench_decode.py`: one prompt about a memory that has been read, and a long answer; ...
+DECODE_WORKLOADS = {
+    "small": [_tiny(1, 40)],
+    "real": [_smollm2(1, 512, new_tokens=128)],
+    "big": [_smollm2(1, 512, new_tokens=128)],
+}
+# ... for `bench_decode_questions.py`: many prompts about one document, compressing included; ...
+QUESTION_WORKLOADS = {
+    "small": [_tiny(1, 64, prompts=4)],
+    "real": [_smollm2(1, 4096, prompts=16)],
+    "big": [_smollm2(1, 4096, prompts=16)],
+}
+# ... and for `bench_decode_first_token.py`: one token behind a stored memory.
+FIRST_TOKEN_WORKLOADS = {
+    "small": [_tiny(1, 64, new_tokens=1)],
+    "real": [_smollm2(1, 4096, new_tokens=1)],
+    "big": [_smollm2(1, 4096, new_tokens=1)],
 }
 # Rows of so many tokens for attention alone, of SmolLM2's heads.
 ATTENTION_WORKLOADS = {

@@ -1,4 +1,4 @@
-"""What `make bench-encode` is held against: `python -m bench.targets docs/results/encode-MACHINE.json`.
+"""What the suites are held against: `python -m bench.targets docs/results/{encode,decode}-MACHINE.json`.
 
 Each measured figure stands beside its target with "met" or "missed"; a figure without one is there to be read.
 Targets are judged on medians, and nothing fails when one is missed.
@@ -17,7 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.decoders import BY_PROMPT, GENERATE, KV_TIER, LLAMA_CPP, ONE_BY_ONE
 from bench.encoders import BASELINE, COMPILED, EXPANDED, FROZEN, MERGED, SDPA
+from bench.harness import OURS
 
 WIDTH = 160  # no line of the table breaks
 AT_LEAST, AT_MOST = ">=", "<="
@@ -46,12 +48,22 @@ class Target:
         return value >= self.bound(amx) if self.sign == AT_LEAST else value <= self.bound(amx)
 
 
+# make bench-encode
 OVER_BASELINE = Target(AT_LEAST, 2.2, 2.5)
 OVER_COMPILED = Target(AT_LEAST, 1.5, 1.5)
 OVER_GEMMS = Target(AT_MOST, 1.18, 1.5)
 OVER_SDPA = Target(AT_LEAST, 4.0, 8.0)
 EXPONENT = Target(AT_MOST, 1.03, 1.03)
 LORA_COST_OVER_SHARE = Target(AT_MOST, 1.5, 1.5)
+# make bench-decode
+OVER_GENERATE = Target(AT_LEAST, 4.0, 4.0)
+FRACTION_OF_READ = Target(AT_LEAST, 0.8, 0.8)
+OVER_LLAMA_CPP = Target(AT_LEAST, 1.0, 1.0)
+OVER_BY_PROMPT = Target(AT_LEAST, 20.0, 20.0)
+OVER_ONE_BY_ONE = Target(AT_LEAST, 10.0, 10.0)
+MEMORIES_HELD = Target(AT_MOST, 1.1, 1.1)  # one, and the template before its slots
+FIRST_TOKEN_FROM_SLOTS = Target(AT_LEAST, 8.0, 8.0)
+FIRST_TOKEN_FROM_KV = Target(AT_LEAST, 50.0, 50.0)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,15 @@ def figures(row: dict[str, Any]) -> Iterator[Figure]:
         yield from _attention_figures(row)
     elif "time_over_gemms" in row:
         yield from _encoder_figures(row)
+    elif "fraction_of_read" in row:
+        yield from _decode_figures(row)
+    elif LLAMA_CPP in row.get("step_speedup_over", ()):
+        over = row["step_speedup_over"][LLAMA_CPP]
+        yield Figure(row["case"], f"a token after the first, over {LLAMA_CPP}", over, OVER_LLAMA_CPP)
+    elif "kv" in row:
+        yield from _question_figures(row)
+    elif "first_token_speedup" in row:
+        yield from _first_token_figures(row)
 
 
 def _encoder_figures(row):
@@ -108,6 +129,31 @@ def _growth_figures(row):
     most = max(point["working_mb"] for point in points[:-1])
     what = "working memory over fewer spans'"
     yield Figure(f"{points[-1]['spans']} spans", what, {"median": points[-1]["working_mb"] / most})
+
+
+def _decode_figures(row):
+    where = f"{row['case']}, {row['new_tokens']} tokens"
+    yield Figure(where, f"over {GENERATE}", row["speedup_over"][GENERATE], OVER_GENERATE)
+    yield Figure(where, f"a token after the first, over {GENERATE}", row["step_speedup_over"][GENERATE])
+    yield Figure(where, "bandwidth over that of a plain read", row["fraction_of_read"], FRACTION_OF_READ)
+    yield Figure(where, "GB/s, plain read", {"median": row["read_gbs"]})
+    yield Figure(where, "GB/s, of weights in decoding", {"median": row["step_gbs"]})
+
+
+def _question_figures(row):
+    where = f"{row['case']}, {row['prompts']} prompts"
+    for name, target in ((BY_PROMPT, OVER_BY_PROMPT), (ONE_BY_ONE, OVER_ONE_BY_ONE)):
+        measured = row["prompts_measured"][name]
+        note = f" (of {measured} prompts, scaled)" if name in row["scaled"] else ""
+        yield Figure(where, f"over {name}{note}", row["speedup_over"][name], target)
+    yield Figure(where, "memories whose KV is held", {"median": row["kv"]["memories"]}, MEMORIES_HELD)
+
+
+def _first_token_figures(row):
+    for name, target in ((OURS, FIRST_TOKEN_FROM_SLOTS), (KV_TIER, FIRST_TOKEN_FROM_KV)):
+        if name in row["first_token_speedup"]:
+            what = f"first token of {name}, over {BASELINE}"
+            yield Figure(row["case"], what, row["first_token_speedup"][name], target)
 
 
 def render(machine: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:

@@ -9,6 +9,11 @@
 
 #include "common/isa.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 PyObject* to_list(const std::vector<std::string>& names) {
@@ -31,6 +36,18 @@ PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(icae_fast::ker
 PyObject* cpu_features(PyObject*, PyObject*) { return to_list(icae_fast::cpu_features()); }
 
 PyObject* runnable_isas(PyObject*, PyObject*) { return to_list(icae_fast::runnable_isas()); }
+
+// Asks Linux for huge pages under memory that nobody has touched yet. Only a hint: what comes of it is not told.
+PyObject* prefer_huge_pages(PyObject*, PyObject* arguments) {
+  unsigned long long address = 0, bytes = 0;
+  if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const unsigned long long page = sysconf(_SC_PAGESIZE), begin = (address + page - 1) / page * page,
+                           end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  Py_RETURN_NONE;
+}
 
 PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
@@ -58,6 +75,8 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Name of the instruction set whose kernels run."},
     {"cpu_features", cpu_features, METH_NOARGS, "The CPU's features that matter here and that the OS permits."},
     {"runnable_isas", runnable_isas, METH_NOARGS, "Those of the build's instruction sets that this CPU can run."},
+    {"prefer_huge_pages", prefer_huge_pages, METH_VARARGS,
+     "prefer_huge_pages(address, nbytes): ask for huge pages under memory that is not touched yet."},
     {"build_info", build_info, METH_NOARGS,
      "Compiler, torch version, sanitizers and instruction sets of this build."},
     {nullptr, nullptr, 0, nullptr},

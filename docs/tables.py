@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,63 @@ def _encode(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def decode_tables() -> str:
+    """Every `decode-*.json` under docs/results: answering against transformers, the baseline and the bandwidth."""
+    return "\n\n".join(_decode(json.loads(p.read_text())) for p in sorted(RESULTS.glob("decode-*.json")))
+
+
+def _decode(result: dict[str, Any]) -> str:
+    lines = [
+        f"Answering, {result['machine']['cpu']}, {result['machine']['threads']} threads, {result['machine']['isa']}, "
+        f"commit {result['machine']['commit'][:8]}; times are medians, and ratios medians of those between "
+        "neighbouring calls:",
+        "",
+        "| | icae_fast | against | which takes | times as fast |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        lines += [f"| {' | '.join(cells)} |" for cells in _decode_cells(row)]
+    return "\n".join(lines)
+
+
+def _decode_cells(row: dict[str, Any]) -> Iterator[list[str]]:
+    """The table's lines of one row: what, icae_fast's time, against what, its time, and the ratio."""
+    name = f"`{row['case']}`"
+    if "fraction_of_read" in row:
+        n = row["new_tokens"]
+        yield _line(f"{name}, {n} tokens", row["seconds"], "generate", row["speedup_over"]["generate"])
+        bound = f"reading {row['weight_bytes'] / 1e6:.0f} MB of weights at {row['read_gbs']:.3g} GB/s"
+        times = row["step_ms"] | {bound: {"median": row["weight_bytes"] / row["read_gbs"] / 1e6}}
+        yield _line(f"{name}, a token after the first", times, bound, row["fraction_of_read"], "ms")
+    elif "step_speedup_over" in row:  # of `bench.llama_cpp`
+        for other, ratio in row["step_speedup_over"].items():
+            yield _line(f"{name}, a token after the first", row["step_ms"], other, ratio, "ms")
+    elif "kv" in row:
+        yield from _question_cells(row, name)
+    elif "first_token_speedup" in row:
+        for provider, ratio in row["first_token_speedup"].items():
+            tier = "KV" if provider.endswith("KV tier") else "slots"
+            yield _line(f"{name}, first token, {tier} stored", row["seconds"], "baseline", ratio, ours=provider)
+
+
+def _question_cells(row, name):
+    what = f"{name}, {row['prompts']} prompts, {row['new_tokens']} tokens for each, compressing included"
+    for other, ratio in row["speedup_over"].items():
+        cells = _line(what, row["seconds"], other, ratio)
+        if other in row["scaled"]:
+            cells[2] += f" ({row['scaled'][other]})"
+        yield cells
+    kv = row["kv"]
+    rest = f"{kv['mb'] - kv['own_mb']:.3g} MB"
+    what = f"{name}, {row['prompts']} prompts, keys and values but for the prompts' and answers' own"
+    yield [what, rest, "one memory's slots", f"{kv['memory_mb']:.3g} MB", "-"]
+
+
+def _line(what, times, other, ratio, unit="s", ours="icae_fast") -> list[str]:
+    own, its = (f"{times[provider]['median']:.3g} {unit}" for provider in (ours, other))
+    return [what, own, other, its, f"{ratio['median']:.3g}"]
+
+
 def accuracy_tables() -> str:
     """Every `accuracy-*.json` under docs/results: distances of slots to the baseline's."""
     return "\n\n".join(_accuracy(json.loads(p.read_text())) for p in sorted(RESULTS.glob("accuracy-*.json")))
@@ -123,8 +181,8 @@ def _slots(result: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "ops": ops_table, "latency": latency_tables, "encode": encode_tables, "accuracy": accuracy_tables,
-    "slots": slots_tables,
+    "ops": ops_table, "latency": latency_tables, "encode": encode_tables, "decode": decode_tables,
+    "accuracy": accuracy_tables, "slots": slots_tables,
 }  # fmt: skip
 
 

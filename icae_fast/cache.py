@@ -25,13 +25,18 @@ def by_heads(keys: torch.Tensor) -> torch.Tensor:
     return keys.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
+def joined(keys: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Keys or values (layers, n_i, Hkv, D) one behind the other as a new tensor, laid out as by `empty_keys`."""
+    return torch.cat([k.transpose(1, 2) for k in keys], 2).transpose(1, 2)
+
+
 @dataclass(frozen=True, eq=False)
 class KVSegment:
     """Keys and values that the frozen decoder computed for a piece of its input, in all layers.
 
     Args:
         keys: (n_layers, S, Hkv, D) in the model's dtype, RoPE applied at positions `start .. start + S`; laid out as by
-            `empty_keys`.
+            `empty_keys`, or a range of positions of such a tensor.
         values: (n_layers, S, Hkv, D), likewise.
         start: position of the first token.
     """

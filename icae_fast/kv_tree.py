@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -111,21 +111,68 @@ class SlotKVTree:
         Raises:
             InvalidInputError: a piece of another shape, or an empty one.
         """
-        weight = self.backbone.model.get_input_embeddings().weight
-        cast = [[self._checked(p).to(weight) for p in path] for path in paths]
-        chains = [list(zip(_chained_keys(path), path, strict=True)) for path in cast]
+        chains = [self._chain(path) for path in paths]
         with self._lock:
-            made_with = (weight.dtype, weight.device, weights_key(self.backbone.model.layers))
-            if made_with != self._made_with:
-                self.clear()
-                self._made_with = made_with
-            segments = {key: self._kept[key] for chain in chains for key, _ in chain if key in self._kept}
-            rows = self._plan(chains, segments)
-            if rows:
-                self._compute(rows)
-            for chain in chains:
-                self._keep([key for key, _ in chain], segments)
+            self._forget_other_weights()
+            segments = self._read(chains)
         return [[segments[key] for key, _ in chain] for chain in chains]
+
+    def adopt(self, pieces: Sequence[torch.Tensor], segments: Sequence[KVSegment]) -> bool:
+        """Keep K and V of a path's last pieces that these very weights gave elsewhere, in place of computing them.
+
+        Nothing is copied: the tensors are kept as they are, and count against the budget as computed ones do. Pieces
+        before them are read as `path` does; a piece that is kept already stays as it is.
+
+        Args:
+            pieces: a path, as in `paths`.
+            segments: of its last pieces, at least one; in the model's dtype and on its device. That their numbers are
+                right cannot be seen here.
+
+        Returns:
+            Whether the path is kept now. One that is larger than the byte budget changes nothing, and is computed
+            when it is asked for.
+
+        Raises:
+            InvalidInputError: bad pieces, or segments of another number, shape, dtype, device or start.
+        """
+        chain = self._chain(pieces)
+        n_before = len(chain) - len(segments)
+        if not 0 <= n_before < len(chain):
+            raise InvalidInputError(f"{len(segments)} segments for {len(chain)} pieces; give one for each of the last")
+        start = sum(len(piece) for _, piece in chain[:n_before])
+        for (_, piece), segment in zip(chain[n_before:], segments, strict=True):
+            self._check_segment(segment, piece, start)
+            start += len(piece)
+        with self._lock:
+            self._forget_other_weights()
+            if start * (segments[0].nbytes // segments[0].length) > self._byte_budget:
+                return False
+            self._read([chain], {key: s for (key, _), s in zip(chain[n_before:], segments, strict=True)})
+            return True
+
+    def _chain(self, path: Sequence[torch.Tensor]) -> list[tuple[bytes, torch.Tensor]]:
+        """Each piece of a path, cast to the model's dtype and device, behind its key."""
+        weight = self.backbone.model.get_input_embeddings().weight
+        pieces = [self._checked(p).to(weight) for p in path]
+        return list(zip(_chained_keys(pieces), pieces, strict=True))
+
+    def _forget_other_weights(self) -> None:
+        weight = self.backbone.model.get_input_embeddings().weight
+        made_with = (weight.dtype, weight.device, weights_key(self.backbone.model.layers))
+        if made_with != self._made_with:
+            self.clear()
+            self._made_with = made_with
+
+    def _read(self, chains, given: dict[bytes, KVSegment] | None = None) -> dict[bytes, KVSegment]:
+        """The segments of all chains, kept ones before given ones before computed ones."""
+        known = ChainMap(self._kept, given or {})
+        segments = {key: known[key] for chain in chains for key, _ in chain if key in known}
+        rows = self._plan(chains, segments)
+        if rows:
+            self._compute(rows)
+        for chain in chains:
+            self._keep([key for key, _ in chain], segments)
+        return segments
 
     def _checked(self, piece: torch.Tensor) -> torch.Tensor:
         d = self.backbone.hidden_size
@@ -134,6 +181,18 @@ class SlotKVTree:
             what = f"{piece.dtype} {tuple(piece.shape)}" if isinstance(piece, torch.Tensor) else type(piece).__name__
             raise InvalidInputError(f"a piece of a path is {what}; give embeddings of shape (at least 1, {d})")
         return piece.detach()
+
+    def _check_segment(self, segment: KVSegment, piece: torch.Tensor, start: int) -> None:
+        shape = (self.backbone.n_layers, len(piece), self.backbone.num_kv_heads, self.backbone.head_dim)
+        for name, t in (("keys", segment.keys), ("values", segment.values)):
+            found, wanted = (tuple(t.shape), t.dtype, t.device), (shape, piece.dtype, piece.device)
+            if found != wanted or t.stride(3) != 1:
+                raise InvalidInputError(
+                    f"the {name} of a segment are {found[0]} {found[1]} on {found[2]}, but its piece of the path "
+                    f"takes {wanted[0]} {wanted[1]} on {wanted[2]}, the head size side by side"
+                )
+        if segment.start != start:
+            raise InvalidInputError(f"a segment starts at position {segment.start}, but its piece at {start}")
 
     def _plan(self, chains, segments: dict[bytes, KVSegment]) -> list[_Row]:
         """Rows that compute all missing segments, which are added to `segments` with their values yet to come.

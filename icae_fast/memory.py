@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from icae_fast.errors import InvalidInputError, NonFiniteError
+from icae_fast.inputs import is_int
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class SlotKV:
     """Keys and values that the frozen decoder has for a memory's slots behind a certain prefix.
 
     Args:
-        keys, values: (n_layers, n_slots, Hkv, D) in the model's dtype, rotated to positions from `start` on.
+        keys, values: (n_layers, n_slots, Hkv, D) in the model's dtype, rotated to positions from `start` on. Kernels
+            like a head's side by side in memory, as they are in `x.transpose(1, 2)` of a contiguous
+            (n_layers, Hkv, n_slots, D); `ICAE.memory_kv` and `MemoryStore.get_kv` give them so.
         prefix_ids: the tokens that stand before the slots; attention makes the values depend on all of them.
     """
 
@@ -71,6 +74,15 @@ class SlotKV:
     def start(self) -> int:
         """The position of the first slot."""
         return len(self.prefix_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def is_finite(self) -> bool:
+        """Whether there is neither NaN nor infinity in them; reads them once."""
+        return all(bool(torch.isfinite(t).all()) for t in (self.keys, self.values))
 
 
 def check_memory(memory: Memory, memory_size: int, hidden_size: int) -> None:
@@ -90,3 +102,22 @@ def check_memory(memory: Memory, memory_size: int, hidden_size: int) -> None:
         )
     if not bool(torch.isfinite(memory.slots).all()):
         raise NonFiniteError("the memory's slots hold NaN or infinity; compress the context again")
+
+
+def check_kv(kv: SlotKV, n_layers: int, n_slots: int, n_heads: int) -> None:
+    """Raise unless keys and values can be those of `n_slots` slots in a model with so many layers and K/V heads.
+
+    Raises:
+        InvalidInputError: no `SlotKV`, tensors of another shape or of two dtypes, or a prefix that is no ids.
+    """
+    if not isinstance(kv, SlotKV):
+        raise InvalidInputError(f"expected a SlotKV and got {type(kv).__name__}; ICAE.memory_kv gives one")
+    found, wanted = tuple(kv.keys.shape), (n_layers, n_slots, n_heads)
+    same = kv.values.shape == kv.keys.shape and kv.values.dtype == kv.keys.dtype
+    if len(found) != 4 or found[:3] != wanted or not same or not kv.keys.is_floating_point():
+        raise InvalidInputError(
+            f"keys are {found} {kv.keys.dtype} and values {tuple(kv.values.shape)} {kv.values.dtype}; both have to "
+            f"be {n_layers} layers, {n_slots} slots, {n_heads} heads and the head size, of one floating dtype"
+        )
+    if not all(is_int(i) and i >= 0 for i in kv.prefix_ids):
+        raise InvalidInputError(f"prefix_ids are {kv.prefix_ids!r}; give the ids of the tokens before the slots")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +56,19 @@ def encode_memory(
         "span_lengths": list(memory.span_lengths),
         **origin.to_header(),
         "slots_dtype": _name(memory.slots.dtype if dtype == "int8" else tensors["slots"].dtype),
-        "kv_prefix_ids": None if kv is None else list(kv.prefix_ids),
         "key": key,
         "source_hash": source_hash,
         "created": None if key is None else time.time(),
     }
-    if kv is not None:
-        tensors |= {"keys": kv.keys, "values": kv.values}
-    return seal(tensors, header)
+    return _seal(tensors, header, kv)
+
+
+def _seal(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], kv: SlotKV | None) -> bytearray:
+    if kv is None:
+        return seal(tensors, {**header, "kv_prefix_ids": None})
+    # As (n_layers, Hkv, n_slots, D), a head's side by side, so that kernels read them where they are mapped.
+    beside = {"keys": kv.keys.transpose(1, 2), "values": kv.values.transpose(1, 2)}
+    return seal({**tensors, **beside}, {**header, "kv_prefix_ids": list(kv.prefix_ids)})
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -102,19 +108,31 @@ class MemoryFile:
         Raises:
             CheckpointError: with `verify`, the slots' checksum is wrong.
         """
-        tensors = {n: self._tensor(n, verify) for n in ("slots", "slots_scale") if n in self._sealed.names}
-        return Memory(unpack_slots(tensors, getattr(torch, self.header["slots_dtype"])), *self._spans)
+        dtype = getattr(torch, self.header["slots_dtype"])
+        return Memory(unpack_slots(self._slot_tensors(verify), dtype), *self._spans)
 
     def kv(self, verify: bool = True) -> SlotKV | None:
-        """Keys and values as views into the file's bytes, or None where it has none.
+        """Keys and values as views into the file's bytes, a head's side by side, or None where it has none.
 
         Raises:
             CheckpointError: with `verify`, their checksum is wrong.
         """
         if self.header["kv_prefix_ids"] is None:
             return None
-        keys, values = (self._tensor(n, verify) for n in ("keys", "values"))
+        keys, values = (self._tensor(n, verify).transpose(1, 2) for n in ("keys", "values"))
         return SlotKV(keys, values, tuple(self.header["kv_prefix_ids"]))
+
+    def with_kv(self, kv: SlotKV) -> bytearray:
+        """The content of a file like this one, bit for bit the same slots in it, with other keys and values.
+
+        Raises:
+            CheckpointError: the slots' checksum is wrong.
+        """
+        header = self.header | {"created": time.time()}
+        return _seal(self._slot_tensors(verify=True), header, kv)
+
+    def _slot_tensors(self, verify: bool) -> dict[str, torch.Tensor]:
+        return {n: self._tensor(n, verify) for n in ("slots", "slots_scale") if n in self._sealed.names}
 
     def _tensor(self, name: str, verify: bool) -> torch.Tensor:
         try:

@@ -1,4 +1,4 @@
-"""What an `ICAE` does with slot KV: the pieces of a memory, and caches for the base model's own `generate`."""
+"""What an `ICAE` does with slot KV: the pieces of a memory, its keys and values, and transformers' caches of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from icae_fast import prompts as layouts
-from icae_fast.errors import ContextTooLongError, InvalidInputError
+from icae_fast.cache import KVSegment, joined
+from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError
 from icae_fast.inputs import Context, as_list
 from icae_fast.kv_tree import SlotKVTree
-from icae_fast.memory import Memory
+from icae_fast.memory import Memory, SlotKV, check_kv
 
 if TYPE_CHECKING:
     from transformers import Cache
 
-    from icae_fast.cache import KVSegment
     from icae_fast.modeling import ICAE
 
 Task = Literal["answer", "restore", "continue", "slots"]
@@ -69,6 +69,71 @@ class SlotKVMixin:
         """Let go of all slot KV: to free its memory, or after a write to base weights that no one could notice."""
         self.slot_kv.clear()
 
+    @property
+    def prefix_ids(self: ICAE) -> tuple[int, ...]:
+        """Ids that `generate` puts before the slots, by the config's `prompt_format` and the tokenizer's template.
+
+        Raises:
+            TokenizerMismatchError: the chat template cannot be used.
+        """
+        return tuple(layouts.prompt_ids([], self.tokenizer, self.vocabulary, self.config.prompt_format)[0])
+
+    @torch.no_grad()
+    def memory_kv(self: ICAE, memory: Memory, task: Task = "answer") -> SlotKV:
+        """The frozen decoder's keys and values of a memory's slots, to be kept and given to `adopt_kv` later.
+
+        What of them is in `slot_kv` is copied, and the rest computed.
+
+        Args:
+            memory: of this model.
+            task: `"answer"`: as `generate` reads them, behind `prefix_ids`. The others put nothing before the slots.
+
+        Raises:
+            InvalidInputError: another task, or a memory without slots or of another model.
+            ContextTooLongError: the base model has no position left.
+            NonFiniteError: keys or values hold NaN; the weight that is to blame is named.
+        """
+        self._check_memory(memory)
+        _check_choice("task", task, Task)
+        _check_has_slots(memory)
+        prefix = self.prefix_ids if task == "answer" else ()
+        _check_room(self, len(prefix) + memory.n_slots, 1)
+        path = self.slot_kv.path(memory_pieces(self, memory, prefix))
+        spans = path[len(path) - len(memory.span_lengths) :]
+        kv = SlotKV(joined([s.keys for s in spans]), joined([s.values for s in spans]), prefix)
+        if not kv.is_finite():
+            raise NonFiniteError(self.describe_non_finite("the keys and values"))
+        return kv
+
+    @torch.no_grad()
+    def adopt_kv(self: ICAE, memory: Memory, kv: SlotKV) -> bool:
+        """Let whatever reads this memory behind `kv.prefix_ids` find its keys and values instead of computing them.
+
+        The tensors are kept in `slot_kv`, span by span and without a copy, and must not be changed any more. That
+        this model's weights gave them for this memory is the caller's word; `MemoryStore.get` has it from the file.
+
+        Args:
+            memory: of this model.
+            kv: what `memory_kv` gave for it, in the model's dtype and on its device.
+
+        Returns:
+            False if prefix and slots together are larger than `kv_budget`: nothing is kept then, and what reads the
+            memory computes them.
+
+        Raises:
+            InvalidInputError: keys and values of another shape, dtype or device, or a memory of another model.
+        """
+        self._check_memory(memory)
+        _check_has_slots(memory)
+        b = self.backbone
+        check_kv(kv, b.n_layers, memory.n_slots, b.num_kv_heads)
+        if kv.prefix_ids:
+            self.vocabulary.check_context(torch.tensor(kv.prefix_ids), "the prefix of keys and values")
+        k = memory.memory_size
+        starts = range(kv.start, kv.start + memory.n_slots, k)
+        spans = [KVSegment(*s) for s in zip(kv.keys.split(k, 1), kv.values.split(k, 1), starts, strict=True)]
+        return self.slot_kv.adopt(memory_pieces(self, memory, kv.prefix_ids), spans)
+
     @torch.no_grad()
     def kv_cache(
         self, memory: Memory, task: Task = "answer", *, kind: CacheKind = "dynamic", max_cache_len: int | None = None,
@@ -104,7 +169,7 @@ class SlotKVMixin:
         _check_choice("kind", kind, CacheKind)
         _check_positive(rows=rows)
         v = self.vocabulary
-        prefix = self._template_prefix() if task == "answer" else []
+        prefix = self.prefix_ids if task == "answer" else ()
         last = {"answer": [v.ft], "restore": [v.ae], "continue": [v.lm], "slots": []}[task]
         pieces = memory_pieces(self, memory, prefix) + ([_embedded(self, last)] if last else [])
         _check_room(self, sum(map(len, pieces)), 1)
@@ -177,9 +242,6 @@ class SlotKVMixin:
             **{name: n for name, n in options.items() if n > 1},
         }
 
-    def _template_prefix(self) -> list[int]:
-        return layouts.prompt_ids([], self.tokenizer, self.vocabulary, self.config.prompt_format)[0]
-
     def _hf_cache(
         self, paths: Sequence[Sequence[KVSegment]], kind: CacheKind, max_cache_len: int | None, copies: int = 1
     ) -> Cache:
@@ -200,6 +262,11 @@ class SlotKVMixin:
 def _check_choice(what: str, value: Any, choices: Any) -> None:
     if value not in get_args(choices):
         raise InvalidInputError(f"{what} is {value!r}; it must be one of {', '.join(get_args(choices))}")
+
+
+def _check_has_slots(memory: Memory) -> None:
+    if not memory.n_slots:
+        raise InvalidInputError("the memory has no slots; compress a text of at least one token")
 
 
 def _check_positive(**numbers: Any) -> None:

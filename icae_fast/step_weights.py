@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from icae_fast.arena import gather_weights
 from icae_fast.backbone import Backbone, is_plain, packed, packed_qkv, qk_norms
 from icae_fast.ops import backend_of
 
@@ -51,6 +52,7 @@ class StepWeights:
         scales = {layer.self_attn.scaling for layer in layers}
         if not plain or biased or head.bias is not None or len(epsilons) != 1 or len(scales) != 1:
             return None
+        gather_weights(model)
         products = [p for layer in layers for p in _products(layer)]
         norms = [m.weight for layer in layers for m in (layer.input_layernorm, layer.post_attention_layernorm)]
         return cls(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from icae_fast import store_local
-from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundError
+from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundError, NonFiniteError
 from icae_fast.inputs import Context, as_list
-from icae_fast.memory import Memory, SlotKV, check_memory
+from icae_fast.memory import Memory, SlotKV, check_kv, check_memory
 from icae_fast.memory_file import MemoryFile, encode_memory
 from icae_fast.modeling import DEFAULT_TOKEN_BUDGET, ICAE
 from icae_fast.origin import Origin, OriginTracker, content_key, source_hash
 from icae_fast.quantize import check_slot_dtype, pack_slots, unpack_slots
 from icae_fast.store_local import LocalFolder
 from icae_fast.store_remote import RemoteFolder
+
+log = logging.getLogger(__name__)
 
 _WASTE_SECONDS = 3600.0
 
@@ -25,8 +30,8 @@ class MemoryStore:
 
         store = MemoryStore("memories", icae)
         memories = store.compress([text, other_text])     # what is there already is not compressed again
-        store.put("handbook", memories[0])
-        memory = store.get("handbook")                    # mapped, not copied
+        store.put("handbook", memories[0], kv=True)       # with what the decoder computes of the slots
+        memory = store.get("handbook", kv=True)           # mapped, not copied
 
     Any number of threads and processes may use one folder at once. When `put` returns, the entry is on the disk; a
     process that is killed at any moment leaves every entry whole. Every byte of a file is under a checksum.
@@ -68,18 +73,20 @@ class MemoryStore:
     def __repr__(self) -> str:
         return f"MemoryStore({str(self._folder)!r})"
 
-    def put(self, key: str, memory: Memory, *, kv: SlotKV | None = None, source_hash: str | None = None) -> None:
+    def put(self, key: str, memory: Memory, *, kv: SlotKV | bool = False, source_hash: str | None = None) -> None:
         """Store a memory of this model, in place of any that has the key. It is on the disk when this returns.
 
         Args:
             key: any text.
             memory: what `icae.compress` gave. It is written down as the work of the model as it is now.
-            kv: keys and values of its slots, kept beside them.
+            kv: keep the decoder's keys and values of the slots beside them: True for what `ICAE.memory_kv` gives for
+                the slots as they are stored, or such as you have. For SmolLM2 they take 20 times the slots' bytes.
             source_hash: for the header, see `icae_fast.origin.source_hash`.
 
         Raises:
-            InvalidInputError: the store has no model, a bad key, or a memory or keys and values of another shape.
-            NonFiniteError: the slots hold NaN or infinity.
+            InvalidInputError: the store has no model, or with `kv=True` no ICAE; a bad key, or a memory or keys and
+                values of another shape.
+            NonFiniteError: the slots, or their keys and values, hold NaN or infinity.
             StoreError: it cannot be written; what had the key before stays.
         """
         origin = self._current(exact=True)
@@ -88,19 +95,31 @@ class MemoryStore:
                 "the store was opened without a model, so it is for reading; pass icae= to MemoryStore"
             )
         check_memory(memory, origin.config.memory_size, origin.base["hidden_size"])
-        if kv is not None:
-            self._check_kv(kv, memory.n_slots, origin)
-        self._folder.write({_checked(key): self._encode(memory, origin, key, source_hash, kv)})
+        key = _checked(key)
+        if kv is True:
+            kv = self._own_icae("compute keys and values").memory_kv(self._as_stored(memory))
+        elif kv is not False:
+            check_kv(kv, origin.base["num_hidden_layers"], memory.n_slots, origin.base["num_key_value_heads"])
+            if not kv.is_finite():
+                raise NonFiniteError("the keys and values hold NaN or infinity; compute them again")
+        self._folder.write({key: self._encode(memory, origin, key, source_hash, kv or None)})
 
     def _encode(self, memory, origin, key, source, kv=None) -> bytearray:
         return encode_memory(memory, origin, dtype=self.dtype, kv=kv, key=key, source_hash=source)
 
-    def get(self, key: str) -> Memory:
+    def get(self, key: str, *, kv: bool = False) -> Memory:
         """The memory that has a key.
 
         On the CPU its slots are mapped from the file: nothing is copied, pages are read when they are used, and
         writing to the slots changes this process's memory alone. They are copied where they have to be changed: int8
         slots, a model on another device or in another dtype, and a remote store.
+
+        Args:
+            key: of the memory.
+            kv: also give the ICAE the keys and values that were put with it (`ICAE.adopt_kv`), mapped like slots, so
+                that answering reads no slot. They are left, and the decoder computes its own when it first reads the
+                memory, where there are none, where they are behind another prefix than `icae.prefix_ids` or in
+                another dtype than the model's, and where they pass `icae.kv_budget`, of which the log has a warning.
 
         Returns:
             On the model's device and in its dtype; without a model on the CPU and as stored (int8: in the dtype that
@@ -110,10 +129,38 @@ class MemoryStore:
             MemoryNotFoundError: there is none.
             CheckpointError: its file is missing, truncated or damaged; the message names the entry.
             BaseModelMismatchError: another base model or adapter made it.
+            InvalidInputError: `kv` in a store that has no ICAE.
         """
-        memory = self._open(key).memory(self.verify)
+        if kv:
+            self._own_icae("take keys and values")
+        file = self._open(key)
+        memory = self._memory(file)
+        if kv:
+            self._adopt(file, memory)
+        return memory
+
+    def _memory(self, file: MemoryFile) -> Memory:
+        memory = file.memory(self.verify)
         return memory if self.icae is None else memory.to(device=self.icae.device, dtype=self.icae.dtype)
 
+    @torch.inference_mode(False)  # what the ICAE keeps must be of use outside of that mode
+    def _adopt(self, file: MemoryFile, memory: Memory) -> bool:
+        """Give an entry's keys and values to the ICAE; has it any that the ICAE can use?"""
+        prefix = file.header["kv_prefix_ids"]
+        if prefix is None or tuple(prefix) != self.icae.prefix_ids:
+            return False
+        kv = file.kv(self.verify)
+        if kv.keys.dtype != self.icae.dtype:
+            return False
+        kv = SlotKV(kv.keys.to(self.icae.device), kv.values.to(self.icae.device), kv.prefix_ids)
+        if not self.icae.adopt_kv(memory, kv):
+            log.warning(
+                "%s: its keys and values, %d bytes, pass icae.kv_budget=%d and are computed for each call; raise it",
+                file.what, kv.nbytes, self.icae.kv_budget,
+            )  # fmt: skip
+        return True
+
+    @torch.inference_mode(False)
     def get_kv(self, key: str, prefix_ids: Sequence[int] | None = None) -> SlotKV | None:
         """The keys and values that were put with a memory, mapped like slots.
 
@@ -144,12 +191,17 @@ class MemoryStore:
         return self._read(key).header
 
     def compress(
-        self, contexts: Context | Sequence[Context], *, token_budget: int = DEFAULT_TOKEN_BUDGET,
+        self, contexts: Context | Sequence[Context], *, kv: bool = False, token_budget: int = DEFAULT_TOKEN_BUDGET,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Memory]:  # fmt: skip
         """`icae.compress`, but what the store holds is read, and the rest, compressed in one call, is put into it.
 
         Entries are found by token ids, base model, adapter, config and dtype: see `key_of`.
+
+        Args:
+            contexts, token_budget, on_progress: see `ICAE.compress`.
+            kv: as in `put` and `get`. An entry whose keys and values `get` would leave gets them now, in place of any
+                that it has. Being large, entries are put one by one, each as soon as they are computed.
 
         Returns:
             A `Memory` for each context, as `get` gives it, also where it was just compressed.
@@ -166,17 +218,29 @@ class MemoryStore:
         for i, key in enumerate(keys):
             if key not in memories and key not in missing:
                 try:
-                    memories[key] = self.get(key)
+                    memories[key] = self._got(key, kv)
                 except MemoryNotFoundError:
                     missing[key] = i
         if missing:
             made = self.icae.compress(
                 [rows[i] for i in missing.values()], token_budget=token_budget, on_progress=on_progress
             )
-            new = dict(zip(missing, made, strict=True))
-            self._folder.write({k: self._encode(m, origin, k, sources[missing[k]]) for k, m in new.items()})
-            memories |= {k: self._as_stored(m) for k, m in new.items()}
+            new = {k: (m, sources[missing[k]]) for k, m in zip(missing, made, strict=True)}
+            memories |= {k: self._as_stored(m) for k, (m, _) in new.items()}
+            if kv:
+                for k, (m, source) in new.items():
+                    self._folder.write({k: self._encode(m, origin, k, source, self.icae.memory_kv(memories[k]))})
+            else:
+                self._folder.write({k: self._encode(m, origin, k, source) for k, (m, source) in new.items()})
         return [memories[key] for key in keys]
+
+    def _got(self, key: str, kv: bool) -> Memory:
+        """`get`, and with `kv` an entry without usable keys and values is put again with them."""
+        file = self._open(key)
+        memory = self._memory(file)
+        if kv and not self._adopt(file, memory):
+            self._folder.write({key: file.with_kv(self.icae.memory_kv(memory))})
+        return memory
 
     def _as_stored(self, memory: Memory) -> Memory:
         slots = unpack_slots(pack_slots(memory.slots, self.dtype), memory.slots.dtype).to(memory.slots.dtype)
@@ -244,6 +308,7 @@ class MemoryStore:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @torch.inference_mode(False)
     def _read(self, key: str) -> MemoryFile:
         what = f"entry {key!r} of the store {self._folder}"
         file = MemoryFile.read(self._folder.read(_checked(key)), what)
@@ -262,18 +327,13 @@ class MemoryStore:
         return self._origin if self._tracker is None else self._tracker.current(exact=exact)
 
     def _own(self, *, exact: bool) -> Origin:
-        if self._tracker is None:
-            raise InvalidInputError("the store was opened without an ICAE, so it cannot compress; pass icae=")
+        self._own_icae("compress")
         return self._tracker.current(exact=exact)
 
-    def _check_kv(self, kv: SlotKV, n_slots: int, origin: Origin) -> None:
-        heads, layers = origin.base["num_key_value_heads"], origin.base["num_hidden_layers"]
-        found, wanted = tuple(kv.keys.shape), (layers, n_slots, heads)
-        if len(found) != 4 or found[:3] != wanted or kv.values.shape != found or kv.values.dtype != kv.keys.dtype:
-            raise InvalidInputError(
-                f"keys are {found} {kv.keys.dtype} and values {tuple(kv.values.shape)} {kv.values.dtype}; both have to "
-                f"be {wanted[0]} layers, {n_slots} slots, {heads} heads and the head size, of one dtype"
-            )
+    def _own_icae(self, what: str) -> ICAE:
+        if self.icae is None:
+            raise InvalidInputError(f"the store was opened without an ICAE, so it cannot {what}; pass icae=")
+        return self.icae
 
 
 def _checked(key: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from icae_fast import ICAE, ICAEConfig, MemoryStore, embedded
+from icae_fast import ICAE, ICAEConfig, MemoryStore, decoding, embedded
 from store_helpers import make_origin
 
 # No time limit (machines differ), the same examples each run, and nothing written into the checkout.
@@ -138,6 +138,21 @@ def random_ids():
         return torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def count_tokens(monkeypatch):
+    """`count_tokens(icae)`: a list that grows by the tokens of each forward of the frozen decoder, steps included."""
+
+    def watch(icae):
+        calls, forward, step = [], icae.backbone.forward, decoding.decode_step
+        monkeypatch.setattr(
+            icae.backbone, "forward", lambda x, rows, *a, **k: (calls.append(len(x)), forward(x, rows, *a, **k))[1]
+        )
+        monkeypatch.setattr(decoding, "decode_step", lambda t, *a, **k: (calls.append(len(t)), step(t, *a, **k))[1])
+        return calls
+
+    return watch
 
 
 @pytest.fixture

@@ -315,8 +315,10 @@ def test_timing_per_token():
 
 
 def test_small_workloads_exist_for_every_argument():
-    assert any(c.documents == 1 for c in shapes.WORKLOADS["small"])
-    for table in (shapes.WORKLOADS, shapes.ENCODE_WORKLOADS, shapes.SHAPE_WORKLOADS):
+    encoding = (shapes.WORKLOADS, shapes.ENCODE_WORKLOADS, shapes.SHAPE_WORKLOADS)
+    answering = (shapes.DECODE_WORKLOADS, shapes.QUESTION_WORKLOADS, shapes.FIRST_TOKEN_WORKLOADS)
+    assert all(c.documents == 1 for table in answering for cases in table.values() for c in cases)
+    for table in encoding + answering:
         assert all(c.model in shapes.MODELS for cases in table.values() for c in cases)
         assert table.keys() == shapes.ATTENTION_WORKLOADS.keys() == shapes.GROWTH_WORKLOADS.keys()
     (long,) = [c for c in shapes.SHAPE_WORKLOADS["real"] if c.tokens > 8000]

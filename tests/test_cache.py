@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from icae_fast import decoding
-from icae_fast.cache import DecoderRows
+from icae_fast.cache import DecoderRows, KVSegment
 from icae_fast.errors import InvalidInputError
 from icae_fast.kv_tree import SlotKVTree
 from icae_fast.slot_kv import memory_pieces
@@ -59,21 +58,6 @@ def make_pieces():
         return torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(seed)).split(list(lengths))
 
     return make
-
-
-@pytest.fixture
-def count_tokens(monkeypatch):
-    """`count_tokens(icae)`: a list that grows by the tokens of each forward of the frozen decoder, steps included."""
-
-    def watch(icae):
-        calls, forward, step = [], icae.backbone.forward, decoding.decode_step
-        monkeypatch.setattr(
-            icae.backbone, "forward", lambda x, rows, *a, **k: (calls.append(len(x)), forward(x, rows, *a, **k))[1]
-        )
-        monkeypatch.setattr(decoding, "decode_step", lambda t, *a, **k: (calls.append(len(t)), step(t, *a, **k))[1])
-        return calls
-
-    return watch
 
 
 def test_a_path_equals_hugging_face(make_icae, model_kind, make_pieces):
@@ -137,6 +121,15 @@ class PlainTree:
             self.evict()
         return sum(self.lengths[n[-1]] for n in missing)
 
+    def adopt(self, path, n):
+        """Tokens that must be computed when the last n pieces are given."""
+        before = [tuple(path[: i + 1]) for i in range(len(path) - n)]
+        missing = [node for node in before if node not in self.used]
+        if sum(self.lengths[j] for j in path) * (self.size((0,)) // self.lengths[0]) > self.budget:
+            return 0
+        self.ask([path])
+        return sum(self.lengths[node[-1]] for node in missing)
+
     def evict(self):
         while self.nbytes > self.budget:
             leaves = [n for n in self.used if not any(o[:-1] == n for o in self.used)]
@@ -144,11 +137,13 @@ class PlainTree:
 
 
 PATHS = st.lists(st.integers(0, 3), max_size=4)
+ASKED = st.lists(PATHS, min_size=1, max_size=3)
+ADOPTED = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4))
 
 
-@settings(max_examples=80)
+@settings(max_examples=120)
 @given(
-    steps=st.lists(st.lists(PATHS, min_size=1, max_size=3), min_size=1, max_size=8),
+    steps=st.lists(ASKED | ADOPTED, min_size=1, max_size=8),
     budget=st.integers(0, 14),
     shrunk=st.none() | st.integers(0, 6),
 )
@@ -156,11 +151,21 @@ def test_any_sequence_of_paths_does_as_a_plain_tree(tiny_icae, make_pieces, step
     pieces, backbone, computed = make_pieces(), tiny_icae.backbone, []
     per_token = 2 * 4 * backbone.n_layers * backbone.num_kv_heads * backbone.head_dim
     tree, model = SlotKVTree(backbone, budget * per_token), PlainTree(budget * per_token, LENGTHS, per_token)
-    known = {}
+    known, elsewhere = {}, SlotKVTree(backbone)
     with pytest.MonkeyPatch.context() as patch:
         forward = backbone.forward
         patch.setattr(backbone, "forward", lambda x, *a, **k: (computed.append(len(x)), forward(x, *a, **k))[1])
         for i, paths in enumerate(steps):
+            if isinstance(paths, tuple):
+                path, n = paths[0], min(paths[1], len(paths[0]))
+                whole = [pieces[j] for j in path]
+                segments = elsewhere.path(whole)[-n:]
+                computed.clear()
+                fits = sum(LENGTHS[j] for j in path) <= tree.byte_budget // per_token
+                assert tree.adopt(whole, segments) == fits
+                assert sum(computed) == model.adopt(path, n)
+                assert (len(tree), tree.nbytes) == (len(model.used), model.nbytes)
+                paths = [path]
             computed.clear()
             found = tree.paths([[pieces[j] for j in path] for path in paths])
             assert sum(computed) == model.ask(paths)
@@ -190,6 +195,79 @@ def test_a_path_over_the_budget_is_computed_and_not_kept(icae, make_pieces):
     tree.path([a, b, c])
     assert len(tree) == 3
     assert tree.nbytes == tree.byte_budget
+
+
+def test_adopted_segments_are_found_and_not_copied(icae, make_icae, make_pieces, count_tokens):
+    a, b, c, d = make_pieces()
+    given = make_icae().slot_kv.path([a, b, c])[1:]
+    calls = count_tokens(icae)
+    assert icae.slot_kv.adopt([a, b, c], given)
+    assert calls == [len(a)]
+    path = icae.slot_kv.path([a, b, c, d])
+    assert path[1:3] == given
+    assert calls == [len(a), len(d)]
+    assert_path(path, (a, b, c, d), hf_path(icae.base_model, (a, b, c, d)))
+    again = make_icae().slot_kv.path([a, b])[1:]
+    assert icae.slot_kv.adopt([a, b], again)
+    assert icae.slot_kv.path([a, b])[1] is given[0]
+    other = icae.slot_kv.path([b])  # the same bytes at another place
+    assert other[0] is not given[0]
+
+
+def test_adopted_segments_are_evicted_as_others_are(icae, make_icae, make_pieces):
+    a, b, c, d = make_pieces()
+    tree, given = icae.slot_kv, make_icae().slot_kv.path([a, b, c])[1:]
+    per_token = given[0].nbytes // given[0].length
+    tree.byte_budget = per_token * (len(a) + len(b) + len(c) + len(d)) - 1
+    assert tree.adopt([a, b, c], given)
+    tree.path([d])  # takes the room of c, the leaf
+    assert (len(tree), tree.nbytes) == (3, per_token * (len(a) + len(b) + len(d)))
+    assert tree.path([a, b])[1] is given[0]
+    assert_path(tree.path([a, b, c]), (a, b, c), hf_path(icae.base_model, (a, b, c)))
+
+
+def test_an_adopted_path_over_the_budget_changes_nothing(icae, make_icae, make_pieces, count_tokens):
+    a, b, c, _ = make_pieces()
+    given = make_icae().slot_kv.path([a, b, c])[1:]
+    (kept,) = icae.slot_kv.path([b])
+    icae.kv_budget = kept.nbytes // kept.length * (len(a) + len(b) + len(c)) - 1
+    calls = count_tokens(icae)
+    assert not icae.slot_kv.adopt([a, b, c], given)
+    assert calls == []
+    assert icae.slot_kv.path([b]) == [kept]
+    assert len(icae.slot_kv) == 1
+    assert_path(icae.slot_kv.path([a, b, c]), (a, b, c), hf_path(icae.base_model, (a, b, c)))
+    assert calls == [sum(map(len, (a, b, c)))]
+
+
+def test_adopted_segments_go_with_the_weights(icae, make_icae, make_pieces):
+    pieces = make_pieces()
+    assert icae.slot_kv.adopt(pieces, make_icae().slot_kv.path(pieces))
+    with torch.no_grad():
+        icae.base_model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    assert_path(icae.slot_kv.path(pieces), pieces, hf_path(icae.base_model, pieces))
+
+
+BAD_SEGMENTS = {
+    "none": (lambda s: [], "0 segments for 4 pieces"),
+    "more than pieces": (lambda s: [s[0], *s], "5 segments for 4 pieces"),
+    "another length": (lambda s: s[2:3], r"keys of a segment are \(3, 3, 2, 8\).*takes \(3, 2, 2, 8\)"),
+    "another dtype": (lambda s: [KVSegment(s[3].keys.double(), s[3].values, 8)], "keys .* torch.float64"),
+    "another device": (lambda s: [KVSegment(s[3].keys, s[3].values.to("meta"), 8)], "values .* on meta"),
+    "another layer count": (lambda s: [KVSegment(s[3].keys[:2], s[3].values, 8)], r"\(2, 2, 2, 8\)"),
+    "values of fewer heads": (lambda s: [KVSegment(s[3].keys, s[3].values[:, :, :1], 8)], "values of a segment"),
+    "spread heads": (lambda s: [KVSegment(s[3].keys.mT.contiguous().mT, s[3].values, 8)], "side by side"),
+    "another start": (lambda s: [KVSegment(s[3].keys, s[3].values, 7)], "starts at position 7, but its piece at 8"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_SEGMENTS.values(), ids=BAD_SEGMENTS)
+def test_segments_that_do_not_fit_are_refused(icae, make_pieces, spoil, message):
+    pieces = make_pieces()
+    segments = SlotKVTree(icae.backbone).path(pieces)
+    with pytest.raises(InvalidInputError, match=message):
+        icae.slot_kv.adopt(pieces, spoil(segments))
+    assert len(icae.slot_kv) == 0
 
 
 def test_segments_in_use_outlive_their_eviction(icae, make_pieces):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from icae_fast import ICAE, ICAEConfig, cli
+from icae_fast import ICAE, ICAEConfig, MemoryStore, cli
 from icae_fast.memory_file import load_memory
 
 
@@ -88,10 +88,12 @@ def test_a_store_is_compressed_into_listed_and_asked(run, text_file, tmp_path, m
     calls = []
     compress = ICAE.compress
     monkeypatch.setattr(ICAE, "compress", lambda self, c, **o: calls.append(len(c)) or compress(self, c, **o))
-    code, out, _ = run("compress", text_file, other, "--store", store, "--memory-size", 16, "--json")
+    code, out, _ = run("compress", text_file, other, "--store", store, "--kv", "--memory-size", 16, "--json")
     assert calls == [1]
     rows = json.loads(out)
     assert rows[0] == first
+    with MemoryStore(store) as opened:
+        assert all(opened.get_kv(row["memory"]).keys.shape[1] == row["slots"] for row in rows)
     assert not list(tmp_path.glob("*.icae"))
     code, out, _ = run("list", store, "--json")
     assert code == 0
@@ -162,6 +164,7 @@ def test_bench_latency(run, text_file, tmp_path):
         (["compress", "note.txt", "-o", "nowhere"], "make it first"),
         (["compress", "note.txt", "note.txt"], "different names"),
         (["compress", "note.txt", "-o", ".", "--store", "store"], "two places"),
+        (["compress", "note.txt", "--kv"], "give --store"),
         (["list", "nowhere"], "no memory store in nowhere"),
         (["ask", "key", "Who?", "--store", "nowhere"], "no memory store in nowhere"),
         (["compress", "note.txt", "--memory-size", "0"], "memory_size is 0"),

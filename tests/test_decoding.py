@@ -1,5 +1,7 @@
 """Rows that share segments, decoded together, against the Hugging Face model reading each row by itself."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -92,3 +94,17 @@ def test_shared_segments_are_found_in_depth_first_order(tree):
     for row, place in enumerate(order):
         read = [s for s, (begin, end) in zip(shared.segments, shared.rows, strict=True) if begin <= row < end]
         assert [id(s) for s in read] == [id(s) for s in tree[place]]
+
+
+def test_threads_that_nobody_set_agree_on_the_work():
+    """In a process that leaves torch's threads alone, OpenMP's workers first ask for their number inside a step."""
+    script = """
+import torch
+from icae_fast.ops.decode_step.spec import _sample
+sample = _sample("many-tasks", [3, 2], [], hidden=256, inner=2048)
+inputs = sample.make(torch.bfloat16, torch.device("cpu"), torch.Generator().manual_seed(0))
+for _ in range(50):
+    torch.ops.icae_fast.decode_step(**inputs)
+"""
+    result = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -54,10 +54,10 @@ class Phases {
 };
 
 // Cuts n outputs into tasks, large ones first, so that threads take few and yet end together. Bounds of the tasks;
-// inner ones are multiples of 16, so that no two tasks write into one cache line.
-inline std::vector<int64_t> cut_outputs(int64_t n, int64_t bytes_each) {
+// inner ones are multiples of 16, so that no two tasks write into one cache line. All threads must cut alike, so
+// `workers` is to be asked for outside of the parallel region: inside, at::get_num_threads differs between threads.
+inline std::vector<int64_t> cut_outputs(int64_t n, int64_t bytes_each, int64_t workers) {
   constexpr int64_t kLeastBytes = 24 << 10;  // 2 us of one core's bandwidth
-  const int64_t workers = at::get_num_threads();
   const int64_t least = (std::max<int64_t>(1, kLeastBytes / std::max<int64_t>(1, bytes_each)) + 15) / 16 * 16;
   std::vector<int64_t> bounds{0};
   while (bounds.back() < n) {

@@ -13,57 +13,89 @@ constexpr int64_t kStreamedBlock = 16;
 // maximum over them; into the first-level cache, or less far ahead, it is slower than without (Zen 4).
 constexpr int64_t kAheadBytes = 4096;
 
-// Products of one row of weights with `rows` rows of x, as sums that are still spread over a vector. Two chains
-// where one would have to wait for itself.
-template <class T, int rows>
-struct StreamedRow {
+// Products of `columns` rows of weights with `rows` rows of x, as sums that are still spread over a vector. With
+// one row of weights and one or two of x, two chains, since one would have to wait for itself; with many rows of x,
+// two rows of weights, since each x is then loaded half as often.
+template <class T, int rows, int columns>
+struct StreamedTile {
   using C = typename Elem<T>::C;
 #if defined(ICAE_AVX512)
   static constexpr bool kPairs = sizeof(T) == 2;
 #else
   static constexpr bool kPairs = false;
 #endif
-  static constexpr int kChains = rows <= 2 ? 2 : 1;
+  static constexpr int kChains = rows * columns <= 2 ? 2 : 1;
   static constexpr int kStep = kPairs ? 32 : Vec<C>::kWidth;  // elements of a vector's worth of work
-  V<C> sums[rows][kChains] = {};
+  V<C> sums[rows][columns][kChains] = {};
 
   template <bool whole>
-  ICAE_FORCED void step(const T* x, int64_t x_row, const T* w, int chain, int64_t n) {
+  ICAE_FORCED void step(const T* x, int64_t x_row, const T* w, int64_t w_row, int chain, int64_t n) {
 #if defined(ICAE_AVX512)
     if constexpr (kPairs) {
       const int64_t bytes = whole ? 64 : n * 2;
-      const __m512bh weights = (__m512bh)load_bytes(w, bytes);
+      __m512bh weights[columns];
+#pragma GCC unroll 2
+      for (int c = 0; c < columns; ++c) weights[c] = (__m512bh)load_bytes(w + c * w_row, bytes);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
-        sums[r][chain] = _mm512_dpbf16_ps(sums[r][chain], weights, (__m512bh)load_bytes(x + r * x_row, bytes));
+        const __m512bh part = (__m512bh)load_bytes(x + r * x_row, bytes);
+#pragma GCC unroll 2
+        for (int c = 0; c < columns; ++c) {
+          sums[r][c][chain] = _mm512_dpbf16_ps(sums[r][c][chain], weights[c], part);
+        }
       }
       return;
     }
 #endif
-    const V<C> weights = whole ? load(w) : load_n(w, n);
+    V<C> weights[columns];
+#pragma GCC unroll 2
+    for (int c = 0; c < columns; ++c) weights[c] = whole ? load(w + c * w_row) : load_n(w + c * w_row, n);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      sums[r][chain] += weights * (whole ? load(x + r * x_row) : load_n(x + r * x_row, n));
+      const V<C> part = whole ? load(x + r * x_row) : load_n(x + r * x_row, n);
+#pragma GCC unroll 2
+      for (int c = 0; c < columns; ++c) sums[r][c][chain] += weights[c] * part;
     }
   }
 
   // `to` is (rows, kStreamedBlock) vectors.
-  ICAE_FORCED void run(const T* x, int64_t x_row, const T* w, int64_t k, V<C>* to) {
+  ICAE_FORCED void run(const T* x, int64_t x_row, const T* w, int64_t w_row, int64_t k, V<C>* to) {
     int64_t d = 0;
     for (; d + kChains * kStep <= k; d += kChains * kStep) {
 #pragma GCC unroll 2
-      for (int c = 0; c < kChains; ++c) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + d + c * kStep) + kAheadBytes, 0, 2);
-        step<true>(x + d + c * kStep, x_row, w + d + c * kStep, c, kStep);
+      for (int chain = 0; chain < kChains; ++chain) {
+        const T* part = w + d + chain * kStep;
+#pragma GCC unroll 2
+        for (int c = 0; c < columns; ++c) {
+          __builtin_prefetch(reinterpret_cast<const char*>(part + c * w_row) + kAheadBytes, 0, 2);
+        }
+        step<true>(x + d + chain * kStep, x_row, part, w_row, chain, kStep);
       }
     }
-    for (; d < k; d += kStep) step<false>(x + d, x_row, w + d, 0, at_most(kStep, k - d));
+    for (; d < k; d += kStep) step<false>(x + d, x_row, w + d, w_row, 0, at_most(kStep, k - d));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      store(reinterpret_cast<C*>(to + r * kStreamedBlock), kChains == 2 ? sums[r][0] + sums[r][1] : sums[r][0]);
+#pragma GCC unroll 2
+      for (int c = 0; c < columns; ++c) {
+        const auto& sum = sums[r][c];
+        store(reinterpret_cast<C*>(to + r * kStreamedBlock + c), kChains == 2 ? sum[0] + sum[kChains - 1] : sum[0]);
+      }
     }
   }
 };
+
+// The tiles of one or two rows of weights with up to kStreamedRows rows of x.
+template <class T, int columns>
+static inline void streamed_columns(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t w_row, int64_t k,
+                                    V<typename Elem<T>::C>* to) {
+  const auto part = [&](int64_t r) { return x + r * x_row; };
+  const auto out = [&](int64_t r) { return to + r * kStreamedBlock; };
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) StreamedTile<T, 8, columns>().run(part(r), x_row, w, w_row, k, out(r));
+  for (; r + 4 <= rows; r += 4) StreamedTile<T, 4, columns>().run(part(r), x_row, w, w_row, k, out(r));
+  for (; r + 2 <= rows; r += 2) StreamedTile<T, 2, columns>().run(part(r), x_row, w, w_row, k, out(r));
+  for (; r < rows; ++r) StreamedTile<T, 1, columns>().run(part(r), x_row, w, w_row, k, out(r));
+}
 
 // Sums of up to kStreamedBlock rows of weights with up to kStreamedRows rows of x: `to` is (rows, kStreamedBlock).
 template <class T>
@@ -71,18 +103,11 @@ static inline void streamed_block(const T* x, int64_t x_row, int64_t rows, const
                                   int64_t k, typename Elem<T>::C* to) {
   using C = typename Elem<T>::C;
   V<C> spread[kStreamedRows * kStreamedBlock];
-  for (int64_t i = 0; i < n; ++i, w += w_row) {
-    V<C>* out = spread + i;
-    if (rows == 1) {
-      StreamedRow<T, 1>().run(x, x_row, w, k, out);
-      continue;
-    }
-    int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) StreamedRow<T, 8>().run(x + r * x_row, x_row, w, k, out + r * kStreamedBlock);
-    for (; r + 4 <= rows; r += 4) StreamedRow<T, 4>().run(x + r * x_row, x_row, w, k, out + r * kStreamedBlock);
-    for (; r + 2 <= rows; r += 2) StreamedRow<T, 2>().run(x + r * x_row, x_row, w, k, out + r * kStreamedBlock);
-    for (; r < rows; ++r) StreamedRow<T, 1>().run(x + r * x_row, x_row, w, k, out + r * kStreamedBlock);
+  int64_t i = 0;
+  if (rows > 4) {
+    for (; i + 2 <= n; i += 2) streamed_columns<T, 2>(x, x_row, rows, w + i * w_row, w_row, k, spread + i);
   }
+  for (; i < n; ++i) streamed_columns<T, 1>(x, x_row, rows, w + i * w_row, w_row, k, spread + i);
   for (int64_t r = 0; r < rows; ++r, to += kStreamedBlock) {
     const V<C>* row = spread + r * kStreamedBlock;
 #if defined(ICAE_AVX512)

@@ -147,6 +147,7 @@ class Step {
         tails_(tails),
         size_(a.embedding.element_size()),
         wide_(dtype_ == Dtype::Double ? 8 : 4),
+        workers_(at::get_num_threads()),
         attention_(unit_.attention[static_cast<int>(dtype_)], dtype_, a.q_heads, a.kv_heads, a.head_dim(), a.scale,
                    std::move(segments), tails, true),
         phases_(a.layers() * kParts + 1) {
@@ -158,8 +159,8 @@ class Step {
     int64_t most = 1;
     for (int64_t i = 0; i < a.layers(); ++i) most = at_least(most, matrix(i, kDown).size(1));
     gated_ = at::empty({a.rows(), most}, narrow);
-    inputs_ = at::empty({at::get_num_threads(), a.rows() * at_least(a.hidden(), a.q_heads * a.head_dim())}, narrow);
-    scratch_ = at::empty({at::get_num_threads(), attention_.scratch_bytes()}, at::kByte);
+    inputs_ = at::empty({workers_, a.rows() * at_least(a.hidden(), a.q_heads * a.head_dim())}, narrow);
+    scratch_ = at::empty({workers_, attention_.scratch_bytes()}, at::kByte);
     for (int64_t i = 0; i < a.layers(); ++i) {
       SharedTensors t{strided(q_), of_layer(a.tail_keys, i), of_layer(a.tail_values, i), {}, {}, a.windows[i]};
       for (size_t s = 0; s < a.prefix_keys.size(); ++s) {
@@ -176,7 +177,7 @@ class Step {
       kernels_.widen(at(a_.embedding, tokens[r] * a_.embedding.stride(0)), a_.hidden(), row(stream_, r));
     }
     std::atomic<int64_t> workers{0};
-    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    at::parallel_for(0, workers_, 1, [&](int64_t, int64_t) {
       const int64_t worker = workers++;
       char* const x = row(inputs_, worker);
       for (int64_t i = 0; i < a_.layers(); ++i) layer(i, x, row(scratch_, worker));
@@ -226,7 +227,7 @@ class Step {
                       row(y, 0),
                       y.stride(0)};
     if (after == After::kSwiglu) p.y_row = p.outputs();
-    const auto bounds = cut_outputs(p.outputs(), w.stride(0) * size_ * (after == After::kSwiglu ? 2 : 1));
+    const auto bounds = cut_outputs(p.outputs(), w.stride(0) * size_ * (after == After::kSwiglu ? 2 : 1), workers_);
     phases_.run(phase, static_cast<int64_t>(bounds.size()) - 1, before,
                 [&](int64_t t) { kernels_.product(p, bounds[t], bounds[t + 1]); });
   }
@@ -273,6 +274,7 @@ class Step {
   const DecodeKernels& kernels_;
   const std::vector<TailRow>& tails_;
   const int64_t size_, wide_;  // bytes of an element of the weights, and of the compute type
+  const int64_t workers_;
   SharedAttention attention_;
   Phases phases_;
   at::Tensor stream_, projected_, q_, gated_, inputs_, scratch_;  // the last two a row a worker
