@@ -1,13 +1,13 @@
 """The package's ops: each one declared in its folder's `spec.py`, with a reference and compiled kernels.
 
-    op                  what
-    lora_qkv_rope       packed QKV projection, LoRA on q and v, RoPE
-    varlen_attention    causal attention over packed rows, GQA, memory-only queries
-    rms_norm            RMS norm with residual add
-    swiglu              packed gate-up projection and SwiGLU
-    linear              a projection with frozen weights
+    op                       what
+    lora_qkv_rope            packed QKV projection, LoRA on q and v, RoPE
+    varlen_attention         causal attention over packed rows, GQA, memory-only queries
+    rms_norm                 RMS norm with residual add
+    swiglu                   packed gate-up projection and SwiGLU
+    linear                   a projection with frozen weights
     shared_prefix_attention  attention of rows that share the keys they begin with
-    decode_step         a token step of the whole frozen model
+    decode_step              a token step of the whole frozen model
 
 `backend_of(op, device)` tells which backend runs. Adding one: a folder with `ref.py` and `spec.py`, then
 a C++ kernel registered for the CPU key or a Triton launcher for the CUDA key; nothing above changes.
