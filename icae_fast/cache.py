@@ -20,11 +20,6 @@ def empty_keys(backbone: Backbone, n: int, dtype: torch.dtype, device: torch.dev
     ).transpose(1, 2)
 
 
-def by_heads(keys: torch.Tensor) -> torch.Tensor:
-    """A copy of keys or values (layers, n, Hkv, D) that lies in memory as those of `empty_keys` do."""
-    return keys.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-
-
 def joined(keys: Sequence[torch.Tensor]) -> torch.Tensor:
     """Keys or values (layers, n_i, Hkv, D) one behind the other as a new tensor, laid out as by `empty_keys`."""
     return torch.cat([k.transpose(1, 2) for k in keys], 2).transpose(1, 2)
@@ -145,7 +140,7 @@ class DecoderRows:
     def tail(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values (layers, n, Hkv, D) that a row was given, which can be a segment of others."""
         start, n = self.starts[row], self.lengths[row]
-        return tuple(by_heads(t[:, start : start + n]) for t in (self.keys, self.values))
+        return tuple(joined([t[:, start : start + n]]) for t in (self.keys, self.values))
 
     def append(self, counts: Sequence[int]) -> PackedRows:
         """Announce `counts[i]` more tokens for row i; gives their layout, asking for each row's last hidden state.

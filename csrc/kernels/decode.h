@@ -168,7 +168,7 @@ static void widen_row(const void* from, int64_t n, void* to) {
     static_cast<typename Elem<T>::C*>(to)[i] = to_compute(static_cast<const T*>(from)[i]);
 }
 
-// y = x / rms(x) * weight, from the compute type to T. `weight` may be null.
+// y = x / rms(x) * weight, from the compute type to T.
 template <class T>
 static void norm_row(const void* from, const void* weight, double eps, int64_t n, void* to) {
   using C = typename Elem<T>::C;
