@@ -18,7 +18,7 @@ from icae_fast.ops import REGISTRY, OpSpec
 RESULTS = Path(__file__).parent / "results"
 
 # Device that each backend serves; a device without a compiled backend of its own is served by the reference.
-DEVICES = {"reference": "without a kernel", "cpp": "CPU", "triton": "CUDA"}
+DEVICES = {"reference": "without a kernel", "cpp": "CPU", "triton": "CUDA", "cublas": "CUDA"}
 
 
 def ops_table() -> str:

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from icae_fast.config import ICAEConfig
+from icae_fast.ops._lengths import remember
 
 
 def count_spans(length: int, config: ICAEConfig) -> int:
@@ -63,8 +64,11 @@ class PackedRows:
     max_seqlen_out: int = 0
 
     def to(self, device: torch.device) -> PackedRows:
-        """The same with its tensors on `device`."""
+        """The same with its tensors on `device`; kernels go on knowing where rows begin without asking it."""
         values = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in vars(self).items()}
+        for name in ("cu_seqlens", "cu_seqlens_out"):
+            if values[name] is not None and values[name] is not getattr(self, name):
+                remember(values[name], getattr(self, name).tolist())
         return PackedRows(**values)
 
 

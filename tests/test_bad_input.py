@@ -401,7 +401,10 @@ def run_python(code, **variables):
 def test_icae_fast_require_nonsense():
     result = run_python("import icae_fast", ICAE_FAST_REQUIRE="nonsense")
     assert result.returncode != 0
-    assert "BackendError: ICAE_FAST_REQUIRE is 'nonsense'; it may be empty, 'cpp' or 'reference'" in result.stderr
+    assert (
+        "BackendError: ICAE_FAST_REQUIRE is 'nonsense'; it may be empty, 'cpp', 'triton' or 'reference'"
+        in result.stderr
+    )
 
 
 def test_a_missing_build_is_never_silent():

@@ -13,10 +13,18 @@
 a C++ kernel registered for the CPU key or a Triton launcher for the CUDA key; nothing above changes.
 """
 
-import os
 import warnings
 
-from icae_fast.ops._declare import REGISTRY, OpSpec, Sample, backend_of, backends, call_backend, load_extension
+from icae_fast.ops._declare import (
+    REGISTRY,
+    OpSpec,
+    Sample,
+    backend_of,
+    backends,
+    call_backend,
+    load_extension,
+    required_backend,
+)
 from icae_fast.ops.decode_step import decode_step
 from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.linear import linear
@@ -45,7 +53,7 @@ __all__ = [
 ]
 
 EXTENSION_ERROR = load_extension()
-if EXTENSION_ERROR is not None and os.environ.get("ICAE_FAST_REQUIRE") != "reference":
+if EXTENSION_ERROR is not None and required_backend() in ("", "cpp"):
     warnings.warn(
         f"icae_fast runs on its slow plain-torch reference: the C++ kernels are not there ({EXTENSION_ERROR}). "
         "Install with a C++20 compiler, or set ICAE_FAST_REQUIRE=reference to accept this.",

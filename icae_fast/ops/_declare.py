@@ -10,6 +10,8 @@ Each backend can also be called by name, which is how the tests compare them: `c
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from icae_fast.errors import BackendError
 
 NAMESPACE = "icae_fast"
 REFERENCE_NAMESPACE = "icae_fast_reference"
+
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Dropping a Library object takes its ops with it, so both live as long as the module.
 _LIBRARIES = {name: Library(name, "DEF") for name in (NAMESPACE, REFERENCE_NAMESPACE)}
@@ -45,6 +49,24 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What runs an op on CUDA.
+
+    Args:
+        launcher: "module:function" with the op's signature; imported when first called.
+        backend: its name in `backend_of` and in the spec's `dtypes`, or what gives it where users have a choice.
+    """
+
+    launcher: str
+    backend: str | Callable[[], str] = "triton"
+
+    @property
+    def name(self) -> str:
+        """The backend that would run now."""
+        return self.backend() if callable(self.backend) else self.backend
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """Everything there is to say about one op.
 
@@ -63,6 +85,7 @@ class OpSpec:
         outputs: names of the results, for messages.
         dtypes: for each backend, the dtypes that it takes.
         floor: for each dtype, the absolute error that is always allowed, relative to the truth's RMS.
+        gpu: what runs on CUDA, None for nothing but the reference.
     """
 
     name: str
@@ -76,6 +99,7 @@ class OpSpec:
     backward: Callable | None = None
     setup_context: Callable | None = None
     floor: dict[torch.dtype, float] | None = None
+    gpu: Gpu | None = None
 
     @property
     def argument_names(self) -> list[str]:
@@ -105,8 +129,58 @@ def declare(spec: OpSpec) -> OpSpec:
             register_autograd(
                 qualified, _bind_namespace(spec.backward, namespace), setup_context=spec.setup_context, lib=library
             )
+    if spec.gpu is not None and has_triton():
+        for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
+            _LIBRARIES[NAMESPACE].impl(spec.name, _imported_when_called(spec.gpu.launcher), key)
     REGISTRY[spec.name] = spec
     return spec
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed and not ruled out by `ICAE_FAST_REQUIRE`."""
+    return required_backend() != "reference" and importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether the Triton kernels serve the CPU too, in Triton's interpreter.
+
+    Raises:
+        BackendError: they are asked for by `ICAE_FAST_REQUIRE=triton`, and there is neither a GPU nor the interpreter.
+    """
+    if required_backend() != "triton":
+        return False
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return True
+    if torch.cuda.is_available():
+        return False
+    raise BackendError(
+        "ICAE_FAST_REQUIRE=triton, but there is no GPU; set TRITON_INTERPRET=1 as well to run the kernels on the CPU, "
+        "slowly"
+    )
+
+
+def required_backend() -> str:
+    """What `ICAE_FAST_REQUIRE` asks for: "" for whatever there is, "cpp", "triton" or "reference".
+
+    Raises:
+        BackendError: it asks for something else, or for Triton where it is not installed.
+    """
+    required = os.environ.get("ICAE_FAST_REQUIRE", "")
+    if required not in ("", "cpp", "triton", "reference"):
+        raise BackendError(f"ICAE_FAST_REQUIRE is {required!r}; it may be empty, 'cpp', 'triton' or 'reference'")
+    if required == "triton" and importlib.util.find_spec("triton") is None:
+        raise BackendError("ICAE_FAST_REQUIRE=triton, but Triton is not installed; run `pip install triton`")
+    return required
+
+
+def _imported_when_called(path: str) -> Callable:
+    """The function that `path` names. Triton takes most of a second to import, which no CPU user should wait for."""
+    module, function = path.split(":")
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return call
 
 
 def _bind_namespace(backward: Callable, namespace: str) -> Callable:
@@ -143,7 +217,7 @@ def call_backend(spec: OpSpec, backend: str) -> Callable:
 
 
 def backend_of(op: str, device: str | torch.device = "cpu") -> str:
-    """Which backend runs `op` on `device`: `"cpp"`, `"triton"` or `"reference"`.
+    """Which backend runs `op` on `device`: `"cpp"`, `"reference"`, or on CUDA `"triton"` and what specs name besides.
 
     Args:
         op: an op's name, such as `"lora_qkv_rope"`.
@@ -156,7 +230,7 @@ def backend_of(op: str, device: str | torch.device = "cpu") -> str:
         raise BackendError(f"there is no op named {op!r}; the ops are {', '.join(sorted(REGISTRY))}")
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
     if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key):
-        return {"CPU": "cpp", "CUDA": "triton"}[key]
+        return "cpp" if key == "CPU" and not interpreted() else REGISTRY[op].gpu.name
     return "reference"
 
 
@@ -165,16 +239,14 @@ def load_extension() -> str | None:
 
     Only a missing or unloadable `icae_fast._C` is tolerated, and its error text is kept for `icae-fast
     info`. `ICAE_FAST_REQUIRE=cpp` does not tolerate it, and `ICAE_FAST_REQUIRE=reference` does not even
-    look for it.
+    look for it, nor does `ICAE_FAST_REQUIRE=triton` in Triton's interpreter.
 
     Raises:
         BackendError: the extension is required and cannot be loaded, or the variable holds something else.
     """
-    required = os.environ.get("ICAE_FAST_REQUIRE", "")
-    if required not in ("", "cpp", "reference"):
-        raise BackendError(f"ICAE_FAST_REQUIRE is {required!r}; it may be empty, 'cpp' or 'reference'")
-    if required == "reference":
-        return "left out by ICAE_FAST_REQUIRE=reference"
+    required = required_backend()
+    if required == "reference" or interpreted():
+        return f"left out by ICAE_FAST_REQUIRE={required}"
     try:
         import icae_fast._C  # noqa: F401
 

@@ -1,0 +1,163 @@
+"""Launches Triton kernels: on a GPU, in Triton's interpreter, or on paper.
+
+A kernel is a `triton.jit` function under `@kernel(configs=...)`, and is launched by `k(grid, x=..., n=..., BLOCK=...)`:
+
+* with tensors on a GPU, the best of its configurations for that GPU runs; Triton measures them once for each
+  `key` and keeps the choice on disk (under TRITON_CACHE_DIR);
+* under `TRITON_INTERPRET=1` the first configuration for architecture 0 runs on tensors of the CPU;
+* inside `on_paper(arch)` nothing runs: launches are recorded, from which `bench/kernels_check.py` compiles every
+  configuration for GPUs that are not there. Tensors are best on the device `meta` then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what 3.9 does, and warns of where nothing is said
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETER_ARCH = 0
+
+Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
+Configs = Callable[[int, Mapping[str, Any]], list[triton.Config]]
+
+_POINTEES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
+    torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8",
+}  # fmt: skip
+_paper: _Paper | None = None
+
+
+class Kernel:
+    """A Triton kernel and its configurations; see `kernel`."""
+
+    def __init__(self, function: Any, configs: Configs, key: tuple[str, ...]) -> None:
+        self.function, self.configs, self.key = function, configs, key
+        self.name = function.__name__
+        self._tuners: dict[tuple[str, ...], Any] = {}
+
+    def __call__(self, grid: Grid, **arguments: Any) -> None:
+        """Launch.
+
+        Args:
+            grid: blocks along up to three axes, or what gives them from all arguments, those of the configuration
+                included. Nothing is launched where one of them is 0.
+            arguments: all of the kernel's but those that configurations set, by name.
+        """
+        if _paper is not None:
+            _paper.launches.append(Launch(self, grid, dict(arguments), _paper.arch))
+        elif INTERPRETED:
+            config = self.configs(INTERPRETER_ARCH, arguments)[0]
+            blocks = grid(arguments | config.kwargs) if callable(grid) else grid
+            if all(blocks):
+                self.function[blocks](**arguments, **config.kwargs)
+        elif callable(grid) or all(grid):
+            self._tuner(arguments)[grid](**arguments)
+
+    def _tuner(self, arguments):
+        device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+        configs = self.configs(architecture(device), arguments)
+        names = tuple(map(str, configs))
+        if names not in self._tuners:
+            self._tuners[names] = triton.autotune(configs, list(self.key), cache_results=True)(self.function)
+        return self._tuners[names]
+
+
+def kernel(configs: Configs, key: tuple[str, ...] = ()) -> Callable[[Any], Kernel]:
+    """Decorates a `triton.jit` function.
+
+    Args:
+        configs: `configs(arch, arguments)` gives what to try on an architecture (80, 89, 90, 100; 0 for the
+            interpreter, where the first one should be small enough that samples take several blocks).
+        key: names of arguments for each of whose values the choice is made anew.
+    """
+    return lambda function: Kernel(function, configs, key)
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability of a GPU as one number, such as 90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded instead of made."""
+
+    kernel: Kernel
+    grid: Grid
+    arguments: dict[str, Any]
+    arch: int
+
+    def blocks(self, config: triton.Config) -> tuple[int, ...]:
+        """The grid with one of the configurations."""
+        return self.grid(self.arguments | config.kwargs) if callable(self.grid) else self.grid
+
+    def configs(self) -> list[triton.Config]:
+        """The configurations to try on this architecture."""
+        return self.kernel.configs(self.arch, self.arguments)
+
+    def source(self, config: triton.Config) -> ASTSource:
+        """What the compiler is given, specialised as a launch on a GPU specialises it."""
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.function.params):
+            name = parameter.name
+            value = config.kwargs.get(name, self.arguments.get(name))
+            kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value)
+            if kind != "constexpr" and not isinstance(value, torch.Tensor) and value == 1 and kind != "fp32":
+                kind = "constexpr"
+            signature[name] = kind
+            if kind == "constexpr":
+                constants[(i,)] = value
+            elif _divisible(value):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel.function, signature, constants, attributes)
+
+    def compile(self, config: triton.Config) -> Any:
+        """The kernel compiled by one configuration for this architecture; needs no GPU."""
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "num_ctas": config.num_ctas}
+        if config.maxnreg is not None:
+            options["maxnreg"] = config.maxnreg
+        return triton.compile(self.source(config), target=GPUTarget("cuda", self.arch, 32), options=options)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + _POINTEES[value.dtype]
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _divisible(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0
+
+
+@dataclass
+class _Paper:
+    arch: int
+    launches: list[Launch]
+
+
+@contextlib.contextmanager
+def on_paper(arch: int) -> Iterator[list[Launch]]:
+    """Record launches for an architecture instead of making them; gives the list that they are written to."""
+    global _paper
+    before, _paper = _paper, _Paper(arch, [])
+    try:
+        yield _paper.launches
+    finally:
+        _paper = before

@@ -1,0 +1,96 @@
+"""`rms_norm` and its gradient in Triton: a row's statistics, the sum and the norm in one read and one write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from icae_fast.ops._triton import kernel
+
+# Wider rows go round in blocks.
+_MAX_BLOCK = 8192
+
+
+def _configs(arch, arguments):
+    block = min(triton.next_power_of_2(max(arguments["d"], 1)), 64 if arch == 0 else _MAX_BLOCK)
+    return [triton.Config({"BLOCK": block}, num_warps=max(1, min(16, block // 512)), num_stages=1)]
+
+
+@triton.jit
+def _load(pointer, columns, d):
+    return tl.load(pointer + columns, mask=columns < d, other=0.0).to(tl.float32)
+
+
+@kernel(_configs)
+@triton.jit
+def _forward(x, residual, weight, y, total, d, eps, x_stride, residual_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, d, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        value = _load(x + row * x_stride, columns, d)
+        if residual is not None:
+            narrow = (value + _load(residual + row * residual_stride, columns, d)).to(total.dtype.element_ty)
+            tl.store(total + row * d + columns, narrow, mask=columns < d)
+            value = narrow.to(tl.float32)
+        squares += value * value
+    inverse = tl.rsqrt(tl.sum(squares) / d + eps)
+    for start in range(0, d, BLOCK):  # the row is in a cache by now
+        columns = start + tl.arange(0, BLOCK)
+        value = _load(x + row * x_stride, columns, d)
+        if residual is not None:
+            value += _load(residual + row * residual_stride, columns, d)
+            value = value.to(total.dtype.element_ty).to(tl.float32)
+        value *= inverse * _load(weight, columns, d)
+        tl.store(y + row * d + columns, value.to(y.dtype.element_ty), mask=columns < d)
+
+
+@kernel(_configs)
+@triton.jit
+def _backward(dy, dsum, total, weight, dx, d, eps, dy_stride, dsum_stride, total_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, d, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        value = _load(total + row * total_stride, columns, d)
+        squares += value * value
+        products += value * _load(weight, columns, d) * _load(dy + row * dy_stride, columns, d)
+    inverse = tl.rsqrt(tl.sum(squares) / d + eps)
+    along = inverse * inverse * inverse * (tl.sum(products) / d)
+    for start in range(0, d, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        grad = _load(weight, columns, d) * _load(dy + row * dy_stride, columns, d)
+        grad = inverse * grad - along * _load(total + row * total_stride, columns, d)
+        if dsum is not None:
+            grad += _load(dsum + row * dsum_stride, columns, d)
+        tl.store(dx + row * d + columns, grad.to(dx.dtype.element_ty), mask=columns < d)
+
+
+def rms_norm(x, residual, weight, eps):
+    """See `icae_fast.ops.rms_norm`."""
+    x, residual = _rows(x), _rows(residual)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(y)
+    _forward(
+        (x.shape[0],), x=x, residual=residual, weight=weight, y=y, total=total, d=x.shape[1], eps=eps,
+        x_stride=x.stride(0), residual_stride=0 if residual is None else residual.stride(0),
+    )  # fmt: skip
+    return y, total
+
+
+def rms_norm_backward(dy, dsum, total, weight, eps):
+    """See `icae_fast.ops.rms_norm.ref`."""
+    dy, dsum, total = _rows(dy), _rows(dsum), _rows(total)
+    dx = torch.empty_like(total, memory_format=torch.contiguous_format)
+    _backward(
+        (total.shape[0],), dy=dy, dsum=dsum, total=total, weight=weight, dx=dx, d=total.shape[1], eps=eps,
+        dy_stride=dy.stride(0), dsum_stride=0 if dsum is None else dsum.stride(0), total_stride=total.stride(0),
+    )  # fmt: skip
+    return dx
+
+
+def _rows(t):
+    """A matrix whose rows are contiguous."""
+    return t if t is None or t.stride(1) == 1 else t.contiguous()
