@@ -16,26 +16,39 @@
 
 namespace icae_fast {
 
-// A thread takes tasks of a phase until there are none, and goes on when all of them are done, whoever did them. So
-// it does not matter how many threads come, nor when: one alone does everything, and one that comes late finds the
-// first phases done.
+// Threads take tasks of a phase until there are none, and go on when all of them are done, whoever did them. So it
+// does not matter how many threads come, nor when: one alone does everything, and one that comes late finds the
+// first phases done. Each thread has a `Worker` of its own.
 class Phases {
  public:
-  explicit Phases(int64_t n) : phases_(n) {}
+  explicit Phases(int64_t n) : phases_(n + 1) {}
 
-  // Runs f(task) for the tasks of a phase that this thread takes; `before()` first, if it takes any. What the phase
-  // wrote is seen by all who return from it.
-  template <class Before, class F>
-  void run(int64_t phase, int64_t tasks, const Before& before, const F& f) {
-    auto& p = phases_[phase];
-    int64_t mine = 0;
-    for (int64_t task = p.next++; task < tasks; task = p.next++, ++mine) {
-      if (mine == 0) before();
-      f(task);
+  class Worker {
+   public:
+    explicit Worker(Phases& phases) : phases_(phases) {}
+
+    // Runs f(task) for the tasks of the next phase that this thread takes; `before()` first, if it takes any. Then,
+    // until all are done, `idle(task)` again and again, with the task of the phase after this one that this thread
+    // will begin with (there may be none of that number). What the phase wrote is seen by all who return from it.
+    template <class Before, class F, class Idle>
+    void run(int64_t tasks, const Before& before, const F& f, const Idle& idle) {
+      auto &now = phases_.phases_[phase_++], &then = phases_.phases_[phase_];
+      int64_t task = first_ < 0 ? now.next++ : first_, mine = 0;
+      for (; task < tasks; task = now.next++, ++mine) {
+        if (mine == 0) before();
+        f(task);
+      }
+      if (mine > 0) now.done.fetch_add(mine, std::memory_order_acq_rel);
+      first_ = then.next++;
+      for (int64_t spins = 0; now.done.load(std::memory_order_acquire) < tasks; ++spins) {
+        if (!idle(first_)) pause(spins);
+      }
     }
-    if (mine > 0) p.done.fetch_add(mine, std::memory_order_acq_rel);
-    for (int64_t spins = 0; p.done.load(std::memory_order_acquire) < tasks; ++spins) pause(spins);
-  }
+
+   private:
+    Phases& phases_;
+    int64_t phase_ = 0, first_ = -1;
+  };
 
  private:
   struct alignas(64) Phase {

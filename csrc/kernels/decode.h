@@ -125,8 +125,8 @@ static inline void streamed_block(const T* x, int64_t x_row, int64_t rows, const
 
 // silu(gate) * up
 template <class C>
-ICAE_INLINE C gated(C gate, C up) {
-  return gate * up / (C(1) + exp2<C, Elem<C>::kExpDegree>(set1(gate * C(-1.4426950408889634)))[0]);
+ICAE_INLINE V<C> gated(V<C> gate, V<C> up) {
+  return gate * up / (set1(C(1)) + exp2<C, Elem<C>::kExpDegree>(gate * set1(C(-1.4426950408889634))));
 }
 
 template <class T>
@@ -152,7 +152,10 @@ static void streamed_product(const StreamedProduct& p, int64_t begin, int64_t en
         const int64_t at = (row + r) * p.y_row + column;
         const C *sum = sums + r * kStreamedBlock, *up = ups + r * kStreamedBlock;
         if (p.after == After::kSwiglu) {
-          for (int64_t i = 0; i < n; ++i) assign(static_cast<T*>(p.y) + at + i, gated(sum[i], up[i]));
+          T* y = static_cast<T*>(p.y) + at;
+          in_parts<Vec<C>::kWidth>(n, [&](int64_t i, int64_t part) {
+            put(y + i, gated<C>(get(sum + i, part), get(up + i, part)), part);
+          });
         } else {
           C* y = static_cast<C*>(p.y) + at;
           for (int64_t i = 0; i < n; ++i) y[i] = p.after == After::kAdd ? y[i] + sum[i] : sum[i];

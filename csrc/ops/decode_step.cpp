@@ -17,8 +17,8 @@ constexpr const char* kOp = "decode_step";
 
 // What a layer's lists hold, in their order.
 enum Matrix : int64_t { kQKV, kOut, kGateUp, kDown, kMatrices };
-// Phases of a layer.
-enum Part : int64_t { kProject, kHeads, kPack, kAttend, kOutput, kGate, kDownward, kParts };
+// Phases of a layer at most: four products, RoPE, packing keys, attention.
+constexpr int64_t kParts = 7;
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
@@ -169,6 +169,13 @@ class Step {
       }
       tensors_.push_back(std::move(t));
     }
+    for (int64_t i = 0; i < a.layers(); ++i) {
+      add_product(matrix(i, kQKV), bias(i, kQKV), After::kStore, inputs_, projected_);
+      add_product(matrix(i, kOut), bias(i, kOut), After::kAdd, inputs_, stream_);
+      add_product(matrix(i, kGateUp), bias(i, kGateUp), After::kSwiglu, inputs_, gated_);
+      add_product(matrix(i, kDown), bias(i, kDown), After::kAdd, gated_, stream_);
+    }
+    add_product(a.head, {}, After::kStore, inputs_, logits);
   }
 
   void run() {
@@ -178,11 +185,11 @@ class Step {
     }
     std::atomic<int64_t> workers{0};
     at::parallel_for(0, workers_, 1, [&](int64_t, int64_t) {
-      const int64_t worker = workers++;
-      char* const x = row(inputs_, worker);
-      for (int64_t i = 0; i < a_.layers(); ++i) layer(i, x, row(scratch_, worker));
-      project(a_.layers() * kParts, a_.head, {}, After::kStore, logits, x,
-              [&] { norm(a_.norms[2 * a_.layers()], x); });
+      const int64_t id = workers++;
+      Phases::Worker worker(phases_);
+      char* const x = row(inputs_, id);
+      for (int64_t i = 0; i < a_.layers(); ++i) layer(worker, i, x, row(scratch_, id));
+      project(worker, products_.size() - 1, x, [&] { norm(a_.norms[2 * a_.layers()], x); });
     });
   }
 
@@ -196,27 +203,17 @@ class Step {
   }
   static char* row(const at::Tensor& t, int64_t r) { return at(t, r * t.stride(0)); }
 
-  void layer(int64_t i, char* x, char* scratch) {
-    const int64_t first = i * kParts;
-    const auto& tensors = tensors_[i];
-    const auto nothing = [] {};
-    project(first + kProject, matrix(i, kQKV), bias(i, kQKV), After::kStore, projected_, x,
-            [&] { norm(a_.norms[2 * i], x); });
-    phases_.run(first + kHeads, a_.rows(), nothing, [&](int64_t r) { turn(i, r); });
-    phases_.run(first + kPack, attention_.pack_tasks(), nothing, [&](int64_t t) { attention_.pack(t, tensors); });
-    phases_.run(first + kAttend, attention_.tasks(), nothing,
-                [&](int64_t t) { attention_.attend(t, tensors, scratch); });
-    project(first + kOutput, matrix(i, kOut), bias(i, kOut), After::kAdd, stream_, x, [&] { merge(x); });
-    project(first + kGate, matrix(i, kGateUp), bias(i, kGateUp), After::kSwiglu, gated_, x,
-            [&] { norm(a_.norms[2 * i + 1], x); });
-    project(first + kDownward, matrix(i, kDown), bias(i, kDown), After::kAdd, stream_, row(gated_, 0), nothing);
-  }
+  // One product of the step, and how its outputs are cut into tasks.
+  struct Product {
+    StreamedProduct p;
+    std::vector<int64_t> bounds;
+    int64_t row_bytes;
+    int64_t tasks() const { return static_cast<int64_t>(bounds.size()) - 1; }
+  };
 
-  // y (+)= x W^T, where `before` makes x.
-  template <class Before>
-  void project(int64_t phase, const at::Tensor& w, const std::optional<at::Tensor>& bias, After after,
-               const at::Tensor& y, const void* x, const Before& before) {
-    StreamedProduct p{x,
+  void add_product(const at::Tensor& w, const std::optional<at::Tensor>& bias, After after, const at::Tensor& x,
+                   const at::Tensor& y) {
+    StreamedProduct p{row(x, 0),
                       a_.rows(),
                       w.size(1),
                       w.const_data_ptr(),
@@ -227,9 +224,40 @@ class Step {
                       row(y, 0),
                       y.stride(0)};
     if (after == After::kSwiglu) p.y_row = p.outputs();
-    const auto bounds = cut_outputs(p.outputs(), w.stride(0) * size_ * (after == After::kSwiglu ? 2 : 1), workers_);
-    phases_.run(phase, static_cast<int64_t>(bounds.size()) - 1, before,
-                [&](int64_t t) { kernels_.product(p, bounds[t], bounds[t + 1]); });
+    const int64_t row_bytes = w.stride(0) * size_;
+    auto bounds = cut_outputs(p.outputs(), row_bytes * (after == After::kSwiglu ? 2 : 1), workers_);
+    products_.push_back({p, std::move(bounds), row_bytes});
+  }
+
+  void layer(Phases::Worker& worker, int64_t i, char* x, char* scratch) {
+    const size_t first = i * kMatrices;
+    const auto& tensors = tensors_[i];
+    const auto nothing = [] {};
+    const auto rest = [](int64_t) { return false; };
+    project(worker, first + kQKV, x, [&] { norm(a_.norms[2 * i], x); });
+    worker.run(a_.rows(), nothing, [&](int64_t r) { turn(i, r); }, rest);
+    if (attention_.pack_tasks() > 0) {
+      worker.run(attention_.pack_tasks(), nothing, [&](int64_t t) { attention_.pack(t, tensors); }, rest);
+    }
+    Ahead ahead(products_[first + kOut]);
+    worker.run(attention_.tasks(), nothing, [&](int64_t t) { attention_.attend(t, tensors, scratch); },
+               [&](int64_t task) { return ahead.ask(task); });
+    project(worker, first + kOut, x, [&] { merge(x); });
+    project(worker, first + kGateUp, x, [&] { norm(a_.norms[2 * i + 1], x); });
+    project(worker, first + kDown, nullptr, nothing);
+  }
+
+  // y (+)= x W^T, where `before` makes x, which is not the product's own where it is given.
+  template <class Before>
+  void project(Phases::Worker& worker, size_t index, const void* x, const Before& before) {
+    StreamedProduct p = products_[index].p;
+    if (x != nullptr) p.x = x;
+    const auto& bounds = products_[index].bounds;
+    const bool follows = index + 1 < products_.size() && index % kMatrices != kQKV;
+    Ahead ahead(products_[follows ? index + 1 : index]);
+    worker.run(products_[index].tasks(), before,
+               [&](int64_t t) { kernels_.product(p, bounds[t], bounds[t + 1]); },
+               [&](int64_t task) { return follows && ahead.ask(task); });
   }
 
   void norm(const at::Tensor& weight, char* x) const {
@@ -268,6 +296,34 @@ class Step {
     return at(t, layer * t.stride(0) + place * t.stride(1) + head * t.stride(2));
   }
 
+  // Asks for the weights that a thread will begin the next phase with, while it waits for the end of this one: they
+  // depend on nothing.
+  class Ahead {
+   public:
+    explicit Ahead(const Product& next) : next_(next) {}
+
+    // Asks for a little more; false where that is enough.
+    bool ask(int64_t task) {
+      if (task >= next_.tasks()) return false;
+      const int64_t rows = next_.bounds[task + 1] - next_.bounds[task];
+      const int64_t begin = next_.bounds[task] * next_.row_bytes, bytes = std::min(kMost, rows * next_.row_bytes);
+      if (asked_ >= bytes) return false;
+      const char* w = static_cast<const char*>(next_.p.w) + begin + asked_;
+      prefetch(w);
+      if (next_.p.after == After::kSwiglu) prefetch(w + next_.p.outputs() * next_.row_bytes);
+      asked_ += kStep;
+      return true;
+    }
+
+   private:
+    static constexpr int64_t kMost = 64 << 10, kStep = 512;
+    static void prefetch(const char* at) {
+      for (int64_t i = 0; i < kStep; i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
+    const Product& next_;
+    int64_t asked_ = 0;
+  };
+
   const Arguments& a_;
   const Dtype dtype_;
   const Kernels& unit_;
@@ -277,6 +333,7 @@ class Step {
   const int64_t workers_;
   SharedAttention attention_;
   Phases phases_;
+  std::vector<Product> products_;
   at::Tensor stream_, projected_, q_, gated_, inputs_, scratch_;  // the last two a row a worker
   std::vector<SharedTensors> tensors_;
 };
