@@ -240,8 +240,9 @@ class Step {
       worker.run(attention_.pack_tasks(), nothing, [&](int64_t t) { attention_.pack(t, tensors); }, rest);
     }
     Ahead ahead(products_[first + kOut]);
-    worker.run(attention_.tasks(), nothing, [&](int64_t t) { attention_.attend(t, tensors, scratch); },
-               [&](int64_t task) { return ahead.ask(task); });
+    worker.run(
+        attention_.tasks(), nothing, [&](int64_t t) { attention_.attend(t, tensors, scratch); },
+        [&](int64_t task) { return ahead.ask(task); });
     project(worker, first + kOut, x, [&] { merge(x); });
     project(worker, first + kGateUp, x, [&] { norm(a_.norms[2 * i + 1], x); });
     project(worker, first + kDown, nullptr, nothing);
@@ -255,9 +256,9 @@ class Step {
     const auto& bounds = products_[index].bounds;
     const bool follows = index + 1 < products_.size() && index % kMatrices != kQKV;
     Ahead ahead(products_[follows ? index + 1 : index]);
-    worker.run(products_[index].tasks(), before,
-               [&](int64_t t) { kernels_.product(p, bounds[t], bounds[t + 1]); },
-               [&](int64_t task) { return follows && ahead.ask(task); });
+    worker.run(
+        products_[index].tasks(), before, [&](int64_t t) { kernels_.product(p, bounds[t], bounds[t + 1]); },
+        [&](int64_t task) { return follows && ahead.ask(task); });
   }
 
   void norm(const at::Tensor& weight, char* x) const {
