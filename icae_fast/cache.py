@@ -113,7 +113,7 @@ class DecoderRows:
         self.starts = [0, *accumulate(capacities)][:-1]
         self.lengths = [0] * len(self.starts)
         self.shared = SharedSegments.of(self.paths)
-        self._set_tensors()
+        self._tails: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -125,9 +125,20 @@ class DecoderRows:
         """Bytes of keys and values, each shared segment counted once, room to grow included."""
         return self.keys.nbytes + self.values.nbytes + sum(s.nbytes for s in self.shared.segments)
 
-    def _set_tensors(self) -> None:
-        self.tail_starts = torch.tensor(self.starts, dtype=torch.int32, device=self.device)
-        self.tail_lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+    @property
+    def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each row's own keys begin and how many they are, (R,) int32 each."""
+        if self._tails is None:
+            places = (self.starts, self.lengths)
+            self._tails = tuple(torch.tensor(v, dtype=torch.int32, device=self.device) for v in places)
+        return self._tails
+
+    def _announce(self, counts):
+        lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
+        for n, capacity in zip(lengths, self.capacities, strict=True):
+            if n > capacity:
+                raise ValueError(f"a row of {n} tokens does not fit into the {capacity} that it was given")
+        self.lengths, self._tails = lengths, None
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, given by their places in rising order."""
@@ -135,7 +146,7 @@ class DecoderRows:
             values = getattr(self, name)
             setattr(self, name, [values[i] for i in rows])
         self.shared = SharedSegments.of(self.paths)
-        self._set_tensors()
+        self._tails = None
 
     def tail(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values (layers, n, Hkv, D) that a row was given, which can be a segment of others."""
@@ -149,23 +160,19 @@ class DecoderRows:
             ValueError: a row has no room for them.
         """
         before = self.lengths
-        self.lengths = [n + more for n, more in zip(before, counts, strict=True)]
-        for n, capacity in zip(self.lengths, self.capacities, strict=True):
-            if n > capacity:
-                raise ValueError(f"a row of {n} tokens does not fit into the {capacity} that it was given")
-        self._set_tensors()
+        self._announce(counts)
         places = [torch.arange(s + n, s + n + c) for s, n, c in zip(self.starts, before, counts, strict=True)]
         self._places = torch.cat(places).to(self.device)
         return pack_behind([p + n for p, n in zip(self.prefix_lengths, before, strict=True)], counts).to(self.device)
 
     def append_one(self) -> list[int]:
-        """Announce one more token for every row, for `decode_step`; gives their positions."""
-        positions = [p + n for p, n in zip(self.prefix_lengths, self.lengths, strict=True)]
-        if any(n >= capacity for n, capacity in zip(self.lengths, self.capacities, strict=True)):
-            raise ValueError("a row has no room for another token")
-        self.lengths = [n + 1 for n in self.lengths]
-        self.tail_lengths += 1
-        return positions
+        """Announce one more token for every row, for a step; gives the rows' lengths with it.
+
+        Raises:
+            ValueError: a row has no room for it.
+        """
+        self._announce([1] * len(self.lengths))
+        return self.lengths
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float,
@@ -186,7 +193,7 @@ class DecoderRows:
         self.keys[layer].index_copy_(0, self._places, k)
         self.values[layer].index_copy_(0, self._places, v)
         return shared_prefix_attention(
-            q, self.keys[layer], self.values[layer], cu_seqlens_q, self.tail_starts, self.tail_lengths,
+            q, self.keys[layer], self.values[layer], cu_seqlens_q, *self.tails,
             [s.keys[layer] for s in self.shared.segments], [s.values[layer] for s in self.shared.segments],
             self.shared.rows, scale=scale, window=window,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from icae_fast.cache import DecoderRows, KVSegment, tree_order
-from icae_fast.ops import decode_step
+from icae_fast.ops import bind_decode_step, decode_step
 from icae_fast.step_weights import RotaryTables, StepWeights
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class DecodeSession:
         self._weights = StepWeights.of(icae.base_model, icae.backbone)
         longest = max(p + c for p, c in zip(self._rows.prefix_lengths, self._rows.capacities, strict=True))
         self._tables = RotaryTables(icae.backbone, longest, suffixes[0])
+        self._bound = None  # what `bind_decode_step` gives for the rows that are left
 
     @property
     def nbytes(self) -> int:
@@ -68,22 +69,40 @@ class DecodeSession:
             packed = self._rows.append([1] * len(self._order))
             hidden = self._icae.backbone.forward(self._icae.embed(tokens), packed, cache=self._rows)
             return self._in_callers_order(self._icae.base_model.lm_head(hidden))
-        w, rows = self._weights, self._rows
-        cos, sin = self._tables.at(rows.append_one())
-        shared = rows.shared
-        logits = decode_step(
+        if self._tables.fixed is None:
+            return self._in_callers_order(self._unbound_step(tokens))
+        lengths = self._rows.append_one()
+        if self._bound is None:
+            self._bound = self._bind()
+        return self._in_callers_order(self._bound(tokens, lengths))
+
+    def _bind(self):
+        w, rows, shared = self._weights, self._rows, self._rows.shared
+        return bind_decode_step(
+            w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, *self._tables.fixed, rows.keys, rows.values,
+            rows.starts, [s.keys for s in shared.segments], [s.values for s in shared.segments], shared.rows,
+            num_q_heads=self._icae.backbone.num_q_heads, num_kv_heads=self._icae.backbone.num_kv_heads,
+            scale=w.scale, norm_eps=w.norm_eps, windows=w.windows,
+        )  # fmt: skip
+
+    def _unbound_step(self, tokens):
+        """A step at angles that depend on how long the rows have become."""
+        w, rows, shared = self._weights, self._rows, self._rows.shared
+        lengths = rows.append_one()
+        cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
+        return decode_step(
             tokens, w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, cos, sin, rows.keys, rows.values,
-            rows.tail_starts, rows.tail_lengths, [s.keys for s in shared.segments], [s.values for s in shared.segments],
+            *rows.tails, [s.keys for s in shared.segments], [s.values for s in shared.segments],
             shared.rows, num_q_heads=self._icae.backbone.num_q_heads, num_kv_heads=self._icae.backbone.num_kv_heads,
             scale=w.scale, norm_eps=w.norm_eps, windows=w.windows,
         )  # fmt: skip
-        return self._in_callers_order(logits)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, given by their places among those that are left, in rising order."""
         wanted = {row: place for place, row in enumerate(rows)}
         kept = [i for i, row in enumerate(self._order) if row in wanted]
         self._order = [wanted[self._order[i]] for i in kept]
+        self._bound = None
         self._rows.keep(kept)
 
     @property

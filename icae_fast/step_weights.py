@@ -95,18 +95,21 @@ class RotaryTables:
         backbone: of the frozen decoder.
         n_positions: positions 0 up to this one.
         like: a tensor of the model's dtype and device.
+
+    Attributes:
+        fixed: cos and sin (n_positions, D / 2) in the compute type, None where they depend on how long a row is.
     """
 
     def __init__(self, backbone: Backbone, n_positions: int, like: torch.Tensor) -> None:
         self._backbone, self._like = backbone, like
-        self._tables = None
+        self.fixed: tuple[torch.Tensor, torch.Tensor] | None = None
         if getattr(backbone.model.rotary_emb, "rope_type", "default") not in _CHANGING_ROPE:
-            self._tables = backbone.rotary_tables(torch.arange(n_positions, device=like.device), like)
+            self.fixed = backbone.rotary_tables(torch.arange(n_positions, device=like.device), like)
 
     def at(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (len(positions), D / 2), in the compute type."""
         index = torch.tensor(positions, device=self._like.device)
-        if self._tables is None:
+        if self.fixed is None:
             return self._backbone.rotary_tables(index, self._like)
-        cos, sin = self._tables
+        cos, sin = self.fixed
         return cos[index], sin[index]

@@ -1,6 +1,5 @@
 // decode_step on the CPU: a whole token step of the frozen model in one parallel region.
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -8,128 +7,13 @@
 #include "../common/isa.h"
 #include "../common/parallel.h"
 #include "../common/phases.h"
-#include "shared_attention.h"
+#include "decode_step.h"
 
 namespace icae_fast {
 namespace {
 
-constexpr const char* kOp = "decode_step";
-
-// What a layer's lists hold, in their order.
-enum Matrix : int64_t { kQKV, kOut, kGateUp, kDown, kMatrices };
 // Phases of a layer at most: four products, RoPE, packing keys, attention.
 constexpr int64_t kParts = 7;
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
-struct Arguments {
-  const at::Tensor &tokens, &embedding, &head, &cos, &sin;
-  at::TensorList norms, matrices;
-  const OptionalTensors &biases, &qk_norms;
-  at::Tensor &tail_keys, &tail_values;
-  const at::Tensor &tail_starts, &tail_lengths;
-  at::TensorList prefix_keys, prefix_values;
-  at::IntArrayRef prefix_rows;
-  int64_t q_heads, kv_heads;
-  double scale, eps;
-  at::IntArrayRef windows;
-
-  int64_t layers() const { return static_cast<int64_t>(windows.size()); }
-  int64_t rows() const { return tokens.size(0); }
-  int64_t hidden() const { return embedding.size(1); }
-  int64_t head_dim() const { return tail_keys.size(3); }
-};
-
-void check_matrix(const Arguments& a, const at::Tensor& w, int64_t rows, int64_t columns, const char* name) {
-  TORCH_CHECK(w.dim() == 2 && w.size(1) == columns && (rows < 0 || w.size(0) == rows) && w.stride(1) == 1, kOp,
-              ": ", name, " is ", w.sizes(), "; it has ", columns, " columns and is contiguous");
-  check_same_type(w, a.embedding, kOp, name);
-}
-
-void check_vector(const Arguments& a, const at::Tensor& t, int64_t n, const char* name) {
-  TORCH_CHECK(t.numel() == n && t.is_contiguous(), kOp, ": ", name, " is ", t.sizes(), ", not ", n, " values");
-  check_same_type(t, a.embedding, kOp, name);
-}
-
-void check_cache(const Arguments& a, const at::Tensor& t, const char* name) {
-  TORCH_CHECK(t.dim() == 4 && t.size(0) == a.layers() && t.size(2) == a.kv_heads && t.size(3) == a.head_dim() &&
-                  t.stride(3) == 1,
-              kOp, ": ", name, " are ", t.sizes(), ", not (", a.layers(), ", tokens, ", a.kv_heads, ", ",
-              a.head_dim(), ")");
-  check_same_type(t, a.embedding, kOp, name);
-}
-
-void check_weights(const Arguments& a) {
-  const auto n = static_cast<size_t>(a.layers());
-  TORCH_CHECK(a.norms.size() == 2 * n + 1 && a.matrices.size() == kMatrices * n &&
-                  a.biases.size() == kMatrices * n && a.qk_norms.size() == n,
-              kOp, ": for ", n, " layers there must be ", 2 * n + 1, " norms, ", kMatrices * n,
-              " matrices and biases, and ", n, " qk_norms");
-  const int64_t d = a.hidden(), q = a.q_heads * a.head_dim(), qkv = q + 2 * a.kv_heads * a.head_dim();
-  for (const auto& norm : a.norms) check_vector(a, norm, d, "a norm");
-  for (size_t i = 0; i < n; ++i) {
-    const auto* w = &a.matrices[kMatrices * i];
-    TORCH_CHECK(w[kGateUp].dim() == 2 && w[kGateUp].size(0) % 2 == 0, kOp, ": gate_up is ", w[kGateUp].sizes(),
-                "; its rows are those of gate and as many of up");
-    check_matrix(a, w[kQKV], qkv, d, "qkv");
-    check_matrix(a, w[kOut], d, q, "the output projection");
-    check_matrix(a, w[kGateUp], -1, d, "gate_up");
-    check_matrix(a, w[kDown], d, w[kGateUp].size(0) / 2, "the down projection");
-    for (int64_t m = 0; m < kMatrices; ++m) {
-      const std::optional<at::Tensor> bias = a.biases[kMatrices * i + m];
-      if (bias.has_value()) check_vector(a, *bias, w[m].size(0), "a bias");
-    }
-    const std::optional<at::Tensor> norm = a.qk_norms[i];
-    if (norm.has_value()) check_vector(a, *norm, 2 * a.head_dim(), "a q/k norm");
-  }
-  check_matrix(a, a.embedding, -1, d, "the embedding");
-  check_matrix(a, a.head, -1, d, "the head");
-}
-
-void check(const Arguments& a) {
-  dtype_of(a.embedding, kOp, "the embedding");
-  TORCH_CHECK(a.tokens.dim() == 1 && a.tokens.scalar_type() == at::kLong, kOp, ": tokens is 1-d int64, not ",
-              a.tokens.sizes(), " ", a.tokens.scalar_type());
-  TORCH_CHECK(a.embedding.dim() == 2 && a.tail_keys.dim() == 4, kOp,
-              ": the embedding is (vocabulary, d) and tail_keys ", "(layers, tokens, kv_heads, head_dim)");
-  TORCH_CHECK(a.kv_heads > 0 && a.q_heads > 0 && a.q_heads % a.kv_heads == 0 && a.head_dim() % 2 == 0, kOp, ": ",
-              a.q_heads, " query heads, ", a.kv_heads, " key/value heads, head_dim ", a.head_dim());
-  check_weights(a);
-  check_cache(a, a.tail_keys, "tail_keys");
-  check_cache(a, a.tail_values, "tail_values");
-  TORCH_CHECK(a.prefix_keys.size() == a.prefix_values.size(), kOp, ": there are ", a.prefix_keys.size(),
-              " prefix_keys and ", a.prefix_values.size(), " prefix_values");
-  for (size_t s = 0; s < a.prefix_keys.size(); ++s) {
-    check_cache(a, a.prefix_keys[s], "prefix_keys");
-    check_cache(a, a.prefix_values[s], "prefix_values");
-    TORCH_CHECK(a.prefix_keys[s].size(1) == a.prefix_values[s].size(1), kOp, ": prefix ", s, " has ",
-                a.prefix_keys[s].size(1), " keys and ", a.prefix_values[s].size(1), " values");
-  }
-  for (const auto* t : {&a.cos, &a.sin}) {
-    TORCH_CHECK(t->dim() == 2 && t->size(0) == a.rows() && t->size(1) == a.head_dim() / 2 && t->is_contiguous() &&
-                    t->scalar_type() == compute_type(a.embedding),
-                kOp, ": cos and sin are (", a.rows(), ", ", a.head_dim() / 2, ") ", compute_type(a.embedding),
-                ", contiguous, not ", t->sizes(), " ", t->scalar_type());
-  }
-}
-
-std::vector<TailRow> tail_rows(const Arguments& a) {
-  const auto starts = int_values(kOp, a.tail_starts, "tail_starts"),
-             lengths = int_values(kOp, a.tail_lengths, "tail_lengths");
-  const auto rows = static_cast<size_t>(a.rows());
-  TORCH_CHECK(starts.size() == rows && lengths.size() == rows, kOp, ": tail_starts and tail_lengths have ",
-              starts.size(), " and ", lengths.size(), " values for ", rows, " tokens");
-  std::vector<TailRow> tails;
-  const int64_t* tokens = a.tokens.const_data_ptr<int64_t>();
-  for (size_t r = 0; r < rows; ++r) {
-    TORCH_CHECK(starts[r] >= 0 && lengths[r] >= 1 && starts[r] + lengths[r] <= a.tail_keys.size(1), kOp, ": row ",
-                r, " has a tail of ", lengths[r], " keys from ", starts[r], ", of ", a.tail_keys.size(1));
-    TORCH_CHECK(tokens[r] >= 0 && tokens[r] < a.embedding.size(0), kOp, ": token ", tokens[r], " of row ", r,
-                " is not in the vocabulary of ", a.embedding.size(0));
-    tails.push_back({static_cast<int64_t>(r), 1, starts[r], lengths[r], 0});
-  }
-  return tails;
-}
 
 // Keys of one layer of a (layers, tokens, heads, head_dim) tensor.
 Strided of_layer(const at::Tensor& t, int64_t layer) {
@@ -139,17 +23,17 @@ Strided of_layer(const at::Tensor& t, int64_t layer) {
 
 class Step {
  public:
-  Step(const Arguments& a, std::vector<PrefixSegment> segments, const std::vector<TailRow>& tails)
+  Step(const DecodeArguments& a, DecodeRows rows)
       : a_(a),
-        dtype_(dtype_of(a.embedding, kOp, "the embedding")),
+        dtype_(dtype_of(a.embedding, kDecodeStep, "the embedding")),
         unit_(kernels()),
         kernels_(unit_.decode[static_cast<int>(dtype_)]),
-        tails_(tails),
+        tails_(rows.tails),
         size_(a.embedding.element_size()),
         wide_(dtype_ == Dtype::Double ? 8 : 4),
         workers_(at::get_num_threads()),
         attention_(unit_.attention[static_cast<int>(dtype_)], dtype_, a.q_heads, a.kv_heads, a.head_dim(), a.scale,
-                   std::move(segments), tails, true),
+                   std::move(rows.segments), std::move(rows.tails), true),
         phases_(a.layers() * kParts + 1) {
     const auto narrow = a.embedding.options(), wide = narrow.dtype(compute_type(a.embedding));
     logits = at::empty({a.rows(), a.head.size(0)}, wide);
@@ -325,11 +209,11 @@ class Step {
     int64_t asked_ = 0;
   };
 
-  const Arguments& a_;
+  const DecodeArguments& a_;
   const Dtype dtype_;
   const Kernels& unit_;
   const DecodeKernels& kernels_;
-  const std::vector<TailRow>& tails_;
+  const std::vector<TailRow> tails_;
   const int64_t size_, wide_;  // bytes of an element of the weights, and of the compute type
   const int64_t workers_;
   SharedAttention attention_;
@@ -338,6 +222,16 @@ class Step {
   at::Tensor stream_, projected_, q_, gated_, inputs_, scratch_;  // the last two a row a worker
   std::vector<SharedTensors> tensors_;
 };
+
+}  // namespace
+
+at::Tensor run_decode_step(const DecodeArguments& a, DecodeRows rows) {
+  Step step(a, std::move(rows));
+  if (a.rows() > 0) step.run();
+  return step.logits;
+}
+
+namespace {
 
 at::Tensor decode_step_cpu(const at::Tensor& tokens, const at::Tensor& embedding, at::TensorList norms,
                            at::TensorList matrices, const OptionalTensors& biases, const OptionalTensors& qk_norms,
@@ -348,17 +242,14 @@ at::Tensor decode_step_cpu(const at::Tensor& tokens, const at::Tensor& embedding
                            double norm_eps, at::IntArrayRef windows) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto dense = tokens.contiguous();
-  const Arguments a{dense,         embedding,   head,        cos,          sin,         norms,        matrices,
-                    biases,        qk_norms,    tail_keys,   tail_values,  tail_starts, tail_lengths, prefix_keys,
-                    prefix_values, prefix_rows, num_q_heads, num_kv_heads, scale,       norm_eps,     windows};
-  check(a);
-  auto tails = tail_rows(a);
-  std::vector<int64_t> lengths;
-  for (const auto& keys : prefix_keys) lengths.push_back(keys.size(1));
-  auto segments = place_segments(kOp, lengths, prefix_rows, tails);
-  Step step(a, std::move(segments), tails);
-  if (a.rows() > 0) step.run();
-  return step.logits;
+  const DecodeArguments a{dense,        embedding,   head,          cos,         sin,
+                          norms,        matrices,    biases,        qk_norms,    tail_keys,
+                          tail_values,  prefix_keys, prefix_values, prefix_rows, num_q_heads,
+                          num_kv_heads, scale,       norm_eps,      windows};
+  check_decode_weights(a);
+  check_decode_rows(a);
+  return run_decode_step(a, decode_rows(a, int_values(kDecodeStep, tail_starts, "tail_starts"),
+                                        int_values(kDecodeStep, tail_lengths, "tail_lengths")));
 }
 
 }  // namespace

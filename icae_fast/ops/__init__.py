@@ -25,7 +25,7 @@ from icae_fast.ops._declare import (
     load_extension,
     required_backend,
 )
-from icae_fast.ops.decode_step import decode_step
+from icae_fast.ops.decode_step import bind_decode_step, decode_step
 from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.linear import linear
 from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
@@ -41,6 +41,7 @@ __all__ = [
     "Sample",
     "backend_of",
     "backends",
+    "bind_decode_step",
     "call_backend",
     "decode_step",
     "fingerprint",
