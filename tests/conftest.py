@@ -145,11 +145,16 @@ def count_tokens(monkeypatch):
     """`count_tokens(icae)`: a list that grows by the tokens of each forward of the frozen decoder, steps included."""
 
     def watch(icae):
-        calls, forward, step = [], icae.backbone.forward, decoding.decode_step
+        calls, forward, bind = [], icae.backbone.forward, decoding.bind_decode_step
         monkeypatch.setattr(
             icae.backbone, "forward", lambda x, rows, *a, **k: (calls.append(len(x)), forward(x, rows, *a, **k))[1]
         )
-        monkeypatch.setattr(decoding, "decode_step", lambda t, *a, **k: (calls.append(len(t)), step(t, *a, **k))[1])
+
+        def bind_counting(*arguments, **options):
+            step = bind(*arguments, **options)
+            return lambda tokens, lengths: (calls.append(len(tokens)), step(tokens, lengths))[1]
+
+        monkeypatch.setattr(decoding, "bind_decode_step", bind_counting)
         return calls
 
     return watch

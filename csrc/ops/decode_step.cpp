@@ -93,6 +93,35 @@ class Step {
     std::vector<int64_t> bounds;
     int64_t row_bytes;
     int64_t tasks() const { return static_cast<int64_t>(bounds.size()) - 1; }
+
+    // Asks for a task's weights from byte `from` up to byte `to`, which depend on nothing; false if it has none
+    // there.
+    bool ask_for(int64_t task, int64_t from, int64_t to) const {
+      if (task >= tasks()) return false;
+      const char* w = static_cast<const char*>(p.w) + bounds[task] * row_bytes;
+      const int64_t bytes = std::min(to, (bounds[task + 1] - bounds[task]) * row_bytes);
+      for (int64_t i = from; i < bytes; i += 64) {
+        __builtin_prefetch(w + i, 0, 2);
+        if (p.after == After::kSwiglu) __builtin_prefetch(w + p.outputs() * row_bytes + i, 0, 2);
+      }
+      return from < bytes;
+    }
+  };
+
+  // What a thread that waits asks for of the product that comes next, a little at a time.
+  class Ahead {
+   public:
+    explicit Ahead(const Product* next) : next_(next) {}
+    bool operator()(int64_t task) {
+      if (next_ == nullptr || asked_ >= kMost) return false;
+      asked_ += kStep;
+      return next_->ask_for(task, asked_ - kStep, asked_);
+    }
+
+   private:
+    static constexpr int64_t kMost = 64 << 10, kStep = 512;
+    const Product* next_;
+    int64_t asked_ = 0;
   };
 
   void add_product(const at::Tensor& w, const std::optional<at::Tensor>& bias, After after, const at::Tensor& x,
@@ -117,16 +146,13 @@ class Step {
     const size_t first = i * kMatrices;
     const auto& tensors = tensors_[i];
     const auto nothing = [] {};
-    const auto rest = [](int64_t) { return false; };
+    Ahead rest(nullptr), output(&products_[first + kOut]);
     project(worker, first + kQKV, x, [&] { norm(a_.norms[2 * i], x); });
     worker.run(a_.rows(), nothing, [&](int64_t r) { turn(i, r); }, rest);
     if (attention_.pack_tasks() > 0) {
       worker.run(attention_.pack_tasks(), nothing, [&](int64_t t) { attention_.pack(t, tensors); }, rest);
     }
-    Ahead ahead(products_[first + kOut]);
-    worker.run(
-        attention_.tasks(), nothing, [&](int64_t t) { attention_.attend(t, tensors, scratch); },
-        [&](int64_t task) { return ahead.ask(task); });
+    worker.run(attention_.tasks(), nothing, [&](int64_t t) { attention_.attend(t, tensors, scratch); }, output);
     project(worker, first + kOut, x, [&] { merge(x); });
     project(worker, first + kGateUp, x, [&] { norm(a_.norms[2 * i + 1], x); });
     project(worker, first + kDown, nullptr, nothing);
@@ -135,14 +161,13 @@ class Step {
   // y (+)= x W^T, where `before` makes x, which is not the product's own where it is given.
   template <class Before>
   void project(Phases::Worker& worker, size_t index, const void* x, const Before& before) {
-    StreamedProduct p = products_[index].p;
+    const Product& product = products_[index];
+    StreamedProduct p = product.p;
     if (x != nullptr) p.x = x;
-    const auto& bounds = products_[index].bounds;
     const bool follows = index + 1 < products_.size() && index % kMatrices != kQKV;
-    Ahead ahead(products_[follows ? index + 1 : index]);
     worker.run(
-        products_[index].tasks(), before, [&](int64_t t) { kernels_.product(p, bounds[t], bounds[t + 1]); },
-        [&](int64_t task) { return follows && ahead.ask(task); });
+        product.tasks(), before, [&](int64_t t) { kernels_.product(p, product.bounds[t], product.bounds[t + 1]); },
+        Ahead(follows ? &product + 1 : nullptr));
   }
 
   void norm(const at::Tensor& weight, char* x) const {
@@ -180,34 +205,6 @@ class Step {
   static char* cached(const at::Tensor& t, int64_t layer, int64_t place, int64_t head) {
     return at(t, layer * t.stride(0) + place * t.stride(1) + head * t.stride(2));
   }
-
-  // Asks for the weights that a thread will begin the next phase with, while it waits for the end of this one: they
-  // depend on nothing.
-  class Ahead {
-   public:
-    explicit Ahead(const Product& next) : next_(next) {}
-
-    // Asks for a little more; false where that is enough.
-    bool ask(int64_t task) {
-      if (task >= next_.tasks()) return false;
-      const int64_t rows = next_.bounds[task + 1] - next_.bounds[task];
-      const int64_t begin = next_.bounds[task] * next_.row_bytes, bytes = std::min(kMost, rows * next_.row_bytes);
-      if (asked_ >= bytes) return false;
-      const char* w = static_cast<const char*>(next_.p.w) + begin + asked_;
-      prefetch(w);
-      if (next_.p.after == After::kSwiglu) prefetch(w + next_.p.outputs() * next_.row_bytes);
-      asked_ += kStep;
-      return true;
-    }
-
-   private:
-    static constexpr int64_t kMost = 64 << 10, kStep = 512;
-    static void prefetch(const char* at) {
-      for (int64_t i = 0; i < kStep; i += 64) __builtin_prefetch(at + i, 0, 2);
-    }
-    const Product& next_;
-    int64_t asked_ = 0;
-  };
 
   const DecodeArguments& a_;
   const Dtype dtype_;
