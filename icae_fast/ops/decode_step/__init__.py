@@ -113,8 +113,8 @@ def bind_decode_step(
     if backend_of("decode_step", embedding.device) == "cpp":
         return torch.classes.icae_fast.BoundStep(
             embedding, list(norms), list(matrices), list(biases), list(qk_norms), head, cos, sin, tail_keys,
-            tail_values, list(tail_starts), list(prefix_keys), list(prefix_values), [i for pair in prefix_rows for i in pair],
-            num_q_heads, num_kv_heads, scale, norm_eps, list(windows),
+            tail_values, list(tail_starts), list(prefix_keys), list(prefix_values),
+            [i for pair in prefix_rows for i in pair], num_q_heads, num_kv_heads, scale, norm_eps, list(windows),
         ).step  # fmt: skip
     starts = torch.tensor(tail_starts, dtype=torch.int32, device=embedding.device)
     read = [0] * len(tail_starts)
