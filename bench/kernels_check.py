@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that are not there, and looks at what came out: `python -m bench.kernels_check`.
+"""Compiles every Triton kernel for GPUs that are not there, and judges it: `python -m bench.kernels_check`.
 
 For sm_80, sm_90 and sm_100, in bf16 and fp16, every configuration that a kernel may be tuned to at the shapes of
 `bench.paper_shapes` is compiled, and its registers, spills, shared memory and tensor core instructions are read. Exit
@@ -23,9 +23,9 @@ from bench.machine import REPOSITORY
 from bench.paper_shapes import Call, calls
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(REPOSITORY / ".cache" / "triton"))
-from bench.kernels_check_limits import complaints, inspect, worse  # noqa: E402  (Triton reads the variable)
-from icae_fast.ops import REGISTRY  # noqa: E402
-from icae_fast.ops._triton import INTERPRETED, Launch, on_paper  # noqa: E402
+from bench.kernels_check_limits import complaints, inspect, worse
+from icae_fast.ops import REGISTRY
+from icae_fast.ops._triton import INTERPRETED, Launch, on_paper
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
