@@ -51,21 +51,34 @@ def launch(op: str, arguments: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Makes the arguments of ops, in a dtype and on a device; floating ones are zero.
+    """Makes the arguments of ops, in a dtype and on a device.
 
     Each method that is named after an op gives that op's arguments by name.
+
+    Args:
+        dtype, device: of what is made.
+        generator: draws floating values, on that device; they are zero without one.
     """
 
     dtype: torch.dtype
     device: str
+    generator: torch.Generator | None = None
 
     def floats(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Zeros."""
-        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+        """Values of standard deviation 0.1, small enough for products of products in fp16."""
+        dtype = dtype or self.dtype
+        if self.generator is None:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        return torch.randn(shape, dtype=dtype, device=self.device, generator=self.generator) * 0.1
 
     def ints(self, values: Sequence[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        """Integers that the host knows."""
-        return remember(torch.tensor(values, dtype=dtype, device=self.device), values)
+        """Integers that the host must not ask for."""
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def starts(self, lengths: Sequence[int]) -> torch.Tensor:
+        """Where rows of these lengths begin, which the host knows."""
+        values = [0, *accumulate(lengths)]
+        return remember(self.ints(values), values)
 
     def rms_norm(self, s: ModelShape, tokens: int, residual: bool = True) -> dict[str, Any]:
         """A norm of so many rows."""
@@ -113,8 +126,8 @@ class Inputs:
         q, k = ([row[side] for row in rows] for side in (0, 1))
         return {
             "q": self.floats(sum(q), s.q_heads, s.head_dim), "k": self.floats(sum(k), s.kv_heads, s.head_dim),
-            "v": self.floats(sum(k), s.kv_heads, s.head_dim), "cu_seqlens_q": self.ints([0, *accumulate(q)]),
-            "cu_seqlens_k": self.ints([0, *accumulate(k)]), "seqused_k": None if used is None else self.ints(used),
+            "v": self.floats(sum(k), s.kv_heads, s.head_dim), "cu_seqlens_q": self.starts(q),
+            "cu_seqlens_k": self.starts(k), "seqused_k": None if used is None else self.ints(used),
             "max_seqlen_q": max(q), "max_seqlen_k": max(k), "scale": s.head_dim**-0.5, "window": window,
         }  # fmt: skip
 
@@ -122,8 +135,8 @@ class Inputs:
         """Its gradients."""
         forward = self.varlen_attention(s, rows, **options)
         tensors = {name: forward.pop(name) for name in "qkv"}
-        out, lse = torch.zeros_like(tensors["q"]), self.floats(*tensors["q"].shape[1::-1], dtype=torch.float32)
-        return {"dout": torch.zeros_like(out), "dlse": torch.zeros_like(lse), **tensors, "out": out, "lse": lse, **forward}  # noqa: E501  # fmt: skip
+        out, lse = self.floats(*tensors["q"].shape), self.floats(*tensors["q"].shape[1::-1], dtype=torch.float32)
+        return {"dout": self.floats(*out.shape), "dlse": self.floats(*lse.shape, dtype=lse.dtype), **tensors, "out": out, "lse": lse, **forward}  # noqa: E501  # fmt: skip
 
     def swiglu(self, s: ModelShape, tokens: int, keep: bool = False, bias: bool = False) -> dict[str, Any]:
         """The gated half of an MLP."""
@@ -154,7 +167,7 @@ class Inputs:
         keys = [cache(n) for n, _, _ in segments]
         return {
             "tail_starts": self.ints([r * tail for r in range(rows)]), "tail_lengths": self.ints([tail] * rows),
-            "prefix_keys": keys, "prefix_values": [torch.zeros_like(k) for k in keys],
+            "prefix_keys": keys, "prefix_values": [self.floats(*k.shape) for k in keys],
             "prefix_rows": [i for _, begin, end in segments for i in (begin, end)],
         }, cache(rows * tail), cache(rows * tail)  # fmt: skip
 
@@ -165,7 +178,7 @@ class Inputs:
         """Rows with `queries` each; segments are (keys, first row, end row), and every tail has `tail` keys."""
         prefixes, k, v = self._prefixes(s, rows, segments, tail)
         q = self.floats(rows * queries, s.q_heads, s.head_dim)
-        cu = self.ints([i * queries for i in range(rows + 1)])
+        cu = self.starts([queries] * rows)
         rest = {"scale": s.head_dim**-0.5, "window": window}
         return {"q": q, "k": k, "v": v, "cu_seqlens_q": cu, **prefixes, **rest}
 
