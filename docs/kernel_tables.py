@@ -37,3 +37,75 @@ def kernels_table() -> str:
         f"| {' | '.join('---' for _ in HEADINGS)} |",
     ]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in kernel_cells(rows))])
+
+
+def paper_tables() -> str:
+    """Every `paper-*.json` under docs/results: what a layer costs, and predicted times."""
+    return "\n\n".join(_paper(json.loads(p.read_text())) for p in sorted(RESULTS.glob("paper-*.json")))
+
+
+def _paper(result: dict[str, Any]) -> str:
+    setting = result["setting"]
+    span = setting["tokens"] + setting["slots"]
+    headings = ["op", "kernel", "launches", "asked for, MB", "unique, MB", "GFLOP"]
+    headings += [f"{gpu} limit, us" for gpu in result["gpus"]]
+    lines = [
+        f"**Predictions, not measurements.** One layer of {setting['model']} in 16 bits, {result['spans']} spans of "
+        f"{span} tokens, LoRA rank {setting['rank']}, counted in Triton's interpreter with configurations for "
+        f"sm_{setting['arch']}. *Asked for* is what all blocks load and store, *unique* what must come from or go to "
+        "memory; times are the larger one of operations and unique bytes over the GPU's published limits:",
+        "",
+        f"| {' | '.join(headings)} |",
+        f"| {' | '.join('---' for _ in headings)} |",
+        *_layer_lines(result),
+        "",
+        _unfused_sentence(result),
+        "",
+        *_grid_lines(result),
+    ]
+    return "\n".join(lines)
+
+
+def _layer_lines(result: dict[str, Any]) -> Iterator[str]:
+    for row in result["layer"]:
+        unique = (row["read"] + row["written"]) / 1e6
+        cells = [
+            row["op"],
+            f"`{row['kernel']}`",
+            str(row["launches"]),
+            f"{row['requested'] / 1e6:.1f}",
+            f"{unique:.1f}",
+        ]
+        cells += [f"{row['flops'] / 1e9:.1f}", *(f"{row['limit_us'][g]:.3g}" for g in result["gpus"])]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _unfused_sentence(result: dict[str, Any]) -> str:
+    ours, theirs = result["layer"], result["unfused"]
+    own_bytes = sum(row["read"] + row["written"] for row in ours) / 1e6
+    bytes_, launches = (sum(row[name] for row in theirs) for name in ("bytes", "launches"))
+    return (
+        f"Together {sum(row['launches'] for row in ours)} launches and {own_bytes:.0f} MB. The sequence that PEFT "
+        f"makes of the same layer, listed in `bench/paper_unfused.py`, is {launches} launches and {bytes_ / 1e6:.0f} MB."
+    )
+
+
+def _grid_lines(result: dict[str, Any]) -> Iterator[str]:
+    setting = result["assumptions"]
+    products, bandwidth = (setting["reached"][name] for name in ("products", "bandwidth"))
+    yield (
+        f"Predicted seconds for the paper's grid, {setting['new_tokens']} new tokens, if {products:.0%} of the limit of "
+        f"products and {bandwidth:.0%} of the bandwidth are reached (assumptions). The unfused way is the reference's, "
+        f"span after span and document after document, where a launch costs the host "
+        f"{setting['host_s']['torch'] * 1e6:.0f} us:"
+    )
+    yield ""
+    yield "| documents | GPU | compress | answer | unfused: compress | answer | measured in the ICAE paper |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for row in result["grid"]:
+        cells = [f"{row['documents']}x{row['tokens']}", row["gpu"]]
+        names = ("encode_s", "decode_s", "unfused_encode_s", "unfused_decode_s")
+        cells += ["-" if row[name] is None else f"{row[name]:.3g}" for name in names]
+        published = row["published_s"]
+        cells.append(f"{published['encode']} + {published['decode']}, plain model {published['plain']}")
+        yield f"| {' | '.join(cells)} |"
