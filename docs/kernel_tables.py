@@ -83,10 +83,10 @@ def _layer_lines(result: dict[str, Any]) -> Iterator[str]:
 def _unfused_sentence(result: dict[str, Any]) -> str:
     ours, theirs = result["layer"], result["unfused"]
     own_bytes = sum(row["read"] + row["written"] for row in ours) / 1e6
-    bytes_, launches = (sum(row[name] for row in theirs) for name in ("bytes", "launches"))
+    n_bytes, launches = (sum(row[name] for row in theirs) for name in ("bytes", "launches"))
     return (
         f"Together {sum(row['launches'] for row in ours)} launches and {own_bytes:.0f} MB. The sequence that PEFT "
-        f"makes of the same layer, listed in `bench/paper_unfused.py`, is {launches} launches and {bytes_ / 1e6:.0f} MB."
+        f"makes of the layer, listed in `bench/paper_unfused.py`, is {launches} launches and {n_bytes / 1e6:.0f} MB."
     )
 
 
@@ -94,9 +94,9 @@ def _grid_lines(result: dict[str, Any]) -> Iterator[str]:
     setting = result["assumptions"]
     products, bandwidth = (setting["reached"][name] for name in ("products", "bandwidth"))
     yield (
-        f"Predicted seconds for the paper's grid, {setting['new_tokens']} new tokens, if {products:.0%} of the limit of "
-        f"products and {bandwidth:.0%} of the bandwidth are reached (assumptions). The unfused way is the reference's, "
-        f"span after span and document after document, where a launch costs the host "
+        f"Predicted seconds for the paper's grid, {setting['new_tokens']} new tokens, if {products:.0%} of the limit "
+        f"of products and {bandwidth:.0%} of the bandwidth are reached (assumptions). The unfused way is the "
+        f"reference's, span after span and document after document, where a launch costs the host "
         f"{setting['host_s']['torch'] * 1e6:.0f} us:"
     )
     yield ""
