@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.machine import REPOSITORY
-from bench.paper_shapes import Call, calls
+from bench.paper_shapes import Call, calls, label
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(REPOSITORY / ".cache" / "triton"))
 from bench.kernels_check_limits import complaints, inspect, worse
@@ -67,13 +67,6 @@ def config_name(config: Any) -> str:
     return " ".join(f"{k}={v}" for k, v in settings.items())
 
 
-def kernel_name(launch: Launch) -> str:
-    """`rms_norm.forward`, or `rms_norm_backward.dx` where it lies in `triton_cuda_backward.py`."""
-    function = launch.kernel.function
-    *_, folder, module = function.fn.__module__.split(".")
-    return f"{folder}{module.removeprefix('triton_cuda')}.{launch.kernel.name.lstrip('_')}"
-
-
 def collect(listed: Iterable[Call], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
     """Every different kernel that the calls launch, in every configuration, and what went wrong in asking for them."""
     jobs, wrong, seen = [], [], set()
@@ -98,7 +91,7 @@ def _jobs(launch, arch, dtype, call, seen):
         key = (arch, launch.source(config).hash(), str(config))
         if key not in seen:
             seen.add(key)
-            yield Job(kernel_name(launch), arch, dtype, f"{call.op}, {call.name}", launch, config)
+            yield Job(label(launch.kernel), arch, dtype, f"{call.op}, {call.name}", launch, config)
 
 
 def one_each(jobs: Iterable[Job]) -> list[Job]:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from bench.paper_shapes import label
 from icae_fast.ops import _triton
 
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_pin_memory")
@@ -74,12 +75,11 @@ class _Touched:
 
     def _mark(self, i, addresses, size):
         start, length = self._spans[i]
-        inside = addresses - np.uint64(start)
-        if i < 0 or int(inside.max()) >= length:
+        if i < 0 or int(addresses.max()) >= start + length:
             raise ValueError("a kernel reads or writes outside of the tensors that it was given")
         if (i, size) not in self._marks:
             self._marks[i, size] = np.zeros(-(-length // size), bool)
-        self._marks[i, size][inside // np.uint64(size)] = True
+        self._marks[i, size][(addresses - np.uint64(start)) >> np.uint64(size.bit_length() - 1)] = True
 
     def bytes(self) -> int:
         """How many bytes they are."""
@@ -124,7 +124,7 @@ class _Counter(TorchDispatchMode):
         finally:
             self._inside = False
         total.read, total.written = read.bytes(), written.bytes()
-        self.add(f"{kernel.function.fn.__module__.split('.')[-2]}.{kernel.name.lstrip('_')}", total)
+        self.add(label(kernel), total)
 
 
 _CALL = _triton.Kernel.__call__
@@ -146,12 +146,15 @@ def _watched(read: _Touched, written: _Touched, total: Traffic) -> Iterator[None
 
     def note(touched, pointers, mask):
         size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        addresses = pointers.data if mask.data.all() else pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
         total.requested += addresses.size * size
-        touched.mark(addresses, size)
+        touched.mark(addresses.ravel(), size)
 
     def counted_load(pointers, mask, *rest):
         note(read, pointers, mask)
+        kind = pointers.get_element_ty()
+        if kind.is_floating():  # the values of which nothing depends on
+            return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind)), kind)
         return load(pointers, mask, *rest)
 
     def counted_store(pointers, value, mask, *rest):

@@ -49,6 +49,12 @@ def launch(op: str, arguments: dict[str, Any]) -> Any:
         return getattr(importlib.import_module(module), function)(*(arguments[n] for n in spec.argument_names))
 
 
+def label(kernel: Any) -> str:
+    """A kernel's name: `rms_norm.forward`, or `rms_norm_backward.dx` where it lies in `triton_cuda_backward.py`."""
+    *_, folder, module = kernel.function.fn.__module__.split(".")
+    return f"{folder}{module.removeprefix('triton_cuda')}.{kernel.name.lstrip('_')}"
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Makes the arguments of ops, in a dtype and on a device.
