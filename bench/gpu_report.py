@@ -36,6 +36,8 @@ def _part(part: dict[str, Any]) -> Iterator[str]:
         yield from ("```", part["error"].strip(), "```")
     for failure in part.get("failures", ()):
         yield f"* {failure}"
+    for text in part.get("tracebacks", {}).values():
+        yield from ("", "```", text.strip(), "```")
     if part.get("failures"):
         yield ""
     for key in ("summary", "note"):

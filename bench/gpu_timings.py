@@ -56,15 +56,16 @@ def compare(
 
     Returns:
         `rows`: `name`, `seconds` (median), `rounds`, `peak_mb`, `times_as_fast` (median, min, max), `difference`; and
-        `failures`, the traceback's last line of each that did not run.
+        `failures` and `tracebacks` of those that did not run.
     """
-    results, peaks, failures = {}, {}, []
+    results, peaks, failures, tracebacks = {}, {}, [], {}
     for name, call in calls.items():
         try:
             call()  # compiles and tunes, whose memory is no peak
             results[name], peaks[name] = peak_memory(call, setting.device)
-        except Exception:
-            failures.append(f"{name}: {traceback.format_exc().strip().splitlines()[-1]}")
+        except Exception as error:
+            failures.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            tracebacks[name] = traceback.format_exc()
     timed = {name: _timed(calls[name], setting.device) for name in results}
     seconds = interleave(timed, setting.rounds)
     rows = []
@@ -75,7 +76,7 @@ def compare(
             if difference is not None and name != against:
                 row["difference"] = difference(results[name], results[against])
         rows.append(row)
-    return {"rows": rows, "failures": failures}
+    return {"rows": rows, "failures": failures, "tracebacks": tracebacks}
 
 
 def _timed(call, device):

@@ -71,4 +71,5 @@ def test_a_provider_that_fails_does_not_stop_the_others():
 
     result = compare({"baseline": lambda: 1.0, "other": broken}, gpu_check.Setting("cpu", small=True))
     assert [row["name"] for row in result["rows"]] == ["baseline"]
-    assert result["failures"] == ["other: torch.OutOfMemoryError: too large"]
+    assert result["failures"] == ["other: OutOfMemoryError: too large"]
+    assert "in broken" in result["tracebacks"]["other"]
