@@ -104,13 +104,13 @@ class Inputs:
     ) -> dict[str, Any]:  # fmt: skip
         """Projections of so many rows; `queries` are the rows that get a query."""
         d, q, kv = s.hidden_size, s.q_heads * s.head_dim, s.kv_heads * s.head_dim
-        angles = self.floats(tokens, s.head_dim // 2, dtype=torch.float32)
+        cos, sin = (self.floats(tokens, s.head_dim // 2, dtype=torch.float32) for _ in range(2))
         return {
             "x": self.floats(tokens, d), "weight": self.floats(q + 2 * kv, d),
             "bias": self.floats(q + 2 * kv) if bias else None,
             "lora_a": self.floats(2 * rank, d) if rank else None,
             "lora_b": self.floats(q + kv, rank) if rank else None,
-            "cos": angles, "sin": angles, "qk_norm": self.floats(2, s.head_dim) if norm else None,
+            "cos": cos, "sin": sin, "qk_norm": self.floats(2, s.head_dim) if norm else None,
             "q_rows": None if queries is None else self.ints(queries, torch.int64),
             "dropout_seed": torch.tensor(7, device=self.device) if dropout else None,
             "num_q_heads": s.q_heads, "num_kv_heads": s.kv_heads, "lora_scale": 0.25, "norm_eps": 1e-6,
@@ -196,13 +196,13 @@ class Inputs:
         d, q, kv = s.hidden_size, s.q_heads * s.head_dim, s.kv_heads * s.head_dim
         prefixes, keys, values = self._prefixes(s, rows, segments, tail, (layers,))
         shapes = [(q + 2 * kv, d), (d, q), (2 * s.mlp, d), (d, s.mlp)] * layers
-        angles = self.floats(rows, s.head_dim // 2, dtype=torch.float32)
+        cos, sin = (self.floats(rows, s.head_dim // 2, dtype=torch.float32) for _ in range(2))
         return {
             "tokens": self.ints([0] * rows, torch.int64), "embedding": self.floats(s.vocabulary, d),
             "norms": [self.floats(d) for _ in range(2 * layers + 1)],
             "matrices": [self.floats(*shape) for shape in shapes], "biases": [None] * len(shapes),
             "qk_norms": [self.floats(2, s.head_dim) if norm else None for _ in range(layers)],
-            "head": self.floats(s.vocabulary, d), "cos": angles, "sin": angles, "tail_keys": keys,
+            "head": self.floats(s.vocabulary, d), "cos": cos, "sin": sin, "tail_keys": keys,
             "tail_values": values, **prefixes, "num_q_heads": s.q_heads, "num_kv_heads": s.kv_heads,
             "scale": s.head_dim**-0.5, "norm_eps": 1e-5, "windows": [0] * layers,
         }  # fmt: skip

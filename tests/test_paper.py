@@ -65,17 +65,19 @@ def test_products_are_those_of_the_formulas(counts):
     assert flops(one["swiglu"]) == 2 * n * s.hidden_size * 2 * s.mlp
     assert flops(one["linear, down"]) == 2 * n * s.hidden_size * s.mlp
     least = qkv_flops(s, n, rank=32)
-    assert least <= flops(one["lora_qkv_rope"]) <= 1.5 * least  # some columns of tiles are padding
+    assert least <= flops(one["lora_qkv_rope"]) <= 2 * least  # some columns of tiles are padding
     least = attention_flops(s, [(n, n)])
     assert least <= flops(one["varlen_attention"]) <= 4 * least  # tiles on the diagonal are half masked
 
 
-def test_weights_are_read_once_a_launch(counts):
-    s = MODELS["tiny"]
-    weight = 2 * s.hidden_size * s.head_dim * (s.q_heads + 2 * s.kv_heads)
+def test_all_that_a_launch_needs_is_read_once(counts):
+    s, n, rank = MODELS["tiny"], 128, 32
+    q, kv = s.q_heads * s.head_dim, s.kv_heads * s.head_dim
     main = counts["one"]["lora_qkv_rope"]["lora_qkv_rope.forward"]
-    assert weight < main["read"] < 3 * weight
-    assert main["requested"] >= main["read"] + main["written"]
+    x, weight, b, angles = n * s.hidden_size, (q + 2 * kv) * s.hidden_size, (q + kv) * rank, n * s.head_dim
+    assert main["read"] == 2 * (x + weight + n * 2 * rank + b) + 4 * angles
+    assert main["written"] == 2 * n * (q + 2 * kv)
+    assert main["requested"] > main["read"] + main["written"]
 
 
 class Launches(torch.utils._python_dispatch.TorchDispatchMode):
@@ -119,10 +121,9 @@ def test_the_unfused_layer_is_what_the_baseline_launches():
     for call in seen[0].calls:
         extra.remove(call)
     assert sum(step.launches for step in steps) == len(extra), extra
-    # torch counts attention without the causal mask.
-    counted = seen[1].flops - seen[0].flops
-    masked = 4 * 40 * 40 * shape.q_heads * shape.head_dim - attention_flops(shape, [(40, 40)])
-    assert sum(step.flops for step in steps) == counted - masked
+    # torch does not count the attention that a CPU runs.
+    products = sum(step.flops for step in steps) - attention_flops(shape, [(40, 40)])
+    assert products == seen[1].flops - seen[0].flops
 
 
 def test_a_step_of_the_unfused_layer_reads_its_weights_and_its_cache():
