@@ -1,8 +1,9 @@
 """Compiles every Triton kernel for GPUs that are not there, and judges it: `python -m bench.kernels_check`.
 
-For sm_80, sm_90 and sm_100, in bf16 and fp16, every configuration that a kernel may be tuned to at the shapes of
-`bench.paper_shapes` is compiled, and its registers, spills, shared memory and tensor core instructions are read. Exit
-status 1 where a limit is passed. Needs no GPU; what is compiled is kept under `.cache/triton`.
+For sm_80, sm_90 and sm_100, every configuration that a kernel may be tuned to at the shapes of `bench.paper_shapes` is
+compiled in bf16, and each configuration at least once in fp16; registers, spills, shared memory and tensor core
+instructions of it are read. Exit status 1 where a limit is passed. Needs no GPU; what is compiled is kept under
+`.cache/triton`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Job:
         try:
             return self.facts | inspect(self.launch.compile(self.config), self.arch)
         except Exception as error:  # whatever the compiler stumbles over belongs into the table
-            return self.facts | {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"}
+            return self.facts | {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"}
 
 
 def config_name(config: Any) -> str:
@@ -67,8 +68,16 @@ def config_name(config: Any) -> str:
     return " ".join(f"{k}={v}" for k, v in settings.items())
 
 
-def collect(listed: Iterable[Call], archs: Sequence[int], dtypes: Sequence[str]) -> tuple[list[Job], list[str]]:
-    """Every different kernel that the calls launch, in every configuration, and what went wrong in asking for them."""
+def collect(
+    listed: Iterable[Call], archs: Sequence[int], dtypes: Sequence[str], every: bool = False
+) -> tuple[list[Job], list[str]]:
+    """Every different kernel that the calls launch, in every configuration, and what went wrong in asking for them.
+
+    Args:
+        listed: the calls.
+        archs, dtypes: for and in which.
+        every: in all dtypes; else those after the first have each configuration of a kernel once, not for each shape.
+    """
     jobs, wrong, seen = [], [], set()
     listed = list(listed)
     served = {spec.name for spec in REGISTRY.values() if spec.gpu is not None}
@@ -76,22 +85,24 @@ def collect(listed: Iterable[Call], archs: Sequence[int], dtypes: Sequence[str])
         wrong.append(f"{op} has kernels and no call in bench/paper_shapes.py")
     for arch in archs:
         for dtype in dtypes:
+            whole = every or dtype == dtypes[0]
             for call in (c for c in listed if c.op in served):
                 try:
                     with on_paper(arch) as launches:
                         call.launch(DTYPES[dtype])
+                    jobs += [job for one in launches for job in _jobs(one, arch, dtype, call, seen, whole)]
                 except Exception as error:
                     wrong.append(f"{call.op}, {call.name}, sm_{arch}, {dtype}: {type(error).__name__}: {error}")
-                jobs += [job for one in launches for job in _jobs(one, arch, dtype, call, seen)]
     return jobs, wrong
 
 
-def _jobs(launch, arch, dtype, call, seen):
+def _jobs(launch, arch, dtype, call, seen, whole):
     for config in launch.configs():
-        key = (arch, launch.source(config).hash(), str(config))
+        job = Job(label(launch.kernel), arch, dtype, f"{call.op}, {call.name}", launch, config)
+        key = (arch, launch.source(config).hash() if whole else (job.kernel, dtype), str(config))
         if key not in seen:
             seen.add(key)
-            yield Job(label(launch.kernel), arch, dtype, f"{call.op}, {call.name}", launch, config)
+            yield job
 
 
 def one_each(jobs: Iterable[Job]) -> list[Job]:
@@ -153,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels_check", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel and architecture")
+    parser.add_argument("--every", action="store_true", help="in fp16, too, each configuration for each shape")
     parser.add_argument("--compare", type=Path, help="results that none may be worse than, instead of writing new ones")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where a whole run is written")
     parser.add_argument("--only", default="", help="part of a kernel's name; nothing is written")
@@ -161,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if INTERPRETED:
         print("Triton interprets kernels here instead of compiling them: unset TRITON_INTERPRET.", file=sys.stderr)
         return 2
-    jobs, wrong = collect(calls(), ARCHITECTURES, ["bf16"] if options.quick else list(DTYPES))
+    jobs, wrong = collect(calls(), ARCHITECTURES, ["bf16"] if options.quick else list(DTYPES), options.every)
     jobs = [job for job in jobs if options.only in job.kernel]
     rows = compile_all(one_each(jobs) if options.quick else jobs, options.jobs)
     print_table(rows)
