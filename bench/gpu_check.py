@@ -59,6 +59,8 @@ def parts(setting: Setting) -> Iterator[Part]:
     for case in gpu_timings.cases(setting):
         yield f"encode {case.name}", gpu_timings.encoding(case)
         yield f"answer {case.name}", gpu_timings.answering(case)
+        if case.documents * case.tokens > 8 * 512:  # what follows takes one document, or a few spans
+            continue
         yield f"latency {case.name}", gpu_timings.latency(case)
         yield f"train {case.name}", gpu_timings.training(case)
         yield f"torch.compile {case.name}", gpu_timings.compiled(case)

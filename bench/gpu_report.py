@@ -34,11 +34,11 @@ def report(result: dict[str, Any]) -> str:
 def _part(part: dict[str, Any]) -> Iterator[str]:
     if "error" in part:
         yield from ("```", part["error"].strip(), "```")
-    for failure in part.get("failures", ()):
-        yield f"* {failure}"
+    for said in (*part.get("failures", ()), *part.get("notes", ())):
+        yield f"* {said}"
     for text in part.get("tracebacks", {}).values():
         yield from ("", "```", text.strip(), "```")
-    if part.get("failures"):
+    if part.get("failures") or part.get("notes"):
         yield ""
     for key in ("summary", "note"):
         if part.get(key):

@@ -71,10 +71,17 @@ def test_a_part_that_raises_is_written_down_and_the_rest_goes_on(tmp_path, monke
 def test_a_provider_that_fails_does_not_stop_the_others():
     from bench.gpu_timings import compare
 
-    def broken():
+    def too_large():
         raise torch.OutOfMemoryError("too large")
 
-    result = compare({"baseline": lambda: 1.0, "other": broken}, gpu_check.Setting("cpu", small=True))
+    def wrong():
+        raise ValueError("no such kernel")
+
+    calls = {"baseline": lambda: 1.0, "other": too_large, "icae_fast": too_large, "icae_fast, merged": wrong}
+    result = compare(calls, gpu_check.Setting("cpu", small=True))
     assert [row["name"] for row in result["rows"]] == ["baseline"]
-    assert result["failures"] == ["other: OutOfMemoryError: too large"]
-    assert "in broken" in result["tracebacks"]["other"]
+    assert result["failures"] == [
+        "icae_fast: OutOfMemoryError: too large", "icae_fast, merged: ValueError: no such kernel",
+    ]  # fmt: skip
+    assert result["notes"] == ["other: OutOfMemoryError: too large"]
+    assert "in wrong" in result["tracebacks"]["icae_fast, merged"]
