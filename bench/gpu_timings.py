@@ -31,7 +31,7 @@ _BACKENDS = "icae_fast.ops.varlen_attention.backends"
 Run = Callable[["Setting"], dict[str, Any]]
 
 
-LARGE, LARGE_BYTES = "llama-2-7b", 60e9  # three copies of its weights, and what they need
+LARGE, LARGE_BYTES = "llama2-7b", 60e9  # three copies of its weights, and what they need
 
 
 def cases(setting: Setting) -> Iterator[Case]:

@@ -58,7 +58,7 @@ GRID = {(8, 2048): (24.0, 3.4, 3.9), (8, 512): (9.3, 0.6, 3.7), (32, 512): (24.3
 class Setting:
     """What is looked at: a model, spans of `tokens` into `slots` at a LoRA rank, and for which GPU's configurations."""
 
-    model: str = "llama-2-7b"
+    model: str = "llama2-7b"
     tokens: int = 512
     slots: int = 128
     rank: int = 128
@@ -231,7 +231,7 @@ def _digits(value: float) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama-2-7b")
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama2-7b")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "results", help="folder")
     parser.add_argument("--spans", type=int, default=8, help="of the table of one layer")
     options = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ class Call:
     """A call of an op.
 
     Args:
-        name: what for, such as "llama-2-7b encode".
+        name: what for, such as "llama2-7b encode".
         op: its name in the registry.
         make: gives the arguments by name.
     """
@@ -215,7 +215,7 @@ def memory_rows(spans: int, tokens: int = TOKENS, slots: int = SLOTS) -> list[in
 
 def calls() -> list[Call]:
     """Every call whose kernels are compiled."""
-    listed = [c for name in ("llama-2-7b", "smollm2-135m") for c in (*_encode(name), *_train(name), *_decode(name))]
+    listed = [c for name in ("llama2-7b", "smollm2-135m") for c in (*_encode(name), *_train(name), *_decode(name))]
     return [*listed, *_qk_norm("qwen3-0.6b"), *(c for size in HEAD_SIZES for c in _head_size(size))]
 
 

@@ -113,4 +113,4 @@ def test_a_worse_kernel_fails_the_check(tmp_path):
     (tmp_path / "better.json").write_text(json.dumps(recorded))
     done = run("--quick", "--only", "rms_norm.forward", "--compare", str(tmp_path / "better.json"))
     assert done.returncode == 1
-    assert "rms_norm.forward on sm_80 in bf16 (BLOCK=4096 warps=8 stages=1; rms_norm, llama-2-7b encode" in done.stderr
+    assert "rms_norm.forward on sm_80 in bf16 (BLOCK=4096 warps=8 stages=1; rms_norm, llama2-7b encode" in done.stderr

@@ -127,7 +127,7 @@ def test_the_unfused_layer_is_what_the_baseline_launches():
 
 
 def test_a_step_of_the_unfused_layer_reads_its_weights_and_its_cache():
-    s = MODELS["llama-2-7b"]
+    s = MODELS["llama2-7b"]
     steps = unfused_layer(s, [(1, 512)], rank=0)
     assert sum(step.bytes for step in steps) > 2 * s.layer_weights() + 2 * 2 * 2 * 512 * s.hidden_size
     assert not any(step.fp32 for step in steps)
