@@ -8,6 +8,7 @@ Against published limits of GPUs that gives times. They are PREDICTIONS: nothing
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -95,10 +96,19 @@ def layer_counts(setting: Setting, spans: int, last: bool = False) -> Counts:
 
 
 def step_counts(setting: Setting, rows: int, slots: int, tail: int, layers: int) -> dict[str, Traffic]:
-    """What a token step launches for rows that have a memory of so many slots each."""
+    """What a token step launches for rows that have a memory of so many slots each, but for the head's product.
+
+    A CPU would make fp32 copies for that, which CUDA does not; see `head_traffic`.
+    """
     segments = [(slots, r, r + 1) for r in range(rows)]
-    arguments = Inputs(torch.float16, "cpu").decode_step(setting.shape, rows, segments, tail, layers)
-    return _count(setting, "decode_step", arguments)
+    shape = dataclasses.replace(setting.shape, vocabulary=1)
+    return _count(setting, "decode_step", Inputs(torch.float16, "cpu").decode_step(shape, rows, segments, tail, layers))
+
+
+def head_traffic(s: ModelShape, rows: int) -> Traffic:
+    """The head's product with fp32 results; its launch is in `step_counts`."""
+    read, written = 2 * s.hidden_size * (s.vocabulary + rows), 4 * rows * s.vocabulary
+    return Traffic(0, read, written, read + written, 2 * rows * s.hidden_size * s.vocabulary)
 
 
 def _count(setting: Setting, op: str, arguments: dict[str, Any]) -> dict[str, Traffic]:
@@ -162,7 +172,7 @@ class Prediction:
         reading = encode_flops(s, [slots] * rows, PROMPT, 0) / (gpu.bf16 * REACHED["products"])
         tail = PROMPT + NEW_TOKENS // 2
         one, two = (step_counts(self.setting, rows, slots, tail, layers) for layers in (1, 2))
-        steps = list(along(one, two, s.layers).values())
+        steps = [*along(one, two, s.layers).values(), head_traffic(s, rows)]
         seconds = sum(gpu_seconds([t], gpu) for t in steps) + sum(t.launches for t in steps) * GRAPH_SECONDS
         return reading + (NEW_TOKENS - 1) * seconds
 

@@ -23,6 +23,7 @@ from bench.paper_shapes import label
 from icae_fast.ops import _triton
 
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_pin_memory")
+_PICKING = ("index_select", "embedding", "gather", "index")
 
 
 @dataclass
@@ -104,9 +105,10 @@ class _Counter(TorchDispatchMode):
         flops = flop_registry.get(func._overloadpacket)
         out = func(*args, **kwargs) if flops is None else _uncomputed(func, args, kwargs)
         aliases = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if func._overloadpacket._qualified_op_name.split("::")[1] not in _ALLOCATIONS and not aliases:
-            read = sum(t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        name = func._overloadpacket._qualified_op_name.split("::")[1]
+        if name not in _ALLOCATIONS and not aliases:
             written = sum(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            read = _read(name, [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)], written)
             work = flops(*args, **kwargs, out_val=out) if flops else 0
             self.add(str(func._overloadpacket), Traffic(1, read, written, read + written, work))
         self.tensors += [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
@@ -128,6 +130,13 @@ class _Counter(TorchDispatchMode):
 
 
 _CALL = _triton.Kernel.__call__
+
+
+def _read(name: str, tensors: list[torch.Tensor], written: int) -> int:
+    """Bytes that a library's function reads: all of what it is given, or what it picks out of it."""
+    if name in _PICKING:
+        return written + sum(t.nbytes for t in tensors if not t.is_floating_point())
+    return sum(t.nbytes for t in tensors)
 
 
 def _uncomputed(func, args, kwargs):
