@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -95,6 +96,7 @@ def layer_counts(setting: Setting, spans: int, last: bool = False) -> Counts:
     }
 
 
+@functools.cache
 def step_counts(setting: Setting, rows: int, slots: int, tail: int, layers: int) -> dict[str, Traffic]:
     """What a token step launches for rows that have a memory of so many slots each, but for the head's product.
 
