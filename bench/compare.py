@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from icae_fast.ops import OpSpec, Sample, call_backend
 
@@ -14,8 +15,7 @@ SEED = 1234
 
 def make_inputs(sample: Sample, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
     """A sample's arguments, the same ones each time and on each device."""
-    inputs = sample.make(dtype, torch.device("cpu"), torch.Generator().manual_seed(SEED))
-    return _converted(inputs, lambda t: t.to(device)) if torch.device(device).type != "cpu" else inputs
+    return sample.make(dtype, torch.device(device), torch.Generator().manual_seed(SEED))
 
 
 def as_tuple(results: Any) -> tuple:
@@ -25,15 +25,7 @@ def as_tuple(results: Any) -> tuple:
 
 def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
     """Arguments with floating tensors in fp64."""
-    return _converted(inputs, lambda t: t.double() if t.is_floating_point() else t)
-
-
-def _converted(value, convert):
-    if isinstance(value, dict):
-        return {name: _converted(v, convert) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_converted(v, convert) for v in value]
-    return convert(value) if isinstance(value, torch.Tensor) else value
+    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
 
 
 def check_op(spec: OpSpec, backend: str, inputs: dict[str, Any]) -> None:
