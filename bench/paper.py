@@ -178,17 +178,17 @@ class Prediction:
         seconds = sum(gpu_seconds([t], gpu) for t in steps) + sum(t.launches for t in steps) * GRAPH_SECONDS
         return reading + (NEW_TOKENS - 1) * seconds
 
-    def encode_unfused(self, spans: int, gpu: Limits) -> float:
-        """Seconds of the reference's way: span after span."""
-        span = self.setting.tokens + self.setting.slots
-        return spans * _unfused(self.setting.shape, [(span, span)], self.setting.rank, span, gpu)
+    def encode_unfused(self, spans: int, gpu: Limits, batch: int = 1) -> float:
+        """Seconds of PEFT's launches, so many spans at once; the reference takes one."""
+        s, span = self.setting.shape, self.setting.tokens + self.setting.slots
+        return spans // batch * _unfused(s, [(span, span)] * batch, self.setting.rank, span * batch, gpu)
 
-    def decode_unfused(self, rows: int, slots: int, gpu: Limits) -> float:
-        """Seconds of the reference's way, document after document."""
+    def decode_unfused(self, rows: int, slots: int, gpu: Limits, batch: int = 1) -> float:
+        """Seconds to read slots and prompts and to answer, so many documents at once; the reference takes one."""
         s, keys = self.setting.shape, slots + PROMPT
-        reading = _unfused(s, [(keys, keys)], 0, keys, gpu)
-        step = _unfused(s, [(1, keys + NEW_TOKENS // 2)], 0, 1, gpu)
-        return rows * (reading + (NEW_TOKENS - 1) * step)
+        reading = _unfused(s, [(keys, keys)] * batch, 0, keys * batch, gpu)
+        step = _unfused(s, [(1, keys + NEW_TOKENS // 2)] * batch, 0, batch, gpu)
+        return rows // batch * (reading + (NEW_TOKENS - 1) * step)
 
 
 def _flat(counts: Counts) -> list[Traffic]:
@@ -229,8 +229,10 @@ def grid_rows(prediction: Prediction) -> list[dict[str, Any]]:
                 "documents": documents, "tokens": tokens, "gpu": name,
                 "encode_s": _digits(prediction.encode(spans, gpu)),
                 "decode_s": _digits(prediction.decode(documents, slots, gpu)) if decodes else None,
-                "unfused_encode_s": _digits(prediction.encode_unfused(spans, gpu)),
-                "unfused_decode_s": _digits(prediction.decode_unfused(documents, slots, gpu)),
+                "reference_encode_s": _digits(prediction.encode_unfused(spans, gpu)),
+                "reference_decode_s": _digits(prediction.decode_unfused(documents, slots, gpu)),
+                "batched_encode_s": _digits(prediction.encode_unfused(spans, gpu, spans)),
+                "batched_decode_s": _digits(prediction.decode_unfused(documents, slots, gpu, documents)),
                 "published_s": dict(zip(("plain", "encode", "decode"), published, strict=True)),
             })  # fmt: skip
     return rows
