@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # With fewer jobs a small machine does not run out of memory in the compiler.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test sanitize bench bench-encode bench-decode bench-check lint format readme clean
+.PHONY: demo test sanitize bench bench-encode bench-decode bench-check kernels-check kernels-paper gpu-check lint format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -70,6 +70,19 @@ bench-decode: $(VENV)/.installed
 	$(BIN)/python -m pytest $(wildcard bench/bench_decode*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
+# Every Triton kernel in every configuration, compiled for GPUs that are not there; QUICK=1 takes one of each.
+kernels-check: $(VENV)/.installed
+	$(BIN)/python -m bench.kernels_check $(if $(QUICK),--quick --compare docs/results/kernels.json)
+
+# What kernels load, store and multiply, counted in Triton's interpreter, and the times predicted from it.
+kernels-paper: $(VENV)/.installed
+	TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m bench.paper
+	$(MAKE) readme
+
+# On a machine with an NVIDIA GPU; leaves a folder gpu-check-NAME to send back. Where there is none the command says so and exits 3.
+gpu-check: $(VENV)/.installed
+	$(BIN)/python -m bench.gpu_check
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,9 +93,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
 
-# Writes the tables of README.md anew from the op specs and docs/results.
+# Writes the tables of README.md and docs/kernels.md anew from the op specs and docs/results.
 readme: $(VENV)/.installed
-	$(BIN)/python -m docs.tables README.md
+	$(BIN)/python -m docs.tables README.md docs/kernels.md
 
 # torch comes first and alone, so that an installed or local CPU wheel is taken and nothing else pulls another.
 $(VENV)/.dependencies: requirements.txt

@@ -36,7 +36,7 @@ class BareGemms:
         batches = [(sum(costs[i] for i in b), k * len(b)) for b in micro_batches(costs, token_budget)]
         self._buffers: dict[tuple[int, str], torch.Tensor] = {}
         self._rows = max(tokens for tokens, _ in batches)
-        self._dtype = icae.dtype
+        self._dtype, self._device = icae.dtype, icae.device
         layers = _layer_weights(icae)
         self._products = [p for batch in batches for p in self._batch(layers, *batch)]
         self.flops = sum(2 * x.shape[0] * w.numel() for x, w, _ in self._products)
@@ -69,7 +69,7 @@ class BareGemms:
 
     def _buffer(self, width: int, side: str) -> torch.Tensor:
         if (width, side) not in self._buffers:
-            self._buffers[width, side] = torch.randn(self._rows, width).to(self._dtype)
+            self._buffers[width, side] = torch.randn(self._rows, width).to(self._device, self._dtype)
         return self._buffers[width, side]
 
 

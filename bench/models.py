@@ -22,17 +22,18 @@ from icae_fast.spans import micro_batches, pack_spans
 SEED = 0
 
 
-def build_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def build_base(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
     """(causal language model, tokenizer or None) of a shape in `MODELS`; random weights are the same in every run."""
     shape = MODELS[name]
     if shape.embedded:
-        return load_smollm2(dtype)
+        model, tokenizer = load_smollm2(dtype)
+        return model.to(device), tokenizer
     config = LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden_size, num_hidden_layers=shape.layers,
         num_attention_heads=shape.q_heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
         intermediate_size=shape.mlp, max_position_embeddings=8192, tie_word_embeddings=False,
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(device):  # made where they are to be: 7B take minutes on a CPU
         torch.manual_seed(SEED)
         return LlamaForCausalLM._from_config(config, dtype=dtype).eval(), None
 
@@ -110,7 +111,7 @@ class MergedEncoder:
     @torch.no_grad()
     def compress(self, spans: Sequence[torch.Tensor]) -> torch.Tensor:
         """Slots of (L,) spans, all of one length, (len(spans) * k, d)."""
-        return self.encode(torch.stack(list(spans)))
+        return self.encode(torch.stack(list(spans)).to(self.memory_tokens.device))
 
     def encode(self, ids: torch.Tensor) -> torch.Tensor:
         """Slots of a (B, L) batch of spans."""
@@ -131,14 +132,14 @@ class CompiledEncoder:
     """
 
     def __init__(self, merged: MergedEncoder, freezing: bool) -> None:
-        self.freezing = freezing
+        self.freezing, self.device = freezing, merged.memory_tokens.device
         self._encode = torch.compile(merged.encode, fullgraph=True, dynamic=False, options={"freezing": freezing})
 
     @torch.no_grad()
     def compress(self, spans: Sequence[torch.Tensor]) -> torch.Tensor:
         """As `MergedEncoder.compress`."""
         with torch._inductor.config.patch(freezing=self.freezing):
-            return self._encode(torch.stack(list(spans)))
+            return self._encode(torch.stack(list(spans)).to(self.device))
 
 
 class Models:
@@ -149,8 +150,8 @@ class Models:
         `CompiledEncoder` without and with freezing.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype, config: ICAEConfig) -> None:
-        base, tokenizer = build_base(name, dtype)
+    def __init__(self, name: str, dtype: torch.dtype, config: ICAEConfig, device: str = "cpu") -> None:
+        base, tokenizer = build_base(name, dtype, device)
         self.icae = build_icae(base, config, tokenizer)
 
     @functools.cached_property
@@ -179,14 +180,14 @@ class Models:
 
 
 @functools.lru_cache(maxsize=1)  # cases of one model follow one another, and two models may not fit into memory
-def _models(name: str, dtype: torch.dtype, config: ICAEConfig) -> Models:
-    return Models(name, dtype, config)
+def _models(name: str, dtype: torch.dtype, config: ICAEConfig, device: str) -> Models:
+    return Models(name, dtype, config, device)
 
 
-def models_for(case: Case) -> Models:
+def models_for(case: Case, device: str = "cpu") -> Models:
     """The providers for a case; the last model asked for is kept."""
     config = ICAEConfig(memory_size=case.memory_size, compression_rate=case.rate, lora_rank=case.rank)
-    return _models(case.model, case.torch_dtype, config)
+    return _models(case.model, case.torch_dtype, config, device)
 
 
 def documents_for(case: Case) -> list[torch.Tensor]:

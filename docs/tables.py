@@ -1,4 +1,4 @@
-"""Writes the generated tables of README.md anew: `python -m docs.tables README.md`.
+"""Writes generated tables anew: `python -m docs.tables README.md docs/kernels.md`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`. What ops there are, on which devices and
 in which dtypes comes from the op specs alone, and figures from docs/results, so the README cannot say else.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from docs.kernel_tables import kernels_table, paper_tables
 from icae_fast.ops import REGISTRY, OpSpec
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,7 +28,9 @@ def ops_table() -> str:
     for spec in REGISTRY.values():
         for backend, dtypes in spec.dtypes.items():
             names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            lines.append(f"| `{spec.name}` | {backend} | {DEVICES[backend]} | {names} | {_gradient(spec)} |")
+            lines.append(
+                f"| `{spec.name}` | {backend} | {DEVICES.get(backend, 'CUDA')} | {names} | {_gradient(spec)} |"
+            )
     return "\n".join(lines)
 
 
@@ -182,7 +185,7 @@ def _slots(result: dict[str, Any]) -> str:
 
 TABLES = {
     "ops": ops_table, "latency": latency_tables, "encode": encode_tables, "decode": decode_tables,
-    "accuracy": accuracy_tables, "slots": slots_tables,
+    "accuracy": accuracy_tables, "slots": slots_tables, "kernels": kernels_table, "paper": paper_tables,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import golden
 from icae_fast import ICAE, ICAEConfig, MemoryStore, decoding, embedded
 from store_helpers import make_origin
 
@@ -39,6 +40,14 @@ _KINDS = {
     "qwen3": ("qwen3", {"head_dim": 16}),
 }
 MODEL_KINDS = tuple(_KINDS)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests/test_golden.py runs")
+
+
+def pytest_configure(config):
+    golden.DEVICE = config.getoption("--device")
 
 
 def pytest_sessionstart(session):

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from bench.compare import as_tuple, check_op, make_inputs, to_float64
 from icae_fast.errors import BackendError
 from icae_fast.ops import REGISTRY, backend_of, backends, call_backend, lora_qkv_rope
 from icae_fast.ops._declare import interpreted
@@ -29,51 +30,11 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def make_inputs(sample, dtype):
-    return sample.make(dtype, torch.device("cpu"), torch.Generator().manual_seed(1234))
-
-
-def as_tuple(results):
-    """An op's results as a tuple, where it has one only too."""
-    return results if isinstance(results, tuple) else (results,)
-
-
-def to_float64(inputs):
-    def wide(value):
-        if isinstance(value, list):
-            return [wide(v) for v in value]
-        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    return {name: wide(value) for name, value in inputs.items()}
-
-
-def assert_within_budget(spec, backend, got, truth, plain):
-    """Allow twice the error that plain torch makes in the same dtype, against fp64; by RMS and by maximum."""
-    for name, g, t, p in zip(spec.outputs, got, truth, plain, strict=True):
-        assert g.shape == t.shape, f"{spec.name}/{backend}: {name} has shape {tuple(g.shape)}, not {tuple(t.shape)}"
-        if not t.numel():
-            continue
-        finite = torch.isfinite(t)
-        assert torch.equal(g[~finite].double(), t[~finite]), f"{spec.name}/{backend}: {name} differs where infinite"
-        error, allowed, t = (g.double() - t)[finite], (p.double() - t)[finite], t[finite]
-        for kind, norm in (("RMS", lambda e: e.pow(2).mean().sqrt()), ("max", lambda e: e.abs().max())):
-            if t.numel():
-                limit = 2 * norm(allowed) + spec.floor_of(p.dtype) * norm(t)
-                assert norm(error) <= limit, (
-                    f"{spec.name}/{backend}: {name} {kind} error {norm(error):.3g} is over {limit:.3g}"
-                )
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("spec", "backend", "sample"), CASES)
 def test_results_are_within_the_error_budget(spec, backend, sample, dtype):
     assert dtype in spec.dtypes[backend]
-    inputs = make_inputs(sample, dtype)
-    got = as_tuple(call_backend(spec, backend)(**inputs))
-    truth = as_tuple(spec.reference(**to_float64(inputs)))
-    plain = as_tuple(spec.reference(**inputs, upcast=False))
-    assert [g.dtype for g in got] == [f.dtype for f in as_tuple(spec.fake(**inputs))]
-    assert_within_budget(spec, backend, got, truth, plain)
+    check_op(spec, backend, make_inputs(sample, dtype))
 
 
 def differentiable_call(spec, backend, sample, dtype):

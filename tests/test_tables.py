@@ -1,15 +1,19 @@
-"""The README's tables are what the specs and results say."""
+"""The tables of the README and of docs/kernels.md are what the specs and results say."""
 
 from pathlib import Path
+
+import pytest
 
 from docs.tables import _encode, fill
 from icae_fast.ops import REGISTRY
 
 README = Path(__file__).parent.parent / "README.md"
+KERNELS = README.parent / "docs" / "kernels.md"
 
 
-def test_the_readme_is_up_to_date():
-    assert fill(README.read_text()) == README.read_text(), "run `make readme`"
+@pytest.mark.parametrize("path", [README, KERNELS], ids=lambda p: p.name)
+def test_tables_are_up_to_date(path):
+    assert fill(path.read_text()) == path.read_text(), "run `make readme`"
 
 
 def test_every_op_and_backend_has_a_row():

@@ -1,0 +1,68 @@
+"""The error budget of ops: what a backend may be off by, against fp64 and plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from icae_fast.ops import OpSpec, Sample, call_backend
+
+SEED = 1234
+
+
+def make_inputs(sample: Sample, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+    """A sample's arguments, the same ones each time and on each device."""
+    return sample.make(dtype, torch.device(device), torch.Generator().manual_seed(SEED))
+
+
+def as_tuple(results: Any) -> tuple:
+    """An op's results as a tuple, where it has one only too."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with floating tensors in fp64."""
+    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+
+
+def check_op(spec: OpSpec, backend: str, inputs: dict[str, Any]) -> None:
+    """Raise unless a backend gives results within the error budget.
+
+    Raises:
+        AssertionError: see `assert_within_budget`; or a result has another dtype than the op's fake.
+    """
+    got = as_tuple(call_backend(spec, backend)(**inputs))
+    truth = as_tuple(spec.reference(**to_float64(inputs)))
+    plain = as_tuple(spec.reference(**inputs, upcast=False))
+    assert [g.dtype for g in got] == [f.dtype for f in as_tuple(spec.fake(**inputs))]
+    assert_within_budget(spec, backend, got, truth, plain)
+
+
+def assert_within_budget(
+    spec: OpSpec,
+    backend: str,
+    got: Sequence[torch.Tensor],
+    truth: Sequence[torch.Tensor],
+    plain: Sequence[torch.Tensor],
+) -> None:
+    """Allow twice the error that plain torch makes in the same dtype, against fp64; by RMS and by maximum.
+
+    Raises:
+        AssertionError: a result has another shape, is finite where the truth is not, or is off by more.
+    """
+    for name, g, t, p in zip(spec.outputs, got, truth, plain, strict=True):
+        assert g.shape == t.shape, f"{spec.name}/{backend}: {name} has shape {tuple(g.shape)}, not {tuple(t.shape)}"
+        if not t.numel():
+            continue
+        finite = torch.isfinite(t)
+        assert torch.equal(g[~finite].double(), t[~finite]), f"{spec.name}/{backend}: {name} differs where infinite"
+        error, allowed, t = (g.double() - t)[finite], (p.double() - t)[finite], t[finite]
+        for kind, norm in (("RMS", lambda e: e.pow(2).mean().sqrt()), ("max", lambda e: e.abs().max())):
+            if t.numel():
+                limit = 2 * norm(allowed) + spec.floor_of(p.dtype) * norm(t)
+                assert norm(error) <= limit, (
+                    f"{spec.name}/{backend}: {name} {kind} error {norm(error):.3g} is over {limit:.3g}"
+                )

@@ -1,0 +1,113 @@
+"""The parts of `bench.gpu_check` that look at results, not at time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench.compare import check_op, make_inputs
+from bench.machine import REPOSITORY
+from bench.paper_shapes import Inputs, calls
+from icae_fast.ops import REGISTRY, OpSpec, backend_of
+
+if TYPE_CHECKING:
+    from bench.gpu_check import Setting
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def ops(setting: Setting) -> dict[str, Any]:
+    """Every op in every dtype over all samples of its spec, within the error budget."""
+    rows, failures = [], []
+    for spec in REGISTRY.values():
+        samples = list(spec.samples)
+        for name, dtype in _dtypes(spec, setting):
+            wrong = [w for s in samples if (w := _complaint(spec, make_inputs(s, dtype, setting.device), setting, s.name))]  # noqa: E501  # fmt: skip
+            rows.append(_row(spec, name, setting, len(samples), len(wrong)))
+            failures += [f"{name}: {w}" for w in wrong]
+    return {"rows": rows, "failures": failures}
+
+
+def ops_at_real_sizes(setting: Setting) -> dict[str, Any]:
+    """Every op at the shapes of `bench.paper_shapes`, with random values."""
+    rows, failures = [], []
+    listed = [c for c in calls() if not setting.small or (c.op, c.name) == ("rms_norm", "smollm2-135m encode")]
+    for op in dict.fromkeys(c.op for c in listed):
+        own = [c for c in listed if c.op == op]
+        for name, dtype in _dtypes(REGISTRY[op], setting):
+            wrong = []
+            for call in own:
+                arguments = _real_arguments(call, dtype, setting.device)
+                wrong.append(_complaint(REGISTRY[op], arguments, setting, call.name))
+            wrong = [w for w in wrong if w]
+            rows.append(_row(REGISTRY[op], name, setting, len(own), len(wrong)))
+            failures += [f"{name}: {w}" for w in wrong]
+    return {"rows": rows, "failures": failures}
+
+
+def _dtypes(spec: OpSpec, setting: Setting) -> Iterator[tuple[str, torch.dtype]]:
+    served = spec.dtypes[backend_of(spec.name, setting.device)]
+    return ((name, dtype) for name, dtype in DTYPES.items() if dtype in served)
+
+
+def _row(spec, dtype, setting, samples, failed):
+    backend = backend_of(spec.name, setting.device)
+    return {"op": spec.name, "backend": backend, "dtype": dtype, "samples": samples, "failed": failed}
+
+
+def _complaint(spec, inputs, setting, sample) -> str | None:
+    """What is wrong with an op's results, None if nothing is."""
+    backend = backend_of(spec.name, setting.device)
+    try:
+        check_op(spec, backend, inputs)
+    except Exception as error:  # one sample's failure says nothing about the next one
+        lines = str(error).strip().splitlines()
+        return f"{spec.name}, sample {sample!r}: {type(error).__name__}: {lines[0] if lines else ''}"
+    return None
+
+
+def _real_arguments(call, dtype, device):
+    generator = torch.Generator(device).manual_seed(1)
+    arguments = call.make(Inputs(dtype, device, generator))
+    if call.op == "varlen_attention_backward":  # whose forward's results are not any values
+        forward = {n: arguments[n] for n in REGISTRY["varlen_attention"].argument_names}
+        arguments["out"], arguments["lse"] = REGISTRY["varlen_attention"].reference(**forward)
+    elif call.op == "swiglu_backward" and arguments["gate_up"].numel():
+        forward = {n: arguments[n] for n in ("x", "weight", "bias")}
+        arguments["gate_up"] = REGISTRY["swiglu"].reference(**forward, keep=True)[1]
+    return arguments
+
+
+def golden(setting: Setting) -> dict[str, Any]:
+    """`tests/test_golden.py` on the device."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "tests/test_golden.py"]
+    command += ["--device", setting.device, "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
+    lines = run.stdout.strip().splitlines()
+    failures = [] if run.returncode == 0 else [f"pytest ended with {run.returncode}"]
+    return {"summary": lines[-1] if lines else "", "output": [] if not failures else lines[-60:], "failures": failures}
+
+
+def tuned(setting: Setting) -> dict[str, Any]:
+    """Which configuration each kernel was tuned to, for each key."""
+    if setting.device != "cuda":
+        return {"rows": [], "note": "nothing is tuned without a GPU"}
+    from icae_fast.ops._triton import Kernel
+
+    rows = []
+    modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("icae_fast.ops.") and m is not None]
+    kernels = {id(k): (m.__name__, k) for m in modules for k in vars(m).values() if isinstance(k, Kernel)}
+    for module, kernel in kernels.values():
+        for tuner in kernel._tuners.values():
+            for key, config in tuner.cache.items():
+                timings = getattr(tuner, "configs_timings", None) or {}
+                tried = {str(c): t for c, t in timings.items()}  # of the last key that was tuned
+                rows.append({
+                    "kernel": f"{module.removeprefix('icae_fast.ops.')}.{kernel.name}", "key": [str(k) for k in key],
+                    "config": str(config), "last_timings_ms": tried,
+                })  # fmt: skip
+    return {"rows": rows}
