@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from icae_fast.ops._declare import OpSpec, Sample, declare
+from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.shared_prefix_attention import ref
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -77,6 +77,7 @@ SPEC = declare(
         fake=_fake,
         samples=SAMPLES,
         outputs=("out",),
-        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES},
+        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES, "triton": GPU_DTYPES},
+        gpu=Gpu("icae_fast.ops.shared_prefix_attention.triton_cuda:shared_prefix_attention"),
     )
 )
