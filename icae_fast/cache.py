@@ -158,13 +158,18 @@ class DecoderRows:
         self._places = torch.cat(places).to(self.device)
         return pack_behind([p + n for p, n in zip(self.prefix_lengths, before, strict=True)], counts).to(self.device)
 
-    def append_one(self) -> list[int]:
-        """Announce one more token for every row, for `decode_step`; gives their positions."""
+    def append_one(self, on_device: bool = True) -> list[int]:
+        """Announce one more token for every row, for `decode_step`; gives their positions.
+
+        Args:
+            on_device: raise `tail_lengths` too, which a CUDA graph of the step does by itself.
+        """
         positions = [p + n for p, n in zip(self.prefix_lengths, self.lengths, strict=True)]
         if any(n >= capacity for n, capacity in zip(self.lengths, self.capacities, strict=True)):
             raise ValueError("a row has no room for another token")
         self.lengths = [n + 1 for n in self.lengths]
-        self.tail_lengths += 1
+        if on_device:
+            self.tail_lengths += 1
         return positions
 
     def attend(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from icae_fast.cache import DecoderRows, KVSegment, tree_order
+from icae_fast.decode_graph import StepGraph, capture_on
 from icae_fast.ops import decode_step
 from icae_fast.step_weights import RotaryTables, StepWeights
 
@@ -19,7 +21,8 @@ class DecodeSession:
     """Rows that are decoded together: each reads shared segments and then a suffix of its own, and goes on from there.
 
     Where rows share segments, these are read once for all of them. A step is one call of the op `decode_step`
-    where it computes the model (see `StepWeights.of`), and else a forward of the backbone.
+    where it computes the model (see `StepWeights.of`), and else a forward of the backbone. On CUDA, steps of the same
+    rows are one CUDA graph.
 
     Args:
         icae: the model, whose frozen decoder runs.
@@ -42,6 +45,8 @@ class DecodeSession:
         self._weights = StepWeights.of(icae.base_model, icae.backbone)
         longest = max(p + c for p, c in zip(self._rows.prefix_lengths, self._rows.capacities, strict=True))
         self._tables = RotaryTables(icae.backbone, longest, suffixes[0])
+        self._graph: StepGraph | None = None
+        self._capture = None if self._weights is None or self._tables.tables is None else capture_on(icae.device)
 
     @property
     def nbytes(self) -> int:
@@ -63,21 +68,25 @@ class DecodeSession:
         Args:
             tokens: (R,) int64 ids of base tokens, in the order of the rows that are left.
         """
+        if self._capture is not None:
+            return self._graph_step(tokens)
         tokens = tokens[torch.tensor(self._order, device=tokens.device)] if self._permuted else tokens
         if self._weights is None:
             packed = self._rows.append([1] * len(self._order))
             hidden = self._icae.backbone.forward(self._icae.embed(tokens), packed, cache=self._rows)
             return self._in_callers_order(self._icae.base_model.lm_head(hidden))
-        w, rows = self._weights, self._rows
-        cos, sin = self._tables.at(rows.append_one())
-        shared = rows.shared
-        logits = decode_step(
-            tokens, w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, cos, sin, rows.keys, rows.values,
-            rows.tail_starts, rows.tail_lengths, [s.keys for s in shared.segments], [s.values for s in shared.segments],
-            shared.rows, num_q_heads=self._icae.backbone.num_q_heads, num_kv_heads=self._icae.backbone.num_kv_heads,
-            scale=w.scale, norm_eps=w.norm_eps, windows=w.windows,
-        )  # fmt: skip
-        return self._in_callers_order(logits)
+        cos, sin = self._tables.at(self._rows.append_one())
+        return self._in_callers_order(_compute(self._icae.backbone, self._weights, self._rows, tokens, cos, sin))
+
+    def _graph_step(self, tokens):
+        positions = self._rows.append_one(on_device=False)
+        if self._graph is None:
+            # Without a reference to the session, so that its memory is free as soon as nobody holds it.
+            compute = partial(_compute, self._icae.backbone, self._weights, self._rows)
+            self._graph = StepGraph(
+                compute, self._tables.tables, positions, self._rows.tail_lengths, self._order, self._capture
+            )
+        return self._graph.step(tokens)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, given by their places among those that are left, in rising order."""
@@ -85,6 +94,7 @@ class DecodeSession:
         kept = [i for i, row in enumerate(self._order) if row in wanted]
         self._order = [wanted[self._order[i]] for i in kept]
         self._rows.keep(kept)
+        self._graph = None
 
     @property
     def _permuted(self) -> bool:
@@ -96,3 +106,14 @@ class DecodeSession:
         out = torch.empty_like(logits)
         out[torch.tensor(self._order, device=logits.device)] = logits
         return out
+
+
+def _compute(backbone, weights, rows, tokens, cos, sin):
+    """(R, V) logits behind one token of each row, in the order of the rows."""
+    w, shared = weights, rows.shared
+    return decode_step(
+        tokens, w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, cos, sin, rows.keys, rows.values,
+        rows.tail_starts, rows.tail_lengths, [s.keys for s in shared.segments], [s.values for s in shared.segments],
+        shared.rows, num_q_heads=backbone.num_q_heads, num_kv_heads=backbone.num_kv_heads, scale=w.scale,
+        norm_eps=w.norm_eps, windows=w.windows,
+    )  # fmt: skip

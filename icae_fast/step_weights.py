@@ -52,7 +52,8 @@ class StepWeights:
         scales = {layer.self_attn.scaling for layer in layers}
         if not plain or biased or head.bias is not None or len(epsilons) != 1 or len(scales) != 1:
             return None
-        gather_weights(model)
+        if backend_of("decode_step", like.device) == "cpp":
+            gather_weights(model)
         products = [p for layer in layers for p in _products(layer)]
         norms = [m.weight for layer in layers for m in (layer.input_layernorm, layer.post_attention_layernorm)]
         return cls(
@@ -99,14 +100,14 @@ class RotaryTables:
 
     def __init__(self, backbone: Backbone, n_positions: int, like: torch.Tensor) -> None:
         self._backbone, self._like = backbone, like
-        self._tables = None
+        self.tables: tuple[torch.Tensor, torch.Tensor] | None = None  # None where angles depend on a row's length
         if getattr(backbone.model.rotary_emb, "rope_type", "default") not in _CHANGING_ROPE:
-            self._tables = backbone.rotary_tables(torch.arange(n_positions, device=like.device), like)
+            self.tables = backbone.rotary_tables(torch.arange(n_positions, device=like.device), like)
 
     def at(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (len(positions), D / 2), in the compute type."""
         index = torch.tensor(positions, device=self._like.device)
-        if self._tables is None:
+        if self.tables is None:
             return self._backbone.rotary_tables(index, self._like)
-        cos, sin = self._tables
+        cos, sin = self.tables
         return cos[index], sin[index]
