@@ -7,6 +7,7 @@ row with one split of its tail, whose length only the device knows. Items that s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,14 +89,13 @@ class _Chain:
 _keepers: list[list] = []
 
 
-class kept:  # noqa: N801
+@contextlib.contextmanager
+def kept() -> Iterator[list]:
     """Collects the tables that are used in a `with` block, for who needs them longer, such as a CUDA graph."""
-
-    def __enter__(self) -> list:
-        _keepers.append(tables := [])
-        return tables
-
-    def __exit__(self, *_) -> None:
+    _keepers.append(tables := [])
+    try:
+        yield tables
+    finally:
         _keepers.pop()
 
 

@@ -9,12 +9,20 @@ import torch
 import triton
 import triton.language as tl
 
+from icae_fast.errors import BackendError
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel
 from icae_fast.ops.shared_prefix_attention.plan import ITEM, PIECE, SOURCE, Plan, Shape, plan, sources
 
 _ITEM, _PIECE, _SOURCE = tl.constexpr(ITEM), tl.constexpr(PIECE), tl.constexpr(SOURCE)
 _EVERYTHING = tl.constexpr(1 << 30)
+# For each BLOCK_M, keys of a block and stages that spill no register; see `make kernels-check`.
+_BLOCKS = {
+    16: [(32, 4), (64, 3), (128, 2)],
+    32: [(32, 3), (32, 4), (64, 3), (128, 2)],
+    64: [(32, 3), (64, 2), (64, 3)],
+    128: [(32, 3), (64, 2), (64, 3)],
+}
 _LOG2_E = 1.4426950408889634
 
 
@@ -23,15 +31,11 @@ def _attend_configs(arch, arguments):
         return [triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=1)]
     if arch == 0:
         return [triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=1)]
-    block_m, block_d = arguments["BLOCK_M"], arguments["BLOCK_D"]
-    # Registers hold the tile's result and a block's scores, shared memory the keys and values on their way.
-    warps = 8 if block_m * block_d >= 128 * 128 else 4
-    room = {80: 160, 89: 96}.get(arch, 220) * 1024
+    tile = arguments["BLOCK_M"], arguments["BLOCK_D"]
     return [
-        triton.Config({"BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for n in (32, 64, 128)
-        for stages in (2, 3, 4)
-        if 2 * block_d * (2 * n * stages + block_m) <= room and n * block_m <= 64 * 32 * warps
+        triton.Config({"BLOCK_N": n}, num_warps=8 if tile[0] * tile[1] >= 128 * 128 else 4, num_stages=stages)
+        for n, stages in _BLOCKS[tile[0]]
+        if tile[1] <= 128 or n * stages <= 128
     ]
 
 
@@ -176,7 +180,15 @@ class Rows:
         tail_lengths: torch.Tensor, prefix_keys: Sequence[torch.Tensor], prefix_values: Sequence[torch.Tensor],
         prefix_rows: Sequence[int], windowed: bool,
     ) -> Rows:  # fmt: skip
-        """Plan for rows whose queries begin at `starts`, on keys and values (N, Hkv, D) or (layers, N, Hkv, D)."""
+        """Plan for rows whose queries begin at `starts`, on keys and values (N, Hkv, D) or (layers, N, Hkv, D).
+
+        Raises:
+            BackendError: a key's or value's elements do not lie side by side.
+        """
+        if any(t.stride(-1) != 1 for t in (k, v, *prefix_keys, *prefix_values)):
+            raise BackendError(
+                "elements of a key or value do not lie side by side in memory; pass `.contiguous()` ones"
+            )
         n, num_kv_heads, head_dim = k.shape[-3:]
         width = k.element_size()
         layout = tuple(_layout(*pair) for pair in zip((*prefix_keys, k), (*prefix_values, v), strict=True))
