@@ -51,12 +51,12 @@ def _reach(item, token, places, tail_lengths, n_tokens, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _range(item, piece, tail_starts, tail_lengths, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _range(item, piece, tail_starts, tail_lengths, splits, BLOCK_N: tl.constexpr):
     """First and end key of an item in one of its pieces, and where in the source key 0 lies."""
     row = tl.load(item + 6)
     # No branch: behind one, the compiler no longer knows how loads are aligned.
     length = tl.load(tail_lengths + tl.maximum(row, 0))
-    size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    size = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     begin = tl.load(item + 7) * size
     first = tl.where(row < 0, 0, tl.load(tail_starts + tl.maximum(row, 0)))
     end = tl.where(row < 0, tl.load(piece + 2), tl.minimum(begin + size, length))
@@ -72,11 +72,11 @@ def _pointer(source, WHICH: tl.constexpr, like, kv_head, first, layer, ALIGNMENT
     return tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), ALIGNMENT), stride
 
 
-@kernel(_attend_configs, key=("BLOCK_M", "D", "GROUP", "SPLITS", "WINDOW"))
-@triton.jit(do_not_specialize=["layer", "n_tokens"])
+@kernel(_attend_configs, key=("BLOCK_M", "D", "GROUP", "WINDOW"))
+@triton.jit(do_not_specialize=["layer", "n_tokens", "splits"])
 def _attend(
-    q, sources, items, pieces, places, tail_starts, tail_lengths, partial, lse, layer, n_tokens, scale, q_token_stride,
-    q_head_stride, D: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    q, sources, items, pieces, places, tail_starts, tail_lengths, partial, lse, layer, n_tokens, splits, scale,
+    q_token_stride, q_head_stride, D: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr,
     ALIGNMENT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def _attend(
     for i in range(tl.load(item + 3), tl.load(item + 4)):
         piece = pieces + i * _PIECE
         source = sources + tl.load(piece) * _SOURCE
-        begin, end, first = _range(item, piece, tail_starts, tail_lengths, SPLITS, BLOCK_N)
+        begin, end, first = _range(item, piece, tail_starts, tail_lengths, splits, BLOCK_N)
         at = reach - tl.load(piece + 3)
         end = tl.minimum(end, tl.max(tl.where(valid, at, -1)) + 1)
         if WINDOW > 0:
@@ -218,7 +218,7 @@ class Rows:
             pieces=self.plan.pieces, places=self.plan.places, tail_starts=self.tail_starts,
             tail_lengths=self.tail_lengths, partial=self.partial, lse=self.lse, layer=layer, n_tokens=n_tokens,
             scale=scale * _LOG2_E, q_token_stride=q.stride(0), q_head_stride=q.stride(1), D=head_dim,
-            GROUP=self.plan.group, SPLITS=self.plan.tail_splits, WINDOW=window, ALIGNMENT=self.alignment,
+            GROUP=self.plan.group, splits=self.plan.tail_splits, WINDOW=window, ALIGNMENT=self.alignment,
             WIDTH=q.element_size(), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             BLOCK_M=self.plan.block_m, BLOCK_D=block_d,
         )  # fmt: skip
