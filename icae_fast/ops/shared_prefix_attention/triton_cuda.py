@@ -32,9 +32,10 @@ def _attend_configs(arch, arguments):
     if arch == 0:
         return [triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=1)]
     tile = arguments["BLOCK_M"], arguments["BLOCK_D"]
+    blocks = [(32, 2)] if arch == 89 and tile[1] > 128 else _BLOCKS[tile[0]]  # 99 KB of shared memory
     return [
         triton.Config({"BLOCK_N": n}, num_warps=8 if tile[0] * tile[1] >= 128 * 128 else 4, num_stages=stages)
-        for n, stages in _BLOCKS[tile[0]]
+        for n, stages in blocks
         if tile[1] <= 128 or n * stages <= 128
     ]
 
