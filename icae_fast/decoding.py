@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from icae_fast.cache import DecoderRows, KVSegment, tree_order
+from icae_fast.decode_graph import StepGraph, capture_on
 from icae_fast.ops import bind_decode_step, decode_step
 from icae_fast.step_weights import RotaryTables, StepWeights
 
@@ -19,7 +21,8 @@ class DecodeSession:
     """Rows that are decoded together: each reads shared segments and then a suffix of its own, and goes on from there.
 
     Where rows share segments, these are read once for all of them. A step is one call of the op `decode_step`
-    where it computes the model (see `StepWeights.of`), and else a forward of the backbone.
+    where it computes the model (see `StepWeights.of`), and else a forward of the backbone. On CUDA, steps of the same
+    rows are one CUDA graph.
 
     Args:
         icae: the model, whose frozen decoder runs.
@@ -42,6 +45,8 @@ class DecodeSession:
         self._weights = StepWeights.of(icae.base_model, icae.backbone)
         longest = max(p + c for p, c in zip(self._rows.prefix_lengths, self._rows.capacities, strict=True))
         self._tables = RotaryTables(icae.backbone, longest, suffixes[0])
+        self._graph: StepGraph | None = None
+        self._capture = None if self._weights is None or self._tables.fixed is None else capture_on(icae.device)
         self._bound = None  # what `bind_decode_step` gives for the rows that are left
 
     @property
@@ -64,6 +69,8 @@ class DecodeSession:
         Args:
             tokens: (R,) int64 ids of base tokens, in the order of the rows that are left.
         """
+        if self._capture is not None:
+            return self._graph_step(tokens)
         tokens = tokens[torch.tensor(self._order, device=tokens.device)] if self._permuted else tokens
         if self._weights is None:
             packed = self._rows.append([1] * len(self._order))
@@ -87,23 +94,29 @@ class DecodeSession:
 
     def _unbound_step(self, tokens):
         """A step at angles that depend on how long the rows have become."""
-        w, rows, shared = self._weights, self._rows, self._rows.shared
+        rows = self._rows
         lengths = rows.append_one()
         cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
-        return decode_step(
-            tokens, w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, cos, sin, rows.keys, rows.values,
-            *rows.tails, [s.keys for s in shared.segments], [s.values for s in shared.segments],
-            shared.rows, num_q_heads=self._icae.backbone.num_q_heads, num_kv_heads=self._icae.backbone.num_kv_heads,
-            scale=w.scale, norm_eps=w.norm_eps, windows=w.windows,
-        )  # fmt: skip
+        return _compute(self._icae.backbone, self._weights, rows, *rows.tails, tokens, cos, sin)
+
+    def _graph_step(self, tokens):
+        rows = self._rows
+        if self._graph is None:
+            starts, lengths = rows.tails  # each step raises the lengths by itself, on the device
+            # Without a reference to the session, so that its memory is free as soon as nobody holds it.
+            compute = partial(_compute, self._icae.backbone, self._weights, rows, starts, lengths)
+            positions = [p + n for p, n in zip(rows.prefix_lengths, rows.lengths, strict=True)]
+            self._graph = StepGraph(compute, self._tables.fixed, positions, lengths, self._order, self._capture)
+        rows.append_one()
+        return self._graph.step(tokens)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, given by their places among those that are left, in rising order."""
         wanted = {row: place for place, row in enumerate(rows)}
         kept = [i for i, row in enumerate(self._order) if row in wanted]
         self._order = [wanted[self._order[i]] for i in kept]
-        self._bound = None
         self._rows.keep(kept)
+        self._graph = self._bound = None
 
     @property
     def _permuted(self) -> bool:
@@ -115,3 +128,14 @@ class DecodeSession:
         out = torch.empty_like(logits)
         out[torch.tensor(self._order, device=logits.device)] = logits
         return out
+
+
+def _compute(backbone, weights, rows, tail_starts, tail_lengths, tokens, cos, sin):
+    """(R, V) logits behind one token of each row, in the order of the rows."""
+    w, shared = weights, rows.shared
+    return decode_step(
+        tokens, w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, cos, sin, rows.keys, rows.values,
+        tail_starts, tail_lengths, [s.keys for s in shared.segments], [s.values for s in shared.segments],
+        shared.rows, num_q_heads=backbone.num_q_heads, num_kv_heads=backbone.num_kv_heads, scale=w.scale,
+        norm_eps=w.norm_eps, windows=w.windows,
+    )  # fmt: skip

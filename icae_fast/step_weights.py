@@ -52,7 +52,8 @@ class StepWeights:
         scales = {layer.self_attn.scaling for layer in layers}
         if not plain or biased or head.bias is not None or len(epsilons) != 1 or len(scales) != 1:
             return None
-        gather_weights(model)
+        if backend_of("decode_step", like.device) == "cpp":
+            gather_weights(model)
         products = [p for layer in layers for p in _products(layer)]
         norms = [m.weight for layer in layers for m in (layer.input_layernorm, layer.post_attention_layernorm)]
         return cls(

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from icae_fast import decoding
 from icae_fast.cache import DecoderRows, KVSegment, SharedSegments, tree_order
+from icae_fast.decode_graph import StepGraph
 from icae_fast.decoding import DecodeSession
+from icae_fast.ops import backend_of
 from icae_fast.step_weights import StepWeights
 
 
@@ -108,3 +111,50 @@ for _ in range(50):
 """
     result = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+class RepeatedCalls:
+    """In the place of CUDA graphs: a replay calls the function, and its result comes to the same place."""
+
+    def __init__(self):
+        self.runs = self.captures = self.replays = 0
+
+    def run(self, function):
+        self.runs += 1
+        return function()
+
+    def capture(self, function):
+        self.captures += 1
+        result = torch.empty(0)
+
+        def replay():
+            self.replays += 1
+            logits = function()
+            result.resize_(logits.shape).copy_(logits)
+
+        return replay, result
+
+
+@pytest.mark.skipif(backend_of("decode_step") == "reference", reason="there is no kernel of the whole step")
+def test_steps_through_a_graph_equal_reading_from_scratch(icae, tree, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(decoding, "capture_on", lambda device: graphs.append(RepeatedCalls()) or graphs[-1])
+    check_session(icae, tree, steps=7)
+    (graph,) = graphs
+    assert (graph.runs, graph.captures, graph.replays) == (2, 2, 4)  # two steps before rows leave, four behind
+
+
+def test_a_graph_is_made_anew_only_when_rows_leave():
+    """What changes from step to step is read from where it is: a step through a graph waits for no host value."""
+    seen, lengths = [], torch.tensor([4, 2], dtype=torch.int32)
+    cos = torch.arange(10.0)[:, None]
+
+    def compute(tokens, cos, sin):
+        seen.append((tokens.tolist(), cos.flatten().tolist(), lengths.tolist()))
+        return tokens[:, None].float()
+
+    graph = StepGraph(compute, (cos, -cos), [6, 3], lengths, [1, 0], capture := RepeatedCalls())
+    results = [graph.step(torch.tensor([10 + i, 20 + i])) for i in range(3)]
+    assert [r.flatten().tolist() for r in results] == [[10, 20], [11, 21], [12, 22]]  # a later step overwrites none
+    assert seen == [([20 + i, 10 + i], [6.0 + i, 3.0 + i], [5 + i, 3 + i]) for i in range(3)]
+    assert (capture.runs, capture.captures, capture.replays) == (1, 1, 2)

@@ -113,12 +113,13 @@ class Launch:
             name = parameter.name
             value = config.kwargs.get(name, self.arguments.get(name))
             kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value)
-            if kind != "constexpr" and not isinstance(value, torch.Tensor) and value == 1 and kind != "fp32":
+            special = not parameter.do_not_specialize
+            if special and kind[0] in "iu" and value == 1:
                 kind = "constexpr"
             signature[name] = kind
             if kind == "constexpr":
                 constants[(i,)] = value
-            elif _divisible(value):
+            elif special and _divisible(value):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel.function, signature, constants, attributes)
 

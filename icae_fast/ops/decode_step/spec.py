@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops._declare import OpSpec, Sample, declare
+from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.decode_step import ref
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -85,6 +85,7 @@ SPEC = declare(
         fake=_fake,
         samples=SAMPLES,
         outputs=("logits",),
-        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES},
+        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES, "triton": GPU_DTYPES},
+        gpu=Gpu("icae_fast.ops.decode_step.triton_cuda:decode_step"),
     )
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops._declare import OpSpec, Sample, declare
+from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.linear import ref
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -63,6 +63,7 @@ SPEC = declare(
         samples=SAMPLES,
         differentiable=("x",),
         outputs=("y",),
-        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES},
+        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES, "cublas": GPU_DTYPES},
+        gpu=Gpu("icae_fast.ops.linear.cublas:linear", backend="cublas"),
     )
 )

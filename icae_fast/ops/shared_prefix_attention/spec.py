@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from icae_fast.ops._declare import OpSpec, Sample, declare
+from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.shared_prefix_attention import ref
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -58,6 +58,7 @@ SAMPLES = (
     _sample("prefill", [(11, 11), (3, 3), (29, 31), (1, 1)], [(6, 0, 4), (133, 0, 4)], 9, 3, 64),
     _sample("prefill-tree", [(4, 4), (9, 9), (17, 20), (8, 8), (5, 5), (6, 6), (7, 7)], _TREE, 4, 1, 16),
     _sample("no-prefix", [(1, 40), (2, 5)], [], 4, 4, 64),
+    _sample("long-tail", [(1, 600), (1, 7)], [(3, 0, 2)], 2, 1, 16),
     _sample("some-without", [(1, 40), (1, 5), (1, 9)], [(33, 1, 2)], 4, 2, 80),
     _sample("empty-segment", [(1, 4), (2, 2)], [(0, 0, 2), (9, 0, 1)], 4, 2, 64),
     _sample("no-queries", [(0, 4), (2, 2)], [(9, 0, 2)], 4, 2, 64),
@@ -77,6 +78,7 @@ SPEC = declare(
         fake=_fake,
         samples=SAMPLES,
         outputs=("out",),
-        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES},
+        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES, "triton": GPU_DTYPES},
+        gpu=Gpu("icae_fast.ops.shared_prefix_attention.triton_cuda:shared_prefix_attention"),
     )
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops._declare import OpSpec, Sample, declare
+from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.swiglu import ref
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -86,7 +86,8 @@ SPEC = declare(
         samples=SAMPLES,
         differentiable=("x",),
         outputs=("y", "gate_up"),
-        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES},
+        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES, "triton": GPU_DTYPES},
+        gpu=Gpu("icae_fast.ops.swiglu.triton_cuda:swiglu"),
     )
 )
 BACKWARD_SPEC = declare(
@@ -98,5 +99,6 @@ BACKWARD_SPEC = declare(
         samples=_backward_samples(),
         outputs=("dx",),
         dtypes=SPEC.dtypes,
+        gpu=Gpu("icae_fast.ops.swiglu.triton_cuda:swiglu_backward"),
     )
 )

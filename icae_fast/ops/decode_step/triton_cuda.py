@@ -1,0 +1,110 @@
+"""`decode_step` on CUDA: ten launches a layer, products by cuBLAS, and nothing that waits for the device.
+
+Everything that changes from step to step (tokens, angles, lengths of tails) is read by the device, so that a CUDA graph
+of one step serves the following ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from icae_fast.ops._triton import kernel
+from icae_fast.ops.decode_step.ref import MATRICES
+from icae_fast.ops.rms_norm import triton_cuda as norms_on_cuda
+from icae_fast.ops.shared_prefix_attention.triton_cuda import Rows
+from icae_fast.ops.swiglu.triton_cuda import activation
+
+
+@kernel(lambda arch, arguments: [triton.Config({}, num_warps=1, num_stages=1)])
+@triton.jit
+def _split_heads(
+    qkv, qk_norm, cos, sin, q, keys, values, tail_starts, tail_lengths, eps, key_stride, key_head_stride, value_stride,
+    value_head_stride, HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norm and RoPE of one head of one row; queries go to q, keys and values to the last place of the row's tail."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    place = (tl.load(tail_starts + row) + tl.load(tail_lengths + row) - 1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < HALF
+    at = qkv + (row.to(tl.int64) * (HQ + 2 * HKV) + head) * (2 * HALF) + columns
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if head >= HQ + HKV:
+        to = values + place * value_stride + (head - HQ - HKV) * value_head_stride + columns
+        tl.store(to, first.to(values.dtype.element_ty), mask=inside)
+        tl.store(to + HALF, second.to(values.dtype.element_ty), mask=inside)
+    else:
+        if qk_norm is not None:
+            inverse = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / (2 * HALF) + eps)
+            weight = qk_norm + (head >= HQ).to(tl.int32) * (2 * HALF) + columns
+            first *= inverse * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+            second *= inverse * tl.load(weight + HALF, mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(cos + row * HALF + columns, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + row * HALF + columns, mask=inside, other=0.0).to(tl.float32)
+        left, right = (first * c - second * s).to(q.dtype.element_ty), (second * c + first * s).to(q.dtype.element_ty)
+        if head < HQ:
+            to = q + (row.to(tl.int64) * HQ + head) * (2 * HALF) + columns
+            tl.store(to, left, mask=inside)
+            tl.store(to + HALF, right, mask=inside)
+        else:
+            to = keys + place * key_stride + (head - HQ) * key_head_stride + columns
+            tl.store(to, left, mask=inside)
+            tl.store(to + HALF, right, mask=inside)
+
+
+def _heads(qkv, qk_norm, cos, sin, keys, values, rows, num_q_heads, eps):
+    """Queries (R, Hq, D), with keys and values (N, Hkv, D) of this step put into the cache."""
+    n, num_kv_heads, head_dim = qkv.shape[0], keys.shape[1], keys.shape[2]
+    q = qkv.new_empty(n, num_q_heads, head_dim)
+    _split_heads(
+        (n, num_q_heads + 2 * num_kv_heads), qkv=qkv, qk_norm=qk_norm, cos=cos, sin=sin, q=q, keys=keys, values=values,
+        tail_starts=rows.tail_starts, tail_lengths=rows.tail_lengths, eps=eps, key_stride=keys.stride(0),
+        key_head_stride=keys.stride(1), value_stride=values.stride(0), value_head_stride=values.stride(1),
+        HQ=num_q_heads, HKV=num_kv_heads, HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2),
+    )  # fmt: skip
+    return q
+
+
+def _norm(x, stream, weight, eps):
+    """The norm of `stream + x`, in the dtype of x, and that sum in fp32; stream may be None."""
+    y = torch.empty_like(x)
+    total = x if stream is None else torch.empty_like(x, dtype=torch.float32)
+    norms_on_cuda._forward(
+        (x.shape[0],), x=x, residual=stream, weight=weight, y=y, total=total, d=x.shape[1], eps=eps,
+        x_stride=x.stride(0), residual_stride=0 if stream is None else stream.stride(0),
+    )  # fmt: skip
+    return y, total
+
+
+def _logits(x, head):
+    """`x head^T`, rounded to fp32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, head.t(), out_dtype=torch.float32)
+    return F.linear(x.float(), head.float())
+
+
+def decode_step(
+    tokens, embedding, norms, matrices, biases, qk_norms, head, cos, sin, tail_keys, tail_values, tail_starts,
+    tail_lengths, prefix_keys, prefix_values, prefix_rows, num_q_heads, num_kv_heads, scale, norm_eps, windows,
+):  # fmt: skip
+    """See `icae_fast.ops.decode_step`."""
+    n = tokens.shape[0]
+    if not n:
+        return embedding.new_empty((0, head.shape[0]), dtype=torch.float32)
+    rows = Rows.of(
+        range(n + 1), num_q_heads, tail_keys, tail_values, tail_starts, tail_lengths, prefix_keys, prefix_values,
+        prefix_rows, any(windows),
+    )  # fmt: skip
+    cos, sin = cos.contiguous(), sin.contiguous()
+    x, stream = embedding.index_select(0, tokens), None
+    for i, window in enumerate(windows):
+        qkv, attention, gate_up, down = ((matrices[j], biases[j]) for j in range(MATRICES * i, MATRICES * (i + 1)))
+        x, stream = _norm(x, stream, norms[2 * i], norm_eps)
+        q = _heads(F.linear(x, *qkv), qk_norms[i], cos, sin, tail_keys[i], tail_values[i], rows, num_q_heads, norm_eps)
+        x = F.linear(rows.attend(q, scale, window, layer=i).flatten(1), *attention)
+        x, stream = _norm(x, stream, norms[2 * i + 1], norm_eps)
+        x = F.linear(activation(F.linear(x, *gate_up)), *down)
+    return _logits(_norm(x, stream, norms[-1], norm_eps)[0], head)
