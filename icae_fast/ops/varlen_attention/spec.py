@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from icae_fast.ops._declare import OpSpec, Sample, declare
+from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.varlen_attention import ref
 
 _ROWS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, int max_seqlen_q, int max_seqlen_k, float scale, int window"  # noqa: E501
@@ -120,7 +120,8 @@ SPEC = declare(
         samples=SAMPLES,
         differentiable=("q", "k", "v"),
         outputs=("out", "lse"),
-        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES},
+        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES, "triton": GPU_DTYPES},
+        gpu=Gpu("icae_fast.ops.varlen_attention.triton_cuda:varlen_attention"),
     )
 )
 BACKWARD_SPEC = declare(
@@ -133,5 +134,6 @@ BACKWARD_SPEC = declare(
         samples=_backward_samples(),
         outputs=("dq", "dk", "dv"),
         dtypes=SPEC.dtypes,
+        gpu=Gpu("icae_fast.ops.varlen_attention.triton_cuda_backward:varlen_attention_backward"),
     )
 )
