@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from icae_fast.ops.varlen_attention.backends import attention_backend, set_attention_backend
 from icae_fast.ops.varlen_attention.spec import BACKWARD_SPEC, SPEC
 
-__all__ = ["BACKWARD_SPEC", "SPEC", "varlen_attention"]
+__all__ = ["BACKWARD_SPEC", "SPEC", "attention_backend", "set_attention_backend", "varlen_attention"]
 
 
 def varlen_attention(

@@ -6,6 +6,8 @@ nearly empty and keys are read once.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from icae_fast.errors import BackendError
 from icae_fast.ops._declare import GPU_DTYPES
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel, target
+from icae_fast.ops.varlen_attention import tilings
 from icae_fast.ops.varlen_attention.triton_cuda_tiles import (
     LN2,
     LOG2E,
@@ -29,17 +32,6 @@ from icae_fast.ops.varlen_attention.work_list import query_work
 
 _PACKED_QUERIES = 32  # rows of at most so many are packed by heads
 _LARGEST_HEAD = 256
-
-
-def _configs(arch, arguments):
-    d, wide = arguments["D"], arguments["q"].dtype == torch.float32
-    if arch == 0:
-        tilings = [(64, 4, 1)]
-    elif wide:
-        tilings = [(32, 4, 1), (16, 4, 1)] if d <= 128 else [(16, 4, 1)]
-    else:
-        tilings = [(64, 4, 2)]
-    return [triton.Config({"BLOCK_N": n}, num_warps=warps, num_stages=stages) for n, warps, stages in tilings]
 
 
 @triton.jit
@@ -67,7 +59,7 @@ def _attend(
     return acc, top, total
 
 
-@kernel(_configs, key=("HEAD_DIM", "BLOCK_M", "PACK"))
+@kernel(tilings.forward, key=("HEAD_DIM", "BLOCK_M", "PACK"))
 @triton.jit
 def _forward(
     q, k, v, out, lse, work, used, heads, group, tokens, scale, window, q_t, q_h, k_t, k_h, v_t, v_h,
@@ -134,27 +126,17 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_
         (work.shape[0] * (heads // pack),), q=q, k=k, v=v, out=out, lse=lse, work=work, used=seqused_k,
         heads=heads, group=group, tokens=tokens, scale=scale, window=window or None, q_t=q.stride(0), q_h=q.stride(1),
         k_t=k.stride(0), k_h=k.stride(1), v_t=v.stride(0), v_h=v.stride(1),
-        HEAD_DIM=head_dim, D=padded(head_dim), PACK=pack, BLOCK_M=block,
+        HEAD_DIM=head_dim, D=tilings.padded(head_dim), PACK=pack, BLOCK_M=block,
     )  # fmt: skip
     return out, lse
 
 
 def query_block(q, group, cu_seqlens_q):
     """How many queries a block has, and for how many heads each of them."""
-    starts = on_host(cu_seqlens_q)
-    longest = max((b - a for a, b in zip(starts, starts[1:], strict=False)), default=0)
+    longest = max((b - a for a, b in pairwise(on_host(cu_seqlens_q))), default=0)
     pack = group if longest <= _PACKED_QUERIES else 1
-    arch = target(q.device)
-    if arch == 0 or q.dtype == torch.float32:
-        largest = 64 if padded(q.shape[2]) <= 128 else 32
-    else:
-        largest = 128 if padded(q.shape[2]) <= 128 else 64
+    largest = tilings.largest_query_block(target(q.device), q.shape[2], q.dtype)
     return max(16, min(largest, triton.next_power_of_2(max(longest, 1) * pack))), pack
-
-
-def padded(head_dim):
-    """The power of two that holds a head, at least what a matrix product on a GPU takes."""
-    return max(16, triton.next_power_of_2(head_dim))
 
 
 def by_heads(t):

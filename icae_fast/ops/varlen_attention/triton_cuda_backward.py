@@ -12,7 +12,8 @@ import triton.language as tl
 
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel, target
-from icae_fast.ops.varlen_attention.triton_cuda import by_heads, check, padded, query_block
+from icae_fast.ops.varlen_attention import tilings
+from icae_fast.ops.varlen_attention.triton_cuda import by_heads, check, query_block
 from icae_fast.ops.varlen_attention.triton_cuda_tiles import (
     LOG2E,
     entry,
@@ -23,14 +24,6 @@ from icae_fast.ops.varlen_attention.triton_cuda_tiles import (
     visible,
 )
 from icae_fast.ops.varlen_attention.work_list import key_work, query_work
-
-
-def _query_configs(arch, arguments):
-    return [triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2)]
-
-
-def _key_configs(arch, arguments):
-    return [triton.Config({"BLOCK_M": 64}, num_warps=4, num_stages=2)]
 
 
 @triton.jit
@@ -52,7 +45,7 @@ def _add_dq(
     return dq
 
 
-@kernel(_query_configs, key=("HEAD_DIM", "BLOCK_M", "PACK"))
+@kernel(tilings.dq, key=("HEAD_DIM", "BLOCK_M", "PACK"))
 @triton.jit
 def _dq(
     dout, dlse, q, k, v, out, lse, dq, delta, work, used, heads, group, tokens, scale, window,
@@ -143,7 +136,7 @@ def _query_range(first, last, shift, q_len, window, GROUP: tl.constexpr, BLOCK: 
     return begin, full_begin, full_end, end
 
 
-@kernel(_key_configs, key=("HEAD_DIM", "BLOCK_N", "GROUP"))
+@kernel(tilings.dk_dv, key=("HEAD_DIM", "BLOCK_N", "GROUP"))
 @triton.jit
 def _dk_dv(
     dout, q, k, v, lse, delta, dk, dv, work, used, kv_heads, tokens, scale, window,
@@ -207,23 +200,16 @@ def varlen_attention_backward(
         "dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta, "used": seqused_k, "tokens": tokens,
         "scale": scale, "window": window or None, "dout_t": dout.stride(0), "dout_h": dout.stride(1),
         "q_t": q.stride(0), "q_h": q.stride(1), "k_t": k.stride(0), "k_h": k.stride(1), "v_t": v.stride(0),
-        "v_h": v.stride(1), "HEAD_DIM": head_dim, "D": padded(head_dim),
+        "v_h": v.stride(1), "HEAD_DIM": head_dim, "D": tilings.padded(head_dim),
     }  # fmt: skip
     _dq(
         (work.shape[0] * (heads // pack),), dlse=dlse, out=out, dq=dq, work=work, heads=heads, group=group,
         PACK=pack, BLOCK_M=block, **shared,
     )  # fmt: skip
-    key_block = _key_block(k)
+    key_block = tilings.key_block(target(k.device), head_dim, k.dtype)
     work = key_work(cu_seqlens_q, cu_seqlens_k, key_block)
     _dk_dv(
         (work.shape[0] * k.shape[1],), dk=dk, dv=dv, work=work, kv_heads=k.shape[1], GROUP=group, BLOCK_N=key_block,
         **shared,
     )  # fmt: skip
     return dq, dk, dv
-
-
-def _key_block(k):
-    """How many keys a block of dk and dv has."""
-    if target(k.device) == 0:
-        return 64
-    return 64 if padded(k.shape[2]) <= 128 else 32
