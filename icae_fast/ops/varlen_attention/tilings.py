@@ -13,22 +13,26 @@ import triton
 
 Tilings = list[tuple[int, int, int]]
 
-# By generation and padded head size, for blocks of as many queries or keys as `LARGEST_*` say; and for fewer queries.
+# By generation and padded head size, for blocks of as many queries or keys as `_LARGEST_*` say; those of fewer
+# queries by their number instead of the generation.
 _FORWARD = {
-    80: {64: [(64, 8, 3), (64, 8, 2), (32, 8, 3)], 128: [(32, 8, 3), (32, 8, 2)], 256: [(32, 8, 2)]},
+    80: {64: [(64, 8, 3), (64, 8, 2), (32, 8, 3)], 128: [(32, 8, 3)], 256: [(32, 8, 2)]},
     90: {64: [(64, 8, 3), (128, 8, 2), (128, 8, 3)], 128: [(64, 8, 3), (64, 8, 2)], 256: [(32, 8, 2)]},
     100: {
         64: [(64, 8, 3), (128, 8, 2), (64, 4, 2)], 128: [(64, 8, 3), (64, 8, 2), (128, 8, 2)],
         256: [(32, 8, 2), (32, 8, 3)],
     },
 }  # fmt: skip
-_FORWARD_FEW = {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2), (64, 8, 3)], 256: [(32, 8, 2)]}
+_FORWARD_FEW = {
+    16: {64: [(64, 4, 3), (32, 4, 3)], 128: [(64, 8, 3)], 256: [(32, 8, 2)]},
+    32: {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2)], 256: [(32, 8, 2)]},
+}
 _DQ = {
     80: {64: [(64, 8, 3), (32, 8, 2)], 128: [(32, 8, 2), (32, 8, 3)], 256: [(32, 8, 1)]},
     90: {64: [(64, 8, 3), (64, 8, 2)], 128: [(32, 8, 3), (64, 8, 1)], 256: [(32, 8, 2)]},
     100: {64: [(64, 8, 2), (64, 8, 3), (64, 4, 2)], 128: [(64, 8, 2), (64, 8, 3)], 256: [(32, 8, 2)]},
 }
-_DQ_FEW = {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2), (32, 8, 3)], 256: [(32, 8, 2)]}
+_DQ_FEW = {16: {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2), (32, 8, 3)], 256: [(32, 8, 2)]}}
 _DK_DV = {
     80: {64: [(32, 8, 2), (32, 8, 3)], 128: [(32, 8, 2), (32, 8, 3)], 256: [(32, 8, 2)]},
     90: {64: [(32, 8, 3), (64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (32, 8, 1)], 256: [(32, 8, 2), (32, 8, 3)]},
@@ -85,13 +89,13 @@ def _by_queries(arch, arguments, table, few) -> Tilings:
     if dtype == torch.float32:
         return [(16, 4, 1)]
     if arguments["BLOCK_M"] < largest_query_block(arch, d, dtype):
-        return few[max(d, 64)]
+        return _of(few, arguments["BLOCK_M"], d)
     return _of(table, arch, d)
 
 
-def _of(table, arch, d):
-    generation = max(g for g in table if g <= max(arch, 80))
-    return table[generation][max(d, 64)]
+def _of(table, key, d):
+    """What a table has for the greatest key that is not over `key`, or for its least, and for a padded head size."""
+    return table[max((k for k in table if k <= key), default=min(table))][max(d, 64)]
 
 
 def _configs(name, tilings: Tilings):
