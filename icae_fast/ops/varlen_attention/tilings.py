@@ -38,6 +38,13 @@ _DK_DV = {
     90: {64: [(32, 8, 3), (64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (32, 8, 1)], 256: [(32, 8, 2), (32, 8, 3)]},
     100: {64: [(32, 8, 2), (64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (64, 8, 2), (64, 8, 3)], 256: [(32, 8, 2)]},
 }
+# A window's two edges are two masked loops, for which some of the above have too few registers.
+_WINDOWED = {
+    ("forward", 90): {128: [(32, 8, 2)], 256: [(16, 8, 2)]},
+    ("forward", 100): {64: [(64, 8, 3)]},
+    ("dq", 80): {128: [(32, 8, 2)]},
+    ("dk_dv", 90): {128: [(32, 8, 1)]},
+}
 _LARGEST_QUERIES = {80: {64: 128, 128: 128, 256: 64}, 90: {64: 128, 128: 128, 256: 128}}
 _LARGEST_KEYS = {80: {64: 128, 128: 64, 256: 32}, 90: {64: 128, 128: 128, 256: 32}, 100: {64: 128, 128: 128, 256: 64}}
 
@@ -65,12 +72,12 @@ def key_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:
 
 def forward(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
     """Configurations of the forward."""
-    return _configs("BLOCK_N", _by_queries(arch, arguments, _FORWARD, _FORWARD_FEW))
+    return _configs("BLOCK_N", _by_queries("forward", arch, arguments, _FORWARD, _FORWARD_FEW))
 
 
 def dq(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
     """Configurations of the kernel of dq."""
-    return _configs("BLOCK_N", _by_queries(arch, arguments, _DQ, _DQ_FEW))
+    return _configs("BLOCK_N", _by_queries("dq", arch, arguments, _DQ, _DQ_FEW))
 
 
 def dk_dv(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
@@ -79,10 +86,10 @@ def dk_dv(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
         return _configs("BLOCK_M", [(64, 4, 1)])
     if arguments["q"].dtype == torch.float32:
         return _configs("BLOCK_M", [(16, 4, 1)])
-    return _configs("BLOCK_M", _of(_DK_DV, arch, arguments["D"]))
+    return _configs("BLOCK_M", _windowed("dk_dv", arch, arguments) or _of(_DK_DV, arch, arguments["D"]))
 
 
-def _by_queries(arch, arguments, table, few) -> Tilings:
+def _by_queries(name, arch, arguments, table, few) -> Tilings:
     d, dtype = arguments["D"], arguments["q"].dtype
     if arch == 0:
         return [(64, 4, 1)]
@@ -90,7 +97,14 @@ def _by_queries(arch, arguments, table, few) -> Tilings:
         return [(16, 4, 1)]
     if arguments["BLOCK_M"] < largest_query_block(arch, d, dtype):
         return _of(few, arguments["BLOCK_M"], d)
-    return _of(table, arch, d)
+    return _windowed(name, arch, arguments) or _of(table, arch, d)
+
+
+def _windowed(name, arch, arguments):
+    """What stands under `_WINDOWED` where there is a window, else None."""
+    generation = max((g for g in _FORWARD if g <= arch), default=80)
+    by_size = _WINDOWED.get((name, generation), {}) if arguments["window"] is not None else {}
+    return by_size.get(max(arguments["D"], 64))
 
 
 def _of(table, key, d):

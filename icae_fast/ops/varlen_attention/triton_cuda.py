@@ -124,7 +124,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_
         lse.fill_(float("-inf"))
     _forward(
         (work.shape[0] * (heads // pack),), q=q, k=k, v=v, out=out, lse=lse, work=work, used=seqused_k,
-        heads=heads, group=group, tokens=tokens, scale=scale, window=window or None, q_t=q.stride(0), q_h=q.stride(1),
+        heads=heads, group=group, tokens=tokens, scale=scale, window=binding(window, cu_seqlens_k), q_t=q.stride(0), q_h=q.stride(1),
         k_t=k.stride(0), k_h=k.stride(1), v_t=v.stride(0), v_h=v.stride(1),
         HEAD_DIM=head_dim, D=tilings.padded(head_dim), PACK=pack, BLOCK_M=block,
     )  # fmt: skip
@@ -137,6 +137,12 @@ def query_block(q, group, cu_seqlens_q):
     pack = group if longest <= _PACKED_QUERIES else 1
     largest = tilings.largest_query_block(target(q.device), q.shape[2], q.dtype)
     return max(16, min(largest, triton.next_power_of_2(max(longest, 1) * pack))), pack
+
+
+def binding(window, cu_seqlens_k):
+    """The window, None where no row is so long that it leaves out a key."""
+    longest = max((b - a for a, b in pairwise(on_host(cu_seqlens_k))), default=0)
+    return window if 0 < window < longest else None
 
 
 def by_heads(t):

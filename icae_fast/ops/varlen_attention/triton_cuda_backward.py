@@ -13,7 +13,7 @@ import triton.language as tl
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel, target
 from icae_fast.ops.varlen_attention import tilings
-from icae_fast.ops.varlen_attention.triton_cuda import by_heads, check, query_block
+from icae_fast.ops.varlen_attention.triton_cuda import binding, by_heads, check, query_block
 from icae_fast.ops.varlen_attention.triton_cuda_tiles import (
     LOG2E,
     entry,
@@ -198,7 +198,7 @@ def varlen_attention_backward(
     delta = torch.empty_like(lse)
     shared = {
         "dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta, "used": seqused_k, "tokens": tokens,
-        "scale": scale, "window": window or None, "dout_t": dout.stride(0), "dout_h": dout.stride(1),
+        "scale": scale, "window": binding(window, cu_seqlens_k), "dout_t": dout.stride(0), "dout_h": dout.stride(1),
         "q_t": q.stride(0), "q_h": q.stride(1), "k_t": k.stride(0), "k_h": k.stride(1), "v_t": v.stride(0),
         "v_h": v.stride(1), "HEAD_DIM": head_dim, "D": tilings.padded(head_dim),
     }  # fmt: skip
