@@ -124,8 +124,8 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_
         lse.fill_(float("-inf"))
     _forward(
         (work.shape[0] * (heads // pack),), q=q, k=k, v=v, out=out, lse=lse, work=work, used=seqused_k,
-        heads=heads, group=group, tokens=tokens, scale=scale, window=binding(window, cu_seqlens_k), q_t=q.stride(0), q_h=q.stride(1),
-        k_t=k.stride(0), k_h=k.stride(1), v_t=v.stride(0), v_h=v.stride(1),
+        heads=heads, group=group, tokens=tokens, scale=scale, window=binding(window, cu_seqlens_k),
+        q_t=q.stride(0), q_h=q.stride(1), k_t=k.stride(0), k_h=k.stride(1), v_t=v.stride(0), v_h=v.stride(1),
         HEAD_DIM=head_dim, D=tilings.padded(head_dim), PACK=pack, BLOCK_M=block,
     )  # fmt: skip
     return out, lse
