@@ -32,13 +32,14 @@ from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
 from icae_fast.ops.rms_norm import rms_norm
 from icae_fast.ops.shared_prefix_attention import shared_prefix_attention
 from icae_fast.ops.swiglu import swiglu
-from icae_fast.ops.varlen_attention import varlen_attention
+from icae_fast.ops.varlen_attention import attention_backend, set_attention_backend, varlen_attention
 
 __all__ = [
     "EXTENSION_ERROR",
     "REGISTRY",
     "OpSpec",
     "Sample",
+    "attention_backend",
     "backend_of",
     "backends",
     "bind_decode_step",
@@ -48,6 +49,7 @@ __all__ = [
     "linear",
     "lora_qkv_rope",
     "rms_norm",
+    "set_attention_backend",
     "shared_prefix_attention",
     "swiglu",
     "varlen_attention",

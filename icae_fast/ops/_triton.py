@@ -89,6 +89,13 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def target(device: torch.device) -> int:
+    """The architecture that a launch with tensors on this device is for now, on paper and interpreted too."""
+    if _paper is not None:
+        return _paper.arch
+    return INTERPRETER_ARCH if INTERPRETED else architecture(device)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that was recorded instead of made."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from icae_fast.ops.varlen_attention.backends import attention_backend, set_attention_backend
 from icae_fast.ops.varlen_attention.spec import BACKWARD_SPEC, SPEC
 
-__all__ = ["BACKWARD_SPEC", "SPEC", "varlen_attention"]
+__all__ = ["BACKWARD_SPEC", "SPEC", "attention_backend", "set_attention_backend", "varlen_attention"]
 
 
 def varlen_attention(
@@ -31,7 +32,7 @@ def varlen_attention(
     gives 0 and a log-sum-exp of -inf.
 
     Args:
-        q: (Tq, Hq, D) fp32, bf16 or fp64; any strides with the last one 1.
+        q: (Tq, Hq, D) fp32, bf16 or fp64, on CUDA fp32, fp16 or bf16; any strides with the last one 1.
         k, v: (Tk, Hkv, D); Hq is a multiple of Hkv (GQA), and nothing is expanded.
         cu_seqlens_q, cu_seqlens_k: (n + 1,) int32, where each row's queries and keys begin.
         max_seqlen_q, max_seqlen_k: at least the longest row; kernels size their work by them.
@@ -41,6 +42,8 @@ def varlen_attention(
 
     Returns:
         out (Tq, Hq, D) in q's dtype and lse (Hq, Tq) fp32 (fp64 with fp64), both differentiable.
+
+    On CUDA `set_attention_backend` chooses what serves it.
 
     Source: Dao, arXiv 2307.08691 (FlashAttention-2); varlen arguments as in the flash-attn package.
     """

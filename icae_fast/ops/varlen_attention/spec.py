@@ -6,11 +6,21 @@ from itertools import accumulate
 
 import torch
 
-from icae_fast.ops._declare import OpSpec, Sample, declare
+from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.varlen_attention import ref
+from icae_fast.ops.varlen_attention.backends import attention_backend, without_gradient
 
 _ROWS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, int max_seqlen_q, int max_seqlen_k, float scale, int window"  # noqa: E501
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_DTYPES = {
+    "reference": (*_CPU_DTYPES, torch.float16),
+    "cpp": _CPU_DTYPES,
+    "triton": GPU_DTYPES,
+    "flash_attn": _FLASH_DTYPES,
+    "torch": _FLASH_DTYPES,
+}
+_BACKENDS = "icae_fast.ops.varlen_attention.backends:"
 
 
 def _fake(q, k, v, *_args, **_kwargs):
@@ -23,12 +33,16 @@ def _fake_backward(dout, dlse, q, k, v, *_args, **_kwargs):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
     ctx.settings = inputs[6:]
 
 
 def _backward(ops, ctx, dout, dlse):
-    grads = ops.varlen_attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.settings)
+    q, k, v, out, lse, *rows = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = without_gradient(lse) if dlse is None else dlse
+    grads = ops.varlen_attention_backward(dout, dlse, q, k, v, out, lse, *rows, *ctx.settings)
     return (*grads, *[None] * 7)
 
 
@@ -120,7 +134,8 @@ SPEC = declare(
         samples=SAMPLES,
         differentiable=("q", "k", "v"),
         outputs=("out", "lse"),
-        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES},
+        dtypes=_DTYPES,
+        gpu=Gpu(_BACKENDS + "varlen_attention", attention_backend),
     )
 )
 BACKWARD_SPEC = declare(
@@ -132,6 +147,7 @@ BACKWARD_SPEC = declare(
         fake=_fake_backward,
         samples=_backward_samples(),
         outputs=("dq", "dk", "dv"),
-        dtypes=SPEC.dtypes,
+        dtypes=_DTYPES,
+        gpu=Gpu(_BACKENDS + "varlen_attention_backward", attention_backend),
     )
 )

@@ -1,0 +1,116 @@
+"""Tile sizes of the attention kernels for each GPU: what compiles without spilling registers, to be measured there.
+
+A tiling is (queries or keys of an inner step, warps, stages). `python -m bench.kernels_check` compiles every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+
+Tilings = list[tuple[int, int, int]]
+
+# By generation and padded head size, for blocks of as many queries or keys as `_LARGEST_*` say; those of fewer
+# queries by their number instead of the generation.
+_FORWARD = {
+    80: {64: [(64, 8, 3), (64, 8, 2), (32, 8, 3)], 128: [(32, 8, 3)], 256: [(32, 8, 2)]},
+    90: {64: [(64, 8, 3), (128, 8, 2), (128, 8, 3)], 128: [(64, 8, 3), (64, 8, 2)], 256: [(32, 8, 2)]},
+    100: {
+        64: [(64, 8, 3), (128, 8, 2), (64, 4, 2)], 128: [(64, 8, 3), (64, 8, 2), (128, 8, 2)],
+        256: [(32, 8, 2), (32, 8, 3)],
+    },
+}  # fmt: skip
+_FORWARD_FEW = {
+    16: {64: [(64, 4, 3), (32, 4, 3)], 128: [(64, 8, 3)], 256: [(32, 8, 2)]},
+    32: {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2)], 256: [(32, 8, 2)]},
+}
+_DQ = {
+    80: {64: [(64, 8, 3), (32, 8, 2)], 128: [(32, 8, 2), (32, 8, 3)], 256: [(32, 8, 1)]},
+    90: {64: [(64, 8, 3), (64, 8, 2)], 128: [(32, 8, 3), (64, 8, 1)], 256: [(32, 8, 2)]},
+    100: {64: [(64, 8, 2), (64, 8, 3), (64, 4, 2)], 128: [(64, 8, 2), (64, 8, 3)], 256: [(32, 8, 2)]},
+}
+_DQ_FEW = {16: {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2), (32, 8, 3)], 256: [(32, 8, 2)]}}
+_DK_DV = {
+    80: {64: [(32, 8, 2), (32, 8, 3)], 128: [(32, 8, 2), (32, 8, 3)], 256: [(32, 8, 2)]},
+    90: {64: [(32, 8, 3), (64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (32, 8, 1)], 256: [(32, 8, 2), (32, 8, 3)]},
+    100: {64: [(32, 8, 2), (64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (64, 8, 2), (64, 8, 3)], 256: [(32, 8, 2)]},
+}
+# A window's two edges are two masked loops, for which some of the above have too few registers.
+_WINDOWED = {
+    ("forward", 90): {128: [(32, 8, 2)], 256: [(16, 8, 2)]},
+    ("forward", 100): {64: [(64, 8, 3)], 128: [(64, 8, 3), (64, 8, 2)]},
+    ("dq", 80): {128: [(32, 8, 2)]},
+    ("dk_dv", 90): {128: [(32, 8, 1)]},
+}
+_LARGEST_QUERIES = {80: {64: 128, 128: 128, 256: 64}, 90: {64: 128, 128: 128, 256: 128}}
+_LARGEST_KEYS = {80: {64: 128, 128: 64, 256: 32}, 90: {64: 128, 128: 128, 256: 32}, 100: {64: 128, 128: 128, 256: 64}}
+
+
+def padded(head_dim: int) -> int:
+    """The power of two that holds a head, at least what a matrix product on a GPU takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def largest_query_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:
+    """How many queries a block of the forward and of dq has where rows are long."""
+    if arch == 0 or dtype == torch.float32:
+        return 64 if padded(head_dim) <= 128 else 32
+    return _of(_LARGEST_QUERIES, arch, padded(head_dim))
+
+
+def key_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:
+    """How many keys a block of dk and dv has."""
+    if arch == 0:
+        return 64
+    if dtype == torch.float32:
+        return 32 if padded(head_dim) <= 128 else 16
+    return _of(_LARGEST_KEYS, arch, padded(head_dim))
+
+
+def forward(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
+    """Configurations of the forward."""
+    return _configs("BLOCK_N", _by_queries("forward", arch, arguments, _FORWARD, _FORWARD_FEW))
+
+
+def dq(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
+    """Configurations of the kernel of dq."""
+    return _configs("BLOCK_N", _by_queries("dq", arch, arguments, _DQ, _DQ_FEW))
+
+
+def dk_dv(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
+    """Configurations of the kernel of dk and dv."""
+    if arch == 0:
+        return _configs("BLOCK_M", [(64, 4, 1)])
+    if arguments["q"].dtype == torch.float32:
+        return _configs("BLOCK_M", [(16, 4, 1)])
+    return _configs("BLOCK_M", _windowed("dk_dv", arch, arguments) or _of(_DK_DV, arch, arguments["D"]))
+
+
+def _by_queries(name, arch, arguments, table, few) -> Tilings:
+    d, dtype = arguments["D"], arguments["q"].dtype
+    if arch == 0:
+        return [(64, 4, 1)]
+    if dtype == torch.float32:
+        return [(16, 4, 1)]
+    if arguments["BLOCK_M"] < largest_query_block(arch, d, dtype):
+        return _of(few, arguments["BLOCK_M"], d)
+    return _windowed(name, arch, arguments) or _of(table, arch, d)
+
+
+def _windowed(name, arch, arguments):
+    """What stands under `_WINDOWED` where there is a window, else None."""
+    generation = max((g for g in _FORWARD if g <= arch), default=80)
+    by_size = _WINDOWED.get((name, generation), {}) if arguments["window"] is not None else {}
+    return by_size.get(max(arguments["D"], 64))
+
+
+def _of(table, key, d):
+    """What a table has for the greatest key that is not over `key`, or for its least, and for a padded head size."""
+    return table[max((k for k in table if k <= key), default=min(table))][max(d, 64)]
+
+
+def _configs(name, tilings: Tilings):
+    return [triton.Config({name: size}, num_warps=warps, num_stages=stages) for size, warps, stages in tilings]
