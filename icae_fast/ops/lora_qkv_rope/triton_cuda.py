@@ -34,7 +34,7 @@ def _configs(arch, arguments):
     if arguments["x"].dtype == torch.float32:
         return [config(32, 64, 32, 4, 2)]
     if arch < 90:
-        return [config(128, 128, 32, 4, 4), config(128, 128, 64, 8, 3), config(64, 64, 64, 4, 3)]
+        return [config(128, 128, 32, 8, 4), config(128, 128, 64, 8, 3), config(64, 64, 64, 4, 3)]
     return [config(128, 256, 64, 8, 3), config(128, 128, 64, 4, 4), config(64, 128, 64, 4, 4)]
 
 

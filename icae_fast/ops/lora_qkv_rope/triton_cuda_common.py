@@ -69,8 +69,10 @@ def rows_apart(t):
 def load(pointers, mask):
     """Values where the mask is true or None, and 0 elsewhere."""
     if mask is None:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=mask, other=0.0)
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=mask, other=0.0)
+    return values
 
 
 @triton.jit
@@ -85,10 +87,11 @@ def grouped(tile, rows, columns, GROUP: tl.constexpr):
 @triton.jit
 def query_rows(numbers, q_rows, n_queries, is_query):
     """The rows of x that a tile is of, by their numbers among the queries or among all rows."""
-    if q_rows is None:
-        return numbers.to(tl.int64)
-    chosen = tl.load(q_rows + numbers, mask=numbers < tl.where(is_query, n_queries, 0), other=0)
-    return tl.where(is_query, chosen, numbers.to(tl.int64))
+    rows = numbers.to(tl.int64)
+    if q_rows is not None:
+        chosen = tl.load(q_rows + numbers, mask=numbers < tl.where(is_query, n_queries, 0), other=0)
+        rows = tl.where(is_query, chosen, rows)
+    return rows
 
 
 def project_configs(arch, arguments):
