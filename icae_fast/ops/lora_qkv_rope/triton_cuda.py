@@ -24,10 +24,10 @@ def _configs(arch, arguments):
     whole = head if arguments["qk_norm"] is not None else 2
 
     def config(m, n, k, warps, stages):
-        blocks = {"BLOCK_M": m, "BLOCK_N": max(n, whole), "BLOCK_K": k, "GROUP": 8}
-        return triton.Config(
-            blocks | {"EVEN_K": d % k == 0 and rank % k == 0}, num_warps=warps, num_stages=stages
-        )
+        n = max(n, whole)
+        blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PARTS": 2 if n >= 2 * whole else 1, "GROUP": 8}
+        even = {"EVEN_K": d % k == 0 and rank % k == 0}
+        return triton.Config(blocks | even, num_warps=warps, num_stages=stages)
 
     if arch == 0:
         return [config(32, 64, 64, 4, 1)]
@@ -77,13 +77,45 @@ def _store_halves(out, first, second, at, mask, HALF: tl.constexpr):
     tl.store(out + at + HALF, second.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _finish(
+    acc, part, numbers, rows, count, kind, heads, above, bias, cos, sin, qk_norm, eps, q, k, v,
+    HALF: tl.constexpr, SLOT: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """Bias, norm, RoPE and the store for the `part`-th so many columns of a kind."""
+    PAIRS: tl.constexpr = acc.shape[1] // 2
+    first, second = tl.split(tl.reshape(acc, [acc.shape[0], PAIRS, 2]))
+    pair = part * PAIRS + tl.arange(0, PAIRS)
+    head, i = pair // SLOT, pair % SLOT
+    inside = (head < heads) & (i < HALF)
+    mask = (numbers < count)[:, None] & inside[None, :]
+    if bias is not None:
+        at = bias + (above + head) * (2 * HALF) + i
+        first += load(at, inside).to(tl.float32)[None, :]
+        second += load(at + HALF, inside).to(tl.float32)[None, :]
+    if FINISH:
+        if qk_norm is not None:
+            if kind < 2:
+                first, second = _norm(first, second, qk_norm + kind * (2 * HALF), i, inside, eps, HALF, SLOT)
+        turned = mask & (i < tl.where(kind < 2, HALF, 0))[None, :]
+        first, second = _rotate(first, second, cos, sin, rows, i, turned, HALF)
+    at = (numbers[:, None].to(tl.int64) * heads + head[None, :]) * (2 * HALF) + i[None, :]
+    if kind == 0:
+        _store_halves(q, first, second, at, mask, HALF)
+    elif kind == 1:
+        _store_halves(k, first, second, at, mask, HALF)
+    else:
+        _store_halves(v, first, second, at, mask, HALF)
+
+
 @kernel(_configs, key=("d", "rank", "size_class", "SLOT", "FINISH"))
 @triton.jit
 def _forward(
     x, weight, bias, xa, lora_b, cos, sin, qk_norm, q_rows, q, k, v,
     n_queries, n_rows, d, rank, q_heads, kv_heads, kinds, scale, eps, x_stride, weight_stride, xa_stride, xa_v, b_stride,
     size_class, HALF: tl.constexpr, SLOT: tl.constexpr, FINISH: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = BLOCK_N // 2
     q_columns, kv_columns = tl.cdiv(q_heads * SLOT, PAIRS), tl.cdiv(kv_heads * SLOT, PAIRS)
@@ -120,27 +152,19 @@ def _forward(
     left = x + rows[:, None] * x_stride
     right = weight + w_row[None, :].to(tl.int64) * weight_stride
     acc = _add_product(acc, left, right, d, BLOCK_K, EVEN_K, PRECISION)
-    if bias is not None:
-        acc += tl.load(bias + w_row).to(tl.float32)[None, :]
-
-    first, second = tl.split(tl.reshape(acc, [BLOCK_M, PAIRS, 2]))
-    pair = column * PAIRS + tl.arange(0, PAIRS)
-    head, i = pair // SLOT, pair % SLOT
-    inside = (head < heads) & (i < HALF)
-    mask = (numbers < count)[:, None] & inside[None, :]
-    if FINISH:
-        if qk_norm is not None:
-            if kind < 2:
-                first, second = _norm(first, second, qk_norm + kind * (2 * HALF), i, inside, eps, HALF, SLOT)
-        turned = mask & (i < tl.where(kind < 2, HALF, 0))[None, :]
-        first, second = _rotate(first, second, cos, sin, rows, i, turned, HALF)
-    at = (numbers[:, None].to(tl.int64) * heads + head[None, :]) * (2 * HALF) + i[None, :]
-    if kind == 0:
-        _store_halves(q, first, second, at, mask, HALF)
-    elif kind == 1:
-        _store_halves(k, first, second, at, mask, HALF)
+    # In parts, or the rotary tables of a wide tile would take the registers that the accumulator leaves.
+    if PARTS == 1:
+        _finish(
+            acc, column, numbers, rows, count, kind, heads, above, bias, cos, sin, qk_norm, eps, q, k, v,
+            HALF, SLOT, FINISH,
+        )  # fmt: skip
     else:
-        _store_halves(v, first, second, at, mask, HALF)
+        halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, PAIRS]), [0, 2, 1]))
+        for part in tl.static_range(2):
+            _finish(
+                halves[part], 2 * column + part, numbers, rows, count, kind, heads, above, bias, cos, sin, qk_norm,
+                eps, q, k, v, HALF, SLOT, FINISH,
+            )  # fmt: skip
 
 
 def run(o: Operands, xa, *, finished: bool = True):
