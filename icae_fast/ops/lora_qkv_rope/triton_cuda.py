@@ -33,6 +33,8 @@ def _configs(arch, arguments):
         return [config(32, 64, 64, 4, 1)]
     if arguments["x"].dtype == torch.float32:
         return [config(32, 64, 32, 4, 2)]
+    if whole > 128:  # the norm wants all of a head of 256 at a time
+        return [config(64, whole, 32, 8, 4 if arch < 90 else 5), config(32, whole, 32, 4, 4)]
     if arch < 90:
         return [config(128, 128, 32, 8, 4), config(128, 128, 64, 8, 3), config(64, 64, 64, 4, 3)]
     return [config(128, 256, 64, 8, 3), config(128, 128, 64, 4, 4), config(64, 128, 64, 4, 4)]
@@ -83,9 +85,9 @@ def _finish(
     HALF: tl.constexpr, SLOT: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """Bias, norm, RoPE and the store for the `part`-th so many columns of a kind."""
-    PAIRS: tl.constexpr = acc.shape[1] // 2
-    first, second = tl.split(tl.reshape(acc, [acc.shape[0], PAIRS, 2]))
-    pair = part * PAIRS + tl.arange(0, PAIRS)
+    pairs: tl.constexpr = acc.shape[1] // 2
+    first, second = tl.split(tl.reshape(acc, [acc.shape[0], pairs, 2]))
+    pair = part * pairs + tl.arange(0, pairs)
     head, i = pair // SLOT, pair % SLOT
     inside = (head < heads) & (i < HALF)
     mask = (numbers < count)[:, None] & inside[None, :]
@@ -94,9 +96,8 @@ def _finish(
         first += load(at, inside).to(tl.float32)[None, :]
         second += load(at + HALF, inside).to(tl.float32)[None, :]
     if FINISH:
-        if qk_norm is not None:
-            if kind < 2:
-                first, second = _norm(first, second, qk_norm + kind * (2 * HALF), i, inside, eps, HALF, SLOT)
+        if qk_norm is not None and kind < 2:
+            first, second = _norm(first, second, qk_norm + kind * (2 * HALF), i, inside, eps, HALF, SLOT)
         turned = mask & (i < tl.where(kind < 2, HALF, 0))[None, :]
         first, second = _rotate(first, second, cos, sin, rows, i, turned, HALF)
     at = (numbers[:, None].to(tl.int64) * heads + head[None, :]) * (2 * HALF) + i[None, :]
@@ -112,13 +113,13 @@ def _finish(
 @triton.jit
 def _forward(
     x, weight, bias, xa, lora_b, cos, sin, qk_norm, q_rows, q, k, v,
-    n_queries, n_rows, d, rank, q_heads, kv_heads, kinds, scale, eps, x_stride, weight_stride, xa_stride, xa_v, b_stride,
+    n_queries, n_rows, d, rank, q_heads, kv_heads, kinds, scale, eps, x_stride, w_stride, xa_stride, xa_v, b_stride,
     size_class, HALF: tl.constexpr, SLOT: tl.constexpr, FINISH: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    PAIRS: tl.constexpr = BLOCK_N // 2
-    q_columns, kv_columns = tl.cdiv(q_heads * SLOT, PAIRS), tl.cdiv(kv_heads * SLOT, PAIRS)
+    pairs: tl.constexpr = BLOCK_N // 2
+    q_columns, kv_columns = tl.cdiv(q_heads * SLOT, pairs), tl.cdiv(kv_heads * SLOT, pairs)
     tile = tl.program_id(0)
     if q_rows is None:
         tile_m, column = grouped(tile, tl.cdiv(n_rows, BLOCK_M), q_columns + (kinds - 1) * kv_columns, GROUP)
@@ -139,7 +140,7 @@ def _forward(
     clamped = tl.minimum(numbers, count - 1)
     rows = query_rows(clamped, q_rows, n_queries, kind == 0)
 
-    pair = column * PAIRS + tl.arange(0, BLOCK_N) // 2
+    pair = column * pairs + tl.arange(0, BLOCK_N) // 2
     in_head = tl.minimum(pair % SLOT, HALF - 1) + (tl.arange(0, BLOCK_N) % 2) * HALF
     place = tl.minimum(pair // SLOT, heads - 1) * (2 * HALF) + in_head
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -150,7 +151,7 @@ def _forward(
         acc = _add_product(acc, left, right, tl.where(kind == 1, 0, rank), BLOCK_K, EVEN_K, PRECISION) * scale
     w_row = above * (2 * HALF) + place
     left = x + rows[:, None] * x_stride
-    right = weight + w_row[None, :].to(tl.int64) * weight_stride
+    right = weight + w_row[None, :].to(tl.int64) * w_stride
     acc = _add_product(acc, left, right, d, BLOCK_K, EVEN_K, PRECISION)
     # In parts, or the rotary tables of a wide tile would take the registers that the accumulator leaves.
     if PARTS == 1:
@@ -159,7 +160,7 @@ def _forward(
             HALF, SLOT, FINISH,
         )  # fmt: skip
     else:
-        halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, PAIRS]), [0, 2, 1]))
+        halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, pairs]), [0, 2, 1]))
         for part in tl.static_range(2):
             _finish(
                 halves[part], 2 * column + part, numbers, rows, count, kind, heads, above, bias, cos, sin, qk_norm,
@@ -191,7 +192,7 @@ def run(o: Operands, xa, *, finished: bool = True):
         grid, x=o.x, weight=o.weight, bias=o.bias, xa=xa and xa.buffer, lora_b=o.lora_b, cos=o.cos, sin=o.sin,
         qk_norm=norm, q_rows=o.q_rows, q=q, k=k, v=k if v is None else v, n_queries=o.n_queries, n_rows=o.n_rows,
         d=o.d, rank=o.rank, q_heads=o.q_heads, kv_heads=o.kv_heads, kinds=kinds, scale=o.scale, eps=o.eps,
-        x_stride=o.x.stride(0), weight_stride=o.weight.stride(0), xa_stride=xa.stride if xa else 0,
+        x_stride=o.x.stride(0), w_stride=o.weight.stride(0), xa_stride=xa.stride if xa else 0,
         xa_v=xa.v_offset if xa else 0, b_stride=o.lora_b.stride(0) if xa else 0, size_class=o.size_class,
         HALF=half, SLOT=slot, FINISH=finished, PRECISION=o.precision,
     )  # fmt: skip

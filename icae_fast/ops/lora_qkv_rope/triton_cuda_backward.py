@@ -63,7 +63,7 @@ def _undo_heads(
         c = load(cos + rows[:, None] * HALF + i[None, :], mask)
         s = load(sin + rows[:, None] * HALF + i[None, :], mask)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for head in range(0, heads):
+    for head in range(heads):
         at = (numbers * heads + head) * (2 * HALF) + i[None, :]
         first, second = load(grad + at, mask), load(grad + at + HALF, mask)
         if TURNED:
@@ -106,12 +106,11 @@ def _undo(
             dk, k_before, gk, k_norm, None, 0, None, 0, numbers, numbers.to(tl.int64), n_rows, kv_heads, rank,
             cos, sin, scale, eps, True, HALF, PRECISION, BLOCK_M, BLOCK_R, BLOCK_HALF,
         )  # fmt: skip
-    if b_v is not None:
-        if kind == 2:
-            _undo_heads(
-                dv, None, None, None, b_v, b_stride, gb_v, gb_stride, numbers, None, n_rows, kv_heads, rank,
-                None, None, scale, eps, False, HALF, PRECISION, BLOCK_M, BLOCK_R, BLOCK_HALF,
-            )  # fmt: skip
+    if b_v is not None and kind == 2:
+        _undo_heads(
+            dv, None, None, None, b_v, b_stride, gb_v, gb_stride, numbers, None, n_rows, kv_heads, rank,
+            None, None, scale, eps, False, HALF, PRECISION, BLOCK_M, BLOCK_R, BLOCK_HALF,
+        )  # fmt: skip
 
 
 def _input_configs(arch, arguments):
@@ -217,10 +216,10 @@ def _a_configs(arch, arguments):
 @kernel(_a_configs, key=("d", "rank", "size_class"))
 @triton.jit
 def _a_gradient(
-    x, gb, q_rows, seed, parts, n_queries, n_rows, d, rank, x_stride, gb_stride, gb_v, threshold, keep_scale, size_class,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, gb, q_rows, seed, parts, n_queries, n_rows, d, rank, x_stride, gb_stride, gb_v, threshold, keep_scale,
+    size_class, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One part of the rows: (s G B)^T x under the masks, for q where the second axis is in its first half, else for v."""
+    """(s G B)^T x under the masks, over a part of the rows: for q in the first half of the second axis, else for v."""
     tiles = tl.cdiv(rank, BLOCK_R)
     which = tl.program_id(1) // tiles
     ranks = tl.program_id(1) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -39,7 +39,7 @@ class Operands:
 
     @property
     def size_class(self):
-        """Stands for the number of rows where configurations are chosen: those of 2 ** n rows serve up to twice as many."""
+        """Stands for the number of rows where configurations are chosen; up to twice as many share a choice."""
         return self.n_rows.bit_length()
 
 
@@ -77,7 +77,7 @@ def load(pointers, mask):
 
 @triton.jit
 def grouped(tile, rows, columns, GROUP: tl.constexpr):
-    """The tile's row and column where tiles go down GROUP rows, then on to the next column: they share what is in L2."""
+    """A tile's row and column where tiles go down GROUP rows, then to the next column: they share what is in L2."""
     first = tile // (GROUP * columns) * GROUP
     within = tile % (GROUP * columns)
     height = tl.minimum(rows - first, GROUP)
