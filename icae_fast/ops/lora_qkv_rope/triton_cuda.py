@@ -43,11 +43,16 @@ def _configs(arch, arguments):
 @triton.jit
 def _add_product(acc, left, right, size, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr):
     """acc + L R^T for pointers to rows of L (m, 1) and of R (1, n), each of `size` elements."""
+    lanes = tl.arange(0, BLOCK_K)
+    left += lanes[None, :]
+    right += lanes[:, None]
     for start in range(0, size, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        a = load(left + inner[None, :], None if EVEN_K else (inner < size)[None, :])
-        b = load(right + inner[:, None], None if EVEN_K else (inner < size)[:, None])
+        rest = lanes < size - start
+        a = load(left, None if EVEN_K else rest[None, :])
+        b = load(right, None if EVEN_K else rest[:, None])
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        left += BLOCK_K
+        right += BLOCK_K
     return acc
 
 

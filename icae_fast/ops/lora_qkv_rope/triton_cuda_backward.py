@@ -32,7 +32,7 @@ def _undo_configs(arch, arguments):
     if arguments["dq"].dtype == torch.float32:
         return [config(16, 32, 4, 1)]
     wide = half > 64
-    return [config(32, 128, 4, 1 if wide else 2), config(64, 128, 8, 1 if wide else 2)]
+    return [config(32, 128, 8, 1 if wide else 2), config(64, 128, 8, 1 if wide else 2)]
 
 
 @triton.jit
@@ -126,11 +126,13 @@ def _input_configs(arch, arguments):
         return [config(32, 64, 64, 4, 1)]
     if arguments["dx"].dtype == torch.float32:
         return [config(32, 64, 32, 4, 2)]
-    if arch < 90:
-        return [config(128, 128, 32, 8, 4), config(128, 128, 64, 8, 3), config(64, 64, 64, 4, 3)]
     # Under dropout the part of q is masked before that of v may join it: two accumulators at a time.
-    widest = config(128, 128, 64, 8, 4) if dropout else config(128, 256, 64, 8, 3)
-    return [widest, config(128, 128, 64, 8, 3), config(64, 128, 64, 4, 4)]
+    if arch < 90:
+        middle = config(128, 64, 64, 8, 3) if dropout else config(128, 128, 64, 8, 3)
+        return [config(128, 128, 32, 8, 4), middle, config(64, 64, 64, 4, 3)]
+    if dropout:
+        return [config(128, 128, 64, 8, 4), config(128, 128, 32, 8, 4), config(64, 128, 64, 8, 4)]
+    return [config(128, 256, 64, 8, 3), config(128, 128, 64, 8, 3), config(64, 128, 64, 4, 4)]
 
 
 @triton.jit
@@ -139,16 +141,18 @@ def _add_product(
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + L R for pointers to rows of L (m, 1) of `size` elements and to the first row of R (1, n)."""
+    lanes = tl.arange(0, BLOCK_K)
+    left += lanes[None, :]
+    right += lanes[:, None].to(tl.int64) * right_stride
     for start in range(0, size, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
         left_ok, right_ok = left_mask, right_mask
         if not EVEN_K:
-            rest = inner < size
+            rest = lanes < size - start
             left_ok = rest[None, :] if left_mask is None else left_mask & rest[None, :]
             right_ok = rest[:, None] if right_mask is None else right_mask & rest[:, None]
-        a = load(left + inner[None, :], left_ok)
-        b = load(right + inner[:, None].to(tl.int64) * right_stride, right_ok)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(load(left, left_ok), load(right, right_ok), acc, input_precision=PRECISION)
+        left += BLOCK_K
+        right += BLOCK_K * right_stride
     return acc
 
 
@@ -210,7 +214,8 @@ def _a_configs(arch, arguments):
         return [config(64, 64, 32, 4, 1)]
     if arguments["x"].dtype == torch.float32:
         return [config(32, 64, 32, 4, 2)]
-    return [config(128, 64, 64, 4, 3), config(128, 128, 64, 8, 3), config(256, 64, 64, 8, 3)]
+    # Each tile computes the masks of its part of x; the wider in ranks, the fewer do.
+    return [config(256 if ranks > 128 else 128, 64, 64, 8, 3), config(128, 128, 64, 8, 3)]
 
 
 @kernel(_a_configs, key=("d", "rank", "size_class"))

@@ -107,7 +107,8 @@ def project_configs(arch, arguments):
         return [config(32, 64, 64, 4, 1)]
     if arguments["x"].dtype == torch.float32:
         return [config(32, 64, 32, 4, 2)]
-    return [config(64, 128, 64, 4, 3), config(32, 256, 64, 4, 2), config(128, 128, 64, 8, 3)]
+    large = config(64, 256, 64, 8, 3) if width > 128 else config(128, 128, 32 if arch < 90 else 64, 8, 3)
+    return [config(64, 128, 64, 4, 3), config(32, 128, 64, 4, 3), large]
 
 
 @kernel(project_configs, key=("d", "rank", "size_class"))
