@@ -2,8 +2,8 @@
 
 The two elements that RoPE turns together stand in neighbouring columns of a tile: column 2 p + h is row h D / 2 + i of
 W's head, for the pair p = (head, i). Rows of W may be loaded in any order at no cost, and an accumulator's neighbouring
-columns lie in the same thread on every architecture, so that neither RoPE nor the q/k norm moves a value, and heads of
-80 or 96 need no padding (but under the norm, which wants whole heads in a tile).
+columns lie in the same thread on every architecture, so that pairs come apart without a shuffle, and heads of 80 or 96
+need no padding (but under the norm, which wants whole heads in a tile).
 
 Loads go through pointers (`cp.async`), not through TMA descriptors: queries may be of gathered rows, x a view of any
 alignment, and Triton's descriptors want an allocator set for the whole process.

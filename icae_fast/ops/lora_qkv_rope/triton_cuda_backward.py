@@ -31,8 +31,14 @@ def _undo_configs(arch, arguments):
         return [config(32, 64, 4, 1)]
     if arguments["dq"].dtype == torch.float32:
         return [config(16, 32, 4, 1)]
-    wide = half > 64
-    return [config(32, 128, 8, 1 if wide else 2), config(64, 128, 8, 1 if wide else 2)]
+    if half > 64:
+        return [config(32, 128, 8, 1), config(64, 128, 8, 1)]
+    # A tile undoes its part again for each block of ranks.
+    return (
+        [config(32, 256, 4, 2), config(64, 256, 8, 2)]
+        if ranks > 128
+        else [config(32, 128, 8, 2), config(64, 128, 8, 2)]
+    )
 
 
 @triton.jit
