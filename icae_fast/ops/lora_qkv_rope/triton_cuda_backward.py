@@ -32,7 +32,7 @@ def _undo_configs(arch, arguments):
     if arguments["dq"].dtype == torch.float32:
         return [config(16, 32, 4, 1)]
     if half > 64:
-        return [config(32, 128, 8, 1), config(64, 128, 8, 1)]
+        return [config(32, 128 * 128 // half, 8, 2), config(16, 128 * 128 // half, 4, 2)]
     # A tile undoes its part again for each block of ranks.
     return (
         [config(32, 256, 4, 2), config(64, 256, 8, 2)]
@@ -137,7 +137,8 @@ def _input_configs(arch, arguments):
         middle = config(128, 64, 64, 8, 3) if dropout else config(128, 128, 64, 8, 3)
         return [config(128, 128, 32, 8, 4), middle, config(64, 64, 64, 4, 3)]
     if dropout:
-        return [config(128, 128, 64, 8, 4), config(128, 128, 32, 8, 4), config(64, 128, 64, 8, 4)]
+        middle = config(128, 64 if arguments["inverse"] is not None else 128, 64, 8, 4)
+        return [config(128, 128, 32, 8, 4), middle, config(64, 128, 64, 8, 4)]
     return [config(128, 256, 64, 8, 3), config(128, 128, 64, 8, 3), config(64, 128, 64, 4, 4)]
 
 
