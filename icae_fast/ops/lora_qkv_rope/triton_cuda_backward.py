@@ -34,11 +34,7 @@ def _undo_configs(arch, arguments):
     if half > 64:
         return [config(32, 128 * 128 // half, 8, 2), config(16, 128 * 128 // half, 4, 2)]
     # A tile undoes its part again for each block of ranks.
-    return (
-        [config(32, 256, 4, 2), config(64, 256, 8, 2)]
-        if ranks > 128
-        else [config(32, 128, 8, 2), config(64, 128, 8, 2)]
-    )
+    return [config(32, 256, 4, 2) if ranks > 128 else config(32, 128, 8, 2), config(64, 128, 8, 2)]
 
 
 @triton.jit
