@@ -32,7 +32,8 @@ def _undo_configs(arch, arguments):
     if arguments["dq"].dtype == torch.float32:
         return [config(16, 32, 4, 1)]
     if half > 64:
-        return [config(32, 128 * 128 // half, 8, 2), config(16, 128 * 128 // half, 4, 2)]
+        small = config(16, 128 * 128 // half, 4, 2)
+        return [small] if arch == 89 else [config(32, 128 * 128 // half, 8, 2), small]  # 99 KB of shared memory
     # A tile undoes its part again for each block of ranks.
     return [config(32, 256, 4, 2) if ranks > 128 else config(32, 128, 8, 2), config(64, 128, 8, 2)]
 
