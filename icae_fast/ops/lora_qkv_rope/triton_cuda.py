@@ -37,7 +37,8 @@ def _configs(arch, arguments):
         return [config(64, whole, 32, 8, 4 if arch < 90 else 5), config(32, whole, 32, 4, 4)]
     if arch < 90:
         return [config(128, 128, 32, 8, 4), config(128, 128, 64, 8, 3), config(64, 64, 64, 4, 3)]
-    return [config(128, 256, 64, 8, 3), config(128, 128, 64, 4, 4), config(64, 128, 64, 4, 4)]
+    middle = config(128, 128, 64, 8 if whole > 64 else 4, 4)  # in one part it needs the registers of more threads
+    return [config(128, 256, 64, 8, 3), middle, config(64, 128, 64, 4, 4)]
 
 
 @triton.jit
