@@ -38,7 +38,7 @@ def lora_qkv_rope(
     gradient is that of x, lora_a and lora_b, and `x A^T` is computed again in the backward.
 
     Args:
-        x: (T, d) fp32, bf16 or fp64; rows of any number of spans, packed.
+        x: (T, d) fp32, bf16 or fp64, on a GPU fp32, fp16 or bf16; rows of any number of spans, packed.
         weight: ((Hq + 2 Hkv) D, d) W_q, W_k, W_v one under the other.
         bias: ((Hq + 2 Hkv) D,) or None.
         lora_a: (2 r, d) A_q above A_v, or None for no adapter.
@@ -48,7 +48,8 @@ def lora_qkv_rope(
         lora_scale: s = alpha / r.
         qk_norm: (2, D) RMS-norm weights of q and k over the head (Qwen3), or None.
         norm_eps: epsilon of that norm.
-        q_rows: (Tq,) int64, the rows that get a query (memory tokens in the last layer); None for all.
+        q_rows: (Tq,) int64, the rows that get a query, none of them twice (memory tokens in the last layer); None for
+            all.
         dropout_p: LoRA dropout probability, independent for q and v; 0 outside training.
         dropout_seed: () int64, the seed of the masks (`icae_fast.ops._dropout`); None for no dropout.
 

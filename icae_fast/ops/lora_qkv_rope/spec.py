@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops._declare import OpSpec, Sample, declare
+from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.lora_qkv_rope import ref
 
 _ARGUMENTS = (
@@ -134,7 +134,8 @@ SPEC = declare(
         samples=SAMPLES,
         differentiable=("x", "lora_a", "lora_b"),
         outputs=("q", "k", "v"),
-        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES},
+        dtypes={"reference": (*_CPU_DTYPES, torch.float16), "cpp": _CPU_DTYPES, "triton": GPU_DTYPES},
+        gpu=Gpu("icae_fast.ops.lora_qkv_rope.triton_cuda:lora_qkv_rope"),
     )
 )
 BACKWARD_SPEC = declare(
@@ -146,5 +147,6 @@ BACKWARD_SPEC = declare(
         samples=_backward_samples(),
         outputs=("dx", "dlora_a", "dlora_b"),
         dtypes=SPEC.dtypes,
+        gpu=Gpu("icae_fast.ops.lora_qkv_rope.triton_cuda_backward:lora_qkv_rope_backward"),
     )
 )
