@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # With fewer jobs a small machine does not run out of memory in the compiler.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test sanitize bench bench-encode bench-decode bench-check kernels-check kernels-paper gpu-check lint format readme clean
+.PHONY: demo test test-triton sanitize bench bench-encode bench-decode bench-check kernels-check kernels-paper gpu-check lint format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -18,7 +18,14 @@ test: $(VENV)/.installed lint
 	ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q
 	ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q tests/test_golden.py tests/test_modeling.py tests/test_models.py \
 		tests/test_adapter_mode.py tests/test_fingerprint.py
-	$(MAKE) bench-check
+	$(MAKE) test-triton bench-check
+
+# The Triton kernels on the CPU, in Triton's interpreter, which runs a block at a time and in Python: one process a core.
+# The golden cases run wholly on them.
+test-triton: $(VENV)/.installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal \
+		tests/test_golden.py tests/test_ops.py tests/test_lora_qkv_rope_triton.py tests/test_attention_backends.py \
+		tests/test_shared_prefix_plan.py
 
 # The op and argument tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a build of their own
 # and under every instruction set that this CPU can run: each has its own code for tails and masks, and the masked
@@ -70,9 +77,10 @@ bench-decode: $(VENV)/.installed
 	$(BIN)/python -m pytest $(wildcard bench/bench_decode*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
-# Every Triton kernel in every configuration, compiled for GPUs that are not there; QUICK=1 takes one of each.
+# Every Triton kernel in every configuration at every shape, compiled for GPUs that are not there: ten minutes on two
+# cores, and writes docs/results/kernels.json. With ONCE=1 each configuration once, in two minutes, compared with that.
 kernels-check: $(VENV)/.installed
-	$(BIN)/python -m bench.kernels_check $(if $(QUICK),--quick --compare docs/results/kernels.json)
+	$(BIN)/python -m bench.kernels_check $(if $(ONCE),--once --compare docs/results/kernels.json)
 
 # What kernels load, store and multiply, counted in Triton's interpreter, and the times predicted from it.
 kernels-paper: $(VENV)/.installed

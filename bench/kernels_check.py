@@ -105,11 +105,11 @@ def _jobs(launch, arch, dtype, call, seen, whole):
             yield job
 
 
-def one_each(jobs: Iterable[Job]) -> list[Job]:
-    """The first job of each kernel and architecture."""
-    first: dict[tuple[str, int], Job] = {}
+def one_each(jobs: Iterable[Job], configurations: bool = False) -> list[Job]:
+    """The first job of each kernel and architecture, or of each of their configurations."""
+    first: dict[tuple, Job] = {}
     for job in jobs:
-        first.setdefault((job.kernel, job.arch), job)
+        first.setdefault((job.kernel, job.arch, str(job.config) if configurations else None), job)
     return list(first.values())
 
 
@@ -164,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels_check", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel and architecture")
+    parser.add_argument("--once", action="store_true", help="each configuration once, in bf16 and at one shape")
     parser.add_argument("--every", action="store_true", help="in fp16, too, each configuration for each shape")
     parser.add_argument("--compare", type=Path, help="results that none may be worse than, instead of writing new ones")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where a whole run is written")
@@ -173,14 +174,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if INTERPRETED:
         print("Triton interprets kernels here instead of compiling them: unset TRITON_INTERPRET.", file=sys.stderr)
         return 2
-    jobs, wrong = collect(calls(), ARCHITECTURES, ["bf16"] if options.quick else list(DTYPES), options.every)
+    part = options.quick or options.once
+    jobs, wrong = collect(calls(), ARCHITECTURES, ["bf16"] if part else list(DTYPES), options.every)
     jobs = [job for job in jobs if options.only in job.kernel]
-    rows = compile_all(one_each(jobs) if options.quick else jobs, options.jobs)
+    if part:
+        jobs = one_each(jobs, configurations=options.once)
+    rows = compile_all(jobs, options.jobs)
     print_table(rows)
     wrong += [sentence for row in rows for sentence in complaints(row)]
     if options.compare:
         wrong += worse(rows, json.loads(options.compare.read_text()))
-    elif not options.quick and not options.only and not wrong:
+    elif not part and not options.only and not wrong:
         write(options.output, rows)
         print(f"{len(rows)} kernels compiled; wrote {options.output.name}. `make readme` puts it into docs/kernels.md.")
     for sentence in wrong:

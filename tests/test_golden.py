@@ -5,9 +5,11 @@ import torch
 
 import golden
 from icae_fast import ICAE
+from icae_fast.ops._declare import interpreted
 
 
-@pytest.fixture(params=["fused", "merged"])
+# Triton's interpreter takes five minutes for all of it; merged weights and a batch run no kernels of their own.
+@pytest.fixture(params=["fused"] if interpreted() else ["fused", "merged"])
 def icae(request):
     loaded = ICAE.from_reference_checkpoint(golden.reference_checkpoint_path(), golden.load_base())
     loaded.adapter_mode = request.param
@@ -46,6 +48,7 @@ def test_one_at_a_time(icae, name):
     assert icae.restore(memory, max_new_tokens=24, return_ids=True) == case["greedy"].tolist()
 
 
+@pytest.mark.skipif(interpreted(), reason="a minute in Triton's interpreter, with the kernels of one at a time")
 def test_all_in_one_batch(icae):
     cases = [golden.case(name) for name in golden.CASES]
     memories = icae.compress([c["input_ids"][0] for c in cases])

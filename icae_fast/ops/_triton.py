@@ -43,7 +43,9 @@ class Kernel:
     def __init__(self, function: Any, configs: Configs, key: tuple[str, ...]) -> None:
         self.function, self.configs, self.key = function, configs, key
         self.name = function.__name__
-        self._tuners: dict[tuple[str, ...], Any] = {}
+        constants = () if INTERPRETED else (p.name for p in function.params if p.is_constexpr)
+        self._deciding = {*key, *constants}
+        self._tuners: dict[tuple, Any] = {}
 
     def __call__(self, grid: Grid, **arguments: Any) -> None:
         """Launch.
@@ -65,11 +67,21 @@ class Kernel:
 
     def _tuner(self, arguments):
         device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
-        configs = self.configs(architecture(device), arguments)
-        names = tuple(map(str, configs))
-        if names not in self._tuners:
-            self._tuners[names] = triton.autotune(configs, list(self.key), cache_results=True)(self.function)
-        return self._tuners[names]
+        # All that configurations may depend on, so that they are not made anew for every launch.
+        case = (
+            device,
+            *(
+                a.dtype if isinstance(a, torch.Tensor) else a if name in self._deciding else a is None
+                for name, a in arguments.items()
+            ),
+        )
+        if case not in self._tuners:
+            configs = self.configs(architecture(device), arguments)
+            names = tuple(map(str, configs))
+            self._tuners[case] = self._tuners[names] = self._tuners.get(names) or triton.autotune(
+                configs, list(self.key), cache_results=True
+            )(self.function)
+        return self._tuners[case]
 
 
 def kernel(configs: Configs, key: tuple[str, ...] = ()) -> Callable[[Any], Kernel]:
@@ -77,7 +89,8 @@ def kernel(configs: Configs, key: tuple[str, ...] = ()) -> Callable[[Any], Kerne
 
     Args:
         configs: `configs(arch, arguments)` gives what to try on an architecture (80, 89, 90, 100; 0 for the
-            interpreter, where the first one should be small enough that samples take several blocks).
+            interpreter, where the first one should be small enough that samples take several blocks). It may depend
+            on dtypes, on constants, on what `key` names, and on which arguments are None.
         key: names of arguments for each of whose values the choice is made anew.
     """
     return lambda function: Kernel(function, configs, key)

@@ -160,7 +160,7 @@ def _add_product(
     return acc
 
 
-@kernel(_input_configs, key=("d", "rank", "q_width", "size_class"))
+@kernel(_input_configs, key=("d", "rank", "q_width", "kv_width", "size_class"))
 @triton.jit
 def _input_gradient(
     gq, gk, gv, w_q, w_k, w_v, gb_q, gb_v, a_q, a_v, inverse, seed, dx,

@@ -22,7 +22,7 @@ def _load(pointer, columns, d):
     return tl.load(pointer + columns, mask=columns < d, other=0.0).to(tl.float32)
 
 
-@kernel(_configs)
+@kernel(_configs, key=("d",))
 @triton.jit
 def _forward(x, residual, weight, y, total, d, eps, x_stride, residual_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -46,7 +46,7 @@ def _forward(x, residual, weight, y, total, d, eps, x_stride, residual_stride, B
         tl.store(y + row * d + columns, value.to(y.dtype.element_ty), mask=columns < d)
 
 
-@kernel(_configs)
+@kernel(_configs, key=("d",))
 @triton.jit
 def _backward(dy, dsum, total, weight, dx, d, eps, dy_stride, dsum_stride, total_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

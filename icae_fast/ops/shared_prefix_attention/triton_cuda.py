@@ -131,7 +131,7 @@ def _merge_configs(arch, arguments):
     return [triton.Config({"BLOCK_P": block}, num_warps=max(1, min(4, block * arguments["BLOCK_D"] // 256)))]
 
 
-@kernel(_merge_configs)
+@kernel(_merge_configs, key=("slots",))
 @triton.jit
 def _merge(partial, lse, out, n_rows, slots, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

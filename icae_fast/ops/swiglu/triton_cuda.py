@@ -27,7 +27,7 @@ def _load(pointer, columns, size):
     return tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
 
 
-@kernel(_configs)
+@kernel(_configs, key=("size",))
 @triton.jit
 def _forward(gate_up, y, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -38,7 +38,7 @@ def _forward(gate_up, y, size, BLOCK: tl.constexpr):
     tl.store(y + row * size + columns, value.to(y.dtype.element_ty), mask=columns < size)
 
 
-@kernel(_configs)
+@kernel(_configs, key=("size",))
 @triton.jit
 def _backward(dy, gate_up, gradient, size, dy_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
