@@ -56,8 +56,10 @@ def padded(head_dim: int) -> int:
 
 def largest_query_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:
     """How many queries a block of the forward and of dq has where rows are long."""
-    if arch == 0 or dtype == torch.float32:
+    if arch == 0:
         return 64 if padded(head_dim) <= 128 else 32
+    if dtype == torch.float32:  # without tensor cores a product's operands are all in registers
+        return 32 if padded(head_dim) <= 128 else 16
     return _of(_LARGEST_QUERIES, arch, padded(head_dim))
 
 
@@ -94,7 +96,7 @@ def _by_queries(name, arch, arguments, table, few) -> Tilings:
     if arch == 0:
         return [(64, 4, 1)]
     if dtype == torch.float32:
-        return [(16, 4, 1)]
+        return [(16, 4 if d <= 64 else 8, 1)]
     if arguments["BLOCK_M"] < largest_query_block(arch, d, dtype):
         return _of(few, arguments["BLOCK_M"], d)
     return _windowed(name, arch, arguments) or _of(table, arch, d)
