@@ -226,6 +226,7 @@ def compiled(case: Case) -> Run:
             len(rows.positions), icae.backbone.hidden_size
         )
         lora = icae.adapter.pack(icae.dtype, dropout=False)
+        icae.backbone.pack()
         graph = torch.compile(
             lambda x: icae.backbone.forward(x, rows, lora), fullgraph=True, dynamic=False,
             backend="inductor" if setting.device == "cuda" else "aot_eager",

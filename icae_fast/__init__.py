@@ -11,7 +11,7 @@ from icae_fast.config import ICAEConfig
 from icae_fast.generation import TextPiece
 from icae_fast.memory import Memory, SlotKV
 from icae_fast.modeling import ICAE
-from icae_fast.ops import backend_of
+from icae_fast.ops import backend_of, set_attention_backend
 from icae_fast.origin import Origin
 from icae_fast.store import MemoryStore
 
@@ -28,4 +28,5 @@ __all__ = [
     "__version__",
     "backend_of",
     "errors",
+    "set_attention_backend",
 ]

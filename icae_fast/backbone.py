@@ -8,7 +8,7 @@ hooks, or asking for a gradient) is called itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -112,6 +112,29 @@ class Backbone:
         for i in range(self.n_layers):
             x, stream = self._layer(i, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
         return _norm(self.model.norm, x, stream)[0]
+
+    def pack(self) -> None:
+        """Make weights of each layer that are read together adjacent, as a forward does by itself (see `packed`)."""
+        for layer in self.model.layers:
+            packed_qkv(layer.self_attn)
+            if self.is_silu(layer.mlp):
+                packed((layer.mlp.gate_proj, layer.mlp.up_proj))
+
+    def compile(self, **options: Any) -> None:
+        """Run forwards without a cache, which encode, by `torch.compile` from now on, and others as before.
+
+        Args:
+            options: for `torch.compile`; `fullgraph` is True unless it is given.
+        """
+        plain, compiled = self.forward, torch.compile(self.forward, **({"fullgraph": True} | options))
+
+        def forward(x, rows, lora=None, cache=None):
+            if cache is not None:
+                return plain(x, rows, lora, cache)
+            self.pack()
+            return compiled(x, rows, lora)
+
+        self.forward = forward
 
     def _layer(self, i, x, stream, cos, sin, rows, lora, cache):
         layer = self.model.layers[i]
@@ -240,12 +263,13 @@ def packed(modules: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | N
 
 def _packed(parameters: list[nn.Parameter]) -> torch.Tensor:
     first, rows = parameters[0], sum(p.shape[0] for p in parameters)
-    if not _adjacent(parameters):
+    # A graph cannot ask for addresses; `Backbone.compile` does before it runs.
+    if not torch.compiler.is_compiling() and not _adjacent(parameters):
         with torch.no_grad():
             block = torch.cat([p.detach() for p in parameters])
             for p, part in zip(parameters, block.split([p.shape[0] for p in parameters]), strict=True):
                 p.data = part
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _adjacent(parameters: list[nn.Parameter]) -> bool:

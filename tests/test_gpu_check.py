@@ -31,8 +31,7 @@ def test_without_a_gpu_it_says_so_and_exits_3():
 # The golden cases run by themselves, and the ops' samples in tests/test_ops.py.
 PARTS = [
     "ops at real", "encode", "answer", "latency", "train", "attention", "tuned",
-    pytest.param("torch.compile", marks=pytest.mark.xfail(
-        strict=True, reason="`backbone.packed` asks for addresses, which Dynamo cannot trace")),
+    "torch.compile",
 ]  # fmt: skip
 
 
