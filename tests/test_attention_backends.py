@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import assert_within_budget, make_inputs, to_float64
 
+from bench.compare import assert_within_budget, make_inputs, to_float64
 from icae_fast.errors import BackendError
 from icae_fast.ops import REGISTRY, attention_backend, backend_of, set_attention_backend
 from icae_fast.ops._declare import has_triton, interpreted

@@ -3,8 +3,8 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import as_tuple, assert_within_budget, to_float64
 
+from bench.compare import as_tuple, assert_within_budget, to_float64
 from icae_fast.ops import REGISTRY
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
