@@ -32,11 +32,14 @@ _DQ = {
     90: {64: [(64, 8, 3), (64, 8, 2)], 128: [(32, 8, 3), (64, 8, 1)], 256: [(32, 8, 2)]},
     100: {64: [(64, 8, 2), (64, 8, 3), (64, 4, 2)], 128: [(64, 8, 2), (64, 8, 3)], 256: [(32, 8, 2)]},
 }
-_DQ_FEW = {16: {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2), (32, 8, 3)], 256: [(32, 8, 2)]}}
+_DQ_FEW = {
+    16: {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2), (32, 8, 3)], 256: [(32, 8, 3)]},
+    64: {64: [(64, 4, 3), (32, 4, 3)], 128: [(32, 4, 2), (32, 8, 3)], 256: [(32, 8, 2)]},
+}
 _DK_DV = {
     80: {64: [(32, 8, 2), (32, 8, 3)], 128: [(32, 8, 2), (32, 8, 3)], 256: [(32, 8, 2)]},
     90: {64: [(32, 8, 3), (64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (32, 8, 1)], 256: [(32, 8, 2), (32, 8, 3)]},
-    100: {64: [(32, 8, 2), (64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (64, 8, 2), (64, 8, 3)], 256: [(32, 8, 2)]},
+    100: {64: [(64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (64, 8, 2), (64, 8, 3)], 256: [(32, 8, 2)]},
 }
 # A window's two edges are two masked loops, for which some of the above have too few registers.
 _WINDOWED = {
@@ -59,7 +62,7 @@ def largest_query_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:
     if arch == 0:
         return 64 if padded(head_dim) <= 128 else 32
     if dtype == torch.float32:  # without tensor cores a product's operands are all in registers
-        return 32 if padded(head_dim) <= 128 else 16
+        return 32 if padded(head_dim) <= 64 else 16
     return _of(_LARGEST_QUERIES, arch, padded(head_dim))
 
 
@@ -96,7 +99,7 @@ def _by_queries(name, arch, arguments, table, few) -> Tilings:
     if arch == 0:
         return [(64, 4, 1)]
     if dtype == torch.float32:
-        return [(16, 4 if d <= 64 else 8, 1)]
+        return [(16, 8 if name == "dq" and d > 64 else 4, 1)]
     if arguments["BLOCK_M"] < largest_query_block(arch, d, dtype):
         return _of(few, arguments["BLOCK_M"], d)
     return _windowed(name, arch, arguments) or _of(table, arch, d)
