@@ -162,9 +162,12 @@ def _watched(read: _Touched, written: _Touched, total: Traffic) -> Iterator[None
     def counted_load(pointers, mask, *rest):
         note(read, pointers, mask)
         kind = pointers.get_element_ty()
-        if kind.is_floating():  # the values of which nothing depends on
-            return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind)), kind)
-        return load(pointers, mask, *rest)
+        if not kind.is_floating():
+            return load(pointers, mask, *rest)
+        # Zeros for what is read: at most it depends on values whether a masked part is -inf.
+        other = rest[0].data if rest and rest[0] is not None else 0
+        values = np.where(mask.data, 0, other).astype(interpreter._get_np_dtype(kind))
+        return interpreter.TensorHandle(np.broadcast_to(values, pointers.data.shape), kind)
 
     def counted_store(pointers, value, mask, *rest):
         note(written, pointers, mask)
