@@ -169,13 +169,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", type=Path, help="results that none may be worse than, instead of writing new ones")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where a whole run is written")
     parser.add_argument("--only", default="", help="part of a kernel's name; nothing is written")
+    parser.add_argument(
+        "--archs", type=int, nargs="+", default=ARCHITECTURES, help="others than the usual ones; nothing is written"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
     if INTERPRETED:
         print("Triton interprets kernels here instead of compiling them: unset TRITON_INTERPRET.", file=sys.stderr)
         return 2
     part = options.quick or options.once
-    jobs, wrong = collect(calls(), ARCHITECTURES, ["bf16"] if part else list(DTYPES), options.every)
+    jobs, wrong = collect(calls(), options.archs, ["bf16"] if part else list(DTYPES), options.every)
     jobs = [job for job in jobs if options.only in job.kernel]
     if part:
         jobs = one_each(jobs, configurations=options.once)
@@ -184,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong += [sentence for row in rows for sentence in complaints(row)]
     if options.compare:
         wrong += worse(rows, json.loads(options.compare.read_text()))
-    elif not part and not options.only and not wrong:
+    elif not part and not options.only and options.archs == ARCHITECTURES and not wrong:
         write(options.output, rows)
         print(f"{len(rows)} kernels compiled; wrote {options.output.name}. `make readme` puts it into docs/kernels.md.")
     for sentence in wrong:

@@ -280,6 +280,7 @@ def _head_size(size):
     for what, lengths in rows.items():
         yield _call(f"{s.name}{what}", "varlen_attention", s, lengths)
         yield _call(f"{s.name}{what}", "varlen_attention_backward", s, lengths)
+    yield _call(f"{s.name}, window", "varlen_attention", s, rows[""], window=256)
     tokens = SPANS * (TOKENS + SLOTS)
     yield _call(s.name, "lora_qkv_rope", s, tokens)
     yield _call(s.name, "lora_qkv_rope_backward", s, tokens)

@@ -43,7 +43,7 @@ _DK_DV = {
 }
 # A window's two edges are two masked loops, for which some of the above have too few registers.
 _WINDOWED = {
-    ("forward", 90): {128: [(32, 8, 2)], 256: [(16, 8, 2)]},
+    ("forward", 90): {128: [(32, 8, 2)], 256: [(32, 8, 1), (16, 8, 1)]},
     ("forward", 100): {64: [(64, 8, 3)], 128: [(64, 8, 3), (64, 8, 2)]},
     ("dq", 80): {128: [(32, 8, 2)]},
     ("dk_dv", 90): {128: [(32, 8, 1)]},
