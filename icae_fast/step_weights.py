@@ -108,9 +108,5 @@ class RotaryTables:
             self.fixed = backbone.rotary_tables(torch.arange(n_positions, device=like.device), like)
 
     def at(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (len(positions), D / 2), in the compute type."""
-        index = torch.tensor(positions, device=self._like.device)
-        if self.fixed is None:
-            return self._backbone.rotary_tables(index, self._like)
-        cos, sin = self.fixed
-        return cos[index], sin[index]
+        """cos and sin (len(positions), D / 2) in the compute type, computed for rows as long as these are now."""
+        return self._backbone.rotary_tables(torch.tensor(positions, device=self._like.device), self._like)

@@ -21,6 +21,7 @@ import torch
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what 3.9 does, and warns of where nothing is said
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -94,6 +95,12 @@ def kernel(configs: Configs, key: tuple[str, ...] = ()) -> Callable[[Any], Kerne
         key: names of arguments for each of whose values the choice is made anew.
     """
     return lambda function: Kernel(function, configs, key)
+
+
+@triton.jit
+def load_row(pointer, columns, size):
+    """Elements of a row in fp32, zeros from `size` on."""
+    return tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
 
 
 def architecture(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from icae_fast.ops._layout import unit_stride
 from icae_fast.ops._triton import kernel
 from icae_fast.ops.lora_qkv_rope.triton_cuda_dropout import kept, row_keys
 
@@ -18,8 +19,8 @@ class Operands:
         num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p,
     ):  # fmt: skip
         self.rank = 0 if lora_a is None else lora_a.shape[0] // 2
-        self.x, self.weight = rows_apart(x), rows_apart(weight)
-        self.lora_a, self.lora_b = (rows_apart(t) if self.rank else None for t in (lora_a, lora_b))
+        self.x, self.weight = unit_stride(x), unit_stride(weight)
+        self.lora_a, self.lora_b = (unit_stride(t) if self.rank else None for t in (lora_a, lora_b))
         self.bias, self.qk_norm, self.q_rows = (t if t is None else t.contiguous() for t in (bias, qk_norm, q_rows))
         self.cos, self.sin = cos.contiguous(), sin.contiguous()
         self.q_heads, self.kv_heads = num_q_heads, num_kv_heads
@@ -58,11 +59,6 @@ class Adapters:
         self.v_offset = o.rank if beside else o.n_queries * o.rank
         self.q = self.buffer[:, : o.rank] if beside else self.buffer[: o.n_queries]
         self.v = self.buffer[:, o.rank :] if beside else self.buffer[o.n_queries :]
-
-
-def rows_apart(t):
-    """A matrix whose rows are contiguous."""
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 @triton.jit

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from icae_fast.ops._triton import kernel
+from icae_fast.ops._layout import unit_stride
+from icae_fast.ops._triton import kernel, load_row
 
 # Wider rows go round in blocks.
 _MAX_BLOCK = 8192
@@ -17,11 +18,6 @@ def _configs(arch, arguments):
     return [triton.Config({"BLOCK": block}, num_warps=max(1, min(16, block // 512)), num_stages=1)]
 
 
-@triton.jit
-def _load(pointer, columns, d):
-    return tl.load(pointer + columns, mask=columns < d, other=0.0).to(tl.float32)
-
-
 @kernel(_configs, key=("d",))
 @triton.jit
 def _forward(x, residual, weight, y, total, d, eps, x_stride, residual_stride, BLOCK: tl.constexpr):
@@ -29,20 +25,20 @@ def _forward(x, residual, weight, y, total, d, eps, x_stride, residual_stride, B
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, d, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        value = _load(x + row * x_stride, columns, d)
+        value = load_row(x + row * x_stride, columns, d)
         if residual is not None:
-            narrow = (value + _load(residual + row * residual_stride, columns, d)).to(total.dtype.element_ty)
+            narrow = (value + load_row(residual + row * residual_stride, columns, d)).to(total.dtype.element_ty)
             tl.store(total + row * d + columns, narrow, mask=columns < d)
             value = narrow.to(tl.float32)
         squares += value * value
     inverse = tl.rsqrt(tl.sum(squares) / d + eps)
     for start in range(0, d, BLOCK):  # the row is in a cache by now
         columns = start + tl.arange(0, BLOCK)
-        value = _load(x + row * x_stride, columns, d)
+        value = load_row(x + row * x_stride, columns, d)
         if residual is not None:
-            value += _load(residual + row * residual_stride, columns, d)
+            value += load_row(residual + row * residual_stride, columns, d)
             value = value.to(total.dtype.element_ty).to(tl.float32)
-        value *= inverse * _load(weight, columns, d)
+        value *= inverse * load_row(weight, columns, d)
         tl.store(y + row * d + columns, value.to(y.dtype.element_ty), mask=columns < d)
 
 
@@ -54,23 +50,23 @@ def _backward(dy, dsum, total, weight, dx, d, eps, dy_stride, dsum_stride, total
     products = tl.zeros([BLOCK], tl.float32)
     for start in range(0, d, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        value = _load(total + row * total_stride, columns, d)
+        value = load_row(total + row * total_stride, columns, d)
         squares += value * value
-        products += value * _load(weight, columns, d) * _load(dy + row * dy_stride, columns, d)
+        products += value * load_row(weight, columns, d) * load_row(dy + row * dy_stride, columns, d)
     inverse = tl.rsqrt(tl.sum(squares) / d + eps)
     along = inverse * inverse * inverse * (tl.sum(products) / d)
     for start in range(0, d, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        grad = _load(weight, columns, d) * _load(dy + row * dy_stride, columns, d)
-        grad = inverse * grad - along * _load(total + row * total_stride, columns, d)
+        grad = load_row(weight, columns, d) * load_row(dy + row * dy_stride, columns, d)
+        grad = inverse * grad - along * load_row(total + row * total_stride, columns, d)
         if dsum is not None:
-            grad += _load(dsum + row * dsum_stride, columns, d)
+            grad += load_row(dsum + row * dsum_stride, columns, d)
         tl.store(dx + row * d + columns, grad.to(dx.dtype.element_ty), mask=columns < d)
 
 
 def rms_norm(x, residual, weight, eps):
     """See `icae_fast.ops.rms_norm`."""
-    x, residual = _rows(x), _rows(residual)
+    x, residual = unit_stride(x), residual if residual is None else unit_stride(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x.new_empty(0) if residual is None else torch.empty_like(y)
     _forward(
@@ -82,15 +78,10 @@ def rms_norm(x, residual, weight, eps):
 
 def rms_norm_backward(dy, dsum, total, weight, eps):
     """See `icae_fast.ops.rms_norm.ref`."""
-    dy, dsum, total = _rows(dy), _rows(dsum), _rows(total)
+    dy, dsum, total = unit_stride(dy), dsum if dsum is None else unit_stride(dsum), unit_stride(total)
     dx = torch.empty_like(total, memory_format=torch.contiguous_format)
     _backward(
         (total.shape[0],), dy=dy, dsum=dsum, total=total, weight=weight, dx=dx, d=total.shape[1], eps=eps,
         dy_stride=dy.stride(0), dsum_stride=0 if dsum is None else dsum.stride(0), total_stride=total.stride(0),
     )  # fmt: skip
     return dx
-
-
-def _rows(t):
-    """A matrix whose rows are contiguous."""
-    return t if t is None or t.stride(1) == 1 else t.contiguous()

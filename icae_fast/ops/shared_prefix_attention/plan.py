@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from icae_fast.ops._layout import upload
+
 ITEM = 8  # first query, end query, tile's first row, first piece, end piece, slot, row of a tail or -1, split of a tail
 PIECE = 4  # source, first key, end key, place of the source's key 0 in the row
 SOURCE = 8  # addresses of keys and values; of each, strides of key, head and layer in elements
@@ -121,9 +123,7 @@ def _place(device):
 
 
 def _upload(rows, width, dtype, place) -> torch.Tensor:
-    table = torch.tensor(rows, dtype=dtype).view(-1, width)
-    device = place[0]
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    return upload(torch.tensor(rows, dtype=dtype).view(-1, width), place[0])
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from icae_fast.errors import BackendError
+from icae_fast.ops._layout import unit_stride
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel
 from icae_fast.ops.shared_prefix_attention.plan import ITEM, PIECE, SOURCE, Plan, Shape, plan, sources
@@ -210,7 +211,7 @@ class Rows:
     def attend(self, q: torch.Tensor, scale: float, window: int, layer: int = 0) -> torch.Tensor:
         """(Tq, Hq, D) of the queries of one layer."""
         n_tokens, heads, head_dim = q.shape
-        q = q if q.stride(2) == 1 else q.contiguous()
+        q = unit_stride(q)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         block_d = max(16, triton.next_power_of_2(head_dim))
         items = self.plan.items
@@ -236,17 +237,13 @@ def shared_prefix_attention(
     """See `icae_fast.ops.shared_prefix_attention`."""
     if not q.numel():
         return torch.empty_like(q, memory_format=torch.contiguous_format)
-    k, v = _dense(k), _dense(v)
-    prefix_keys, prefix_values = [_dense(t) for t in prefix_keys], [_dense(t) for t in prefix_values]
+    k, v = unit_stride(k), unit_stride(v)
+    prefix_keys, prefix_values = [unit_stride(t) for t in prefix_keys], [unit_stride(t) for t in prefix_values]
     rows = Rows.of(
         on_host(cu_seqlens_q), q.shape[1], k, v, tail_starts, tail_lengths, prefix_keys, prefix_values, prefix_rows,
         window > 0,
     )  # fmt: skip
     return rows.attend(q, scale, window)
-
-
-def _dense(t):
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _layout(keys, values):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from icae_fast.ops._triton import kernel
+from icae_fast.ops._layout import unit_stride
+from icae_fast.ops._triton import kernel, load_row
 
 _BLOCK = 1024
 
@@ -22,18 +23,13 @@ def _configs(arch, arguments):
     return [triton.Config({"BLOCK": block}, num_warps=max(1, min(4, block // 256)), num_stages=1)]
 
 
-@triton.jit
-def _load(pointer, columns, size):
-    return tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
-
-
 @kernel(_configs, key=("size",))
 @triton.jit
 def _forward(gate_up, y, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = _load(gate_up + row * (2 * size), columns, size)
-    up = _load(gate_up + row * (2 * size) + size, columns, size)
+    gate = load_row(gate_up + row * (2 * size), columns, size)
+    up = load_row(gate_up + row * (2 * size) + size, columns, size)
     value = gate * tl.sigmoid(gate) * up
     tl.store(y + row * size + columns, value.to(y.dtype.element_ty), mask=columns < size)
 
@@ -43,9 +39,9 @@ def _forward(gate_up, y, size, BLOCK: tl.constexpr):
 def _backward(dy, gate_up, gradient, size, dy_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = _load(gate_up + row * (2 * size), columns, size)
-    up = _load(gate_up + row * (2 * size) + size, columns, size)
-    grad = _load(dy + row * dy_stride, columns, size)
+    gate = load_row(gate_up + row * (2 * size), columns, size)
+    up = load_row(gate_up + row * (2 * size) + size, columns, size)
+    grad = load_row(dy + row * dy_stride, columns, size)
     s = tl.sigmoid(gate)
     of_gate, of_up = grad * up * s * (1 + gate * (1 - s)), grad * gate * s
     at = gradient + row * (2 * size) + columns
@@ -71,7 +67,7 @@ def swiglu_backward(dy, x, weight, bias, gate_up):
     """See `icae_fast.ops.swiglu.ref`."""
     gate_up = gate_up if gate_up.numel() else F.linear(x, weight, bias)
     t, size = dy.shape
-    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    dy = unit_stride(dy)
     gradient = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     _backward(
         lambda c: (t, triton.cdiv(size, c["BLOCK"])),

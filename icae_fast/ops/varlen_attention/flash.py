@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 
 from icae_fast.errors import BackendError
+from icae_fast.ops._layout import unit_stride
 from icae_fast.ops._lengths import on_host
 
 _INFINITY = float("inf")
@@ -26,7 +27,7 @@ def forward(call, name, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, m
     _check(name, q, k, v, scale)
     if not len(q) or not len(k):
         return torch.zeros_like(q, memory_format=torch.contiguous_format), _lse(q).fill_(-_INFINITY)
-    q, k, v = (_by_heads(t) for t in (q, k, v))
+    q, k, v = (unit_stride(t) for t in (q, k, v))
     out, lse = call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, max_k, scale, window - 1 if window else -1)
     unwritten, _ = _unwritten(q, k, cu_seqlens_q, cu_seqlens_k)
     if seqused_k is not None or _has_queries_without_keys(cu_seqlens_q, cu_seqlens_k):
@@ -50,7 +51,7 @@ def backward(
         raise BackendError(f"{name} has no gradient of attention with seqused_k; choose 'triton'")
     if not len(q) or not len(k):
         return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    dout, q, k, v, out = (_by_heads(t) for t in (dout, q, k, v, out))
+    dout, q, k, v, out = (unit_stride(t) for t in (dout, q, k, v, out))
     if _has_queries_without_keys(cu_seqlens_q, cu_seqlens_k):
         lse = lse.masked_fill(lse == -_INFINITY, _INFINITY)
     rows = (cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, window - 1 if window else -1)
@@ -114,10 +115,6 @@ def _check(name, q, k, v, scale):
         )
     if not scale > 0:
         raise BackendError(f"attention by {name} takes a scale over 0, not {scale}; choose 'triton'")
-
-
-def _by_heads(t):
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _lse(q):

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from icae_fast.errors import BackendError
 from icae_fast.ops._declare import GPU_DTYPES
+from icae_fast.ops._layout import unit_stride
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel, target
 from icae_fast.ops.varlen_attention import tilings
@@ -111,7 +112,7 @@ def _forward(
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window):
     """See `icae_fast.ops.varlen_attention`."""
     check(q, k, v)
-    q, k, v = (by_heads(t) for t in (q, k, v))
+    q, k, v = (unit_stride(t) for t in (q, k, v))
     if scale < 0:  # the running maximum is that of scores that grow with the products
         q, scale = -q, -scale
     (tokens, heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
@@ -143,11 +144,6 @@ def binding(window, cu_seqlens_k):
     """The window, None where no row is so long that it leaves out a key."""
     longest = max((b - a for a, b in pairwise(on_host(cu_seqlens_k))), default=0)
     return window if 0 < window < longest else None
-
-
-def by_heads(t):
-    """A tensor whose heads are contiguous."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def check(q, k, v):

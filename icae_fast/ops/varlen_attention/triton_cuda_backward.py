@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from icae_fast.ops._layout import unit_stride
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel, target
 from icae_fast.ops.varlen_attention import tilings
-from icae_fast.ops.varlen_attention.triton_cuda import binding, by_heads, check, query_block
+from icae_fast.ops.varlen_attention.triton_cuda import binding, check, query_block
 from icae_fast.ops.varlen_attention.triton_cuda_tiles import (
     LOG2E,
     entry,
@@ -186,7 +187,7 @@ def varlen_attention_backward(
 ):
     """See `icae_fast.ops.varlen_attention.ref`."""
     check(q, k, v)
-    dout, q, k, v = (by_heads(t) for t in (dout, q, k, v))
+    dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
     dlse, out, lse = (t.contiguous() for t in (dlse, out, lse))
     (tokens, heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
     block, pack = query_block(q, group, cu_seqlens_q)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from icae_fast.ops._layout import upload
 from icae_fast.ops._lengths import on_host
 
 # Columns of a work list: the row, the block's first query or key within it, where the row's queries and keys begin
@@ -41,7 +42,7 @@ def _memoised(cu_seqlens_q, cu_seqlens_k, wanted):
     if known is None or any(a is not b for a, b in zip(known, values, strict=True)):  # written to in between
         of_q[cu_seqlens_k] = values, (lists := {})
     if wanted not in lists:
-        lists[wanted] = _on_device(blocks(*values, *wanted), cu_seqlens_q.device)
+        lists[wanted] = upload(blocks(*values, *wanted), cu_seqlens_q.device)
     return lists[wanted]
 
 
@@ -60,9 +61,3 @@ def blocks(cu_q: Sequence[int], cu_k: Sequence[int], of: str, block: int, pack: 
         cost = q_len - (first + q_len - k_len).clamp(min=0)  # queries from the first key on
     table = torch.stack([rows, first, q_begin, q_len, k_begin, k_len], 1).to(torch.int32)
     return table[cost.argsort(descending=True, stable=True)].contiguous()
-
-
-def _on_device(table, device):
-    if device.type == "cuda":
-        return table.pin_memory().to(device, non_blocking=True)
-    return table.to(device)
