@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -25,28 +26,52 @@ MIN_TOKENS_FOR_LM = 64
 LEAVE_TOKENS_FOR_LM = 8
 
 
+Objective = Literal["ae", "lm", "ft"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One row for `ICAE.forward`: context ids, the decoder's ids with memory ids in them, and its labels."""
+    """One row for `ICAE.forward` and `ICAE.token_losses`.
+
+    Args:
+        input_ids: the context's ids.
+        prompt_answer_ids: what the decoder reads, with a memory id for every slot.
+        labels: as long as `prompt_answer_ids`, -100 where nothing is learned.
+        objective: "ae" (autoencoding), "lm" (continuation) or "ft" (instruction).
+        origin: where it comes from, for messages: "books.jsonl:17".
+    """
 
     input_ids: list[int]
     prompt_answer_ids: list[int]
     labels: list[int]
+    objective: Objective = "ae"
+    origin: str = ""
+
+    @property
+    def n_tokens(self) -> int:
+        """Context and decoder tokens together, by which micro-batches are filled."""
+        return len(self.input_ids) + len(self.prompt_answer_ids)
+
+    @property
+    def n_labels(self) -> int:
+        """Tokens that carry a loss."""
+        return sum(label != IGNORE for label in self.labels)
 
 
-def _sample(icae: ICAE, context, before, after, answer, unscored=0) -> Sample:
+def _sample(icae: ICAE, objective: Objective, context, before, after, answer, unscored=0) -> Sample:
     """`before, slots, after, answer`, with labels on the answer but for its first `unscored` tokens."""
     if not context or not answer:
         raise InvalidInputError("a training sample needs at least one context token and one token to learn")
     n_slots = count_spans(len(context), icae.config) * icae.config.memory_size
     prompt = [*before, *[icae.vocabulary.first_memory] * n_slots, *after]
     labels = [IGNORE] * (len(prompt) + unscored) + list(answer[unscored:])
-    return Sample(list(context), prompt + list(answer), labels)
+    return Sample(list(context), prompt + list(answer), labels, objective)
 
 
 def autoencoding_sample(icae: ICAE, context: Sequence[int]) -> Sample:
     """`[slots, AE] + context + EOS`: the memory must give the context back."""
-    return _sample(icae, context, [], [icae.vocabulary.ae], [*context, icae.eos_token_ids[0]])
+    return _sample(icae, "ae", context, [], [icae.vocabulary.ae], [*context, icae.eos_token_ids[0]])
 
 
 def continuation_sample(
@@ -66,13 +91,14 @@ def continuation_sample(
         lm_token: put the LM token behind the slots.
         leave: tokens of the continuation that carry no loss, being hard to guess without any text before.
     """
-    return _sample(icae, context, [], [icae.vocabulary.lm] * lm_token, continuation, min(leave, len(continuation)))
+    after = [icae.vocabulary.lm] * lm_token
+    return _sample(icae, "lm", context, [], after, continuation, min(leave, len(continuation)))
 
 
 def instruction_sample(icae: ICAE, context: Sequence[int], prompt: Sequence[int], answer: Sequence[int]) -> Sample:
     """Template, slots, FT, prompt, template, answer, EOS, by the config's prompt format."""
     before, after = icae.prompt_ids(list(prompt))
-    return _sample(icae, context, before, after, [*answer, icae.eos_token_ids[0]])
+    return _sample(icae, "ft", context, before, after, [*answer, icae.eos_token_ids[0]])
 
 
 def pretraining_sample(
