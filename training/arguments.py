@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from difflib import get_close_matches
 from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
@@ -79,16 +80,26 @@ class TrainSection(BaseModel):
     def _check_fields(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for name, value in values.items():
-            if name in REFUSED:
-                raise ValueError(f"train.{name} cannot be set: {REFUSED[name]}")
-            if name in cls.model_fields or name not in (types := _types()):
-                continue
-            try:
-                types[name].validate_python(value, strict=True)
-            except ValidationError as error:
-                raise ValueError(f"train.{name} is {value!r}: {error.errors()[0]['msg']}") from error
+        problems = [problem for name, value in values.items() if (problem := cls._problem(name, value))]
+        if problems:
+            raise ValueError("; ".join(problems))
         return values
+
+    @classmethod
+    def _problem(cls, name: str, value: Any) -> str | None:
+        if name in REFUSED:
+            return f"train.{name} cannot be set: {REFUSED[name]}"
+        if name in cls.model_fields:
+            return None
+        if name not in _types():
+            near = get_close_matches(str(name), cls.known(), n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            return f"unknown key train.{name}; {hint}known are on_nan, resume and the fields of TrainingArguments"
+        try:
+            _types()[name].validate_python(value, strict=True)
+        except ValidationError as error:
+            return f"train.{name} is {value!r}: {error.errors()[0]['msg']}"
+        return None
 
     @classmethod
     def known(cls) -> list[str]:
@@ -98,10 +109,6 @@ class TrainSection(BaseModel):
     def given(self) -> dict[str, Any]:
         """What the file says, and `on_nan` and `resume`."""
         return self.model_dump(mode="json")
-
-    def unknown(self) -> list[str]:
-        """Keys that are no fields."""
-        return [name for name in self.model_extra or {} if name not in _types()]
 
     def arguments(self, output: str, max_steps: int, **fixed: Any) -> TrainingArguments:
         """`TrainingArguments` of these fields over `DEFAULTS`.

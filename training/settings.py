@@ -278,8 +278,9 @@ def _sentence(error: Mapping[str, Any]) -> str:
         return f"unknown key {name}; {hint}known are {', '.join(sorted(known))}"
     if error["type"] == "missing":
         return f"{name} is missing"
-    given = "" if isinstance(error["input"], dict) else f" is {error['input']!r}"
-    return f"{name}{given}: {error['msg'].removeprefix('Value error, ')}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{name} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _fields(section: type[BaseModel], path: Sequence[str]) -> list[str]:

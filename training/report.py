@@ -1,0 +1,163 @@
+"""What a training run tells about itself: losses by objective, speed, memory, and a passage restored without help."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from icae_fast import ICAE
+from training.curriculum import WARM
+from training.objectives import OBJECTIVES
+
+NAMES = (*OBJECTIVES, WARM)
+SAMPLES_FILE = "samples.jsonl"
+
+
+class LossWindow:
+    """Sums over the optimiser steps since the last log line, over all processes.
+
+    Its state is part of a checkpoint, so that a resumed run logs what the uninterrupted one does: sums are Python
+    floats, which JSON keeps exactly.
+
+    Attributes:
+        skipped_steps: optimiser steps that were dropped since training began.
+        tokens, context_tokens: seen since training began.
+    """
+
+    def __init__(self) -> None:
+        self.skipped_steps = 0
+        self.tokens = 0
+        self.context_tokens = 0
+        self._clear()
+        self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
+
+    def _clear(self) -> None:
+        self._sums = dict.fromkeys(NAMES, 0.0)
+        self._counts = dict.fromkeys(NAMES, 0)
+
+    def add(self, sums: Mapping[str, float], counts: Mapping[str, int], tokens: int, context_tokens: int) -> None:
+        """Count one optimiser step.
+
+        Args:
+            sums: of token losses (of slot losses in a warm start), by objective.
+            counts: how many each sums up.
+            tokens: of contexts and of what the decoder read.
+            context_tokens: of contexts alone.
+        """
+        for name in sums:
+            self._sums[name] += sums[name]
+            self._counts[name] += counts[name]
+        self.see(tokens, context_tokens)
+
+    def see(self, tokens: int, context_tokens: int) -> None:
+        """Count tokens without a loss: those of a step that was dropped."""
+        self.tokens += tokens
+        self.context_tokens += context_tokens
+        self._seconds_tokens += tokens
+        self._seconds_context += context_tokens
+
+    def drain(self) -> dict[str, float]:
+        """The log line's values: mean losses of the window, and speed; the window begins anew."""
+        logs = means(self._sums, self._counts)
+        seconds = time.perf_counter() - self._start
+        logs["tokens_per_second"] = round(self._seconds_tokens / seconds, 1)
+        logs["context_tokens_per_second"] = round(self._seconds_context / seconds, 1)
+        logs["tokens"] = self.tokens
+        logs["context_tokens"] = self.context_tokens
+        if self.skipped_steps:
+            logs["skipped_steps"] = self.skipped_steps
+        self._clear()
+        self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
+        return logs
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for `load_state_dict`."""
+        return {
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+            "skipped_steps": self.skipped_steps,
+            "tokens": self.tokens,
+            "context_tokens": self.context_tokens,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; speed is measured from now on."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self.skipped_steps = state["skipped_steps"]
+        self.tokens, self.context_tokens = state["tokens"], state["context_tokens"]
+        self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
+
+
+def means(sums: Mapping[str, float], counts: Mapping[str, int], prefix: str = "") -> dict[str, float]:
+    """`loss` over everything and `loss_NAME` of each objective that occurred.
+
+    The warm start's loss is on another scale, so `loss` is its own only where nothing else occurred.
+    """
+    scored = [n for n in NAMES if counts[n] and n != WARM] or [n for n in NAMES if counts[n]]
+    if not scored:
+        return {}
+    logs = {f"{prefix}loss": sum(sums[n] for n in scored) / sum(counts[n] for n in scored)}
+    return logs | {f"{prefix}loss_{n}": sums[n] / counts[n] for n in NAMES if counts[n]}
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """MB at the peak: of this process since it began on a CPU, of CUDA's allocator since the last call."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"peak_memory_mb": round(peak / 1e6, 1)}
+    return {"peak_memory_mb": round(_peak_rss() / 1e6, 1)}
+
+
+def _peak_rss() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows, where psutil knows
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if psutil.MACOS else peak * 1024
+
+
+def restoration(icae: ICAE, ids: Sequence[int], origin: str) -> dict[str, Any]:
+    """Compress a passage and have it restored greedily from its memory alone.
+
+    Args:
+        icae: in evaluation mode.
+        ids: the passage.
+        origin: where it comes from.
+
+    Returns:
+        JSON values: `origin`, `original` and `restored` (texts, or ids without a tokenizer), `exact_prefix`, the
+        share of the passage up to the first wrong token, and `matched`, that of its tokens which are in the longest
+        matching blocks (`difflib`).
+    """
+    memory = icae.compress([list(ids)])[0]
+    out = icae.restore(memory, max_new_tokens=len(ids) + 1, return_ids=True)
+    restored = [int(i) for i in out if int(i) not in icae.eos_token_ids]
+    passage = [int(i) for i in ids]
+    prefix = next((i for i, (a, b) in enumerate(zip(passage, restored, strict=False)) if a != b), None)
+    prefix = min(len(passage), len(restored)) if prefix is None else prefix
+    blocks = difflib.SequenceMatcher(None, passage, restored, autojunk=False).get_matching_blocks()
+    show = icae.tokenizer.decode if icae.tokenizer else list
+    return {
+        "origin": origin,
+        "original": show(passage),
+        "restored": show(restored),
+        "exact_prefix": prefix / len(passage),
+        "matched": sum(b.size for b in blocks) / len(passage),
+    }
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Add a JSON line to a file; NaN becomes null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(clean, ensure_ascii=False) + "\n")
