@@ -21,7 +21,7 @@ from torch import nn
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import BaseModelMismatchError, CheckpointError, ConfigError, NonFiniteError
 from icae_fast.files import load_tensors, tensor_bytes, write_atomically
-from icae_fast.identity import base_identity, check_base
+from icae_fast.identity import base_identity, check_base, tensors_hash
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -165,18 +165,35 @@ def save_adapter(icae: ICAE, folder: str | Path) -> None:
     Raises:
         CheckpointError: the folder cannot be written.
     """
+    write_adapter(folder, icae.config, base_identity(icae.base_model), dict(icae.reference_named_parameters()))
+
+
+def write_adapter(
+    folder: str | Path, config: ICAEConfig, base: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """`save_adapter` of an adapter whose parts are at hand, as where its weights are sharded.
+
+    Args:
+        folder: where to.
+        config: of the adapter.
+        base: as `base_identity` gives it.
+        tensors: in the order and under the keys of `ICAE.reference_named_parameters`.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
     folder = Path(folder)
     header = {
         "format_version": FORMAT_VERSION,
-        "config": icae.config.to_dict(),
-        "base": base_identity(icae.base_model),
-        "adapter_hash": icae.adapter_hash(),
+        "config": config.to_dict(),
+        "base": dict(base),
+        "adapter_hash": tensors_hash(tensors.items()),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(
             {
-                folder / TENSORS_FILE: tensor_bytes(dict(icae.reference_named_parameters()), {"format": "pt"}),
+                folder / TENSORS_FILE: tensor_bytes(tensors, {"format": "pt"}),
                 folder / CONFIG_FILE: (json.dumps(header, indent=2) + "\n").encode(),
             }
         )

@@ -39,6 +39,7 @@ REFUSED = {
     "torch_compile_mode": "the base model runs on this package's kernels",
     "deepspeed": "use DDP or FSDP2 by `accelerate launch`",
     "remove_unused_columns": "batches have fixed columns", "label_names": "batches have fixed columns",
+    "save_on_each_node": "all processes read and write one output folder",
     "push_to_hub": "upload the finished adapter by `ICAE.push_to_hub`",
 }  # fmt: skip
 
@@ -133,6 +134,4 @@ def _types() -> dict[str, TypeAdapter]:
     """A check of each field of `TrainingArguments`."""
     hints = get_type_hints(TrainingArguments)
     config = ConfigDict(arbitrary_types_allowed=True)
-    return {
-        f.name: TypeAdapter(hints[f.name], config=config) for f in dataclasses.fields(TrainingArguments) if f.init
-    }
+    return {f.name: TypeAdapter(hints[f.name], config=config) for f in dataclasses.fields(TrainingArguments) if f.init}

@@ -21,6 +21,40 @@ NAMES = (*OBJECTIVES, WARM)
 SAMPLES_FILE = "samples.jsonl"
 
 
+class Scores:
+    """Sums of losses, numbers of what they sum up, and of the right ones, by objective.
+
+    Args:
+        values: (len(NAMES), 3) fp64: sum of losses, count, and how many were right; zeros by default.
+    """
+
+    def __init__(self, values: torch.Tensor | None = None) -> None:
+        self.values = torch.zeros(len(NAMES), 3, dtype=torch.float64) if values is None else values
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, torch.Tensor]) -> Scores:
+        """Those of a `TrainingModel`'s forward, on its device."""
+        found = torch.stack([outputs[key].double() for key in ("sums", "counts", "correct")], dim=1)
+        return cls(torch.nn.functional.pad(found, (0, 0, 0, len(NAMES) - len(found))))
+
+    def __add__(self, other: Scores) -> Scores:
+        return Scores(self.values + other.values)
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """`loss` over all labelled tokens, and `loss_NAME` and `accuracy_NAME` of each objective that occurred.
+
+        The warm start's loss is on another scale, so `loss` is its own only where nothing else occurred.
+        """
+        rows = {name: row for name, row in zip(NAMES, self.values.tolist(), strict=True) if row[1]}
+        scored = [row for name, row in rows.items() if name != WARM] or list(rows.values())
+        if not scored:
+            return {}
+        logs = {f"{prefix}loss": sum(row[0] for row in scored) / sum(row[1] for row in scored)}
+        for name, (total, count, right) in rows.items():
+            logs |= {f"{prefix}loss_{name}": total / count, f"{prefix}accuracy_{name}": right / count}
+        return logs
+
+
 class LossWindow:
     """Sums over the optimiser steps since the last log line, over all processes.
 
@@ -40,21 +74,17 @@ class LossWindow:
         self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
 
     def _clear(self) -> None:
-        self._sums = dict.fromkeys(NAMES, 0.0)
-        self._counts = dict.fromkeys(NAMES, 0)
+        self._scores = Scores()
 
-    def add(self, sums: Mapping[str, float], counts: Mapping[str, int], tokens: int, context_tokens: int) -> None:
+    def add(self, scores: Scores, tokens: int, context_tokens: int) -> None:
         """Count one optimiser step.
 
         Args:
-            sums: of token losses (of slot losses in a warm start), by objective.
-            counts: how many each sums up.
+            scores: of the step.
             tokens: of contexts and of what the decoder read.
             context_tokens: of contexts alone.
         """
-        for name in sums:
-            self._sums[name] += sums[name]
-            self._counts[name] += counts[name]
+        self._scores += scores
         self.see(tokens, context_tokens)
 
     def see(self, tokens: int, context_tokens: int) -> None:
@@ -66,7 +96,7 @@ class LossWindow:
 
     def drain(self) -> dict[str, float]:
         """The log line's values: mean losses of the window, and speed; the window begins anew."""
-        logs = means(self._sums, self._counts)
+        logs = self._scores.means()
         seconds = time.perf_counter() - self._start
         logs["tokens_per_second"] = round(self._seconds_tokens / seconds, 1)
         logs["context_tokens_per_second"] = round(self._seconds_context / seconds, 1)
@@ -81,8 +111,7 @@ class LossWindow:
     def state_dict(self) -> dict[str, Any]:
         """JSON values for `load_state_dict`."""
         return {
-            "sums": dict(self._sums),
-            "counts": dict(self._counts),
+            "scores": self._scores.values.tolist(),
             "skipped_steps": self.skipped_steps,
             "tokens": self.tokens,
             "context_tokens": self.context_tokens,
@@ -90,22 +119,10 @@ class LossWindow:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; speed is measured from now on."""
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._scores = Scores(torch.tensor(state["scores"], dtype=torch.float64))
         self.skipped_steps = state["skipped_steps"]
         self.tokens, self.context_tokens = state["tokens"], state["context_tokens"]
         self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
-
-
-def means(sums: Mapping[str, float], counts: Mapping[str, int], prefix: str = "") -> dict[str, float]:
-    """`loss` over everything and `loss_NAME` of each objective that occurred.
-
-    The warm start's loss is on another scale, so `loss` is its own only where nothing else occurred.
-    """
-    scored = [n for n in NAMES if counts[n] and n != WARM] or [n for n in NAMES if counts[n]]
-    if not scored:
-        return {}
-    logs = {f"{prefix}loss": sum(sums[n] for n in scored) / sum(counts[n] for n in scored)}
-    return logs | {f"{prefix}loss_{n}": sums[n] / counts[n] for n in NAMES if counts[n]}
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -145,6 +162,7 @@ def restoration(icae: ICAE, ids: Sequence[int], origin: str) -> dict[str, Any]:
     passage = [int(i) for i in ids]
     prefix = next((i for i, (a, b) in enumerate(zip(passage, restored, strict=False)) if a != b), None)
     prefix = min(len(passage), len(restored)) if prefix is None else prefix
+    icae.clear_kv()  # the next step makes other slots
     blocks = difflib.SequenceMatcher(None, passage, restored, autojunk=False).get_matching_blocks()
     show = icae.tokenizer.decode if icae.tokenizer else list
     return {

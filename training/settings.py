@@ -188,7 +188,9 @@ class Settings(Section):
         write_atomically({Path(folder) / SETTINGS_FILE: self.to_yaml().encode()})
 
 
-def load_settings(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Settings:
+def load_settings(
+    path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Settings:
     """Read and check a settings file.
 
     Args:
