@@ -111,8 +111,8 @@ class ICAETrainer(Trainer):
     ) -> None:
         icae = model.icae
         self._icae, self._config, self._base = icae, icae.config, base_identity(icae.base_model)
-        keys = {id(p): key for key, p in icae.reference_named_parameters()}
-        self._keys = {name: keys[id(p)] for name, p in model.named_parameters() if id(p) in keys}
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore = stream, on_nan, restore
         self._window, self._step = LossWindow(), []
         self._position: dict[str, Any] | None = None
