@@ -95,10 +95,15 @@ def continuation_sample(
     return _sample(icae, "lm", context, [], after, continuation, min(leave, len(continuation)))
 
 
-def instruction_sample(icae: ICAE, context: Sequence[int], prompt: Sequence[int], answer: Sequence[int]) -> Sample:
-    """Template, slots, FT, prompt, template, answer, EOS, by the config's prompt format."""
+def instruction_sample(
+    icae: ICAE, context: Sequence[int], prompt: Sequence[int], answer: Sequence[int], *, ends: bool = True
+) -> Sample:
+    """Template, slots, FT, prompt, template, answer, EOS, by the config's prompt format.
+
+    An answer that was cut off does not end (`ends=False`), and then no EOS is learned behind it.
+    """
     before, after = icae.prompt_ids(list(prompt))
-    return _sample(icae, "ft", context, before, after, [*answer, icae.eos_token_ids[0]])
+    return _sample(icae, "ft", context, before, after, [*answer, *([icae.eos_token_ids[0]] if ends else [])])
 
 
 def pretraining_sample(
@@ -120,15 +125,35 @@ def pretraining_sample(
     if not ids:
         raise InvalidInputError("a training text is empty; leave it out")
     wants_lm = rng.random() < lm_ratio
-    if len(ids) > max_tokens:
-        start = rng.randint(0, len(ids) - max_tokens)
-        end = start + max_tokens
-    else:
-        start, end = 0, rng.randint(1, len(ids)) if wants_lm else len(ids)
+    start, end = draw_window(rng, len(ids), max_tokens, (0, len(ids)), wants_lm)
     rest = ids[end : end + max_tokens] if wants_lm else ()
     if len(rest) > min_for_lm:
         return continuation_sample(icae, ids[start:end], rest, lm_token=lm_token)
     return autoencoding_sample(icae, ids[start:end])
+
+
+def draw_window(
+    rng: random.Random, n_tokens: int, max_tokens: int, begins: tuple[int, int], wants_lm: bool
+) -> tuple[int, int]:
+    """A random window of a text.
+
+    Args:
+        rng: drawn from once.
+        n_tokens: length of the text, at least 1.
+        max_tokens: length of the window. A shorter text is the window, or a random beginning of it where something
+            has to be left to go on with.
+        begins: the window begins at one of the tokens `begins[0]` to `begins[1] - 1`, or before them where the text
+            ends too soon.
+        wants_lm: whether the text behind the window is needed.
+
+    Returns:
+        (first token, first token behind it).
+    """
+    if n_tokens <= max_tokens:
+        return 0, rng.randint(1, n_tokens) if wants_lm else n_tokens
+    last = n_tokens - max_tokens
+    start = rng.randint(min(begins[0], last), min(begins[1] - 1, last))
+    return start, start + max_tokens
 
 
 def collate(icae: ICAE, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
