@@ -139,7 +139,8 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         return embeddings.masked_fill((ids == self.vocabulary.pad)[..., None], 0.0)
 
     def encode(self, contexts: Sequence[torch.Tensor], token_budget: int = DEFAULT_TOKEN_BUDGET,
-               on_progress: Callable[[int, int], None] | None = None) -> list[torch.Tensor]:  # fmt: skip
+               on_progress: Callable[[int, int], None] | None = None, *,
+               memory_size: int | None = None) -> list[torch.Tensor]:  # fmt: skip
         """Slots of each context, with a graph for training.
 
         All spans of all contexts are packed into micro-batches of at most `token_budget` tokens; nothing is
@@ -149,11 +150,17 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             contexts: (L_i,) int64 ids of base tokens.
             token_budget: context and memory tokens of one micro-batch; a longer span goes alone.
             on_progress: called with (context tokens done, of how many) after each micro-batch.
+            memory_size: k', to put the first k' memory tokens behind the same spans instead of all k; training with
+                many k' makes one adapter that serves them all (`with_memory_size`). With `append` positions these are
+                the first k' slots of each span, attention being causal; with `spread` they stand elsewhere.
 
         Returns:
             (n_spans_i * k, d) for each context, in the model's dtype.
+
+        Raises:
+            InvalidInputError: memory_size is not 1 to k.
         """
-        return encode_spans(self, contexts, token_budget, on_progress)
+        return encode_spans(self, contexts, token_budget, on_progress, memory_size=memory_size)
 
     @torch.no_grad()
     def compress(
