@@ -7,6 +7,7 @@ hooks, or asking for a gradient) is called itself.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import nn
 from icae_fast.adapter import MergedQKV, PackedLoRA
 from icae_fast.errors import BackendError, UnsupportedModelError
 from icae_fast.ops import REGISTRY, backend_of, linear, lora_qkv_rope, rms_norm, swiglu, varlen_attention
+from icae_fast.recompute import Recompute, run_layer
 from icae_fast.spans import PackedRows
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -94,6 +96,7 @@ class Backbone:
         rows: PackedRows,
         lora: Sequence[PackedLoRA] | Sequence[MergedQKV] | None = None,
         cache: KeyValueCache | None = None,
+        recompute: Recompute | None = None,
     ) -> torch.Tensor:
         """Final-normed hidden states of packed embeddings.
 
@@ -103,15 +106,33 @@ class Backbone:
                 queries, output projection and MLP run for those alone.
             lora: each layer's packed LoRA or merged weights (encoder), or None (frozen decoder).
             cache: holds earlier keys and values of each row, and is appended to.
+            recompute: keep little of each layer for the backward, see `Recompute.attention` and `Recompute.offload`;
+                None keeps everything.
 
         Returns:
             (Tq, d), or (T, d) when `rows.out_rows` is None.
         """
         cos, sin = self.rotary_tables(rows.positions, x)
+        if recompute is not None and torch.is_grad_enabled():
+            return self._forward_again(x, cos, sin, rows, lora, recompute)
         stream = None  # the residual stream without what the last module gave, which the next norm adds
         for i in range(self.n_layers):
             x, stream = self._layer(i, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
         return _norm(self.model.norm, x, stream)[0]
+
+    def _forward_again(self, x, cos, sin, rows, lora, recompute):
+        """`forward` with layers that are computed again for their backward."""
+        for i in range(self.n_layers):
+            own = lora[i] if lora else None
+
+            def run(hidden, *factors, attention, i=i, own=own):
+                own = dataclasses.replace(own, a=factors[0], b=factors[1]) if factors else own
+                out, stream = self._layer(i, hidden, None, cos, sin, rows, own, attention)
+                return stream + out
+
+            factors = (own.a, own.b) if isinstance(own, PackedLoRA) else ()
+            x = run_layer(run, rows, recompute, x, *factors)
+        return _norm(self.model.norm, x, None)[0]
 
     def pack(self) -> None:
         """Make weights of each layer that are read together adjacent, as a forward does by itself (see `packed`)."""
@@ -128,9 +149,9 @@ class Backbone:
         """
         plain, compiled = self.forward, torch.compile(self.forward, **({"fullgraph": True} | options))
 
-        def forward(x, rows, lora=None, cache=None):
-            if cache is not None:
-                return plain(x, rows, lora, cache)
+        def forward(x, rows, lora=None, cache=None, recompute=None):
+            if cache is not None or recompute is not None:
+                return plain(x, rows, lora, cache, recompute)
             self.pack()
             return compiled(x, rows, lora)
 

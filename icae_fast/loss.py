@@ -1,15 +1,22 @@
-"""The reference's training forward over padded or ragged rows: slots in place, frozen decoder, loss."""
+"""The training forward: slots in their places, the frozen decoder, and its loss.
+
+`decoder_forward` is the reference's, with all logits; `token_losses` gives the losses alone and needs no logits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from icae_fast.encoder import encode_spans
 from icae_fast.errors import ContextTooLongError, InvalidInputError
+from icae_fast.head_loss import head_loss
+from icae_fast.recompute import Recompute
 from icae_fast.spans import PackedRows, cumulative
 
 if TYPE_CHECKING:
@@ -23,26 +30,100 @@ Rows = torch.Tensor | Sequence[torch.Tensor]
 def decoder_forward(icae: ICAE, input_ids: Rows, prompt_answer_ids: Rows, labels: Rows | None, token_budget: int):
     """See `ICAE.forward`."""
     pad = icae.vocabulary.pad
-    contexts = [icae.vocabulary.check_context(r, f"context {i}") for i, r in enumerate(unpad(input_ids, pad))]
-    prompts = unpad(prompt_answer_ids, pad)
+    contexts, prompts = _contexts(icae, unpad(input_ids, pad)), unpad(prompt_answer_ids, pad)
     targets = None if labels is None else _targets(labels, prompts, icae.vocabulary.n_base)
-    if len(contexts) != len(prompts):
-        raise InvalidInputError(
-            f"there are {len(contexts)} contexts and {len(prompts)} prompts; give one of each a row"
-        )
+    lengths = _lengths(icae, contexts, prompts)
     embeddings = _with_slots(icae, prompts, icae.encode(contexts, token_budget))
-    lengths = [len(p) for p in prompts]
-    if max(lengths) > icae.max_positions:
-        raise ContextTooLongError(
-            f"a prompt with its slots takes {max(lengths)} positions, but the base model has {icae.max_positions}; "
-            "shorten it, or set icae.max_positions higher if the base model extrapolates"
-        )
     rows = PackedRows(torch.cat([torch.arange(n) for n in lengths]), cumulative(lengths), max(lengths))
     logits = icae.base_model.lm_head(icae.backbone.forward(embeddings, rows.to(icae.device)))
     width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(lengths)
     padded = pad_sequence(logits.split(lengths), batch_first=True)
     padded = F.pad(padded, (0, 0, 0, width - padded.shape[1]))
     return {"loss": None if targets is None else _loss(logits, targets), "logits": padded}
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses of the labelled tokens of a batch, row after row.
+
+    Args:
+        losses: (n,) fp32, with a graph.
+        correct: (n,) bool, whether the label has the highest logit.
+        rows: (n,) int64 row of each.
+    """
+
+    losses: torch.Tensor
+    correct: torch.Tensor
+    rows: torch.Tensor
+
+
+def token_losses(
+    icae: ICAE,
+    contexts: Sequence[torch.Tensor],
+    prompts: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    recompute: Recompute,
+) -> TokenLosses:
+    """See `ICAE.token_losses`."""
+    contexts = _contexts(icae, _integer_rows(contexts, "contexts"))
+    prompts = _integer_rows(prompts, "prompts")
+    targets = _targets(labels, prompts, icae.vocabulary.n_base)
+    rows, kept, scored = _scored_rows(_lengths(icae, contexts, prompts), targets)
+    slots = encode_spans(icae, contexts, recompute.token_budget, recompute=recompute)
+    embeddings = _with_slots(icae, prompts, slots)[kept.to(icae.device)]
+    hidden = icae.backbone.forward(embeddings, rows.to(icae.device), recompute=recompute if recompute.layers else None)
+    row_of = torch.arange(len(prompts)).repeat_interleave(rows.cu_seqlens_out.diff())
+    if len(scored) < len(row_of):
+        hidden, row_of = hidden[scored.to(icae.device)], row_of[scored]
+    head, targets = icae.base_model.lm_head, targets[targets != IGNORE].to(icae.device)
+    return TokenLosses(*head_loss(hidden, head.weight, targets, bias=head.bias), row_of)
+
+
+def _scored_rows(lengths, targets):
+    """Where packed prompts are scored.
+
+    A row's queries in the last layer are its last ones, so a row ends with the last position that has a target, and
+    those from its first one on are asked for.
+
+    Returns:
+        the layout of the shortened rows; the positions that they keep of the packed prompts; which of the hidden
+        states that are asked for have a target.
+    """
+    lasts, counts, kept, scored, start, n_out = [], [], [], [], 0, 0
+    for i, row in enumerate((targets != IGNORE).split(lengths)):
+        found = row.nonzero()[:, 0]
+        if not len(found):
+            raise InvalidInputError(f"row {i} has no label to learn but -100; leave it out")
+        first, last = int(found[0]), int(found[-1])
+        lasts.append(last + 1)
+        counts.append(last + 1 - first)
+        kept.append(torch.arange(start, start + last + 1))
+        scored.append(found - first + n_out)
+        start, n_out = start + lengths[i], n_out + counts[-1]
+    cu, cu_out = cumulative(lasts), cumulative(counts)
+    out_rows = torch.cat([torch.arange(end - n, end) for end, n in zip(cu[1:].tolist(), counts, strict=True)])
+    positions = torch.cat([torch.arange(n) for n in lasts])
+    rows = PackedRows(positions, cu, max(lasts), out_rows, cu_out, max(counts))
+    return rows, torch.cat(kept), torch.cat(scored)
+
+
+def _contexts(icae, rows):
+    return [icae.vocabulary.check_context(r, f"context {i}") for i, r in enumerate(rows)]
+
+
+def _lengths(icae, contexts, prompts):
+    """Lengths of the prompts, checked against contexts and positions."""
+    if len(contexts) != len(prompts):
+        raise InvalidInputError(
+            f"there are {len(contexts)} contexts and {len(prompts)} prompts; give one of each a row"
+        )
+    lengths = [len(p) for p in prompts]
+    if max(lengths) > icae.max_positions:
+        raise ContextTooLongError(
+            f"a prompt with its slots takes {max(lengths)} positions, but the base model has {icae.max_positions}; "
+            "shorten it, or set icae.max_positions higher if the base model extrapolates"
+        )
+    return lengths
 
 
 def unpad(rows: Rows, pad: int) -> list[torch.Tensor]:

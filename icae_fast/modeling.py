@@ -17,13 +17,15 @@ from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.generation import GenerationMixin
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
 from icae_fast.kv_tree import SlotKVTree
-from icae_fast.loss import decoder_forward
+from icae_fast.loss import TokenLosses, decoder_forward, token_losses
 from icae_fast.memory import Memory, check_memory
 from icae_fast.pretrained import PretrainedMixin
+from icae_fast.recompute import NOTHING, Recompute
 from icae_fast.slot_kv import SlotKVMixin
 from icae_fast.spans import span_lengths
 
 DEFAULT_TOKEN_BUDGET = 4096
+RECOMPUTE = Recompute()
 
 
 class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.Module):
@@ -138,9 +140,14 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         embeddings = torch.where((special >= 0)[..., None], added, base)
         return embeddings.masked_fill((ids == self.vocabulary.pad)[..., None], 0.0)
 
-    def encode(self, contexts: Sequence[torch.Tensor], token_budget: int = DEFAULT_TOKEN_BUDGET,
-               on_progress: Callable[[int, int], None] | None = None, *,
-               memory_size: int | None = None) -> list[torch.Tensor]:  # fmt: skip
+    def encode(
+        self,
+        contexts: Sequence[torch.Tensor],
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        on_progress: Callable[[int, int], None] | None = None,
+        recompute: Recompute = NOTHING,
+        memory_size: int | None = None,
+    ) -> list[torch.Tensor]:
         """Slots of each context, with a graph for training.
 
         All spans of all contexts are packed into micro-batches of at most `token_budget` tokens; nothing is
@@ -150,6 +157,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             contexts: (L_i,) int64 ids of base tokens.
             token_budget: context and memory tokens of one micro-batch; a longer span goes alone.
             on_progress: called with (context tokens done, of how many) after each micro-batch.
+            recompute: what the backward computes again instead of finding it kept; `token_budget` above counts.
             memory_size: k', to put the first k' memory tokens behind the same spans instead of all k; training with
                 many k' makes one adapter that serves them all (`with_memory_size`). With `append` positions these are
                 the first k' slots of each span, attention being causal; with `spread` they stand elsewhere.
@@ -160,7 +168,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         Raises:
             InvalidInputError: memory_size is not 1 to k.
         """
-        return encode_spans(self, contexts, token_budget, on_progress, memory_size=memory_size)
+        return encode_spans(self, contexts, token_budget, on_progress, recompute=recompute, memory_size=memory_size)
 
     @torch.no_grad()
     def compress(
@@ -285,3 +293,28 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             InvalidInputError: shapes or ids that do not fit, or as many memory ids as there are no slots.
         """
         return decoder_forward(self, input_ids, prompt_answer_ids, labels, token_budget)
+
+    def token_losses(
+        self,
+        contexts: Sequence[torch.Tensor],
+        prompts: Sequence[torch.Tensor],
+        labels: Sequence[torch.Tensor],
+        recompute: Recompute = RECOMPUTE,
+    ) -> TokenLosses:
+        """The losses of `forward`, one for each labelled token, at a fraction of its time and memory.
+
+        No logits are kept, the head and the last layer's queries run for labelled positions alone, and what
+        `recompute` names is computed again for the backward instead of being held. The mean of the losses is the
+        loss of `forward`, with the same gradients.
+
+        Args:
+            contexts: (L_i,) int64 ids of base tokens, one for each row.
+            prompts: (S_i,) int64, what the decoder reads of row i, with a memory id for each slot.
+            labels: (S_i,) int64, -100 where nothing is learned.
+            recompute: what to trade for memory.
+
+        Raises:
+            InvalidInputError: shapes or ids that do not fit, or as many memory ids as there are no slots.
+            ContextTooLongError: a row is longer than `max_positions`.
+        """
+        return token_losses(self, contexts, prompts, labels, recompute)
