@@ -1,8 +1,8 @@
 """Which samples make an optimiser step, and which of them a forward.
 
-Samples of several steps are sorted by cost and cut into micro-batches of about equal cost, so that the rows of one are
-alike; each step then gets one micro-batch of every size class, so that steps are alike as well. Everything is a function
-of the costs, the budgets and a random generator.
+Samples of several steps are sorted by cost and cut into micro-batches of about equal cost, so that the rows of one
+are alike; each step then gets one micro-batch of every size class, so that steps are alike as well. Everything is a
+function of the costs, the budgets and a random generator.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def share(step: Step, costs: Sequence[int], rank: int = 0, world_size: int = 1) 
 
     def receiver(place: int) -> int:
         turn, seat = divmod(place, world_size)
-        return seat if turn % 2 == 0 else world_size - 1 - seat  # forth and back, so that nobody has all the costly ones
+        return (
+            seat if turn % 2 == 0 else world_size - 1 - seat
+        )  # forth and back, so that nobody has all the costly ones
 
     return [(place, step[j]) for place, j in enumerate(ranked) if receiver(place) == rank]
 

@@ -136,9 +136,7 @@ class PretrainingDraw:
         if spans is not None and not 1 <= spans[0] <= spans[1]:
             raise ConfigError(f"spans is {list(spans)}; give [low, high] with 1 <= low <= high")
         if max_target_tokens is not None and max_target_tokens <= MIN_TOKENS_FOR_LM:
-            raise ConfigError(
-                f"max_target_tokens is {max_target_tokens}; it must be over {MIN_TOKENS_FOR_LM}, or None"
-            )
+            raise ConfigError(f"max_target_tokens is {max_target_tokens}; it must be over {MIN_TOKENS_FOR_LM}, or None")
         self.layout = SampleLayout(icae)
         self.windows = windows
         self.spans = spans

@@ -8,20 +8,20 @@ place in the data, so that a place is enough to go on from, and every process fi
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from icae_fast.errors import ConfigError, DataError
+from icae_fast.spans import micro_batches
 from training import packing
 from training.curriculum import Curriculum, Stage
 from training.objectives import Sample, with_memory_size
-from training.rows import MappedSource, Row, StreamedSource
-from training.samples import SKIPPED, Draft, Draw
+from training.rows import MappedSource, StreamedSource
+from training.samples import SKIPPED, Draw
 from training.tally import Tally
+from training.windows import Window, WindowMaker, draw_row
 
 STATE_VERSION = 1
 
@@ -40,26 +40,6 @@ class MicroBatch(list[Sample]):
         self.step = step
         self.memory_size = memory_size
         self.state = state
-
-
-@dataclass
-class _Pulled:
-    """A row, the place before it, and what was drawn of it; the first `used` drafts went into earlier windows."""
-
-    place: dict[str, Any]
-    drafts: list[Draft]
-    used: int = 0
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Some optimiser steps, and the place in the data where they begin and end."""
-
-    begin: dict[str, Any]
-    end: dict[str, Any]
-    stage: Stage
-    drafts: list[Draft]
-    steps: list[packing.Step]
 
 
 class BatchStream(IterableDataset):
@@ -148,7 +128,9 @@ class BatchStream(IterableDataset):
 
         With `loader`, it is that behind the last batch that the loader gave.
         """
-        return {"version": STATE_VERSION, "settings": self._settings(), **self._state}
+        return {
+            "version": STATE_VERSION, "settings": self._settings(), "world_size": self.world_size, **self._state,
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a place; iterators that were made before are of no use any more.
@@ -183,14 +165,29 @@ class BatchStream(IterableDataset):
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ConfigError(f"the data loader has {worker.num_workers} workers; the stream is for 0 or 1")
-        packer = _Packer(self, self._state["begin"])
+        maker = WindowMaker(
+            self.source, self.draw, self.curriculum, self._state["begin"], tokens_per_step=self.tokens_per_step,
+            micro_batches_per_step=self._per_step, micro_batch_tokens=self.micro_batch_tokens,
+            window_steps=self.window_steps, seed=self.seed, quiet=self.rank > 0,
+        )  # fmt: skip
         while True:
-            window = packer.window()
+            window = maker.next_window()
             for s in range(self._state["steps"], len(window.steps)):
-                yield from self._step(window, s, packer.tally)
-            # The generator goes on here only when the next micro-batch is asked for.
+                yield from self._step(window, s, maker.tally)
 
-    def _step(self, window: _Window, s: int, tally: Tally) -> Iterator[MicroBatch]:
+    def loader(
+        self, collate: Callable[[MicroBatch], Any] | None = None, num_workers: int = 0, **options: Any
+    ) -> StreamLoader:
+        """A `DataLoader` that gives `collate(micro_batch)` for each micro-batch, and keeps this stream's place.
+
+        Args:
+            collate: such as `training.batch.pack`; it runs in the worker, if there is one. None gives the samples.
+            num_workers: 1 draws and packs in a second process.
+            options: others of `DataLoader`.
+        """
+        return StreamLoader(self, collate, num_workers, **options)
+
+    def _step(self, window: Window, s: int, tally: Tally) -> Iterator[MicroBatch]:
         """The rest of step s of a window."""
         number = window.begin["step"] + s
         costs = [draft.cost for draft in window.drafts]
@@ -204,10 +201,77 @@ class BatchStream(IterableDataset):
             self._advance(window, s, m, len(mine), tally)
             yield MicroBatch(samples, number, size, self.state_dict())
 
-    def _advance(self, window: _Window, s: int, m: int, n: int, tally: Tally) -> None:
+    def _advance(self, window: Window, s: int, m: int, n: int, tally: Tally) -> None:
         """Set the place behind micro-batch m of n of step s."""
         step, micro = (s + 1, 0) if m + 1 == n else (s, m + 1)
         begin = window.begin
         if step == len(window.steps):
             begin, step = window.end, 0
         self._state = {"begin": begin, "steps": step, "micro_batches": micro, "counts": dict(tally.counts)}
+
+
+class StreamLoader(DataLoader):
+    """A `DataLoader` of a `BatchStream` whose place in this process follows the batches that were given.
+
+    Args:
+        stream: what to load.
+        collate: makes a batch of each micro-batch; None gives the micro-batch.
+        num_workers: 0 or 1. A worker reads ahead, in a copy of the stream.
+        options: others of `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        stream: BatchStream,
+        collate: Callable[[MicroBatch], Any] | None = None,
+        num_workers: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(stream, None, num_workers=num_workers, collate_fn=_WithState(collate), **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches from the stream's place on."""
+        for batch, state in super().__iter__():
+            if self.num_workers:
+                self.dataset.load_state_dict(state)
+            yield batch
+
+
+class _WithState:
+    """Collates a micro-batch, and sends its state along. A class, since a worker may be given it by pickling."""
+
+    def __init__(self, collate: Callable[[MicroBatch], Any] | None) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: MicroBatch) -> tuple[Any, dict[str, Any]]:
+        return samples if self.collate is None else self.collate(samples), samples.state
+
+
+def held_out(
+    source: MappedSource | StreamedSource, draw: Draw, stage: Stage, n_samples: int, micro_batch_tokens: int,
+    seed: int = 0,
+) -> list[list[Sample]]:  # fmt: skip
+    """The same samples each time, for evaluation: the first that the rows give, in micro-batches of like samples.
+
+    Args:
+        source, draw, micro_batch_tokens, seed: as for `BatchStream`.
+        stage: what samples look like; each has the adapter's k slots a span.
+        n_samples: the most; fewer where the rows give fewer.
+
+    Raises:
+        ConfigError: the stage cannot be drawn.
+        DataError: no row gives a sample.
+    """
+    draw.check(stage)
+    tally, drafts = Tally(), []
+    for origin, problem in source.bad_rows:
+        tally.add(f"{SKIPPED}: {problem}", origin)
+    for row in source.rows(0):
+        drafts += draw_row(draw, row, stage, seed, 0, tally)
+        if len(drafts) >= n_samples:
+            break
+    if not drafts:
+        raise DataError(f"no held-out row gives a sample: {dict(tally.counts)}")
+    drafts = sorted(drafts[:n_samples], key=lambda draft: draft.cost)
+    runs = micro_batches([draft.cost for draft in drafts], micro_batch_tokens)
+    return [[drafts[i].build() for i in run] for run in runs]
