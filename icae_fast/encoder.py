@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from icae_fast.recompute import NOTHING, Recompute, replay
-from icae_fast.spans import micro_batches, pack_spans, span_lengths
+from icae_fast.spans import micro_batches, pack_spans, slots_per_span, span_lengths
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -24,15 +24,17 @@ def encode_spans(
     *,
     dropout: bool = True,
     recompute: Recompute = NOTHING,
+    memory_size: int | None = None,
 ) -> list[torch.Tensor]:
     """See `ICAE.encode`; `dropout=False` leaves LoRA dropout out in training mode too."""
     config = icae.config
+    k = slots_per_span(config, memory_size)
     cuts = [span_lengths(len(ids), config) for ids in contexts]
     spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
     lora = icae.encoder_weights.get(icae, dropout=dropout)
-    memory_tokens = icae.memory_token_embed.weight[: config.memory_size].to(icae.dtype)
+    memory_tokens = icae.memory_token_embed.weight[:k].to(icae.dtype)
     norm = None if icae.slot_gain is None else icae.embedding_norm()
-    k, done, total = config.memory_size, 0, sum(map(len, contexts))
+    done, total = 0, sum(map(len, contexts))
     batches = list(micro_batches([len(s) + k for s in spans], token_budget))
     if recompute.spans and torch.is_grad_enabled():
         encoded = _encode_twice(icae, [[spans[i] for i in b] for b in batches], lora, memory_tokens, norm, recompute)
@@ -58,7 +60,7 @@ def encode_spans(
 def _encode_batch(icae, spans, lora, memory_tokens, norm, gain, recompute):
     """Slots of one micro-batch of spans, (spans * k, d)."""
     lengths = [len(s) for s in spans]
-    rows = pack_spans(lengths, icae.config).to(icae.device)
+    rows = pack_spans(lengths, icae.config, len(memory_tokens)).to(icae.device)
     pieces = [p for e in icae.embed(torch.cat(spans)).split(lengths) for p in (e, memory_tokens)]
     layers = recompute if recompute.encoder_layers else None
     return scale_slots(icae.backbone.forward(torch.cat(pieces), rows, lora, recompute=layers), norm, gain)

@@ -37,6 +37,10 @@ class TokenizerMismatchError(ICAEError, ValueError):
     """The tokenizer is missing where text is used, or does not belong to the base model."""
 
 
+class DataError(ICAEError, ValueError):
+    """Training data cannot be found or read, or holds rows that cannot be used."""
+
+
 class NonFiniteError(ICAEError, ArithmeticError):
     """Weights or results hold NaN or infinity."""
 

@@ -146,6 +146,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         on_progress: Callable[[int, int], None] | None = None,
         recompute: Recompute = NOTHING,
+        memory_size: int | None = None,
     ) -> list[torch.Tensor]:
         """Slots of each context, with a graph for training.
 
@@ -157,11 +158,17 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             token_budget: context and memory tokens of one micro-batch; a longer span goes alone.
             on_progress: called with (context tokens done, of how many) after each micro-batch.
             recompute: what the backward computes again instead of finding it kept; `token_budget` above counts.
+            memory_size: k', to put the first k' memory tokens behind the same spans instead of all k; training with
+                many k' makes one adapter that serves them all (`with_memory_size`). With `append` positions these are
+                the first k' slots of each span, attention being causal; with `spread` they stand elsewhere.
 
         Returns:
             (n_spans_i * k, d) for each context, in the model's dtype.
+
+        Raises:
+            InvalidInputError: memory_size is not 1 to k.
         """
-        return encode_spans(self, contexts, token_budget, on_progress, recompute=recompute)
+        return encode_spans(self, contexts, token_budget, on_progress, recompute=recompute, memory_size=memory_size)
 
     @torch.no_grad()
     def compress(

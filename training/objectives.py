@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from icae_fast import ICAE
+from icae_fast import ICAE, ICAEConfig
 from icae_fast.errors import InvalidInputError
+from icae_fast.inputs import Vocabulary
 from icae_fast.loss import IGNORE
-from icae_fast.spans import count_spans
+from icae_fast.spans import count_spans, slots_per_span
 
 MIN_TOKENS_FOR_LM = 64
 LEAVE_TOKENS_FOR_LM = 8
@@ -28,6 +29,26 @@ LEAVE_TOKENS_FOR_LM = 8
 
 Objective = Literal["ae", "lm", "ft"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+
+class Layout(Protocol):
+    """What decides how samples look: an `ICAE`, or a `training.samples.SampleLayout`, which has no weights.
+
+    Attributes:
+        config: gives the span rule and k.
+        vocabulary: ids of memory and special tokens.
+        eos_token_ids: the first of which ends what is learned.
+    """
+
+    config: ICAEConfig
+    vocabulary: Vocabulary
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """See above."""
+
+    def prompt_ids(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids before and behind the slots when a prompt is asked."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,7 @@ class Sample:
         return sum(label != IGNORE for label in self.labels)
 
 
-def _sample(icae: ICAE, objective: Objective, context, before, after, answer, unscored=0) -> Sample:
+def _sample(icae: Layout, objective: Objective, context, before, after, answer, unscored=0) -> Sample:
     """`before, slots, after, answer`, with labels on the answer but for its first `unscored` tokens."""
     if not context or not answer:
         raise InvalidInputError("a training sample needs at least one context token and one token to learn")
@@ -69,13 +90,13 @@ def _sample(icae: ICAE, objective: Objective, context, before, after, answer, un
     return Sample(list(context), prompt + list(answer), labels, objective)
 
 
-def autoencoding_sample(icae: ICAE, context: Sequence[int]) -> Sample:
+def autoencoding_sample(icae: Layout, context: Sequence[int]) -> Sample:
     """`[slots, AE] + context + EOS`: the memory must give the context back."""
     return _sample(icae, "ae", context, [], [icae.vocabulary.ae], [*context, icae.eos_token_ids[0]])
 
 
 def continuation_sample(
-    icae: ICAE,
+    icae: Layout,
     context: Sequence[int],
     continuation: Sequence[int],
     *,
@@ -95,14 +116,19 @@ def continuation_sample(
     return _sample(icae, "lm", context, [], after, continuation, min(leave, len(continuation)))
 
 
-def instruction_sample(icae: ICAE, context: Sequence[int], prompt: Sequence[int], answer: Sequence[int]) -> Sample:
-    """Template, slots, FT, prompt, template, answer, EOS, by the config's prompt format."""
+def instruction_sample(
+    icae: Layout, context: Sequence[int], prompt: Sequence[int], answer: Sequence[int], *, ends: bool = True
+) -> Sample:
+    """Template, slots, FT, prompt, template, answer, EOS, by the config's prompt format.
+
+    An answer that was cut off does not end (`ends=False`), and then no EOS is learned behind it.
+    """
     before, after = icae.prompt_ids(list(prompt))
-    return _sample(icae, "ft", context, before, after, [*answer, icae.eos_token_ids[0]])
+    return _sample(icae, "ft", context, before, after, [*answer, *([icae.eos_token_ids[0]] if ends else [])])
 
 
 def pretraining_sample(
-    icae: ICAE,
+    icae: Layout,
     ids: Sequence[int],
     max_tokens: int,
     lm_ratio: float = 0.0,
@@ -120,15 +146,63 @@ def pretraining_sample(
     if not ids:
         raise InvalidInputError("a training text is empty; leave it out")
     wants_lm = rng.random() < lm_ratio
-    if len(ids) > max_tokens:
-        start = rng.randint(0, len(ids) - max_tokens)
-        end = start + max_tokens
-    else:
-        start, end = 0, rng.randint(1, len(ids)) if wants_lm else len(ids)
+    start, end = draw_window(rng, len(ids), max_tokens, (0, len(ids)), wants_lm)
     rest = ids[end : end + max_tokens] if wants_lm else ()
     if len(rest) > min_for_lm:
         return continuation_sample(icae, ids[start:end], rest, lm_token=lm_token)
     return autoencoding_sample(icae, ids[start:end])
+
+
+def draw_window(
+    rng: random.Random, n_tokens: int, max_tokens: int, begins: tuple[int, int], wants_lm: bool
+) -> tuple[int, int]:
+    """A random window of a text.
+
+    Args:
+        rng: drawn from once.
+        n_tokens: length of the text, at least 1.
+        max_tokens: length of the window. A shorter text is the window, or a random beginning of it where something
+            has to be left to go on with.
+        begins: the window begins at one of the tokens `begins[0]` to `begins[1] - 1`, or before them where the text
+            ends too soon.
+        wants_lm: whether the text behind the window is needed.
+
+    Returns:
+        (first token, first token behind it).
+    """
+    if n_tokens <= max_tokens:
+        return 0, rng.randint(1, n_tokens) if wants_lm else n_tokens
+    last = n_tokens - max_tokens
+    start = rng.randint(min(begins[0], last), min(begins[1] - 1, last))
+    return start, start + max_tokens
+
+
+def with_memory_size(icae: Layout, sample: Sample, memory_size: int) -> Sample:
+    """The same sample for a memory of the first `memory_size` slots a span: fewer memory ids in what the decoder reads.
+
+    Args:
+        icae: gives ids and span rule.
+        sample: made for all k slots a span.
+        memory_size: k', from 1 to k; the context has to be encoded with it, too (`ICAE.encode`).
+
+    Raises:
+        InvalidInputError: memory_size is not 1 to k, or the sample has not k memory ids a span.
+    """
+    keep = slots_per_span(icae.config, memory_size)
+    n_spans = count_spans(len(sample.input_ids), icae.config)
+    first, end = icae.vocabulary.first_memory, icae.vocabulary.ae
+    positions = [i for i, token in enumerate(sample.prompt_answer_ids) if first <= token < end]
+    if len(positions) != n_spans * icae.config.memory_size:
+        raise InvalidInputError(
+            f"{sample.origin or 'a sample'} has {len(positions)} memory ids; its {n_spans} spans of "
+            f"{icae.config.memory_size} slots need {n_spans * icae.config.memory_size}"
+        )
+    dropped = set(positions[n_spans * keep :])
+
+    def kept(row):
+        return [value for i, value in enumerate(row) if i not in dropped]
+
+    return replace(sample, prompt_answer_ids=kept(sample.prompt_answer_ids), labels=kept(sample.labels))
 
 
 def collate(icae: ICAE, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,130 @@
+"""Which samples make an optimiser step, and which of them a forward.
+
+Samples of several steps are sorted by cost and cut into micro-batches of about equal cost, so that the rows of one
+are alike; each step then gets one micro-batch of every size class, so that steps are alike as well. Everything is a
+function of the costs, the budgets and a random generator.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+Step = list[list[int]]  # micro-batches of indices of samples
+
+
+def count_micro_batches(tokens_per_step: int, micro_batch_tokens: int, world_size: int = 1) -> int:
+    """Micro-batches of an optimiser step over all processes: `ceil(tokens_per_step / micro_batch_tokens)`.
+
+    It is at least one for each process, and a multiple of their number.
+    """
+    needed = -(-tokens_per_step // micro_batch_tokens)
+    return -(-needed // world_size) * world_size
+
+
+def fit(costs: Sequence[int], n_batches: int, budget: int) -> int:
+    """How many of the first samples `n_batches` micro-batches can hold.
+
+    Each gets samples of at most `budget` tokens, or a single one that costs more. With at least `n_batches` samples it
+    is at least so many.
+    """
+    low, high = min(n_batches, len(costs)), len(costs)
+    # More samples never take fewer micro-batches.
+    return bisect_right(range(low + 1, high + 1), n_batches, key=lambda n: _Runs(sorted(costs[:n])).count(budget)) + low
+
+
+def pack_steps(costs: Sequence[int], n_steps: int, per_step: int, budget: int, rng: random.Random) -> list[Step]:
+    """Distribute samples over steps and micro-batches.
+
+    Args:
+        costs: tokens of each sample; `fit(costs, n_steps * per_step, budget)` must be all of them.
+        n_steps: optimiser steps.
+        per_step: micro-batches of each.
+        budget: tokens of a micro-batch; a sample that costs more goes alone.
+        rng: decides which of the micro-batches of about the same cost goes into which step.
+
+    Returns:
+        Steps of micro-batches of indices into `costs`, every index once, no micro-batch empty.
+
+    Raises:
+        ValueError: there are more samples than fit, or fewer than micro-batches.
+    """
+    n_batches = n_steps * per_step
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], i))
+    runs = _Runs([costs[i] for i in order]).split(n_batches, budget)
+    steps: list[Step] = [[] for _ in range(n_steps)]
+    for first in range(0, n_batches, n_steps):
+        alike = runs[first : first + n_steps]
+        rng.shuffle(alike)
+        for step, run in zip(steps, alike, strict=True):
+            step.append([order[i] for i in run])
+    return steps
+
+
+def share(step: Step, costs: Sequence[int], rank: int = 0, world_size: int = 1) -> list[tuple[int, list[int]]]:
+    """A process's part of a step: as many micro-batches as every other, of about the same cost.
+
+    Args:
+        step: as `pack_steps` gives it, of a multiple of `world_size` micro-batches.
+        costs: tokens of each sample.
+        rank: of the process.
+        world_size: number of processes.
+
+    Returns:
+        (which of the step's micro-batches it is, the most costly being 0; its samples), the most costly first, so that
+        memory that is too small shows at once.
+    """
+    ranked = sorted(range(len(step)), key=lambda j: (-sum(costs[i] for i in step[j]), j))
+
+    def receiver(place: int) -> int:
+        turn, seat = divmod(place, world_size)
+        return (
+            seat if turn % 2 == 0 else world_size - 1 - seat
+        )  # forth and back, so that nobody has all the costly ones
+
+    return [(place, step[j]) for place, j in enumerate(ranked) if receiver(place) == rank]
+
+
+class _Runs:
+    """Runs of neighbouring samples whose costs add up to at most a cap; one that costs more is a run of its own."""
+
+    def __init__(self, costs: Sequence[int]) -> None:
+        self.n = len(costs)
+        self.sums = [0, *accumulate(costs)]
+
+    def end(self, start: int, cap: int) -> int:
+        """Where the longest run from `start` ends."""
+        return max(bisect_right(self.sums, self.sums[start] + cap) - 1, start + 1)
+
+    def count(self, cap: int) -> int:
+        """The least number of runs, which is what taking the longest one each time gives."""
+        start = runs = 0
+        while start < self.n:
+            start, runs = self.end(start, cap), runs + 1
+        return runs
+
+    def split(self, n_runs: int, budget: int) -> list[range]:
+        """Exactly so many runs, none empty, whose greatest cost is the least possible, and otherwise about equal.
+
+        Raises:
+            ValueError: that cannot be done within the budget.
+        """
+        if not self.n >= n_runs >= self.count(budget):
+            raise ValueError(f"{self.n} samples do not fill {n_runs} micro-batches of at most {budget} tokens")
+        cap = bisect_left(range(budget), True, key=lambda c: self.count(c) <= n_runs)
+        needed = [0] * (self.n + 1)  # runs of the samples from i on
+        for i in reversed(range(self.n)):
+            needed[i] = 1 + needed[self.end(i, cap)]
+        runs, start = [], 0
+        for left in reversed(range(n_runs)):
+            equal = self.sums[start] + (self.sums[-1] - self.sums[start]) / (left + 1)
+            soonest = bisect_left(needed, -left, lo=start + 1, key=lambda n: -n)
+            latest = min(self.end(start, cap), self.n - left)
+            nearest = bisect_left(self.sums, equal, lo=start + 1)
+            nearest -= nearest > start + 1 and equal - self.sums[nearest - 1] < self.sums[nearest] - equal
+            stop = min(max(nearest, soonest), latest)
+            runs.append(range(start, stop))
+            start = stop
+        return runs

@@ -1,0 +1,221 @@
+"""Rows of text with their place: from JSONL, Parquet and text files, local or remote, compressed or not.
+
+A record is a dict of the row's text fields, its `origin` ("books.jsonl:17") and its `problem`, which is empty unless
+the row cannot be used; its fields are empty then.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import compressions
+
+from icae_fast.errors import DataError
+
+Record = dict[str, str]
+
+TEXT = ("text",)  # The Pile's shape
+PWC = ("input", "prompt", "answer")  # Prompt-with-Context's
+
+_PARQUET_ROWS = 256  # read at once: rows may be whole books
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def make_record(row: Any, fields: Iterable[str], origin: str) -> Record:
+    """The record of one row, with its problem if it has one.
+
+    Args:
+        row: what a line or a table holds; it should be a mapping with text in all `fields`.
+        fields: names of the text fields.
+        origin: where it stands.
+    """
+    problem, values = "", {}
+    if not isinstance(row, Mapping):
+        problem = "not a JSON object"
+    for name in () if problem else fields:
+        value = row.get(name)
+        problem = problem or _field_problem(name, name in row, value)
+        values[name] = value
+    return _record(fields, origin, problem, values)
+
+
+def _record(fields: Iterable[str], origin: str, problem: str, values: Mapping[str, str] | None = None) -> Record:
+    texts = {name: "" if problem else values[name] for name in fields}
+    return {"origin": origin, "problem": problem, **texts}
+
+
+def _field_problem(name: str, present: bool, value: Any) -> str:
+    if not present:
+        return f"no field {name!r}"
+    if not isinstance(value, str):
+        return f"field {name!r} is not text"
+    if not value.strip():
+        return f"field {name!r} is empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON may escape half a surrogate pair, which no tokenizer takes
+        return f"field {name!r} is not Unicode"
+    return ""
+
+
+def read_records(paths: Iterable[str], fields: tuple[str, ...]) -> Iterator[Record]:
+    """The records of files, one file after the other.
+
+    Lines of JSONL are counted from 1, rows of Parquet from 0; a `.txt` file is one row. Blank lines are no rows.
+
+    Args:
+        paths: files of known extensions, as `find_files` gives them.
+        fields: names of the text fields; a `.txt` file has the field "text" alone.
+
+    Raises:
+        DataError: a file cannot be read to its end, or a Parquet file lacks a column.
+    """
+    for path in paths:
+        place = path
+        try:
+            with _open(path) as file:
+                for record in _READERS[_extension(path)](file, path, fields):
+                    place = record["origin"]
+                    yield record
+        except _DAMAGE as error:
+            raise DataError(f"cannot read {path} beyond {place}: {error}; replace the file or leave it out") from error
+
+
+def _open(path: str) -> Any:
+    """An open binary file, decompressed by its name."""
+    if path.endswith(".zst") and "zst" not in compressions:
+        raise DataError(f"{path} needs the package zstandard; `pip install zstandard` or decompress the file")
+    return fsspec.open(path, "rb", compression="infer")
+
+
+def _read_jsonl(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Record]:
+    # zstandard's reader has no lines of its own
+    lines = file if hasattr(file, "readline") else io.BufferedReader(file)
+    for number, line in enumerate(lines, 1):
+        origin = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            yield _record(fields, origin, "not UTF-8")
+        except (ValueError, RecursionError):
+            yield _record(fields, origin, "not JSON")
+        else:
+            yield make_record(row, fields, origin)
+
+
+def _read_parquet(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Record]:
+    table = pq.ParquetFile(file)
+    if missing := [name for name in fields if name not in table.schema_arrow.names]:
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(table.schema_arrow.names)}, and rows need "
+            f"{', '.join(fields)}"
+        )
+    number = 0
+    for batch in table.iter_batches(_PARQUET_ROWS, columns=list(fields)):
+        for row in batch.to_pylist():
+            yield make_record(row, fields, f"{path}:row {number}")
+            number += 1
+
+
+def _read_text(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Record]:
+    if fields != TEXT:
+        raise DataError(f"{path} is plain text, and rows need {', '.join(fields)}; give JSONL or Parquet")
+    try:
+        text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        yield _record(fields, path, "not UTF-8")
+    else:
+        yield make_record({"text": text}, fields, path)
+
+
+_READERS: dict[str, Callable[[Any, str, tuple[str, ...]], Iterator[Record]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+
+
+def _extension(path: str) -> str:
+    """The extension of a file without that of its compression."""
+    for suffix in _COMPRESSED:
+        path = path.removesuffix(suffix)
+    return os.path.splitext(path)[1].lower()
+
+
+def find_files(path: str) -> list[str] | None:
+    """The files that a path means, sorted, or None where it can only be a data set's name on the hub.
+
+    Args:
+        path: a file, a folder (all files of known extensions in it and below), a glob (`**` for folders), or a URL of
+            any of those that fsspec knows ("s3://bucket/part-*.parquet").
+
+    Returns:
+        File names beginning as `path` does, or None.
+
+    Raises:
+        DataError: nothing is there, or it has an unknown extension.
+    """
+    path = os.path.expanduser(path)
+    try:
+        fs, root = url_to_fs(path)
+        local = isinstance(fs, LocalFileSystem)
+        is_glob, is_folder = any(c in path for c in "*?["), fs.isdir(root)
+        if is_glob:
+            found = [name for name in fs.glob(root) if not fs.isdir(name)]
+        elif is_folder:
+            found = [name for name in fs.find(root) if _extension(name) in _READERS]
+        else:
+            found = [root] if fs.exists(root) else []
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"cannot look for {path}: {error}") from error
+    if found:
+        names = sorted(_named(fs, name, path, local) for name in found)
+        return _checked_extensions(names)
+    if not is_folder and _HUB_NAME.fullmatch(path) and _extension(path) not in _READERS:
+        return None
+    where = "no file of a known extension in" if is_folder else "nothing matches" if is_glob else "there is no"
+    raise DataError(f"{where} {path}; known are {_known()}, a folder or a glob of those, and data sets on the hub")
+
+
+def _named(fs: Any, name: str, path: str, local: bool) -> str:
+    """A file that was found, as the user would write it."""
+    if not local:
+        return fs.unstrip_protocol(name)
+    return name if os.path.isabs(path) or "://" in path else os.path.relpath(name)
+
+
+def _checked_extensions(names: list[str]) -> list[str]:
+    for name in names:
+        if _extension(name) not in _READERS:
+            raise DataError(
+                f"{name} has an unknown extension; known are {_known()}. Rename a file that has one JSON object a line "
+                "to .jsonl"
+            )
+    return names
+
+
+def _known() -> str:
+    return f"{', '.join(_READERS)} (and compressed: {', '.join(_COMPRESSED)})"
+
+
+def file_version(path: str) -> str:
+    """A hash that changes when a file does, of what its file system says about it (size and time, or an ETag)."""
+    fs, root = url_to_fs(path)
+    return fs.ukey(root)
