@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import ICAEError, InvalidInputError
+from training import cli as training_commands
 
 MEMORY_SUFFIX = ".icae"
 UNTRAINED = (
@@ -49,16 +50,26 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Sample, the same in every
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
 
 
-def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2.
+
+    Args:
+        argv: arguments, by default the process's own.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        sys.exit(app(arguments or ["--help"], standalone_mode=False) or 0)
     except (ICAEError, _USAGE_ERROR) as error:
         text = error if isinstance(error, ICAEError) else f"{error.format_message()} (try --help)"
         stderr.print(f"icae-fast: error: {text}", style="red", highlight=False, markup=False)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+
+
+def main_of(command: str, argv: Sequence[str] | None = None) -> None:
+    """`main` of one command, for modules that are run by themselves (`accelerate launch -m training.pretrain`)."""
+    main([command, *(sys.argv[1:] if argv is None else argv)])
 
 
 def load(adapter: str | None, model: str, memory_size: int, rate: int, dtype: str) -> Any:
@@ -320,6 +331,8 @@ def latency(
     else:
         Console().print(render(result))
 
+
+training_commands.register(app)
 
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from transformers import TrainerCallback, TrainingArguments
 import golden
 from icae_fast import ICAE, ICAEConfig
 from training.batch import pack
+from training.curriculum import Curriculum, Stage
 from training.model import TrainingModel
 from training.objectives import Sample, autoencoding_sample, continuation_sample
+from training.stream import MicroBatch
 from training.trainer import ICAETrainer
 
 
@@ -35,7 +38,7 @@ def make_sample(icae: ICAE, i: int) -> Sample:
     draw = torch.Generator().manual_seed(i)
     ids = torch.randint(3, icae.vocabulary.n_base, (5 + 7 * (i % 3) + 12,), generator=draw).tolist()
     sample = continuation_sample(icae, ids[:-12], ids[-12:]) if i % 2 else autoencoding_sample(icae, ids[:-12])
-    return Sample(sample.input_ids, sample.prompt_answer_ids, sample.labels, sample.objective, f"rows.jsonl:{i}")
+    return replace(sample, origin=f"rows.jsonl:{i}")
 
 
 class CountingStream(torch.utils.data.IterableDataset):
@@ -45,7 +48,14 @@ class CountingStream(torch.utils.data.IterableDataset):
         self.icae, self.rank, self.world_size, self.poisoned = icae, rank, world_size, poisoned
         self.total, self.step = micro_batches, 0
         self.micro_batches_per_step = micro_batches // world_size
-        self.counts = {"empty text": 1}
+        self.counts, self.curriculum = {"empty text": 1}, Curriculum([Stage(1, {"ae": 1.0, "lm": 1.0}, 19)])
+
+    def loader(self, collate, num_workers, generator):
+        return torch.utils.data.DataLoader(self, None, collate_fn=collate, generator=generator)
+
+    @property
+    def epoch(self):
+        return self.step // 4
 
     def __iter__(self):
         while True:
@@ -54,10 +64,12 @@ class CountingStream(torch.utils.data.IterableDataset):
                 if j // self.world_size == self.micro_batches_per_step - 1:
                     self.step += 1
                 samples = [make_sample(self.icae, first), make_sample(self.icae, first + 1)]
-                yield [Sample(**vars(s) | {"origin": "NaN"}) if first in self.poisoned else s for s in samples]
+                if first in self.poisoned:
+                    samples = [replace(s, origin="NaN") for s in samples]
+                yield MicroBatch(samples, self.step, None, {})
 
     def state_dict(self):
-        return {"step": self.step, "epoch": self.step // 4}
+        return {"step": self.step}
 
     def load_state_dict(self, state):
         self.step = state["step"]

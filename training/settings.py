@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -24,8 +24,13 @@ from icae_fast.files import write_atomically
 from icae_fast.recompute import Recompute
 from training.arguments import TrainSection
 from training.curriculum import Curriculum
+from training.distill import Distillation
+from training.sources import SourceSpec
 
 SETTINGS_FILE = "settings.yaml"
+
+
+Sources = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 class Section(BaseModel):
@@ -57,14 +62,16 @@ class DataSection(Section):
     """What is read, and how it becomes optimiser steps.
 
     Args:
-        train: sources of training rows; see `training.sources`.
+        train: sources of training rows, one or a list: a path, or the fields of `training.sources.SourceSpec`.
         eval: sources of held-out rows; none for no evaluation.
         on_bad_row: "skip" logs and counts a row that cannot be used, "stop" ends the run there.
         tokens_per_step: tokens, of contexts and of what the decoder reads, of an optimiser step over all processes.
         micro_batch_tokens: tokens of one forward and backward.
-        spans: [low, high]; the number of spans of a pretraining window is drawn from them. None leaves its length to
-            the stages alone.
+        spans: [low, high]; the number of spans of a pretraining window is drawn from them, up to the stage's
+            `max_tokens`. None leaves its length to the stages alone.
         windows_per_document: "all" cuts a long document into windows, "one" takes one of it an epoch.
+        max_target_tokens: the most tokens by which a window is continued; None for as many as it has itself.
+        lm_token: put the LM token behind the slots where a text is continued.
         max_context_tokens: of a fine-tuning row.
         max_answer_tokens: of its prompt and of its answer.
         on_long_row: "truncate" or "skip" rows that pass these; both are counted and logged.
@@ -73,13 +80,15 @@ class DataSection(Section):
         workers: 1 reads and packs in a second process.
     """
 
-    train: str | dict[str, Any] | list[str | dict[str, Any]]
-    eval: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
+    train: Sources
+    eval: Sources | None = None
     on_bad_row: Literal["skip", "stop"] = "skip"
     tokens_per_step: int = Field(65_536, ge=1)
     micro_batch_tokens: int = Field(8_192, ge=1)
     spans: tuple[int, int] | None = Field(None, strict=False)
     windows_per_document: Literal["all", "one"] = "all"
+    max_target_tokens: int | None = Field(None, ge=1)
+    lm_token: bool = False
     max_context_tokens: int = Field(2_048, ge=1)
     max_answer_tokens: int = Field(512, ge=1)
     on_long_row: Literal["truncate", "skip"] = "truncate"
@@ -100,28 +109,19 @@ class EvaluationSection(Section):
     restore_tokens: int = Field(256, ge=0)
 
 
-class DistillationSection(Section):
-    """Distillation from the base model that reads the whole context; see `training.distill`.
-
-    Args:
-        alpha: weight of `KL(teacher || student)`; `1 - alpha` is that of the cross-entropy. 0 runs no teacher.
-        temperature: of both distributions.
-        on_long: "skip" or "stop" where a context is too long for the teacher.
-    """
-
-    alpha: float = Field(0.0, ge=0, le=1)
-    temperature: float = Field(1.0, gt=0)
-    on_long: Literal["skip", "stop"] = "skip"
-
-
 def _section_of(kind: type, name: str, without: Iterable[str] = ()) -> type[Section]:
     """A section with the fields of a dataclass."""
     hints = get_type_hints(kind)
     chosen = [f for f in dataclasses.fields(kind) if f.name not in without]
-    return create_model(name, __base__=Section, **{f.name: (hints[f.name], f.default) for f in chosen})
+
+    def field(f: dataclasses.Field) -> Any:  # a list in YAML may be a tuple
+        return Field(f.default, strict=False) if get_origin(hints[f.name]) is tuple else f.default
+
+    return create_model(name, __base__=Section, **{f.name: (hints[f.name], field(f)) for f in chosen})
 
 
 AdapterSection = _section_of(ICAEConfig, "AdapterSection", without=("base_model", "base_revision"))
+DistillationSection = _section_of(Distillation, "DistillationSection")
 MemorySection = _section_of(Recompute, "MemorySection")
 
 
@@ -169,6 +169,14 @@ class Settings(Section):
             ConfigError: a field is out of range.
         """
         return Recompute(**dict(self.memory))
+
+    def distill(self) -> Distillation:
+        """Distillation from the model that reads the whole context.
+
+        Raises:
+            ConfigError: a field is out of range.
+        """
+        return Distillation(**dict(self.distillation))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, defaults included, as YAML values."""
@@ -309,6 +317,7 @@ def _check(settings: Settings, values: Mapping[str, Any]) -> None:
         )
     config = settings.icae_config()
     settings.recompute()
+    settings.distill()
     curriculum = settings.curriculum()
     if model.adapter is None:
         curriculum.check(config)
@@ -319,6 +328,13 @@ def _check(settings: Settings, values: Mapping[str, Any]) -> None:
         )
     if data.spans is not None and not 1 <= data.spans[0] <= data.spans[1]:
         raise ConfigError(f"data.spans is {list(data.spans)}; give [low, high] with 1 <= low <= high")
+    for name in ("train", "eval"):
+        given = getattr(data, name)
+        for spec in given if isinstance(given, list) else [given] if given is not None else []:
+            try:
+                SourceSpec.make(spec)
+            except ConfigError as error:
+                raise ConfigError(f"data.{name}: {error}") from error
     train = settings.train.given()
     if data.eval is None and train.get("eval_strategy", "no") != "no":
         raise ConfigError("train.eval_strategy asks for evaluation, but data.eval names no held-out rows")

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -29,13 +29,14 @@ from icae_fast.checkpoints import TENSORS_FILE, read_header, write_adapter
 from icae_fast.errors import CheckpointError, NonFiniteError
 from icae_fast.files import load_tensors
 from icae_fast.identity import base_identity, compare_identities, tensors_hash
+from icae_fast.loss import IGNORE
 from training.batch import Batch, pack
 from training.checkpoint_folder import OPTIMIZER_FILE, PROGRESS_FILE, SCHEDULER_FILE, STATE_FILE, whole_folder
 from training.model import TrainingModel
 from training.report import SAMPLES_FILE, LossWindow, Scores, append_line, peak_memory, restoration
 
 if TYPE_CHECKING:
-    from training.stream import BatchStream
+    from training.stream import BatchStream, MicroBatch
 
 log = logging.getLogger(__name__)
 
@@ -44,27 +45,10 @@ _LOAD = StateDictOptions(full_state_dict=True, strict=False)
 _MOST_ORIGINS = 8
 
 
-class PackedStream(IterableDataset):
-    """A `BatchStream`'s micro-batches, packed, and with the last one of each step the position behind it.
-
-    The position travels with the batch because the stream may live in a worker process, and be ahead.
-    """
-
-    def __init__(self, stream: BatchStream) -> None:
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any] | None]]:
-        n = self.stream.micro_batches_per_step
-        for i, samples in enumerate(self.stream):
-            last = i % n == n - 1
-            yield (
-                pack(samples),
-                {"stream": self.stream.state_dict(), "rows": dict(self.stream.counts)} if last else None,
-            )
-
-
-def _unchanged(item: Any) -> Any:
-    return item
+def collate(samples: MicroBatch) -> Batch:
+    """A packed micro-batch, with its `memory_size` where the stage draws one."""
+    size = samples.memory_size
+    return pack(samples) if size is None else pack(samples) | {"memory_size": size}
 
 
 @dataclass
@@ -115,7 +99,6 @@ class ICAETrainer(Trainer):
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore = stream, on_nan, restore
         self._window, self._step = LossWindow(), []
-        self._position: dict[str, Any] | None = None
         super().__init__(
             model=model, args=args, train_dataset=stream, eval_dataset=list(eval_batches) or None, callbacks=callbacks
         )
@@ -127,10 +110,8 @@ class ICAETrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's micro-batches; Accelerate must not share them out again, so it does not see the loader."""
-        return DataLoader(
-            PackedStream(self._stream),
-            batch_size=None,
-            collate_fn=_unchanged,
+        return self._stream.loader(
+            collate,
             num_workers=self.args.dataloader_num_workers,
             # Making an iterator draws a seed. Out of the global generator, that would move the dropout of a resumed
             # run, which makes one iterator more.
@@ -140,11 +121,21 @@ class ICAETrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor]:
-        """The micro-batches of an optimiser step, and the number of labelled tokens in all processes' together."""
-        items = list(itertools.islice(epoch_iterator, num_batches))
-        batches = [batch for batch, _ in items]
-        self._position = items[-1][1] if items else self._position
-        return batches, self._get_num_items_in_batch(batches, device)
+        """The micro-batches of an optimiser step, and what its loss is divided by.
+
+        That is the number of labelled tokens in the micro-batches of all processes together, or of slots in a warm
+        start.
+        """
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if self._is_warm:
+            n_items = sum(int(self._icae.vocabulary.is_memory(b["prompt_answer_ids"]).sum()) for b in batches)
+        else:
+            n_items = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
+        return batches, self.accelerator.reduce(torch.tensor(n_items, device=device), "sum")
+
+    @property
+    def _is_warm(self) -> bool:
+        return self._stream.curriculum.stage_at(self.state.global_step)[1].is_warm
 
     # Steps
 
@@ -156,7 +147,8 @@ class ICAETrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """See `Trainer.compute_loss`; keeps what the log will say."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        warm = {"warm": True} if self._is_warm else {}
+        loss, outputs = super().compute_loss(model, inputs | warm, True, num_items_in_batch)
         n_context = len(inputs["context_ids"])
         n_tokens = n_context + len(inputs["prompt_answer_ids"])
         self._step.append(_MicroBatch(Scores.of(outputs), inputs["origins"], n_tokens, n_context))
@@ -205,11 +197,11 @@ class ICAETrainer(Trainer):
         if "loss" in logs:
             logs = {k: v for k, v in logs.items() if k != "loss" and math.isfinite(v)} | self._window.drain()
             logs |= peak_memory(self.args.device)
-            logs |= {f"rows/{cause}": n for cause, n in ((self._position or {}).get("rows") or {}).items()}
+            logs |= {f"rows/{cause}": n for cause, n in self._stream.counts.items()}
+            logs["stage"] = self._stream.curriculum.stage_at(max(self.state.global_step - 1, 0))[0]
         # The Trainer counts samples by a batch size that does not exist here.
         logs = {k: v for k, v in logs.items() if not k.endswith("samples_per_second") and k != "total_flos"}
-        if self._position is not None:
-            self.state.epoch = float(self._position["stream"].get("epoch", 0))
+        self.state.epoch = float(self._stream.epoch)
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -279,7 +271,7 @@ class ICAETrainer(Trainer):
                 torch.save(optimizer, folder / OPTIMIZER_FILE)
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
                 self.state.save_to_json(str(folder / STATE_FILE))
-                progress = {"position": self._position, "window": self._window.state_dict()}
+                progress = {"stream": self._stream.state_dict(), "window": self._window.state_dict()}
                 (folder / PROGRESS_FILE).write_text(json.dumps(progress))
         if leads:
             rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -290,13 +282,18 @@ class ICAETrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Adapter, position in the data, and the log's window."""
         folder = Path(resume_from_checkpoint)
-        self._load_adapter(folder)
+        self.load_adapter(folder)
         progress = json.loads((folder / PROGRESS_FILE).read_text())
-        self._position = progress["position"]
-        self._stream.load_state_dict(self._position["stream"])
+        self._stream.load_state_dict(progress["stream"])
         self._window.load_state_dict(progress["window"])
 
-    def _load_adapter(self, folder: Path) -> None:
+    def load_adapter(self, folder: Path) -> None:
+        """Take the adapter of a checkpoint; all processes call it.
+
+        Raises:
+            CheckpointError: it has another config, or is damaged.
+            BaseModelMismatchError: it was trained on another base model.
+        """
         config, header = read_header(folder)
         compare_identities(self._base, header["base"], str(folder))
         tensors = load_tensors(folder / TENSORS_FILE)[0]
@@ -310,7 +307,7 @@ class ICAETrainer(Trainer):
         set_model_state_dict(self.model, {name: tensors[key] for name, key in self._keys.items()}, options=_LOAD)
 
     def _load_best_model(self) -> None:
-        self._load_adapter(Path(self.state.best_model_checkpoint))
+        self.load_adapter(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         folder = Path(checkpoint)
