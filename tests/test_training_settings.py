@@ -76,7 +76,10 @@ def test_a_number_without_a_dot_is_one(tmp_path):
         ({"memory": {"layer": True}}, "unknown key memory.layer; did you mean layers"),
         ({"distillation": {"alhpa": 1}}, "did you mean alpha"),
         ({"train": {"learning_rte": 1e-4}}, "unknown key train.learning_rte; did you mean learning_rate"),
-        ({"stages": [{"steps": 1, "objectives": {"ae": 1}, "max_token": 4}]}, "did you mean max_tokens"),
+        (
+            {"stages": [{"steps": 1, "objectives": {"ae": 1}, "max_tokens": 4, "min_token": 2}]},
+            "did you mean min_tokens",
+        ),
         ({"data": {"train": {"pth": "x"}}}, "data.train: .*path"),
         ({"data": {}}, "data.train is missing"),
         ({"stages": []}, "no stage"),

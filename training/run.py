@@ -37,8 +37,8 @@ def load_icae(settings: Settings) -> ICAE:
     """The base model, and around it a new adapter, the same for a seed, or the one to go on from.
 
     Raises:
-        CheckpointError, ConfigError, UnsupportedModelError, TokenizerMismatchError: a part cannot be loaded, or parts do
-            not fit.
+        CheckpointError, UnsupportedModelError, TokenizerMismatchError: a part cannot be loaded.
+        ConfigError: parts do not fit together.
     """
     model, dtype = settings.model, getattr(torch, settings.model.dtype)
     if model.adapter is None or "name" in model.model_fields_set:
