@@ -137,7 +137,7 @@ def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeyp
         ({"data": {"train": "absent.jsonl"}}, "absent.jsonl"),
         ({"stages": [{"steps": 2, "objectives": {"ft": 1}, "max_tokens": 8}]}, "'ft'"),
         ({"model": {"name": "absent/model"}}, "absent/model"),
-        ({"train": {"resume": "absent"}}, "train.resume is absent"),
+        ({"train": {"resume": "absent"}}, "train.resume names absent"),
         ({"adapter": {"memory_size": 4000}}, "positions"),
     ],
 )
