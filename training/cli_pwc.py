@@ -72,8 +72,14 @@ def make_pwc_command(
             teacher = _load_local(local, dtype, batch_size, max_answer_tokens, temperature)
             count = count or _counter(teacher.tokenizer)
         settings = dataclasses.replace(settings, count=count or settings.count)
-        with _progress() as (on_progress, on_failure):
-            report = make_pwc(texts, records, teacher, settings, on_progress=on_progress, on_failure=on_failure)
+        try:
+            with _progress() as (on_progress, on_failure):
+                report = make_pwc(texts, records, teacher, settings, on_progress=on_progress, on_failure=on_failure)
+        except KeyboardInterrupt:
+            _stderr().print(
+                f"interrupted; {output} holds {len(records.ids)} records; run the same command again to go on"
+            )
+            raise
     _show(report, as_json)
     if report.failed or report.stopped:
         raise typer.Exit(1)

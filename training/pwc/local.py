@@ -66,8 +66,10 @@ class LocalTeacher:
             pad_token_id=pad, **({"temperature": temperature} if temperature else {}),
         )  # fmt: skip
 
-    async def __aenter__(self) -> LocalTeacher:
         self._stop = _StopWhenCancelled()
+
+    async def __aenter__(self) -> LocalTeacher:
+        self._stop.cancelled = False
         self._waiting: asyncio.Queue[tuple[list[int], asyncio.Future[list[int]]]] = asyncio.Queue()
         self._worker = asyncio.create_task(self._serve())
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -142,7 +143,7 @@ def split(document: Document, limit: int, count: Callable[[str], int]) -> list[P
     origins = [f"{document.origin}#{n}" if len(texts) > 1 else document.origin for n in range(1, len(texts) + 1)]
     return [
         Passage(text, following, origin, count(text))
-        for text, following, origin in zip(texts, [*texts[1:], ""], origins, strict=True)
+        for (text, following), origin in zip(itertools.pairwise([*texts, ""]), origins, strict=True)
     ]
 
 

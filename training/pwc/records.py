@@ -116,8 +116,9 @@ class RecordFile:
                 if record is not None:
                     self._add(record)
                     self._size += len(line)
-                    if not line.endswith(b"\n"):  # an editor took the newline of the last line away
+                    if not line.endswith(b"\n"):  # an editor, or the kill, took the last line's end away
                         self._size += os.write(self._descriptor, b"\n")
+                        break  # or what was just written would be read as a line
                 elif not line.endswith(b"\n") and (line.startswith(_START) or _START.startswith(line)):
                     self.cut = len(line)
                     os.ftruncate(self._descriptor, self._size)

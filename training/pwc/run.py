@@ -166,6 +166,7 @@ class _Run:
         """Takes jobs from the iterator that all workers share, until it is empty."""
         for job in jobs:
             await job
+            await asyncio.sleep(0)  # a job that asks nothing would else let no other one, nor Ctrl-C, in between
 
     def _jobs(self) -> Iterator[Coroutine[Any, Any, None]]:
         for passage in self._passages(self.report, self._bad_row):
