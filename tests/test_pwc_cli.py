@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -54,10 +56,11 @@ def test_an_endpoint_fills_a_file_and_failures_are_exit_code_1(run, text_file, t
         code, stdout, err = run(*arguments, *options)
         assert (code, err.strip(), len(server.requests)) == (0, "", n_requests)
         assert "there already" in stdout
-    rows = read(out)
-    assert len(rows) == 45
-    check_rows(rows)
+    check_rows(read(out))
     assert "secret" not in out.read_text()
+    loaded = datasets.Dataset.from_json(str(out), cache_dir=str(tmp_path / "cache"))
+    assert loaded.num_rows == 45
+    assert all(loaded.features[name] == datasets.Value("string") for name in ("input", "prompt", "answer"))
 
 
 def start(text_file, out, server):
@@ -76,7 +79,7 @@ def start(text_file, out, server):
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
     while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 8):
-        pass
+        time.sleep(0.01)
     return process
 
 

@@ -66,6 +66,7 @@ _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _NUMBERED = re.compile(
     r"\s*(?:[-*•]\s+|\W{0,2}(?:Q|Question|Prompt)?\s*\d{1,3}\s*[.):\]]\*{0,2}\s*(?=[^\d\s]))", re.IGNORECASE
 )
+_BRACKET = re.compile(r"[\[{]")
 _MAX_QUESTION = 500  # characters; what is longer is no prompt but a reply that went astray
 _PROMPT_KEYS = ("prompt", "question", "instruction")
 _ANSWER_KEYS = ("answer", "response", "output")
@@ -165,7 +166,7 @@ def _new(pairs: Any, known: Sequence[str]) -> list[tuple[str, str]]:
 def _json_values(text: str) -> Iterator[Any]:
     """The dicts, and the strings in lists, of all JSON in a text; a list that is cut off gives its whole entries."""
     decoder, start = json.JSONDecoder(strict=False), 0
-    while (bracket := re.compile(r"[\[{]").search(text, start)) is not None:
+    while (bracket := _BRACKET.search(text, start)) is not None:
         try:
             value, start = decoder.raw_decode(text, bracket.start())
         except (ValueError, RecursionError):
