@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -19,11 +20,11 @@ PARAGRAPHS = [
 
 def reply_to(message, questions=3):
     """A reply of the kind that a message asks for, which names the paragraph that the message holds."""
-    number = message.split()[1]
+    number = re.search(r"Paragraph (\d+)", message)[1]
     if "JSON list" in message:
         pairs = [{"prompt": f"Question {number}.{i}?", "answer": f"Answer {i}."} for i in range(questions)]
         return f"Certainly!\n```json\n{json.dumps(pairs)}\n```"
-    if "Give one prompt a line" in message:
+    if "numbered list" in message:
         return "Here they are:\n" + "\n".join(f"{i + 1}. Question {number}.{i}?" for i in range(questions))
     return f"An answer about paragraph {number}."
 

@@ -73,9 +73,9 @@ def test_a_second_run_asks_nothing_and_a_larger_one_only_what_is_new(make, tmp_p
     assert (tmp_path / "out.jsonl").read_bytes() == before
     report, _ = make(teacher, kinds=("title", "summary"), questions=3)
     assert report.written == {"summary": 5, "question": 5}
-    lists = [m for m in teacher.messages if "Give one prompt a line" in m]
+    lists = [m for m in teacher.messages if "numbered list" in m]
     assert len(lists) == 5
-    assert all("Write 1 prompts" in m and "Question 1.1?" in m for m in lists if m.startswith("Paragraph 1"))
+    assert all("Write 1 questions" in m and m.count("- Question ") == 2 for m in lists)
     check_shape(read(tmp_path))
 
 

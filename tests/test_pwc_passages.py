@@ -126,6 +126,11 @@ def test_an_empty_reply_is_refused(parse, reply):
         parse(reply)
 
 
+def test_a_reply_that_repeats_the_prompt_is_refused():
+    with pytest.raises(ValueError, match="over again"):
+        parse_answer(" who? ", "Who?")
+
+
 @given(st.text(st.sampled_from('[]{}",:\\ \n1.)aé-*'), max_size=80))
 def test_no_reply_is_too_odd(reply):
     for parse in (parse_questions, parse_pairs):

@@ -48,15 +48,15 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 WITHOUT_TEACHER = (RESTATE, CONTINUE)  # the answer stands in the document, as long as that goes on
 
-_PASSAGE = "{passage}\n\n---\n\nThe text above ends at the line. {task}"
-_ANSWER = "{prompt}\nGive the answer alone, without any remark before or after it."
+_PASSAGE = "Text:\n\n{passage}\n\n---\n\n{task}"
+_ANSWER = "{prompt}\nReply with the answer alone."
 _QUESTIONS = (
-    "Write {n} prompts about it that test whether a reader has understood it: the first half instructions, the rest "
-    "questions, as different as possible (topic, genre, structure, style, tone, key facts and details), each of which "
-    "can be answered from the text alone.{known}\n"
+    "Write {n} questions and instructions about the text above that test whether a reader has understood it, as "
+    "different as possible (topic, genre, structure, style, tone, key facts, details), half of them instructions. Each "
+    "must be answerable from the text alone.{known}\n"
 )
 _KNOWN = " Do not repeat any of these:\n{questions}\n"
-_LIST = "Give one prompt a line, numbered, and nothing else."
+_LIST = "Reply with a numbered list, one a line, and nothing else."
 _PAIRS = (
     'Answer each of them, too. Reply with a JSON list and nothing else: [{{"prompt": "...", "answer": "..."}}, ...], '
     "{n} entries."
@@ -89,15 +89,17 @@ def questions_request(passage: str, n: int, known: Sequence[str], *, with_answer
     return _PASSAGE.format(passage=passage, task=task)
 
 
-def parse_answer(reply: str) -> str:
+def parse_answer(reply: str, prompt: str = "") -> str:
     """The reply without what a reasoning model thought first, stripped.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: nothing is left, or nothing but the prompt.
     """
     answer = _encodable(_THOUGHTS.sub("", reply)).strip()
     if not answer:
         raise ValueError("the reply is empty")
+    if answer.casefold() == prompt.casefold():
+        raise ValueError("the reply is the prompt over again")
     return answer
 
 

@@ -230,7 +230,7 @@ class _Run:
 
     async def _answer(self, passage: Passage, kind: str, prompt: str) -> None:
         request = prompts.answer_request(passage.text, prompt)
-        answer = await self._ask(passage, kind, request, prompts.parse_answer, 1)
+        answer = await self._ask(passage, kind, request, lambda r: prompts.parse_answer(r, prompt), 1)
         if answer is not None:
             self._write(passage, kind, prompt, answer, self.teacher.name)
 
