@@ -39,7 +39,7 @@ def make_pwc_command(
     dtype: Annotated[str, typer.Option(help="Of the local model: bfloat16 or float32.")] = "bfloat16",
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Of sampling; the endpoint's default, and greedy for a local model.")] = None,  # noqa: E501
     max_answer_tokens: Annotated[int, typer.Option(min=1, help="A longer answer is a failure.")] = 1024,
-    kinds: Annotated[str | None, typer.Option(help="Prompts for every passage, all by default: restate,continue,rephrase,summary,title,keywords; may be empty.")] = None,  # noqa: E501
+    kinds: Annotated[str | None, typer.Option(help="Prompts for every passage, separated by commas, all by default: restate, continue, rephrase, summary, title, keywords; may be empty.")] = None,  # noqa: E501
     questions: Annotated[int, typer.Option(min=0, help="Prompts that the teacher makes up for each passage.")] = 10,
     at_once: Annotated[bool, typer.Option("--at-once", help="Have those prompts and their answers in one JSON reply: cheaper, for strong teachers.")] = False,  # noqa: E501
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest passage: tokens of --tokenizer, else of the local model, else words.")] = 512,  # noqa: E501
