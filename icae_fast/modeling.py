@@ -17,7 +17,7 @@ from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.generation import GenerationMixin
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
 from icae_fast.kv_tree import SlotKVTree
-from icae_fast.loss import TokenLosses, decoder_forward, token_losses
+from icae_fast.loss import Teacher, TokenLosses, decoder_forward, token_losses
 from icae_fast.memory import Memory, check_memory
 from icae_fast.pretrained import PretrainedMixin
 from icae_fast.recompute import NOTHING, Recompute
@@ -300,6 +300,8 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         prompts: Sequence[torch.Tensor],
         labels: Sequence[torch.Tensor],
         recompute: Recompute = RECOMPUTE,
+        memory_size: int | None = None,
+        teacher: Teacher | None = None,
     ) -> TokenLosses:
         """The losses of `forward`, one for each labelled token, at a fraction of its time and memory.
 
@@ -312,9 +314,12 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             prompts: (S_i,) int64, what the decoder reads of row i, with a memory id for each slot.
             labels: (S_i,) int64, -100 where nothing is learned.
             recompute: what to trade for memory.
+            memory_size: slots a span, the first k' of the k; see `encode`.
+            teacher: of the labelled tokens, in the order of the losses, for distillation.
 
         Raises:
-            InvalidInputError: shapes or ids that do not fit, or as many memory ids as there are no slots.
+            InvalidInputError: shapes or ids that do not fit, as many memory ids as there are no slots, or a teacher of
+                another batch.
             ContextTooLongError: a row is longer than `max_positions`.
         """
-        return token_losses(self, contexts, prompts, labels, recompute)
+        return token_losses(self, contexts, prompts, labels, recompute, memory_size, teacher)
