@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from icae_fast.encoder import encode_spans
+from icae_fast.activations import ActivationBudget
 from icae_fast.errors import ContextTooLongError, InvalidInputError
 from icae_fast.head_loss import head_loss
-from icae_fast.recompute import Recompute
 from icae_fast.spans import PackedRows, cumulative, pack_ends
+from icae_fast.training_step import TrainingStep
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -80,7 +80,7 @@ def token_losses(
     contexts: Sequence[torch.Tensor],
     prompts: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
-    recompute: Recompute,
+    budget: ActivationBudget,
     memory_size: int | None = None,
     teacher: Teacher | None = None,
 ) -> TokenLosses:
@@ -89,9 +89,9 @@ def token_losses(
     prompts = _integer_rows(prompts, "prompts")
     targets = _targets(labels, prompts, icae.vocabulary.n_base)
     rows, kept, scored = _scored_rows(_lengths(icae, contexts, prompts), targets)
-    slots = encode_spans(icae, contexts, recompute.token_budget, recompute=recompute, memory_size=memory_size)
-    embeddings = _with_slots(icae, prompts, slots)[kept.to(icae.device)]
-    hidden = icae.backbone.forward(embeddings, rows.to(icae.device), recompute=recompute if recompute.layers else None)
+    step = TrainingStep(icae, contexts, len(kept), budget, memory_size)
+    embeddings = _with_slots(icae, prompts, step.encode())[kept.to(icae.device)]
+    hidden = step.decode(embeddings, rows.to(icae.device))
     row_of = torch.arange(len(prompts)).repeat_interleave(rows.cu_seqlens_out.diff())
     if len(scored) < len(row_of):
         hidden, row_of = hidden[scored.to(icae.device)], row_of[scored]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icae_fast.activations import ActivationBudget
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.loss import IGNORE, Teacher
 from training.batch import pack
@@ -140,7 +141,8 @@ def test_gradients_of_the_loss():
     )
 
 
-def test_token_losses_take_a_teacher(make_icae):
+@pytest.mark.parametrize("kept_bytes", [0, None])
+def test_token_losses_take_a_teacher(make_icae, kept_bytes):
     """Some tokens with a teacher, some without, at k' slots: each as the formula has it, and so are gradients."""
     icae, k = make_icae(memory_positions="spread"), 2
     rows = (("ft", 20, 8), ("ae", 9, 0), ("ft", 7, 9), ("ft", 250, 8))
@@ -149,7 +151,8 @@ def test_token_losses_take_a_teacher(make_icae):
     chosen = teacher_rows(icae, batch, settings)
     teacher = Teacher(teacher_hidden(icae, chosen), chosen.covered, settings.alpha, settings.temperature)
     columns = [[torch.tensor(getattr(s, n)) for s in samples] for n in ("input_ids", "prompt_answer_ids", "labels")]
-    got = icae.token_losses(*columns, memory_size=k, teacher=teacher)
+    budget = ActivationBudget(bytes=kept_bytes)
+    got = icae.token_losses(*columns, budget, memory_size=k, teacher=teacher)
 
     contexts, prompts, labels = columns
     embeddings = [icae.tokens_to_embeddings(p) for p in prompts]
