@@ -79,6 +79,24 @@ class ICAEConfig:
         """The longest span, in context tokens: `memory_size * compression_rate`."""
         return self.memory_size * self.compression_rate
 
+    def with_memory_size(self, memory_size: int) -> ICAEConfig:
+        """The config of an adapter of the first `memory_size` memory tokens, with spans as long as before.
+
+        Its compression rate is `k * rate / memory_size`; see `ICAE.with_memory_size`.
+
+        Raises:
+            ConfigError: not a whole number from 1 to k, or one that does not divide `k * rate`.
+        """
+        whole = isinstance(memory_size, int) and not isinstance(memory_size, bool)
+        if not whole or not 1 <= memory_size <= self.memory_size:
+            raise ConfigError(f"a memory size of {memory_size!r} is asked for; it must be 1 to {self.memory_size}")
+        if self.max_span_tokens % memory_size:
+            raise ConfigError(
+                f"spans of {self.max_span_tokens} tokens cannot be shared by {memory_size} slots; the memory size must "
+                "divide memory_size * compression_rate"
+            )
+        return self.replace(memory_size=memory_size, compression_rate=self.max_span_tokens // memory_size)
+
     def replace(self, **changes: Any) -> ICAEConfig:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)

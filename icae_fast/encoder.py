@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from icae_fast.spans import micro_batches, pack_spans, span_lengths
+from icae_fast.spans import micro_batches, pack_spans, slots_per_span, span_lengths
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -21,13 +21,14 @@ def encode_spans(
     on_progress: Callable[[int, int], None] | None = None,
     *,
     dropout: bool = True,
+    memory_size: int | None = None,
 ) -> list[torch.Tensor]:
     """See `ICAE.encode`; `dropout=False` leaves LoRA dropout out in training mode too."""
-    config, k = icae.config, icae.config.memory_size
+    config, k = icae.config, slots_per_span(icae.config, memory_size)
     cuts = [span_lengths(len(ids), config) for ids in contexts]
     spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
     lora = icae.encoder_weights.get(icae, dropout=dropout)
-    memory_tokens = memory_tokens_of(icae)
+    memory_tokens = memory_tokens_of(icae, k)
     done, total = 0, sum(map(len, contexts))
     # Without a graph slots go into one block made beforehand: kept one by one between a micro-batch's activations,
     # they held the heap apart, and 64 spans took 40 % more memory than 32.
@@ -49,15 +50,15 @@ def encode_spans(
     return list(encoded.split([len(cut) * k for cut in cuts]))
 
 
-def memory_tokens_of(icae: ICAE) -> torch.Tensor:
-    """(k, d) embeddings of the memory tokens in the compute dtype."""
-    return icae.memory_token_embed.weight[: icae.config.memory_size].to(icae.dtype)
+def memory_tokens_of(icae: ICAE, memory_size: int) -> torch.Tensor:
+    """(memory_size, d) embeddings of the first memory tokens in the compute dtype."""
+    return icae.memory_token_embed.weight[:memory_size].to(icae.dtype)
 
 
 def embed_spans(icae: ICAE, spans: Sequence[torch.Tensor], memory_tokens: torch.Tensor):
     """Embeddings of packed spans, each with the memory tokens behind it, (T, d), and their layout."""
     lengths = [len(s) for s in spans]
-    rows = pack_spans(lengths, icae.config).to(icae.device)
+    rows = pack_spans(lengths, icae.config, len(memory_tokens)).to(icae.device)
     pieces = [p for e in icae.embed(torch.cat(tuple(spans))).split(lengths) for p in (e, memory_tokens)]
     return torch.cat(pieces), rows
 

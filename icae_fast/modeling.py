@@ -18,7 +18,7 @@ from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.generation import GenerationMixin
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
 from icae_fast.kv_tree import SlotKVTree
-from icae_fast.loss import TokenLosses, decoder_forward, token_losses
+from icae_fast.loss import Teacher, TokenLosses, decoder_forward, token_losses
 from icae_fast.memory import Memory, check_memory
 from icae_fast.pretrained import PretrainedMixin
 from icae_fast.slot_kv import SlotKVMixin
@@ -145,6 +145,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         contexts: Sequence[torch.Tensor],
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         on_progress: Callable[[int, int], None] | None = None,
+        memory_size: int | None = None,
     ) -> list[torch.Tensor]:
         """Slots of each context, with a graph for training.
 
@@ -155,11 +156,17 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             contexts: (L_i,) int64 ids of base tokens.
             token_budget: context and memory tokens of one micro-batch; a longer span goes alone.
             on_progress: called with (context tokens done, of how many) after each micro-batch.
+            memory_size: k', to put the first k' memory tokens behind the same spans instead of all k; training with
+                many k' makes one adapter that serves them all (`with_memory_size`). With `append` positions these are
+                the first k' slots of each span, attention being causal; with `spread` they stand elsewhere.
 
         Returns:
             (n_spans_i * k, d) for each context, in the model's dtype.
+
+        Raises:
+            InvalidInputError: memory_size is not 1 to k.
         """
-        return encode_spans(self, contexts, token_budget, on_progress)
+        return encode_spans(self, contexts, token_budget, on_progress, memory_size=memory_size)
 
     @torch.no_grad()
     def compress(
@@ -291,6 +298,8 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         prompts: Sequence[torch.Tensor],
         labels: Sequence[torch.Tensor],
         budget: ActivationBudget = ACTIVATION_BUDGET,
+        memory_size: int | None = None,
+        teacher: Teacher | None = None,
     ) -> TokenLosses:
         """The losses of `forward`, one for each labelled token, at a fraction of its time and memory.
 
@@ -303,9 +312,12 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             prompts: (S_i,) int64, what the decoder reads of row i, with a memory id for each slot.
             labels: (S_i,) int64, -100 where nothing is learned.
             budget: memory for what the backward would otherwise compute again.
+            memory_size: slots a span, the first k' of the k; see `encode`.
+            teacher: of the labelled tokens, in the order of the losses, for distillation.
 
         Raises:
-            InvalidInputError: shapes or ids that do not fit, or as many memory ids as there are no slots.
+            InvalidInputError: shapes or ids that do not fit, as many memory ids as there are no slots, or a teacher of
+                another batch.
             ContextTooLongError: a row is longer than `max_positions`.
         """
-        return token_losses(self, contexts, prompts, labels, budget)
+        return token_losses(self, contexts, prompts, labels, budget, memory_size, teacher)

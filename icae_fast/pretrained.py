@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from icae_fast.backbone import check_supported
 from icae_fast.config import ICAEConfig
 from icae_fast.hub import load_base_model, resolve_adapter_folder, upload_adapter
 from icae_fast.identity import tensors_hash
+from icae_fast.inputs import Vocabulary
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -117,6 +119,37 @@ class PretrainedMixin:
             kwargs: for `huggingface_hub.HfApi.create_repo` (`private`, `token`).
         """
         return upload_adapter(self, name, **kwargs)
+
+    def with_memory_size(self: ICAE, memory_size: int) -> ICAE:
+        """A smaller ICAE that compresses the same spans into the first `memory_size` slots of the k.
+
+        Good where training drew many memory sizes (see `encode`): one adapter then serves several compression rates.
+        Its slots are those of `encode(contexts, memory_size=memory_size)`.
+
+        Base model, LoRA factors, slot gain, merged weights and `slot_kv` are shared with this one, so that it takes
+        no memory to speak of, and training one trains the other; the memory tokens are copied as they are now.
+
+        Args:
+            memory_size: k' from 1 to k, a divisor of `k * rate`; its compression rate is `k * rate / k'`.
+
+        Returns:
+            An ICAE of its own, which can be saved, and whose ids of AE, LM and FT follow its k'.
+
+        Raises:
+            ConfigError: another memory size.
+        """
+        config = self.config.with_memory_size(memory_size)
+        # The adapter is a module of its own on the same factors, so that `eval()` of one leaves the other's dropout be.
+        shared = (
+            self.base_model, self.tokenizer, self.backbone, self.slot_kv, self.encoder_weights, self.slot_gain,
+            self.memory_token_embed, *self.adapter.parameters(),
+        )  # fmt: skip
+        smaller = copy.deepcopy(self, {id(x): x for x in shared})
+        smaller.config, smaller.vocabulary = config, Vocabulary(self.vocabulary.n_base, config)
+        weight = self.memory_token_embed.weight.detach()
+        rows = torch.cat((weight[:memory_size], weight[self.config.memory_size :]))
+        smaller.memory_token_embed = nn.Embedding.from_pretrained(rows, freeze=False).train(self.training)
+        return smaller
 
     def reference_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (key in the reference's checkpoints, trained parameter)."""

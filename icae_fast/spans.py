@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from icae_fast.config import ICAEConfig
+from icae_fast.errors import InvalidInputError
 from icae_fast.ops._lengths import remember
 
 
@@ -32,12 +33,27 @@ def span_lengths(length: int, config: ICAEConfig) -> list[int]:
     return [min(step, length - start) for start in range(0, length, step)]
 
 
-def memory_positions(length: int, config: ICAEConfig) -> torch.Tensor:
-    """Position ids of the k memory tokens behind a span of `length` tokens, (k,) int64.
+def slots_per_span(config: ICAEConfig, memory_size: int | None = None) -> int:
+    """`memory_size`, the number of memory tokens behind a span, or k where it is None.
 
-    `append`: L, L + 1, ...; `spread`: `max(0, floor((i + 1) * L / k) - 1)` for memory token i.
+    Raises:
+        InvalidInputError: not a whole number from 1 to k.
     """
     k = config.memory_size
+    if memory_size is None:
+        return k
+    if isinstance(memory_size, bool) or not isinstance(memory_size, int) or not 1 <= memory_size <= k:
+        raise InvalidInputError(f"memory_size is {memory_size!r}; it must be a whole number from 1 to {k}, or None")
+    return memory_size
+
+
+def memory_positions(length: int, config: ICAEConfig, memory_size: int | None = None) -> torch.Tensor:
+    """Position ids of the k memory tokens behind a span of `length` tokens, (k,) int64.
+
+    `append`: L, L + 1, ...; `spread`: `max(0, floor((i + 1) * L / k) - 1)` for memory token i. With a `memory_size`
+    k' there are so many memory tokens, and k' stands for k.
+    """
+    k = slots_per_span(config, memory_size)
     if config.memory_positions == "append":
         return torch.arange(length, length + k)
     return ((torch.arange(1, k + 1) * length) // k - 1).clamp_min(0)
@@ -77,15 +93,15 @@ def cumulative(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def pack_spans(lengths: Sequence[int], config: ICAEConfig) -> PackedRows:
-    """The layout of a batch of spans, each followed at once by its k memory tokens.
+def pack_spans(lengths: Sequence[int], config: ICAEConfig, memory_size: int | None = None) -> PackedRows:
+    """The layout of a batch of spans, each followed at once by its k (or `memory_size`) memory tokens.
 
     Only memory tokens are in `out_rows`, so that the last layer computes nothing for the context but its
     keys and values. There is no padding.
     """
-    k = config.memory_size
+    k = slots_per_span(config, memory_size)
     cu = cumulative([n + k for n in lengths])
-    positions = [p for n in lengths for p in (torch.arange(n), memory_positions(n, config))]
+    positions = [p for n in lengths for p in (torch.arange(n), memory_positions(n, config, k))]
     ends = cu[1:].to(torch.int64)
     return PackedRows(
         positions=torch.cat(positions),
@@ -110,6 +126,22 @@ def pack_behind(starts: Sequence[int], counts: Sequence[int]) -> PackedRows:
         out_rows=cu[1:].to(torch.int64) - 1,
         cu_seqlens_out=torch.arange(len(counts) + 1, dtype=torch.int32),
         max_seqlen_out=1,
+    )
+
+
+def pack_ends(lengths: Sequence[int], counts: Sequence[int]) -> PackedRows:
+    """The layout of rows of `lengths` tokens, of which the last `counts` hidden states each are asked for.
+
+    They are the last ones because fewer queries than keys are aligned with the end of a row.
+    """
+    cu, cu_out = cumulative(lengths), cumulative(counts)
+    return PackedRows(
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=cu,
+        max_seqlen=max(lengths),
+        out_rows=torch.cat([torch.arange(end - n, end) for end, n in zip(cu[1:].tolist(), counts, strict=True)]),
+        cu_seqlens_out=cu_out,
+        max_seqlen_out=max(counts),
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from icae_fast.activations import ActivationBudget, plan
 from icae_fast.encoder import embed_spans, memory_tokens_of, scale_slots, slot_norm
 from icae_fast.layer_tape import Level, backward_stack, forward_stack
-from icae_fast.spans import PackedRows, micro_batches, span_lengths
+from icae_fast.spans import PackedRows, micro_batches, slots_per_span, span_lengths
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -30,13 +30,19 @@ class TrainingStep:
         contexts: (L_i,) ids.
         decoder_tokens: packed tokens that `decode` will read.
         budget: what may be kept.
+        memory_size: slots a span, see `ICAE.encode`.
     """
 
     def __init__(
-        self, icae: ICAE, contexts: Sequence[torch.Tensor], decoder_tokens: int, budget: ActivationBudget
+        self,
+        icae: ICAE,
+        contexts: Sequence[torch.Tensor],
+        decoder_tokens: int,
+        budget: ActivationBudget,
+        memory_size: int | None = None,
     ) -> None:
-        k = icae.config.memory_size
-        self.icae, self.budget = icae, budget
+        k = slots_per_span(icae.config, memory_size)
+        self.icae, self.budget, self.memory_size = icae, budget, k
         cuts = [span_lengths(len(ids), icae.config) for ids in contexts]
         spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
         sizes = [len(s) + k for s in spans]
@@ -53,7 +59,7 @@ class TrainingStep:
         """Slots of each context, (n_spans_i * k, d)."""
         icae = self.icae
         lora = icae.adapter.pack(icae.dtype)
-        tensors = [memory_tokens_of(icae), icae.slot_gain, *(p.a for p in lora), *(p.b for p in lora)]
+        tensors = [memory_tokens_of(icae, self.memory_size), icae.slot_gain, *(p.a for p in lora), *(p.b for p in lora)]
         norm = slot_norm(icae)
         if self.plain and not self.keep_all:
             slots = _Encode.apply(self, lora, norm, *tensors)
@@ -65,7 +71,7 @@ class TrainingStep:
         icae = self.icae
 
         def run(weight, gain):
-            x, rows = embed_spans(icae, spans, weight[: icae.config.memory_size].to(icae.dtype))
+            x, rows = embed_spans(icae, spans, weight[: self.memory_size].to(icae.dtype))
             return scale_slots(icae.backbone.forward(x, rows, lora), norm, gain)
 
         return self._again(run, icae.memory_token_embed.weight, icae.slot_gain)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from icae_fast import ICAE
 from icae_fast.errors import InvalidInputError
 from icae_fast.loss import IGNORE
-from icae_fast.spans import count_spans
+from icae_fast.spans import count_spans, slots_per_span
 
 MIN_TOKENS_FOR_LM = 64
 LEAVE_TOKENS_FOR_LM = 8
@@ -129,6 +129,34 @@ def pretraining_sample(
     if len(rest) > min_for_lm:
         return continuation_sample(icae, ids[start:end], rest, lm_token=lm_token)
     return autoencoding_sample(icae, ids[start:end])
+
+
+def with_memory_size(icae: ICAE, sample: Sample, memory_size: int) -> Sample:
+    """The same sample for a memory of the first `memory_size` slots a span: fewer memory ids in what the decoder reads.
+
+    Args:
+        icae: gives ids and span rule.
+        sample: made for all k slots a span.
+        memory_size: k', from 1 to k; the context has to be encoded with it, too (`ICAE.encode`).
+
+    Raises:
+        InvalidInputError: memory_size is not 1 to k, or the sample has not k memory ids a span.
+    """
+    keep = slots_per_span(icae.config, memory_size)
+    n_spans = count_spans(len(sample.input_ids), icae.config)
+    first, end = icae.vocabulary.first_memory, icae.vocabulary.ae
+    positions = [i for i, token in enumerate(sample.prompt_answer_ids) if first <= token < end]
+    if len(positions) != n_spans * icae.config.memory_size:
+        raise InvalidInputError(
+            f"{sample.origin or 'a sample'} has {len(positions)} memory ids; its {n_spans} spans of "
+            f"{icae.config.memory_size} slots need {n_spans * icae.config.memory_size}"
+        )
+    dropped = set(positions[n_spans * keep :])
+
+    def kept(row):
+        return [value for i, value in enumerate(row) if i not in dropped]
+
+    return replace(sample, prompt_answer_ids=kept(sample.prompt_answer_ids), labels=kept(sample.labels))
 
 
 def collate(icae: ICAE, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
