@@ -17,7 +17,8 @@ from rich.table import Table
 
 from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import ICAEError, InvalidInputError
-from training import cli as training_commands
+from training.cli import finetune_command, pretrain_command
+from training.cli_pwc import make_pwc_command
 
 MEMORY_SUFFIX = ".icae"
 UNTRAINED = (
@@ -332,7 +333,10 @@ def latency(
         Console().print(render(result))
 
 
-training_commands.register(app)
+app.command("pretrain")(pretrain_command)
+app.command("finetune")(finetune_command)
+app.command("make-pwc")(make_pwc_command)
+
 
 if __name__ == "__main__":
     main()

@@ -42,8 +42,9 @@ def config(tmp_path, base):
             "adapter": {"memory_size": 2, "compression_rate": 4, "lora_rank": 4, "lora_dropout": 0.1},
             "data": {"train": str(data), "tokens_per_step": 200, "micro_batch_tokens": 100, "window_steps": 2,
                      "cache_folder": str(tmp_path / "cache")},
-            "stages": [{"steps": 2, "objectives": {"ae": 1}, "max_tokens": 8},
-                       {"steps": 4, "objectives": {"ae": 1, "lm": 1}, "max_tokens": 16}],
+            "stages": [{"steps": 2, "objectives": {"warm": 1}, "max_tokens": 8},
+                       {"steps": 4, "objectives": {"ae": 1, "lm": 1}, "max_tokens": 16, "memory_sizes": [1, 2]}],
+            "distillation": {"alpha": 0.5, "objectives": ["lm", "ae"]},
             "train": {"save_steps": 2, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True},
         }  # fmt: skip
         for name, section in sections.items():
@@ -80,6 +81,7 @@ def test_pretraining_from_texts_with_a_bad_row_in_them(config, tmp_path):
     lines = [line for line in state["log_history"] if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["stage"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    assert [[n for n in ("loss_warm", "loss_ae") if n in line] for line in lines[1:3]] == [["loss_warm"], ["loss_ae"]]
     assert sum(n for cause, n in lines[-1].items() if cause.startswith("rows/skipped")) == 2
     assert [line["step"] for line in state["log_history"] if "eval_loss" in line] == [3, 6]
     assert (tmp_path / "out" / "samples.jsonl").read_text().count("\n") == 2

@@ -73,7 +73,7 @@ def test_a_number_without_a_dot_is_one(tmp_path):
         ({"trian": {}}, "unknown key trian; did you mean train"),
         ({"adapter": {"lora_rnk": 4}}, "unknown key adapter.lora_rnk; did you mean lora_rank"),
         ({"data": {"train": "x", "on_bad_rows": "skip"}}, "unknown key data.on_bad_rows; did you mean on_bad_row"),
-        ({"memory": {"layer": True}}, "unknown key memory.layer; did you mean layers"),
+        ({"memory": {"byte": 1}}, "unknown key memory.byte; did you mean bytes"),
         ({"distillation": {"alhpa": 1}}, "did you mean alpha"),
         ({"train": {"learning_rte": 1e-4}}, "unknown key train.learning_rte; did you mean learning_rate"),
         (
@@ -96,7 +96,7 @@ def test_a_number_without_a_dot_is_one(tmp_path):
         ({"data": {"train": "x", "spans": [3, 2]}}, "low <= high"),
         ({"data": {"train": "x", "tokens_per_step": 8}}, "more than data.tokens_per_step"),
         ({"data": {"train": "x", "workers": 2}}, "data.workers is 2"),
-        ({"memory": {"token_budget": 0}}, "token_budget is 0"),
+        ({"memory": {"span_tokens": 0}}, "span_tokens of the activation budget is 0"),
         ({"distillation": {"alpha": 2}}, "alpha is 2"),
     ],
 )

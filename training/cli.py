@@ -14,18 +14,12 @@ Config = Annotated[Path, typer.Argument(help="A YAML file; or the name of an ins
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value over the file; may be given often.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    app.command()(pretrain)
-    app.command()(finetune)
-
-
-def pretrain(config: Config, set_: Set = None) -> None:
+def pretrain_command(config: Config, set_: Set = None) -> None:
     """Train an adapter to restore and continue texts, as a YAML file says; goes on from its last checkpoint."""
     _run("pretrain", config, set_ or [])
 
 
-def finetune(config: Config, set_: Set = None) -> None:
+def finetune_command(config: Config, set_: Set = None) -> None:
     """Train an adapter to answer prompts about contexts, as a YAML file says; goes on from its last checkpoint."""
     _run("finetune", config, set_ or [])
 

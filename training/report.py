@@ -15,9 +15,8 @@ import torch
 
 from icae_fast import ICAE
 from training.curriculum import WARM
-from training.objectives import OBJECTIVES
+from training.model import NAMES
 
-NAMES = (*OBJECTIVES, WARM)
 SAMPLES_FILE = "samples.jsonl"
 
 
@@ -34,8 +33,7 @@ class Scores:
     @classmethod
     def of(cls, outputs: Mapping[str, torch.Tensor]) -> Scores:
         """Those of a `TrainingModel`'s forward, on its device."""
-        found = torch.stack([outputs[key].double() for key in ("sums", "counts", "correct")], dim=1)
-        return cls(torch.nn.functional.pad(found, (0, 0, 0, len(NAMES) - len(found))))
+        return cls(torch.stack([outputs[key].double() for key in ("sums", "counts", "correct")], dim=1))
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(self.values + other.values)
@@ -62,12 +60,13 @@ class LossWindow:
     floats, which JSON keeps exactly.
 
     Attributes:
+        without_teacher: samples that were too long for a teacher, since training began.
         skipped_steps: optimiser steps that were dropped since training began.
         tokens, context_tokens: seen since training began.
     """
 
     def __init__(self) -> None:
-        self.skipped_steps = 0
+        self.skipped_steps = self.without_teacher = 0
         self.tokens = 0
         self.context_tokens = 0
         self._clear()
@@ -102,8 +101,9 @@ class LossWindow:
         logs["context_tokens_per_second"] = round(self._seconds_context / seconds, 1)
         logs["tokens"] = self.tokens
         logs["context_tokens"] = self.context_tokens
-        if self.skipped_steps:
-            logs["skipped_steps"] = self.skipped_steps
+        for name in ("skipped_steps", "without_teacher"):
+            if n := getattr(self, name):
+                logs[name] = n
         self._clear()
         self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
         return logs
@@ -113,6 +113,7 @@ class LossWindow:
         return {
             "scores": self._scores.values.tolist(),
             "skipped_steps": self.skipped_steps,
+            "without_teacher": self.without_teacher,
             "tokens": self.tokens,
             "context_tokens": self.context_tokens,
         }
@@ -120,7 +121,7 @@ class LossWindow:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; speed is measured from now on."""
         self._scores = Scores(torch.tensor(state["scores"], dtype=torch.float64))
-        self.skipped_steps = state["skipped_steps"]
+        self.skipped_steps, self.without_teacher = state["skipped_steps"], state["without_teacher"]
         self.tokens, self.context_tokens = state["tokens"], state["context_tokens"]
         self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
 

@@ -89,7 +89,7 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
     )  # fmt: skip
     arguments.gradient_accumulation_steps = stream.micro_batches_per_step
     trainer = ICAETrainer(
-        TrainingModel(icae, settings.recompute()), arguments, stream,
+        TrainingModel(icae, settings.budget(), settings.distill()), arguments, stream,
         eval_batches=[pack(samples) for samples in held_out_samples], on_nan=settings.train.on_nan,
         restore=_passage(settings, held_out_samples),
     )  # fmt: skip

@@ -18,10 +18,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from icae_fast import ICAEConfig
+from icae_fast.activations import ActivationBudget
 from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import ConfigError
 from icae_fast.files import write_atomically
-from icae_fast.recompute import Recompute
 from training.arguments import TrainSection
 from training.curriculum import Curriculum
 from training.distill import Distillation
@@ -122,7 +122,7 @@ def _section_of(kind: type, name: str, without: Iterable[str] = ()) -> type[Sect
 
 AdapterSection = _section_of(ICAEConfig, "AdapterSection", without=("base_model", "base_revision"))
 DistillationSection = _section_of(Distillation, "DistillationSection")
-MemorySection = _section_of(Recompute, "MemorySection")
+MemorySection = _section_of(ActivationBudget, "MemorySection")
 
 
 class Settings(Section):
@@ -162,13 +162,13 @@ class Settings(Section):
         """
         return Curriculum.from_dicts(self.stages)
 
-    def recompute(self) -> Recompute:
-        """What a step computes again in its backward.
+    def budget(self) -> ActivationBudget:
+        """Memory for what a step's backward would otherwise compute again.
 
         Raises:
             ConfigError: a field is out of range.
         """
-        return Recompute(**dict(self.memory))
+        return ActivationBudget(**dict(self.memory))
 
     def distill(self) -> Distillation:
         """Distillation from the model that reads the whole context.
@@ -316,7 +316,7 @@ def _check(settings: Settings, values: Mapping[str, Any]) -> None:
             "one of them out"
         )
     config = settings.icae_config()
-    settings.recompute()
+    settings.budget()
     settings.distill()
     curriculum = settings.curriculum()
     if model.adapter is None:

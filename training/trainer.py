@@ -59,6 +59,7 @@ class _MicroBatch:
     origins: Sequence[str]
     tokens: int
     context_tokens: int
+    without_teacher: int
 
 
 class ICAETrainer(Trainer):
@@ -151,7 +152,9 @@ class ICAETrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs | warm, True, num_items_in_batch)
         n_context = len(inputs["context_ids"])
         n_tokens = n_context + len(inputs["prompt_answer_ids"])
-        self._step.append(_MicroBatch(Scores.of(outputs), inputs["origins"], n_tokens, n_context))
+        self._step.append(
+            _MicroBatch(Scores.of(outputs), inputs["origins"], n_tokens, n_context, outputs["without_teacher"])
+        )
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -165,9 +168,10 @@ class ICAETrainer(Trainer):
         step, self._step = self._step, []
         scores = sum((m.scores for m in step), start=Scores(torch.zeros_like(step[0].scores.values)))
         bad = [m for m in step if not bool(torch.isfinite(m.scores.values).all())]
-        sizes = [float(len(bad)), float(sum(m.tokens for m in step)), float(sum(m.context_tokens for m in step))]
-        mine = torch.cat((scores.values.new_tensor(sizes), scores.values.flatten()))
-        n_bad, tokens, context_tokens, *values = self.accelerator.reduce(mine, "sum").tolist()
+        sizes = [[any(m is b for b in bad), m.tokens, m.context_tokens, m.without_teacher] for m in step]
+        mine = torch.cat((scores.values.new_tensor(sizes).sum(0), scores.values.flatten()))
+        n_bad, tokens, context_tokens, without, *values = self.accelerator.reduce(mine, "sum").tolist()
+        self._window.without_teacher += int(without)
         if n_bad == 0 and math.isfinite(norm):
             scores = Scores(torch.tensor(values, dtype=torch.float64).view(-1, 3))
             self._window.add(scores, int(tokens), int(context_tokens))
