@@ -6,13 +6,15 @@ import json
 import os
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.utils import compressions
 
 from icae_fast.errors import CacheError, ConfigError, DataError, TokenizerMismatchError
-from training import sources, tokenise
+from training import tokenise
 from training.records import PWC, TEXT, find_files, read_records
 from training.sources import SourceSpec, open_source
 
@@ -104,7 +106,7 @@ def test_files_of_all_kinds(open_rows, write, streaming):
 
 
 def test_remote_files():
-    fs = datasets.utils.file_utils.fsspec.filesystem("memory")
+    fs = fsspec.filesystem("memory")
     fs.pipe("/bucket/part-0.jsonl", lines([{"text": "w5"}]))
     fs.pipe("/bucket/part-1.jsonl", lines([{"text": "w6"}]))
     paths = find_files("memory://bucket/part-*.jsonl")
@@ -209,34 +211,28 @@ def test_damaged_files(open_rows, write, streaming):
 
 def test_rows_are_tokenised_once(open_rows, write, monkeypatch, make_tokenizer, tmp_path):
     write("rows.jsonl", [{"text": words(5, 6)}, {"text": words(7)}])
-    calls = []
-    monkeypatch.setattr(
-        sources, "read_records", lambda paths, fields: (calls.append(list(paths)), read_records(paths, fields))[1]
-    )
-    read = []
-    monkeypatch.setattr(tokenise.Tokenise, "__call__", counted := _counting(tokenise.Tokenise.__call__, read))
+    calls, call = [], tokenise.Tokenise.__call__
+    monkeypatch.setattr(tokenise.Tokenise, "__call__", lambda self, batch: (calls.append(1), call(self, batch))[1])
     first = listed(open_rows("rows.jsonl"))
-    assert read == [2]
-    used = make_tokenizer()
-    used(["w5", "w5 w6"], padding=True, truncation=True, max_length=1)
-    assert listed(open_source("rows.jsonl", used, cache_folder=str(tmp_path / "cache"))) == first
-    assert read == [2], "padding and truncation set by another call change nothing"
-    listed(open_source("rows.jsonl", make_tokenizer(80), cache_folder=str(tmp_path / "cache")))
-    assert read == [2, 2]
+    assert len(calls) == 1
+    padded = make_tokenizer()
+    padded(["w5", "w5 w6"], padding=True, truncation=True, max_length=1)  # sets options of the tokenizer for good
+    assert listed(open_source("rows.jsonl", padded, cache_folder=str(tmp_path / "cache"))) == first
+    assert len(calls) == 1
+    open_source("rows.jsonl", make_tokenizer(80), cache_folder=str(tmp_path / "cache"))
+    assert len(calls) == 2
     os.utime("rows.jsonl", ns=(1, 1))
     assert listed(open_rows("rows.jsonl")) == first
-    assert read == [2, 2, 2]
+    assert len(calls) == 3
     write("rows.jsonl", [{"text": words(9)}])
     assert listed(open_rows("rows.jsonl")) == [("rows.jsonl:1", [9], "")]
-    assert counted is tokenise.Tokenise.__call__
 
 
-def _counting(call, read):
-    def counting(self, batch):
-        read.append(len(batch["origin"]))
-        return call(self, batch)
-
-    return counting
+def test_zstandard_is_asked_for(open_rows, write, monkeypatch):
+    monkeypatch.delitem(compressions, "zst", raising=False)
+    for streaming in (False, True):
+        with pytest.raises(DataError, match=r"rows.jsonl.zst needs the package zstandard; `pip install zstandard`"):
+            listed(open_rows({"path": write("rows.jsonl.zst", b""), "streaming": streaming}))
 
 
 def test_an_error_leaves_no_cache_behind(open_rows, write, monkeypatch):

@@ -1,6 +1,7 @@
 """The stream of micro-batches is the same from wherever it is taken up, and on however many processes."""
 
 import json
+import pickle
 from itertools import islice
 
 import datasets
@@ -261,10 +262,11 @@ def test_a_loader_keeps_the_place(tiny_icae, open_jsonl, streaming, workers):
     assert resumed.counts == plain.counts
 
 
-def test_a_worker_may_be_spawned(tiny_icae, open_jsonl):
-    stream = BatchStream(open_jsonl([50] * 9, False), PretrainingDraw(tiny_icae), PLAIN, **SIZES)
-    expected = list(islice(BatchStream(open_jsonl([50] * 9, False), PretrainingDraw(tiny_icae), PLAIN, **SIZES), 3))
-    assert list(islice(stream.loader(None, 1, multiprocessing_context="spawn"), 3)) == expected
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stream_can_be_sent_to_a_worker(tiny_icae, open_jsonl, streaming):
+    stream = BatchStream(open_jsonl([50] * 9, streaming), PretrainingDraw(tiny_icae), PLAIN, **SIZES)
+    sent = pickle.loads(pickle.dumps(stream))
+    assert list(islice(sent, 9)) == list(islice(stream, 9))
 
 
 def test_more_workers_are_refused(tiny_icae):
@@ -283,6 +285,7 @@ def test_wrong_options_and_states_are_refused(tiny_icae):
         (lambda: make(tokens_per_step=0), "tokens_per_step is 0"),
         (lambda: make(rank=2, world_size=2), "rank is 2; it must be 0 to 1"),
         (lambda: make(curriculum=Curriculum([Stage(1, {"ae": 1}, 9), Stage(1, {"ft": 1}, 9)])), "stage 1: .*'ft'"),
+        (lambda: make(curriculum=Curriculum([Stage(1, {"ae": 1}, 9, memory_sizes=(3,))])), "stage 0: .*3"),
         (lambda: BatchStream(mapped([50]), InstructionDraw(tiny_icae), PLAIN, **SIZES), "the rows have text"),
         (lambda: make(seed=1).load_state_dict(make().state_dict()), "seed was 0 and is 1"),
         (lambda: make().load_state_dict(make(tokens_per_step=500).state_dict()), "tokens_per_step was 500 and is 400"),
