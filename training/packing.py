@@ -79,10 +79,9 @@ def share(step: Step, costs: Sequence[int], rank: int = 0, world_size: int = 1) 
     ranked = sorted(range(len(step)), key=lambda j: (-sum(costs[i] for i in step[j]), j))
 
     def receiver(place: int) -> int:
+        # Forth and back, so that nobody gets the most costly of every turn.
         turn, seat = divmod(place, world_size)
-        return (
-            seat if turn % 2 == 0 else world_size - 1 - seat
-        )  # forth and back, so that nobody has all the costly ones
+        return seat if turn % 2 == 0 else world_size - 1 - seat
 
     return [(place, step[j]) for place, j in enumerate(ranked) if receiver(place) == rank]
 
@@ -119,11 +118,12 @@ class _Runs:
             needed[i] = 1 + needed[self.end(i, cap)]
         runs, start = [], 0
         for left in reversed(range(n_runs)):
-            equal = self.sums[start] + (self.sums[-1] - self.sums[start]) / (left + 1)
+            equal = self.sums[start] + (self.sums[-1] - self.sums[start]) // (left + 1)
             soonest = bisect_left(needed, -left, lo=start + 1, key=lambda n: -n)
             latest = min(self.end(start, cap), self.n - left)
             nearest = bisect_left(self.sums, equal, lo=start + 1)
-            nearest -= nearest > start + 1 and equal - self.sums[nearest - 1] < self.sums[nearest] - equal
+            if nearest > start + 1 and equal - self.sums[nearest - 1] < self.sums[nearest] - equal:
+                nearest -= 1
             stop = min(max(nearest, soonest), latest)
             runs.append(range(start, stop))
             start = stop

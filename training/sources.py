@@ -106,13 +106,9 @@ def open_source(
         raise DataError(stopped(origin, problem) + f" ({len(source.bad_rows)} such rows in all)")
     if not len(source):
         causes = Counter(problem for _, problem in source.bad_rows)
-        listed = ", ".join(f"{n} times {cause}" for cause, n in causes.most_common()) or "they are empty"
-        raise DataError(f"{_listed(chosen)} gives no row that can be used: {listed}")
+        listed = ", ".join(f"{n} times {cause}" for cause, n in causes.most_common())
+        raise DataError(f"{', '.join(spec.path for spec in chosen)} gives no row that can be used: {listed}")
     return source
-
-
-def _listed(specs: Sequence[SourceSpec]) -> str:
-    return ", ".join(spec.path for spec in specs)
 
 
 def _tokenised(spec: SourceSpec, tokenise: Tokenise, cache_folder: str | None) -> datasets.Dataset:
@@ -120,7 +116,7 @@ def _tokenised(spec: SourceSpec, tokenise: Tokenise, cache_folder: str | None) -
     paths = _files(spec)
     if paths is not None:
         identity = [[path, file_version(path)] for path in paths]
-        return tokenise_once(read_records(paths, tokenise.fields), identity, tokenise, cache_folder)
+        return tokenise_once(spec.path, read_records(paths, tokenise.fields), identity, tokenise, cache_folder)
     dataset = _load_hub(spec, tokenise.fields)
     identity = [asdict(spec), dataset.cache_files]  # whose folders are named by config and revision
 
@@ -129,7 +125,7 @@ def _tokenised(spec: SourceSpec, tokenise: Tokenise, cache_folder: str | None) -
             batch = dataset[start : start + _READ_ROWS]
             yield from hub_records(batch, range(start, len(dataset)), tokenise.fields, _hub_name(spec))
 
-    return tokenise_once(records(), identity, tokenise, cache_folder)
+    return tokenise_once(_hub_name(spec), records(), identity, tokenise, cache_folder)
 
 
 def _streamed(spec: SourceSpec, fields: tuple[str, ...]) -> RecordStream:

@@ -66,6 +66,14 @@ class BatchStream(IterableDataset):
 
     Raises:
         ConfigError: an option is out of range, the draw needs other rows, or a stage cannot be drawn.
+
+    Example:
+        ```python
+        source = open_source("books/*.jsonl", icae.tokenizer, fragment_tokens=512)
+        stream = BatchStream(source, PretrainingDraw(icae), curriculum, tokens_per_step=65_536, micro_batch_tokens=8_192)
+        for batch in stream.loader(pack):
+            ...
+        ```
     """
 
     def __init__(
@@ -93,6 +101,7 @@ class BatchStream(IterableDataset):
             raise ConfigError(f"the rows have {', '.join(source.fields)}, and samples need {', '.join(draw.fields)}")
         for i, stage in enumerate(curriculum.stages):
             try:
+                stage.check(draw.layout.config)
                 draw.check(stage)
             except ConfigError as error:
                 raise ConfigError(f"stage {i}: {error}") from error

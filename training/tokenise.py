@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from icae_fast.errors import CacheError, ICAEError, TokenizerMismatchError
+from icae_fast.errors import CacheError, DataError, ICAEError, TokenizerMismatchError
 from training.records import Record
 
 CACHE_VERSION = 1  # of the columns below; another one tokenises anew
@@ -72,7 +72,7 @@ def ids_column(name: str) -> str:
 
 
 def tokenise_once(
-    records: Iterable[Record], identity: Any, tokenise: Tokenise, cache_folder: str | None
+    name: str, records: Iterable[Record], identity: Any, tokenise: Tokenise, cache_folder: str | None
 ) -> datasets.Dataset:
     """All records as rows of ids, memory-mapped from the disk.
 
@@ -80,6 +80,7 @@ def tokenise_once(
     the cache. Processes that ask at the same time wait for the first.
 
     Args:
+        name: of the data, for messages.
         records: read when it is iterated.
         identity: JSON values that change when the records do.
         tokenise: gives the rows.
@@ -87,14 +88,17 @@ def tokenise_once(
 
     Raises:
         CacheError: the cache cannot be written.
-        DataError: whatever `records` raises.
+        DataError: there is no record at all, or whatever `records` raises.
     """
 
     def rows() -> Iterator[dict[str, Any]]:
+        batch = None
         for batch in _batches(records, tokenise.fields):
             columns = tokenise({key: [r[key] for r in batch] for key in batch[0]})
             for values in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, values, strict=True))
+        if batch is None:
+            raise DataError(f"{name} gives no row that can be used: it is empty")
 
     try:
         return datasets.Dataset.from_generator(
