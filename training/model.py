@@ -70,7 +70,6 @@ class TrainingModel(nn.Module):
             `counts` of the labelled tokens or slots, `correct` of those whose label had the highest logit, or whose
             target was the nearest; and `without_teacher`, the number of rows that were too long for one.
         """
-        del origins  # for messages
         contexts, prompts, targets = (
             ids.cpu().split(lengths.tolist())
             for ids, lengths in (
@@ -84,8 +83,9 @@ class TrainingModel(nn.Module):
             batch = {
                 "context_ids": context_ids, "context_lengths": context_lengths, "labels": labels,
                 "prompt_answer_ids": prompt_answer_ids, "prompt_lengths": prompt_lengths, "objectives": objectives,
+                "origins": origins or [""] * len(context_lengths),
             }  # fmt: skip
-            teacher, without = self._teacher({name: ids.cpu() for name, ids in batch.items()})
+            teacher, without = self._teacher(batch)
         scored = self.icae.token_losses(contexts, prompts, targets, self.budget, memory_size, teacher)
         objective = objectives.cpu()[scored.rows].to(scored.losses.device)
 
@@ -102,7 +102,7 @@ class TrainingModel(nn.Module):
         }
 
     def _teacher(self, batch: Batch) -> tuple[Teacher, int]:
-        """The teacher of a batch on the CPU, and how many rows were too long for one."""
+        """The teacher of a batch, and how many rows were too long for one."""
         own = self.distillation
         rows = teacher_rows(self.icae, batch, own)
         hidden = teacher_hidden(self.icae, rows, own.token_budget)

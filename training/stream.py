@@ -70,7 +70,8 @@ class BatchStream(IterableDataset):
     Example:
         ```python
         source = open_source("books/*.jsonl", icae.tokenizer, fragment_tokens=512)
-        stream = BatchStream(source, PretrainingDraw(icae), curriculum, tokens_per_step=65_536, micro_batch_tokens=8_192)
+        draw = PretrainingDraw(icae)
+        stream = BatchStream(source, draw, curriculum, tokens_per_step=65_536, micro_batch_tokens=8_192)
         for batch in stream.loader(pack):
             ...
         ```
