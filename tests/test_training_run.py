@@ -115,6 +115,23 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     assert (pretrain.run(load_settings(path)) / "icae_config.json").read_text() == digest
 
 
+def test_accelerate_launch_is_the_same_code(config, tmp_path):
+    path = config(TEXTS, adapter={"lora_dropout": 0.0})
+    pretrain.run(load_settings(path))
+    alone = history(tmp_path, 6)
+    (tmp_path / "out").rename(tmp_path / "alone")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *launch, "-m", "training.pretrain", str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Try it: icae-fast compress") == 1
+    together = history(tmp_path, 6)
+    assert len(together) == len(alone)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeypatch, capsys):
     pretrain.run(load_settings(config(TEXTS)))
     rows = [{"input": words(30, i), "prompt": words(4, 50 + i), "answer": words(6, 90 + i)} for i in range(8)]

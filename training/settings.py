@@ -340,6 +340,12 @@ def _check(settings: Settings, values: Mapping[str, Any]) -> None:
         raise ConfigError("train.eval_strategy asks for evaluation, but data.eval names no held-out rows")
     if data.eval is None and train.get("load_best_model_at_end"):
         raise ConfigError("train.load_best_model_at_end needs evaluation; name held-out rows in data.eval")
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(
+                f"accelerate is launched with {name}, which waits for calls of layers whose weights this package reads "
+                "by itself; launch with --multi_gpu, for DDP"
+            )
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", ""):
         raise ConfigError(
             "accelerate is launched with mixed precision, but model.dtype is what everything is computed in and "
