@@ -33,6 +33,11 @@ class PackedLoRA:
     dropout_p: float
     dropout_seed: torch.Tensor | None
 
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, float, float, torch.Tensor | None]:
+        """a, b, scale, dropout_p, dropout_seed."""
+        return self.a, self.b, self.scale, self.dropout_p, self.dropout_seed
+
 
 @dataclass(frozen=True)
 class MergedQKV:

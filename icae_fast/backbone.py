@@ -7,7 +7,6 @@ hooks, or asking for a gradient) is called itself.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,8 +15,7 @@ from torch import nn
 
 from icae_fast.adapter import MergedQKV, PackedLoRA
 from icae_fast.errors import BackendError, UnsupportedModelError
-from icae_fast.ops import REGISTRY, backend_of, linear, lora_qkv_rope, rms_norm, swiglu, varlen_attention
-from icae_fast.recompute import Recompute, run_layer
+from icae_fast.ops import REGISTRY, backend_of, linear, rms_norm, swiglu, varlen_attention
 from icae_fast.spans import PackedRows
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -96,7 +94,6 @@ class Backbone:
         rows: PackedRows,
         lora: Sequence[PackedLoRA] | Sequence[MergedQKV] | None = None,
         cache: KeyValueCache | None = None,
-        recompute: Recompute | None = None,
     ) -> torch.Tensor:
         """Final-normed hidden states of packed embeddings.
 
@@ -106,40 +103,44 @@ class Backbone:
                 queries, output projection and MLP run for those alone.
             lora: each layer's packed LoRA or merged weights (encoder), or None (frozen decoder).
             cache: holds earlier keys and values of each row, and is appended to.
-            recompute: keep little of each layer for the backward, see `Recompute.attention` and `Recompute.offload`;
-                None keeps everything.
 
         Returns:
             (Tq, d), or (T, d) when `rows.out_rows` is None.
         """
         cos, sin = self.rotary_tables(rows.positions, x)
-        if recompute is not None and torch.is_grad_enabled():
-            return self._forward_again(x, cos, sin, rows, lora, recompute)
         stream = None  # the residual stream without what the last module gave, which the next norm adds
         for i in range(self.n_layers):
             x, stream = self._layer(i, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
+        return self.final_norm(x, stream)
+
+    def final_norm(self, x: torch.Tensor, stream: torch.Tensor | None = None) -> torch.Tensor:
+        """The norm behind the last layer, of `x` and the residual stream without it."""
         return _norm(self.model.norm, x, stream)[0]
 
-    def _forward_again(self, x, cos, sin, rows, lora, recompute):
-        """`forward` with layers that are computed again for their backward."""
-        for i in range(self.n_layers):
-            own = lora[i] if lora else None
+    def is_plain_stack(self, x: torch.Tensor) -> bool:
+        """Whether ops compute all that layers do, so that a backward may be put together of theirs."""
 
-            def run(hidden, *factors, attention, i=i, own=own):
-                own = dataclasses.replace(own, a=factors[0], b=factors[1]) if factors else own
-                out, stream = self._layer(i, hidden, None, cos, sin, rows, own, attention)
-                return stream + out
+        def plain(layer):
+            norms = (layer.input_layernorm, layer.post_attention_layernorm)
+            mlp, linears = layer.mlp, (layer.self_attn.o_proj,)
+            if not Backbone.is_silu(mlp):
+                return False
+            linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            return (
+                all(hasattr(n, "variance_epsilon") for n in norms)
+                and type(linears[0]) is nn.Linear
+                and (mlp.gate_proj.bias is None) == (mlp.up_proj.bias is None)
+                and all(is_plain(m, x) for m in (*norms, mlp, *linears))
+            )
 
-            factors = (own.a, own.b) if isinstance(own, PackedLoRA) else ()
-            x = run_layer(run, rows, recompute, x, *factors)
-        return _norm(self.model.norm, x, None)[0]
+        return all(plain(layer) for layer in self.model.layers)
 
     def pack(self) -> None:
         """Make weights of each layer that are read together adjacent, as a forward does by itself (see `packed`)."""
         for layer in self.model.layers:
             packed_qkv(layer.self_attn)
             if self.is_silu(layer.mlp):
-                packed((layer.mlp.gate_proj, layer.mlp.up_proj))
+                self.gate_up(layer.mlp)
 
     def compile(self, **options: Any) -> None:
         """Run forwards without a cache, which encode, by `torch.compile` from now on, and others as before.
@@ -149,9 +150,9 @@ class Backbone:
         """
         plain, compiled = self.forward, torch.compile(self.forward, **({"fullgraph": True} | options))
 
-        def forward(x, rows, lora=None, cache=None, recompute=None):
-            if cache is not None or recompute is not None:
-                return plain(x, rows, lora, cache, recompute)
+        def forward(x, rows, lora=None, cache=None):
+            if cache is not None:
+                return plain(x, rows, lora, cache)
             self.pack()
             return compiled(x, rows, lora)
 
@@ -175,19 +176,27 @@ class Backbone:
         h, stream = _norm(layer.post_attention_layernorm, _linear(layer.self_attn.o_proj, attended.flatten(1)), stream)
         return _mlp(layer.mlp, h), stream
 
-    def _project(self, layer, h, cos, sin, out_rows, lora):
+    def projection(self, layer, h, cos, sin, out_rows, lora) -> tuple:
+        """The arguments that the op `lora_qkv_rope` takes for a layer, in its schema's order."""
         attention = layer.self_attn
-        _check_frozen(attention)
         weight, bias = packed_qkv(attention)
         if isinstance(lora, MergedQKV):
             weight, lora = lora.weight, None
         eps = attention.q_norm.variance_epsilon if hasattr(attention, "q_norm") else 0.0
-        return lora_qkv_rope(
-            h, weight, bias, lora.a if lora else None, lora.b if lora else None, cos, sin,
-            num_q_heads=self.num_q_heads, num_kv_heads=self.num_kv_heads,
-            lora_scale=lora.scale if lora else 0.0, qk_norm=qk_norms(attention), norm_eps=eps, q_rows=out_rows,
-            dropout_p=lora.dropout_p if lora else 0.0, dropout_seed=lora.dropout_seed if lora else None,
+        a, b, scale, p, seed = lora.parts if lora else (None, None, 0.0, 0.0, None)
+        return (
+            h, weight, bias, a, b, cos, sin, qk_norms(attention), out_rows, seed,
+            self.num_q_heads, self.num_kv_heads, scale, eps, p,
         )  # fmt: skip
+
+    def _project(self, layer, h, cos, sin, out_rows, lora):
+        _check_frozen(layer.self_attn)
+        return torch.ops.icae_fast.lora_qkv_rope(*self.projection(layer, h, cos, sin, out_rows, lora))
+
+    @staticmethod
+    def gate_up(mlp: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of an MLP's packed gate-up projection; see `packed`."""
+        return packed((mlp.gate_proj, mlp.up_proj))
 
     @staticmethod
     def is_silu(mlp: nn.Module) -> bool:
@@ -229,7 +238,7 @@ def _mlp(module, x):
     gate, up, down = parts = module.gate_proj, module.up_proj, module.down_proj
     if not all(is_plain(p, x) for p in parts) or (gate.bias is None) != (up.bias is None):
         return module(x)
-    return _linear(down, swiglu(x, *packed((gate, up))))
+    return _linear(down, swiglu(x, *Backbone.gate_up(module)))
 
 
 def _check_frozen(attention: nn.Module) -> None:

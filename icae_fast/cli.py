@@ -17,6 +17,7 @@ from rich.table import Table
 
 from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import ICAEError, InvalidInputError
+from training.cli_pwc import make_pwc_command
 
 MEMORY_SUFFIX = ".icae"
 UNTRAINED = (
@@ -319,6 +320,9 @@ def latency(
         print(json.dumps(result))
     else:
         Console().print(render(result))
+
+
+app.command("make-pwc")(make_pwc_command)
 
 
 if __name__ == "__main__":

@@ -59,5 +59,13 @@ class MemoryNotFoundError(ICAEError, KeyError):
     __str__ = Exception.__str__  # KeyError's shows the message's repr
 
 
+class OutputError(ICAEError, OSError):
+    """A file that results are written to cannot be opened or written, or another process is writing it."""
+
+
+class TeacherError(ICAEError, RuntimeError):
+    """The model that writes training data cannot be reached, or refuses every request."""
+
+
 class BackendError(ICAEError, RuntimeError):
     """An op's compiled backend is missing where it was required, or was called with what it cannot do."""

@@ -57,7 +57,7 @@ def load_base_model(
         CheckpointError: there is no name to go by, or nothing can be loaded from it.
     """
     if isinstance(base_model, nn.Module):
-        return base_model, tokenizer or _load_tokenizer(base_model.config._name_or_path, required=False)
+        return base_model, tokenizer or load_tokenizer(base_model.config._name_or_path, required=False)
     name = str(base_model or config.base_model or "")
     revision = None if base_model else config.base_revision  # the adapter's revision is not that of another base
     if not name:
@@ -71,10 +71,15 @@ def load_base_model(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision or "main")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the base model {name} cannot be loaded ({_reason(error)}); pass base_model=") from error
-    return model.eval(), tokenizer or _load_tokenizer(name, required=True, revision=revision)
+    return model.eval(), tokenizer or load_tokenizer(name, required=True, revision=revision)
 
 
-def _load_tokenizer(name: str, *, required: bool, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, *, required: bool, revision: str | None = None) -> Any:
+    """The tokenizer of a folder, a hub repository or the embedded model; None, unless it is required, if there is none.
+
+    Raises:
+        CheckpointError: it is required and cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     if name == EMBEDDED_NAME:

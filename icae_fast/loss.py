@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from icae_fast.encoder import encode_spans
+from icae_fast.activations import ActivationBudget
 from icae_fast.errors import ContextTooLongError, InvalidInputError
 from icae_fast.head_loss import head_loss
-from icae_fast.recompute import Recompute
-from icae_fast.spans import PackedRows, cumulative
+from icae_fast.spans import PackedRows, cumulative, pack_ends
+from icae_fast.training_step import TrainingStep
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -57,26 +57,63 @@ class TokenLosses:
     rows: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """What the decoder's answers are distilled from; see `icae_fast.head_loss` for the loss.
+
+    Args:
+        hidden: (m, d) final-normed hidden states of the base model, which predict those labelled tokens that have a
+            teacher.
+        covered: (n,) bool, which of all labelled tokens these are; the others have their cross-entropy alone.
+        alpha: share of the divergence from the teacher.
+        temperature: tau.
+    """
+
+    hidden: torch.Tensor
+    covered: torch.Tensor
+    alpha: float
+    temperature: float = 1.0
+
+
 def token_losses(
     icae: ICAE,
     contexts: Sequence[torch.Tensor],
     prompts: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
-    recompute: Recompute,
+    budget: ActivationBudget,
+    memory_size: int | None = None,
+    teacher: Teacher | None = None,
 ) -> TokenLosses:
     """See `ICAE.token_losses`."""
     contexts = _contexts(icae, _integer_rows(contexts, "contexts"))
     prompts = _integer_rows(prompts, "prompts")
     targets = _targets(labels, prompts, icae.vocabulary.n_base)
     rows, kept, scored = _scored_rows(_lengths(icae, contexts, prompts), targets)
-    slots = encode_spans(icae, contexts, recompute.token_budget, recompute=recompute)
-    embeddings = _with_slots(icae, prompts, slots)[kept.to(icae.device)]
-    hidden = icae.backbone.forward(embeddings, rows.to(icae.device), recompute=recompute if recompute.layers else None)
+    step = TrainingStep(icae, contexts, len(kept), budget, memory_size)
+    embeddings = _with_slots(icae, prompts, step.encode())[kept.to(icae.device)]
+    hidden = step.decode(embeddings, rows.to(icae.device))
     row_of = torch.arange(len(prompts)).repeat_interleave(rows.cu_seqlens_out.diff())
     if len(scored) < len(row_of):
         hidden, row_of = hidden[scored.to(icae.device)], row_of[scored]
     head, targets = icae.base_model.lm_head, targets[targets != IGNORE].to(icae.device)
-    return TokenLosses(*head_loss(hidden, head.weight, targets, bias=head.bias), row_of)
+    return TokenLosses(*_head_losses(hidden, head, targets, teacher), row_of)
+
+
+def _head_losses(hidden, head, targets, teacher):
+    """Losses and correctness of each labelled token, with a teacher for those that are covered."""
+    if teacher is None:
+        return head_loss(hidden, head.weight, targets, bias=head.bias)
+    if len(teacher.covered) != len(targets) or int(teacher.covered.sum()) != len(teacher.hidden):
+        raise InvalidInputError(
+            f"the teacher covers {int(teacher.covered.sum())} of {len(teacher.covered)} labelled tokens with "
+            f"{len(teacher.hidden)} hidden states, but {len(targets)} tokens are labelled; make it of the same batch"
+        )
+    covered = teacher.covered.to(hidden.device)
+    own = {"teacher_hidden": teacher.hidden, "alpha": teacher.alpha, "temperature": teacher.temperature}
+    parts = [(covered.nonzero()[:, 0], own), ((~covered).nonzero()[:, 0], {})]
+    found = [head_loss(hidden[i], head.weight, targets[i], bias=head.bias, **options) for i, options in parts]
+    back = torch.cat([i for i, _ in parts]).argsort()
+    return (torch.cat(values)[back] for values in zip(*found, strict=True))
 
 
 def _scored_rows(lengths, targets):
@@ -100,11 +137,7 @@ def _scored_rows(lengths, targets):
         kept.append(torch.arange(start, start + last + 1))
         scored.append(found - first + n_out)
         start, n_out = start + lengths[i], n_out + counts[-1]
-    cu, cu_out = cumulative(lasts), cumulative(counts)
-    out_rows = torch.cat([torch.arange(end - n, end) for end, n in zip(cu[1:].tolist(), counts, strict=True)])
-    positions = torch.cat([torch.arange(n) for n in lasts])
-    rows = PackedRows(positions, cu, max(lasts), out_rows, cu_out, max(counts))
-    return rows, torch.cat(kept), torch.cat(scored)
+    return pack_ends(lasts, counts), torch.cat(kept), torch.cat(scored)
 
 
 def _contexts(icae, rows):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from icae_fast.activations import ActivationBudget
 from icae_fast.adapter import LoRAAdapter
 from icae_fast.adapter_mode import AdapterModeMixin, EncoderWeights
 from icae_fast.backbone import Backbone, check_supported
@@ -17,15 +18,14 @@ from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.generation import GenerationMixin
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
 from icae_fast.kv_tree import SlotKVTree
-from icae_fast.loss import TokenLosses, decoder_forward, token_losses
+from icae_fast.loss import Teacher, TokenLosses, decoder_forward, token_losses
 from icae_fast.memory import Memory, check_memory
 from icae_fast.pretrained import PretrainedMixin
-from icae_fast.recompute import NOTHING, Recompute
 from icae_fast.slot_kv import SlotKVMixin
 from icae_fast.spans import span_lengths
 
 DEFAULT_TOKEN_BUDGET = 4096
-RECOMPUTE = Recompute()
+ACTIVATION_BUDGET = ActivationBudget()
 
 
 class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.Module):
@@ -145,7 +145,6 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         contexts: Sequence[torch.Tensor],
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         on_progress: Callable[[int, int], None] | None = None,
-        recompute: Recompute = NOTHING,
         memory_size: int | None = None,
     ) -> list[torch.Tensor]:
         """Slots of each context, with a graph for training.
@@ -157,7 +156,6 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             contexts: (L_i,) int64 ids of base tokens.
             token_budget: context and memory tokens of one micro-batch; a longer span goes alone.
             on_progress: called with (context tokens done, of how many) after each micro-batch.
-            recompute: what the backward computes again instead of finding it kept; `token_budget` above counts.
             memory_size: k', to put the first k' memory tokens behind the same spans instead of all k; training with
                 many k' makes one adapter that serves them all (`with_memory_size`). With `append` positions these are
                 the first k' slots of each span, attention being causal; with `spread` they stand elsewhere.
@@ -168,7 +166,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         Raises:
             InvalidInputError: memory_size is not 1 to k.
         """
-        return encode_spans(self, contexts, token_budget, on_progress, recompute=recompute, memory_size=memory_size)
+        return encode_spans(self, contexts, token_budget, on_progress, memory_size=memory_size)
 
     @torch.no_grad()
     def compress(
@@ -299,22 +297,27 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         contexts: Sequence[torch.Tensor],
         prompts: Sequence[torch.Tensor],
         labels: Sequence[torch.Tensor],
-        recompute: Recompute = RECOMPUTE,
+        budget: ActivationBudget = ACTIVATION_BUDGET,
+        memory_size: int | None = None,
+        teacher: Teacher | None = None,
     ) -> TokenLosses:
         """The losses of `forward`, one for each labelled token, at a fraction of its time and memory.
 
         No logits are kept, the head and the last layer's queries run for labelled positions alone, and what
-        `recompute` names is computed again for the backward instead of being held. The mean of the losses is the
-        loss of `forward`, with the same gradients.
+        `budget` does not allow to keep is computed again for the backward. The mean of the losses is the loss of
+        `forward`, with the same gradients.
 
         Args:
             contexts: (L_i,) int64 ids of base tokens, one for each row.
             prompts: (S_i,) int64, what the decoder reads of row i, with a memory id for each slot.
             labels: (S_i,) int64, -100 where nothing is learned.
-            recompute: what to trade for memory.
+            budget: memory for what the backward would otherwise compute again.
+            memory_size: slots a span, the first k' of the k; see `encode`.
+            teacher: of the labelled tokens, in the order of the losses, for distillation.
 
         Raises:
-            InvalidInputError: shapes or ids that do not fit, or as many memory ids as there are no slots.
+            InvalidInputError: shapes or ids that do not fit, as many memory ids as there are no slots, or a teacher of
+                another batch.
             ContextTooLongError: a row is longer than `max_positions`.
         """
-        return token_losses(self, contexts, prompts, labels, recompute)
+        return token_losses(self, contexts, prompts, labels, budget, memory_size, teacher)

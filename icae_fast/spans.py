@@ -129,6 +129,22 @@ def pack_behind(starts: Sequence[int], counts: Sequence[int]) -> PackedRows:
     )
 
 
+def pack_ends(lengths: Sequence[int], counts: Sequence[int]) -> PackedRows:
+    """The layout of rows of `lengths` tokens, of which the last `counts` hidden states each are asked for.
+
+    They are the last ones because fewer queries than keys are aligned with the end of a row.
+    """
+    cu, cu_out = cumulative(lengths), cumulative(counts)
+    return PackedRows(
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=cu,
+        max_seqlen=max(lengths),
+        out_rows=torch.cat([torch.arange(end - n, end) for end, n in zip(cu[1:].tolist(), counts, strict=True)]),
+        cu_seqlens_out=cu_out,
+        max_seqlen_out=max(counts),
+    )
+
+
 def micro_batches(costs: Sequence[int], budget: int) -> Iterator[range]:
     """Cut a sequence into runs whose costs add up to at most `budget`; one that costs more goes alone."""
     start = total = 0

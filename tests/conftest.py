@@ -1,6 +1,7 @@
 """Tiny random models of every supported kind, and SmolLM2, for all tests."""
 
 import os
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import golden
-from icae_fast import ICAE, ICAEConfig, MemoryStore, decoding, embedded
+from icae_fast import ICAE, ICAEConfig, MemoryStore, cli, decoding, embedded
 from store_helpers import make_origin
 
 # No time limit (machines differ), the same examples each run, and nothing written into the checkout.
@@ -223,6 +224,21 @@ def fallback_tokenizer():
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, **_SPECIAL)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `icae-fast` with some arguments in this process; gives (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["icae-fast", *map(str, arguments)])
+        monkeypatch.setattr(cli.stderr, "_file", None)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
 
 
 class RecordingStreamer:

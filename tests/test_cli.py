@@ -6,23 +6,8 @@ import sys
 
 import pytest
 
-from icae_fast import ICAE, ICAEConfig, MemoryStore, cli
+from icae_fast import ICAE, ICAEConfig, MemoryStore
 from icae_fast.memory_file import load_memory
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs `icae-fast` with some arguments in this process; gives (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["icae-fast", *map(str, arguments)])
-        monkeypatch.setattr(cli.stderr, "_file", None)
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icae_fast.activations import ActivationBudget
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
-from icae_fast.loss import IGNORE
+from icae_fast.loss import IGNORE, Teacher
 from training.batch import pack
 from training.distill import Distillation, distillation_loss, teacher_hidden, teacher_rows
 from training.objectives import (
@@ -139,20 +141,53 @@ def test_gradients_of_the_loss():
     )
 
 
+@pytest.mark.parametrize("kept_bytes", [0, None])
+def test_token_losses_take_a_teacher(make_icae, kept_bytes):
+    """Some tokens with a teacher, some without, at k' slots: each as the formula has it, and so are gradients."""
+    icae, k = make_icae(memory_positions="spread"), 2
+    rows = (("ft", 20, 8), ("ae", 9, 0), ("ft", 7, 9), ("ft", 250, 8))
+    samples = [with_memory_size(icae, make(icae, *row), k) for row in rows]
+    batch, settings = pack(samples), Distillation(alpha=0.7, temperature=2.0, too_long="skip")
+    chosen = teacher_rows(icae, batch, settings)
+    teacher = Teacher(teacher_hidden(icae, chosen), chosen.covered, settings.alpha, settings.temperature)
+    columns = [[torch.tensor(getattr(s, n)) for s in samples] for n in ("input_ids", "prompt_answer_ids", "labels")]
+    budget = ActivationBudget(bytes=kept_bytes)
+    got = icae.token_losses(*columns, budget, memory_size=k, teacher=teacher)
+
+    contexts, prompts, labels = columns
+    embeddings = [icae.tokens_to_embeddings(p) for p in prompts]
+    filled = [
+        e.index_put((icae.vocabulary.is_memory(p).nonzero(as_tuple=True)[0],), s)
+        for e, p, s in zip(embeddings, prompts, icae.encode(contexts, memory_size=k), strict=True)
+    ]
+    logits = [icae.base_model(inputs_embeds=e[None]).logits[0, :-1][y[1:] != IGNORE]
+              for e, y in zip(filled, labels, strict=True)]  # fmt: skip
+    targets = [y[1:][y[1:] != IGNORE] for y in labels]
+    of_teacher = iter(icae.base_model.lm_head(teacher.hidden).split([5, 6]))
+    losses = [
+        distillation_loss(z, next(of_teacher), y, 0.7, 2.0) if i in (0, 2) else F.cross_entropy(z, y, reduction="none")
+        for i, (z, y) in enumerate(zip(logits, targets, strict=True))
+    ]
+    torch.testing.assert_close(got.losses, torch.cat(losses), rtol=1e-4, atol=1e-4)
+    parameters = [p for p in icae.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(torch.cat(losses).sum(), parameters)
+    for grad, wanted in zip(torch.autograd.grad(got.losses.sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InvalidInputError, match="make it of the same batch"):
+        icae.token_losses(*(column[:1] for column in columns), memory_size=k, teacher=teacher)
+
+
 def test_a_student_learns_from_the_teacher(make_icae, one_thread):
-    """The whole way: alpha = 1 and no labels in the loss; the student's answers come nearer to the teacher's."""
-    icae = make_icae(lora_rank=8, lora_alpha=8).train()
+    """With alpha = 1 labels are not in the loss; the student's answers come nearer to the teacher's."""
+    icae = make_icae(lora_rank=8, lora_alpha=8, lora_dropout=0.0).train()
     sample = instruction_sample(icae, list(range(10, 18)), [30, 31], [40, 41, 42, 43])
-    teacher = teacher_rows(icae, pack([sample]), ALL)
-    head = icae.base_model.lm_head
-    wanted = head(teacher_hidden(icae, teacher))
-    targets = torch.tensor([label for label in sample.labels if label != IGNORE])
+    chosen = teacher_rows(icae, pack([sample]), ALL)
+    teacher = Teacher(teacher_hidden(icae, chosen), chosen.covered, alpha=1.0)
+    columns = [[torch.tensor(row)] for row in (sample.input_ids, sample.prompt_answer_ids, sample.labels)]
     optimizer = torch.optim.AdamW([p for p in icae.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(30):
-        out = icae([torch.tensor(sample.input_ids)], [torch.tensor(sample.prompt_answer_ids)])
-        logits = out["logits"][0, -len(targets) - 1 : -1]
-        loss = distillation_loss(logits, wanted, targets, 1.0).mean()
+    for _ in range(40):
+        loss = icae.token_losses(*columns, teacher=teacher).losses.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

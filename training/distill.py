@@ -28,7 +28,7 @@ from icae_fast import ICAE
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.inputs import is_int
 from icae_fast.loss import IGNORE
-from icae_fast.spans import PackedRows, cumulative, micro_batches
+from icae_fast.spans import micro_batches, pack_ends
 from training.batch import Batch
 from training.curriculum import check_keys
 from training.objectives import OBJECTIVES, Objective
@@ -99,7 +99,8 @@ class TeacherRows:
     Args:
         ids: (T_i,) int64 of each row that has a teacher, up to its last token that predicts a labelled one.
         wanted: (N_i,) int64, rising: positions in `ids[i]` whose next token is labelled.
-        covered: (N,) bool over the labelled tokens of all rows of the batch in order, True where `wanted` has it.
+        covered: (N,) bool over the labelled tokens of all rows of the batch in order, True where `wanted` has it; for
+            `icae_fast.loss.Teacher`.
         n_too_long: rows without a teacher because they were too long.
     """
 
@@ -116,15 +117,15 @@ def teacher_rows(icae: ICAE, batch: Batch, settings: Distillation) -> TeacherRow
 
     Args:
         icae: gives ids, and positions of the base model.
-        batch: see `training.batch.pack`; on the CPU.
+        batch: see `training.batch.pack`.
         settings: which rows have a teacher.
 
     Raises:
         InvalidInputError: memory ids of a row are missing or scattered.
         ContextTooLongError: a row needs more than `icae.max_positions`, and settings say to stop.
     """
-    contexts = batch["context_ids"].split(batch["context_lengths"].tolist())
-    prompts, labels = (batch[n].split(batch["prompt_lengths"].tolist()) for n in ("prompt_answer_ids", "labels"))
+    contexts = batch["context_ids"].cpu().split(batch["context_lengths"].tolist())
+    prompts, labels = (batch[n].cpu().split(batch["prompt_lengths"].tolist()) for n in ("prompt_answer_ids", "labels"))
     objectives = [OBJECTIVES[i] for i in batch["objectives"].tolist()]
     ids, wanted, covered, n_too_long = [], [], [], 0
     for i, (context, prompt, row_labels) in enumerate(zip(contexts, prompts, labels, strict=True)):
@@ -184,30 +185,11 @@ def teacher_hidden(icae: ICAE, teacher: TeacherRows, token_budget: int = 4096) -
     parts = [icae.embed(torch.empty(0, dtype=torch.int64))]  # (0, d): a batch may have no teacher at all
     for chosen in micro_batches([len(row) for row in teacher.ids], token_budget):
         ids, wanted = ([rows[i] for i in chosen] for rows in (teacher.ids, teacher.wanted))
-        rows, places = _pack_ends(list(map(len, ids)), wanted)
-        hidden = icae.backbone.forward(icae.embed(torch.cat(ids)), rows.to(icae.device))
-        parts.append(hidden[places.to(icae.device)])
+        counts = [len(row) - int(positions[0]) for row, positions in zip(ids, wanted, strict=True)]
+        rows = pack_ends(list(map(len, ids)), counts).to(icae.device)
+        hidden = icae.backbone.forward(icae.embed(torch.cat(ids)), rows).split(counts)
+        parts += [h[(p - p[0]).to(icae.device)] for h, p in zip(hidden, wanted, strict=True)]
     return torch.cat(parts)
-
-
-def _pack_ends(lengths, wanted):
-    """The layout of rows of which the hidden states from the first wanted one on are asked for, and which are wanted.
-
-    All from there on, since fewer queries than keys are aligned with the end of a row.
-    """
-    cu = cumulative(lengths)
-    counts = [n - int(positions[0]) for n, positions in zip(lengths, wanted, strict=True)]
-    out = cumulative(counts)
-    ends = cu[1:].tolist()
-    rows = PackedRows(
-        positions=torch.cat([torch.arange(n) for n in lengths]),
-        cu_seqlens=cu,
-        max_seqlen=max(lengths),
-        out_rows=torch.cat([torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)]),
-        cu_seqlens_out=out,
-        max_seqlen_out=max(counts),
-    )
-    return rows, torch.cat([p - int(p[0]) + start for p, start in zip(wanted, out.tolist(), strict=False)])
 
 
 def distillation_loss(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from icae_fast import ICAE
-from icae_fast.recompute import Recompute
+from icae_fast.activations import ActivationBudget
 from training.objectives import OBJECTIVES
 
 
@@ -20,13 +20,13 @@ class TrainingModel(nn.Module):
 
     Args:
         icae: the model; its adapter is what is trained.
-        recompute: what a step computes again instead of keeping it.
+        budget: memory for what a step's backward would otherwise compute again.
     """
 
-    def __init__(self, icae: ICAE, recompute: Recompute | None = None) -> None:
+    def __init__(self, icae: ICAE, budget: ActivationBudget | None = None) -> None:
         super().__init__()
         self.icae = icae
-        self.recompute = recompute or Recompute()
+        self.budget = budget or ActivationBudget()
 
     def forward(
         self,
@@ -61,7 +61,7 @@ class TrainingModel(nn.Module):
             rows(context_ids, context_lengths),
             rows(prompt_answer_ids, prompt_lengths),
             rows(labels, prompt_lengths),
-            self.recompute,
+            self.budget,
         )
         objective = objectives.cpu()[scored.rows].to(scored.losses.device)
 

@@ -32,7 +32,7 @@ from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
 from icae_fast.ops.rms_norm import rms_norm
 from icae_fast.ops.shared_prefix_attention import shared_prefix_attention
 from icae_fast.ops.swiglu import swiglu
-from icae_fast.ops.varlen_attention import attention_backend, attention_of, set_attention_backend, varlen_attention
+from icae_fast.ops.varlen_attention import attention_backend, set_attention_backend, varlen_attention
 
 __all__ = [
     "EXTENSION_ERROR",
@@ -40,7 +40,6 @@ __all__ = [
     "OpSpec",
     "Sample",
     "attention_backend",
-    "attention_of",
     "backend_of",
     "backends",
     "bind_decode_step",

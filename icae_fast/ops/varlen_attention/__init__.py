@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops.varlen_attention.backends import attention_backend, set_attention_backend, without_gradient
+from icae_fast.ops.varlen_attention.backends import attention_backend, set_attention_backend
 from icae_fast.ops.varlen_attention.spec import BACKWARD_SPEC, SPEC
 
-__all__ = ["BACKWARD_SPEC", "SPEC", "attention_backend", "attention_of", "set_attention_backend", "varlen_attention"]
+__all__ = ["BACKWARD_SPEC", "SPEC", "attention_backend", "set_attention_backend", "varlen_attention"]
 
 
 def varlen_attention(
@@ -50,47 +50,3 @@ def varlen_attention(
     return torch.ops.icae_fast.varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window
     )
-
-
-class _Known(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, out, lse, q, k, v, *layout):
-        ctx.save_for_backward(q, k, v, out, lse, *layout[:2])
-        ctx.settings = layout[2:]
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx, dout):
-        *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-        grads = torch.ops.icae_fast.varlen_attention_backward(
-            dout, without_gradient(tensors[-1]), *tensors, cu_seqlens_q, cu_seqlens_k, None, *ctx.settings
-        )
-        return None, None, *grads, *[None] * 6
-
-
-def attention_of(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float,
-    window: int = 0,
-) -> torch.Tensor:
-    """`varlen_attention(q, k, v, ...)` whose result is known already: nothing is computed but the gradient.
-
-    Args:
-        out: (Tq, Hq, D) and
-        lse: (Hq, Tq), what `varlen_attention` gave for the same arguments.
-
-    The other arguments are those of `varlen_attention`.
-
-    Returns:
-        out, with the gradient that q, k and v have through it; the log-sum-exp has none.
-    """
-    return _Known.apply(out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window)

@@ -1,0 +1,179 @@
+"""`icae-fast make-pwc`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from icae_fast.embedded import EMBEDDED_NAME
+from icae_fast.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from training.pwc import Report
+
+_KEY_ENV = "OPENAI_API_KEY"
+
+
+def make_pwc_command(
+    texts: Annotated[list[Path], typer.Argument(help='Text files, JSONL files of {"text"} lines, or folders of them.')],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; what it holds is not made again.")],
+    endpoint: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API, ending in /v1 as a rule.")] = None,  # noqa: E501
+    model: Annotated[str | None, typer.Option(help="The model's name at the endpoint.")] = None,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = _KEY_ENV,
+    jobs: Annotated[int, typer.Option(min=1, help="Requests to the endpoint at the same time.")] = 4,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for one request.")] = 120.0,
+    retries: Annotated[int, typer.Option(min=0, help="How often a request to the endpoint is tried again.")] = 5,
+    body: Annotated[str | None, typer.Option(help="More fields of each request, as a JSON object; null takes one out.")] = None,  # noqa: E501
+    local: Annotated[str | None, typer.Option(help="A local model instead: a folder, a hub id, or smollm2.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers that the local model writes together.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the local model: bfloat16 or float32.")] = "bfloat16",
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Of sampling; the endpoint's default, and greedy for a local model.")] = None,  # noqa: E501
+    max_answer_tokens: Annotated[int, typer.Option(min=1, help="A longer answer is a failure.")] = 1024,
+    kinds: Annotated[str | None, typer.Option(help="Prompts for every passage, separated by commas, all by default: restate, continue, rephrase, summary, title, keywords; may be empty.")] = None,  # noqa: E501
+    questions: Annotated[int, typer.Option(min=0, help="Prompts that the teacher makes up for each passage.")] = 10,
+    at_once: Annotated[bool, typer.Option("--at-once", help="Have those prompts and their answers in one JSON reply: cheaper, for strong teachers.")] = False,  # noqa: E501
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest passage: tokens of --tokenizer, else of the local model, else words.")] = 512,  # noqa: E501
+    min_tokens: Annotated[int, typer.Option(min=0, help="Shorter passages are left out.")] = 16,
+    tokenizer: Annotated[str | None, typer.Option(help="Counts the tokens of passages: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON and nothing else on stdout.")] = False,  # noqa: E501
+) -> None:  # fmt: skip
+    """Make training triples (input, prompt, answer) from any text, with a teacher that reads it in full.
+
+    Run the same command again after a failure or Ctrl-C: it goes on where it was. Exit code 1: some are missing.
+    """
+    from training.pwc import EndpointTeacher, RecordFile, Settings, make_pwc
+
+    _check_teacher(endpoint, model, local)
+    names = {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
+    settings = Settings(**names, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens)
+    if settings.needs_teacher and endpoint is None and local is None:
+        raise InvalidInputError("these prompts need a teacher; give --endpoint and --model, or --local smollm2")
+    with RecordFile(output) as records:
+        if records.cut:
+            _stderr().print(f"note: cut off a half-written last record of {records.cut} bytes", style="yellow")
+        teacher = None
+        count = None if tokenizer is None else _counter(_load_tokenizer(tokenizer))
+        if endpoint is not None:
+            teacher = EndpointTeacher(
+                endpoint, model, api_key=_api_key(api_key_env), jobs=jobs, timeout=timeout, retries=retries,
+                max_answer_tokens=max_answer_tokens, body=_body(body, temperature),
+            )  # fmt: skip
+        elif local is not None:
+            teacher = _load_local(local, dtype, batch_size, max_answer_tokens, temperature)
+            count = count or _counter(teacher.tokenizer)
+        settings = dataclasses.replace(settings, count=count or settings.count)
+        try:
+            with _progress() as (on_progress, on_failure):
+                report = make_pwc(texts, records, teacher, settings, on_progress=on_progress, on_failure=on_failure)
+        except KeyboardInterrupt:
+            _stderr().print(
+                f"interrupted; {output} holds {len(records.ids)} records; run the same command again to go on"
+            )
+            raise
+    _show(report, as_json)
+    if report.failed or report.stopped:
+        raise typer.Exit(1)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+def _check_teacher(endpoint: str | None, model: str | None, local: str | None) -> None:
+    if endpoint is not None and local is not None:
+        raise InvalidInputError("--endpoint and --local are two teachers; give one of them")
+    if endpoint is not None and model is None:
+        raise InvalidInputError("--endpoint needs --model, the model's name there")
+    if endpoint is None and model is not None:
+        raise InvalidInputError("--model is a name at an endpoint; give --endpoint, too, or --local in its place")
+
+
+def _api_key(variable: str) -> str | None:
+    key = os.environ.get(variable)
+    if key is None and variable != _KEY_ENV:  # a local server needs none, but who names a variable means it
+        raise InvalidInputError(f"the environment variable {variable} of --api-key-env is not set; export it")
+    return key
+
+
+def _body(text: str | None, temperature: float | None) -> dict[str, Any]:
+    try:
+        body = json.loads(text or "{}")
+    except ValueError as error:
+        raise InvalidInputError(f"--body is not JSON ({error}); give an object such as '{{\"seed\": 1}}'") from error
+    if not isinstance(body, dict):
+        raise InvalidInputError(f"--body is {text}, not a JSON object; give one such as '{{\"seed\": 1}}'")
+    return ({} if temperature is None else {"temperature": temperature}) | body
+
+
+def _model_name(name: str) -> str:
+    return EMBEDDED_NAME if name == "smollm2" else name
+
+
+def _load_tokenizer(name: str) -> Any:
+    from icae_fast.hub import load_tokenizer
+
+    return load_tokenizer(_model_name(name), required=True)
+
+
+def _counter(tokenizer: Any) -> Callable[[str], int]:
+    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _load_local(name: str, dtype: str, batch_size: int, max_answer_tokens: int, temperature: float | None) -> Any:
+    import torch
+    from transformers.utils import logging
+
+    from icae_fast import ICAEConfig
+    from icae_fast.hub import load_base_model
+    from training.pwc.local import LocalTeacher
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise InvalidInputError(f"--dtype is {dtype!r}; give bfloat16 or float32")
+    logging.disable_progress_bar()
+    model, tokenizer = load_base_model(_model_name(name), ICAEConfig(), dtypes[dtype])
+    return LocalTeacher(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, _model_name(name),
+        batch_size=batch_size, max_answer_tokens=max_answer_tokens, temperature=temperature,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    columns = (TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_stderr(), transient=True) as progress:
+        task = progress.add_task("records", total=None)
+        yield (
+            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda message: progress.console.print(f"failed: {message}", style="yellow"),
+        )
+
+
+def _show(report: Report, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        table = Table("", "records")
+        for kind, n in sorted(report.written.items()):
+            table.add_row(f"written: {kind}", str(n))
+        table.add_row("written", str(report.written.total()))
+        table.add_row("there already", str(report.resumed))
+        for cause, n in sorted(report.failed.items()):
+            table.add_row(f"failed: {cause}", str(n))
+        for cause, n in sorted(report.skipped.items()):
+            table.add_row(f"passages left out: {cause}", str(n))
+        for cause, n in sorted(report.retried.items()):
+            table.add_row(f"requests tried again: {cause}", str(n))
+        Console().print(table)
+    if report.stopped:
+        _stderr().print(f"stopped: {report.stopped}", style="red")

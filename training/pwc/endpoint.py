@@ -1,0 +1,177 @@
+"""A teacher behind an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import email.utils
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from icae_fast.errors import InvalidInputError, TeacherError
+from training.pwc.prompts import shorten
+from training.pwc.teacher import CUT_OFF, RequestFailed
+
+try:  # the same library: it is called httpx2 since Python 3.11, and huggingface_hub brings one or the other
+    import httpx2 as httpx
+except ImportError:
+    import httpx
+
+T = TypeVar("T")
+
+_HOPELESS = {401: "refuses the key", 403: "refuses access", 404: "knows no such address or model"}
+_LONGEST_BACKOFF = 60.0
+_LONGEST_WAIT = 600.0  # what is told to wait longer (a daily quota, say) fails now
+
+
+class _Retry(Exception):  # noqa: N818 - control flow within `ask`
+    def __init__(self, cause: str, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.cause, self.wait = cause, wait
+
+
+class EndpointTeacher:
+    """A model behind `POST {url}/chat/completions`, as OpenAI, vLLM, llama.cpp and others serve it.
+
+    Timeouts, lost connections, 408, 409, 429, 5xx and replies without a usable answer are tried again after
+    `backoff * 2^n` seconds (at most 60, times a random 0.5 to 1), or after what `Retry-After` asks for; while a 429 or
+    503 asks for that, no other request is sent either. What no retry can mend (no connection, 401, 403 or 404, before a
+    first reply has come) is a TeacherError at once.
+
+    Args:
+        url: the API's base, such as `http://localhost:8000/v1`.
+        model: the model's name there.
+        api_key: sent as a bearer token; None sends none.
+        jobs: requests at the same time, `width`.
+        timeout: seconds for one request, from its beginning to the end of the reply.
+        retries: how often a request is tried again.
+        max_answer_tokens: sent as `max_tokens`.
+        body: further fields of each request; one that is None is left out, `max_tokens` too.
+        backoff: seconds before the first retry.
+
+    Raises:
+        InvalidInputError: the URL or the key cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        jobs: int = 4,
+        timeout: float = 120.0,
+        retries: int = 5,
+        max_answer_tokens: int = 1024,
+        body: Mapping[str, Any] | None = None,
+        backoff: float = 1.0,
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.name, self.width = model, jobs
+        self.retries: Counter[str] = Counter()
+        self._timeout, self._attempts, self._backoff = timeout, retries + 1, backoff
+        fields = {"model": model, "max_tokens": max_answer_tokens} | dict(body or {})
+        self._body = {name: value for name, value in fields.items() if value is not None}
+        try:
+            parsed = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise InvalidInputError(f"{url!r} is no URL ({error}); give one like http://localhost:8000/v1") from error
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise InvalidInputError(f"{url!r} is no http or https URL; give one like http://localhost:8000/v1")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise InvalidInputError("the API key holds a line end or another character that HTTP forbids; set it anew")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._not_before = 0.0
+        self._served = False  # a first reply proves that address, key and model are right
+
+    async def __aenter__(self) -> EndpointTeacher:
+        self._client = httpx.AsyncClient(headers=self._headers, timeout=None)  # `asyncio.wait_for` limits the whole
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._client.aclose()
+
+    async def ask(self, message: str, parse: Callable[[str], T]) -> T:
+        """`parse` of the model's reply; see `Teacher`."""
+        body = self._body | {"messages": [{"role": "user", "content": message}]}
+        for attempt in range(self._attempts):
+            try:
+                await self._wait()
+                return parse(await self._post(body))
+            except (_Retry, ValueError) as error:
+                failure = error if isinstance(error, _Retry) else _Retry("unusable reply", str(error))
+            wait = failure.wait
+            if wait is None:
+                wait = min(_LONGEST_BACKOFF, self._backoff * 2**attempt) * random.uniform(0.5, 1.0)
+            if attempt + 1 == self._attempts or wait > _LONGEST_WAIT:
+                break
+            self.retries[failure.cause] += 1
+            await asyncio.sleep(wait)
+        raise RequestFailed(failure.cause, str(failure)) from None
+
+    async def _wait(self) -> None:
+        while (wait := self._not_before - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+
+    async def _post(self, body: Mapping[str, Any]) -> str:
+        try:
+            response = await asyncio.wait_for(self._client.post(self.url, json=body), self._timeout)
+        except asyncio.TimeoutError:  # the builtin TimeoutError only since Python 3.11
+            raise _Retry("timeout", f"no reply within {self._timeout:g} s") from None
+        except httpx.ConnectError as error:
+            if not self._served:
+                raise TeacherError(
+                    f"cannot reach {self.url} ({error}); check --endpoint, and that the server runs"
+                ) from error
+            raise _Retry("no connection", str(error)) from error
+        except httpx.TransportError as error:
+            raise _Retry("no connection", str(error) or type(error).__name__) from error
+        except httpx.RequestError as error:
+            raise _Retry("unusable reply", str(error)) from error
+        status = response.status_code
+        if status != 200:
+            self._refuse(response, status)
+        try:
+            choice = response.json()["choices"][0]
+            content = choice["message"]["content"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise _Retry("unusable reply", f"not a chat completion: {shorten(response.text)}") from error
+        self._served = True
+        if not isinstance(content, str):
+            raise _Retry("unusable reply", f"the reply's content is {shorten(repr(content))}, not text")
+        if choice.get("finish_reason") == "length":
+            raise RequestFailed("answer cut off", CUT_OFF, of_message=True)
+        return content
+
+    def _refuse(self, response: httpx.Response, status: int) -> None:
+        said = f"{status}: {shorten(response.text, 200)}"
+        if status == 401 or (status in _HOPELESS and not self._served):
+            raise TeacherError(
+                f"{self.url} {_HOPELESS[status]} ({said}); check --endpoint, --model {self.name} and --api-key-env"
+            )
+        if status in (408, 409, 429) or status >= 500:
+            wait = _retry_after(response.headers.get("retry-after"))
+            if wait is not None and status in (429, 503) and wait <= _LONGEST_WAIT:
+                self._not_before = max(self._not_before, time.monotonic() + wait)
+            raise _Retry("rate limit" if status == 429 else "server error", said, wait)
+        raise RequestFailed("request refused", said)
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for: a number, or a date."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        date = email.utils.parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=datetime.timezone.utc)
+    return max(0.0, (date - datetime.datetime.now(datetime.timezone.utc)).total_seconds())

@@ -1,0 +1,187 @@
+"""What is asked about a passage, and how the teacher's replies are read.
+
+Source of the kinds: Ge et al., arXiv 2307.06945, appendix C: ten prompts made for the text, half of them instructions
+and half questions, and five general ones (rephrase, summary, title, keywords, continuation).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+RESTATE, CONTINUE, QUESTION = "restate", "continue", "question"
+
+# Several wordings of each kind, so that a student does not learn one by heart.
+KINDS: dict[str, tuple[str, ...]] = {
+    RESTATE: (
+        "Repeat the text above word for word.",
+        "Restate the above text exactly as it is.",
+        "Write out the text above again, without changing anything.",
+    ),
+    CONTINUE: (
+        "Continue the text above.",
+        "Write the paragraph that follows the above text.",
+        "How does the text above go on?",
+    ),
+    "rephrase": (
+        "Rephrase the text above.",
+        "Say the same as the above text in other words.",
+        "Rewrite the text above in your own words, keeping its meaning.",
+    ),
+    "summary": (
+        "Summarize the text above.",
+        "Give a short summary of the above text.",
+        "What does the text above say, in a few sentences?",
+    ),
+    "title": (
+        "Write a title for the text above.",
+        "What would be a good title for the above text?",
+        "Suggest a headline for the text above.",
+    ),
+    "keywords": (
+        "Extract a few keywords from the text above.",
+        "List the most important terms of the above text, separated by commas.",
+        "Which keywords describe the text above?",
+    ),
+}
+WITHOUT_TEACHER = (RESTATE, CONTINUE)  # the answer stands in the document, as long as that goes on
+
+_PASSAGE = "Text:\n\n{passage}\n\n---\n\n{task}"
+_ANSWER = "{prompt}\nReply with the answer alone."
+_QUESTIONS = (
+    "Write {n} questions and instructions about the text above that test whether a reader has understood it, as "
+    "different as possible (topic, genre, structure, style, tone, key facts, details), half of them instructions. Each "
+    "must be answerable from the text alone.{known}\n"
+)
+_KNOWN = " Do not repeat any of these:\n{questions}\n"
+_LIST = "Reply with a numbered list, one a line, and nothing else."
+_PAIRS = (
+    'Answer each of them, too. Reply with a JSON list and nothing else: [{{"prompt": "...", "answer": "..."}}, ...], '
+    "{n} entries."
+)
+
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_NUMBERED = re.compile(
+    r"\s*(?:[-*•]\s+|\W{0,2}(?:Q|Question|Prompt)?\s*\d{1,3}\s*[.):\]]\*{0,2}\s*(?=[^\d\s]))", re.IGNORECASE
+)
+_BRACKET = re.compile(r"[\[{]")
+_MAX_QUESTION = 500  # characters; what is longer is no prompt but a reply that went astray
+_PROMPT_KEYS = ("prompt", "question", "instruction")
+_ANSWER_KEYS = ("answer", "response", "output")
+
+
+def wording(kind: str, key: str) -> str:
+    """The wording of a kind of prompt for the passage of this key: always the same, and all are equally frequent."""
+    return KINDS[kind][int(key, 16) % len(KINDS[kind])]
+
+
+def answer_request(passage: str, prompt: str) -> str:
+    """The message that has the teacher answer a prompt."""
+    return _PASSAGE.format(passage=passage, task=_ANSWER.format(prompt=prompt))
+
+
+def questions_request(passage: str, n: int, known: Sequence[str], *, with_answers: bool) -> str:
+    """The message that has the teacher write n prompts unlike the known ones, on request with their answers."""
+    listed = _KNOWN.format(questions="\n".join(f"- {q}" for q in known)) if known else ""
+    task = _QUESTIONS.format(n=n, known=listed) + (_PAIRS.format(n=n) if with_answers else _LIST)
+    return _PASSAGE.format(passage=passage, task=task)
+
+
+def parse_answer(reply: str, prompt: str = "") -> str:
+    """The reply without what a reasoning model thought first, stripped.
+
+    Raises:
+        ValueError: nothing is left, or nothing but the prompt.
+    """
+    answer = _encodable(_THOUGHTS.sub("", reply)).strip()
+    if not answer:
+        raise ValueError("the reply is empty")
+    if answer.casefold() == prompt.casefold():
+        raise ValueError("the reply is the prompt over again")
+    return answer
+
+
+def parse_questions(reply: str, known: Sequence[str] = ()) -> list[str]:
+    """The prompts that a reply lists, as numbered lines, bare lines, or JSON strings; none twice, none of the known.
+
+    Lines without a number are taken for remarks where others have one.
+
+    Raises:
+        ValueError: it lists none.
+    """
+    reply = parse_answer(reply)
+    found = [value for value in _json_values(reply) if isinstance(value, str)]
+    if not found:
+        lines = [line for line in reply.splitlines() if line.strip()]
+        numbered = [match for match in map(_NUMBERED.match, lines) if match]
+        found = [m.string[m.end() :] for m in numbered] or [line for line in lines if not line.rstrip().endswith(":")]
+    questions = _new(((text, "") for text in found), known)
+    if not questions:
+        raise ValueError(f"the reply lists no prompt: {shorten(reply)}")
+    return [question for question, _ in questions]
+
+
+def parse_pairs(reply: str, known: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The prompts and answers of a reply: JSON objects anywhere in it, each whole one, whatever stands around them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    reply = parse_answer(reply)
+    pairs = []
+    for value in _json_values(reply):
+        if isinstance(value, dict):
+            prompt, answer = (
+                next((value[k] for k in keys if k in value), None) for keys in (_PROMPT_KEYS, _ANSWER_KEYS)
+            )
+            if isinstance(prompt, str) and isinstance(answer, str) and answer.strip():
+                pairs.append((prompt, _encodable(answer).strip()))
+    pairs = _new(pairs, known)
+    if not pairs:
+        raise ValueError(f"the reply holds no JSON object with a prompt and an answer: {shorten(reply)}")
+    return pairs
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """The text's beginning, on one line, quoted."""
+    line = " ".join(text[: 4 * length].split())
+    return repr(line if len(line) <= length else line[: length - 3] + "...")
+
+
+def _encodable(text: str) -> str:
+    """The text without lone surrogates, which JSON can escape and UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _new(pairs: Any, known: Sequence[str]) -> list[tuple[str, str]]:
+    seen, new = {question.casefold() for question in known}, []
+    for text, answer in pairs:
+        question = _encodable(text).strip().strip("*").strip()
+        if any(c.isalpha() for c in question) and len(question) <= _MAX_QUESTION and question.casefold() not in seen:
+            seen.add(question.casefold())
+            new.append((question, answer))
+    return new
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """The dicts, and the strings in lists, of all JSON in a text; a list that is cut off gives its whole entries."""
+    decoder, start = json.JSONDecoder(strict=False), 0
+    while (bracket := _BRACKET.search(text, start)) is not None:
+        try:
+            value, start = decoder.raw_decode(text, bracket.start())
+        except (ValueError, RecursionError):
+            start = bracket.start() + 1
+            continue
+        yield from _walk(value)
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (dict, list)):
+            yield from _walk(item)
+        elif isinstance(item, str) and isinstance(value, list):
+            yield item

@@ -1,0 +1,50 @@
+"""What a teacher is: a model that answers one message at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+CUT_OFF = "the answer did not end within --max-answer-tokens"
+
+
+class RequestFailed(Exception):  # noqa: N818 - never reaches a user: the run counts it and goes on
+    """One request has failed for good.
+
+    Attributes:
+        cause: a few words, the same for failures of one kind, to count them by.
+        of_message: whether it lies in this message, and says nothing about how others will fare.
+    """
+
+    def __init__(self, cause: str, message: str, *, of_message: bool = False) -> None:
+        super().__init__(message)
+        self.cause, self.of_message = cause, of_message
+
+
+class Teacher(Protocol):
+    """A model that answers messages. It is used in an `async with`.
+
+    Attributes:
+        name: what records say about where an answer comes from.
+        width: how many calls of `ask` it can serve at the same time.
+        retries: how often a request was repeated, by cause.
+    """
+
+    name: str
+    width: int
+    retries: Counter[str]
+
+    async def ask(self, message: str, parse: Callable[[str], T]) -> T:
+        """`parse` of the model's reply to a message; a reply for which it raises ValueError is no answer.
+
+        Raises:
+            RequestFailed: no usable answer came.
+            TeacherError: none will come to other messages, either.
+        """
+
+    async def __aenter__(self) -> Teacher: ...
+
+    async def __aexit__(self, *exception: object) -> None: ...
