@@ -1,5 +1,6 @@
 """Samples are drawn from rows: windows of documents and instructions, with what is cut or left out counted."""
 
+import itertools
 import pickle
 import random
 from collections import Counter
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from icae_fast.errors import ConfigError
 from training.curriculum import Stage
+from training.objectives import draw_window
 from training.rows import Row
 from training.samples import InstructionDraw, PretrainingDraw, SampleLayout
 from training.tally import Tally
@@ -69,6 +71,15 @@ def test_windows_of_a_document(tiny_icae, n, a, b, objectives, windows, spans, t
             assert sample.objective == "ae"
             assert [label for label in sample.labels if label != -100] == [*context, EOS]
         assert "lm" in objectives or n <= len(context) or len(context) >= min(a, b, SPAN)
+
+
+def test_windows_are_within_their_text():
+    for n, longest, wants_lm in itertools.product((1, 9, 10, 11, 30), (1, 10), (False, True)):
+        found = {draw_window(random.Random(seed), n, longest, (0, n), wants_lm) for seed in range(200)}
+        if n > longest:
+            assert found == {(start, start + longest) for start in range(n - longest + 1)}
+        else:
+            assert found == ({(0, end) for end in range(1, n + 1)} if wants_lm else {(0, n)})
 
 
 def test_all_windows_cover_a_document_evenly(tiny_icae):

@@ -3,16 +3,17 @@
 import json
 import pickle
 from itertools import islice
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from icae_fast.errors import ConfigError, DataError
 from icae_fast.spans import count_spans
+from training import stream as stream_module
 from training.batch import pack
 from training.curriculum import Curriculum, Stage
 from training.records import PWC
@@ -132,9 +133,9 @@ def test_resumes_over_epochs_of_files(tiny_icae, open_jsonl, streaming):
         return BatchStream(open_jsonl(lengths, streaming), PretrainingDraw(tiny_icae), STAGES, **SIZES)
 
     stream = make()
-    n = next(i for i, _ in enumerate(stream, 1) if stream.epoch == 3)
-    assert stream.step > 20
-    assert_resumes(make, n, every=7)
+    n = next(i for i, _ in enumerate(stream, 1) if stream.epoch == 2)
+    assert stream.step > 15
+    assert_resumes(make, n, every=11)
     assert stream.counts == {"skipped: field 'text' is empty": 3}
 
 
@@ -183,6 +184,17 @@ def test_an_epoch_has_every_row(tiny_icae, windows):
     # Steps mix neighbouring rows, so that the last epoch may be cut anywhere.
     assert max(times) - min(times) <= 1
     assert min(times) > 20
+
+
+def test_the_rest_of_a_row_ends_with_its_stage(tiny_icae):
+    stages = Curriculum([Stage(1, {"ae": 1}, 16), Stage(1, {"ae": 1}, 160)])
+    source = mapped([160] * 8)
+    stream = BatchStream(source, PretrainingDraw(tiny_icae), stages, **(SIZES | {"window_steps": 1}))
+    order = [source[int(i)].origin for i in source.order(0)]
+    batches = list(islice(stream, 2 * stream.micro_batches_per_step))
+    origins = [sorted(s.origin for b in batches if b.step == step for s in b) for step in range(2)]
+    # Eight of the first row's ten windows fill the first step, and the next stage begins with the second row.
+    assert origins == [[order[0]] * 8, sorted(order[1:5])]
 
 
 def test_steps_are_about_as_large_as_asked_for(tiny_icae):
@@ -269,10 +281,13 @@ def test_a_stream_can_be_sent_to_a_worker(tiny_icae, open_jsonl, streaming):
     assert list(islice(sent, 9)) == list(islice(stream, 9))
 
 
-def test_more_workers_are_refused(tiny_icae):
-    stream = BatchStream(mapped([50]), PretrainingDraw(tiny_icae), PLAIN, **SIZES)
+def test_more_workers_are_refused(tiny_icae, monkeypatch):
+    batches = BatchStream(mapped([50]), PretrainingDraw(tiny_icae), PLAIN, **SIZES)
     with pytest.raises(ConfigError, match="2 workers; the stream is for 0 or 1"):
-        next(iter(DataLoader(stream, None, num_workers=2)))
+        batches.loader(num_workers=2)
+    monkeypatch.setattr(stream_module, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    with pytest.raises(ConfigError, match="2 workers; the stream is for 0 or 1"):
+        next(iter(batches))
 
 
 def test_wrong_options_and_states_are_refused(tiny_icae):

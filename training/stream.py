@@ -173,8 +173,7 @@ class BatchStream(IterableDataset):
             DataError: a row or file cannot be used, or no row of an epoch gives a sample.
         """
         worker = get_worker_info()
-        if worker is not None and worker.num_workers > 1:
-            raise ConfigError(f"the data loader has {worker.num_workers} workers; the stream is for 0 or 1")
+        _check_workers(worker.num_workers if worker else 0)
         maker = WindowMaker(
             self.source, self.draw, self.curriculum, self._state["begin"], tokens_per_step=self.tokens_per_step,
             micro_batches_per_step=self._per_step, micro_batch_tokens=self.micro_batch_tokens,
@@ -220,6 +219,13 @@ class BatchStream(IterableDataset):
         self._state = {"begin": begin, "steps": step, "micro_batches": micro, "counts": dict(tally.counts)}
 
 
+def _check_workers(n: int) -> None:
+    if n > 1:
+        raise ConfigError(
+            f"the data loader has {n} workers; the stream is for 0 or 1, or each sample would come {n} times"
+        )
+
+
 class StreamLoader(DataLoader):
     """A `DataLoader` of a `BatchStream` whose place in this process follows the batches that were given.
 
@@ -228,6 +234,9 @@ class StreamLoader(DataLoader):
         collate: makes a batch of each micro-batch; None gives the micro-batch.
         num_workers: 0 or 1. A worker reads ahead, in a copy of the stream.
         options: others of `DataLoader`.
+
+    Raises:
+        ConfigError: num_workers is over 1.
     """
 
     def __init__(
@@ -237,6 +246,7 @@ class StreamLoader(DataLoader):
         num_workers: int = 0,
         **options: Any,
     ) -> None:
+        _check_workers(num_workers)
         super().__init__(stream, None, num_workers=num_workers, collate_fn=_WithState(collate), **options)
 
     def __iter__(self) -> Iterator[Any]:
