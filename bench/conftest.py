@@ -6,6 +6,7 @@ pytest bench --benchmark-disable          each benchmark once, checked and untim
 pytest bench/bench_encode.py -k 4x512     some of them; nothing is written
 pytest bench/bench_encode*.py             the suite of compressing; targets stand at the end
 pytest bench/bench_decode*.py             the suite of answering, likewise
+pytest bench/bench_train*.py              the suite of training, likewise
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from bench.shapes import (
     ENCODE_WORKLOADS,
     FIRST_TOKEN_WORKLOADS,
     GROWTH_WORKLOADS,
+    OVERFIT_WORKLOADS,
     QUESTION_WORKLOADS,
     SHAPE_WORKLOADS,
+    STEP_MEMORY_WORKLOADS,
+    TRAIN_WORKLOADS,
     WORKLOADS,
 )
 from bench.targets import render
@@ -66,13 +70,16 @@ def pytest_generate_tests(metafunc):
         "decode_case": DECODE_WORKLOADS[workload],
         "question_case": QUESTION_WORKLOADS[workload],
         "first_token_case": FIRST_TOKEN_WORKLOADS[workload],
+        "train_case": TRAIN_WORKLOADS[workload],
+        "overfit_case": OVERFIT_WORKLOADS[workload],
     }
     for argument, chosen in arguments.items():
         if argument in metafunc.fixturenames:  # session scope makes pytest run all that needs one model in a row
             metafunc.parametrize(argument, chosen, ids=[c.name for c in chosen], scope="session")
-    if "growing" in metafunc.fixturenames:
-        chosen = GROWTH_WORKLOADS[workload]
-        metafunc.parametrize("growing", chosen, ids=[cases[-1].name for cases in chosen], scope="session")
+    for argument, workloads in (("growing", GROWTH_WORKLOADS), ("lengthening", STEP_MEMORY_WORKLOADS)):
+        if argument in metafunc.fixturenames:
+            chosen = workloads[workload]
+            metafunc.parametrize(argument, chosen, ids=[cases[-1].name for cases in chosen], scope="session")
 
 
 @pytest.fixture(scope="session")

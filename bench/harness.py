@@ -166,14 +166,15 @@ class Compare:
             calls, check: as above.
             target: the call whose times pytest-benchmark gets.
             rounds: for calls of many seconds: this many rounds, or `min_rounds` if that is less, and the calls that are
-                checked note the peak as well and are the only warm-up.
+                checked note the peak as well and are the only warm-up. 1, for calls of minutes: one call of each is
+                checked, notes the peak and is timed, faults of new pages included.
 
         Returns:
             Each call's times, round by round, and its working memory in bytes.
         """
         peaks: dict[str, int] = {}
         measured = {name: self._noting_peak(name, call, peaks) for name, call in calls.items()}
-        if not self.benchmark.enabled:
+        if not self.benchmark.enabled or rounds == 1:
             seconds, results = self._time(measured, target, rounds=1, warmup=0)
             check(results)
         elif rounds is not None:

@@ -146,8 +146,8 @@ class Models:
     """Every provider of one model with the same weights; each is made when it is first asked for.
 
     Attributes:
-        icae: `icae_fast.ICAE`; baseline: `BaselineICAE`; merged: `MergedEncoder`; compiled, frozen:
-        `CompiledEncoder` without and with freezing.
+        icae: `icae_fast.ICAE`; baseline: `BaselineICAE`; training_baseline: the same with the second copy that the
+        reference trains with; merged: `MergedEncoder`; compiled, frozen: `CompiledEncoder` without and with freezing.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, config: ICAEConfig, device: str = "cpu") -> None:
@@ -158,6 +158,11 @@ class Models:
     def baseline(self) -> BaselineICAE:
         """The reference's way."""
         return BaselineICAE.from_icae(self.icae)
+
+    @functools.cached_property
+    def training_baseline(self) -> BaselineICAE:
+        """The reference's way of training."""
+        return BaselineICAE.from_icae(self.icae, two_copies=True)
 
     @functools.cached_property
     def merged(self) -> MergedEncoder:

@@ -73,7 +73,8 @@ class Case:
         model: a name in `MODELS`; dtype: a name in `DTYPES`.
         documents, tokens: how many documents of how many tokens.
         memory_size, rate, rank: k, context tokens a slot, LoRA rank.
-        prompts, new_tokens: prompts asked about each document where any are, and tokens generated for each.
+        prompts, new_tokens: prompts asked about each document where any are, and tokens generated for each; in
+            training, tokens of the continuation that is learned.
         threads: to run with, 0 for as many as torch takes by itself.
     """
 
@@ -115,6 +116,34 @@ class Case:
         n = -(-self.tokens // (self.memory_size * self.rate))
         step = -(-self.tokens // n)
         return [min(step, self.tokens - start) for start in range(0, self.tokens, step)] * self.documents
+
+
+@dataclass(frozen=True)
+class OverfitCase:
+    """Passages that a new adapter is to learn by heart.
+
+    Args:
+        model, dtype: as of a `Case`.
+        passages, tokens: how many of how many tokens, one span each.
+        memory_size: k, slots for a passage.
+        warm_steps: steps of the encoder-only warm start.
+        max_steps: steps of autoencoding after which it is given up.
+        goal: the loss to be reached, None to take all steps whatever comes of them.
+    """
+
+    model: str
+    dtype: str
+    passages: int
+    tokens: int
+    memory_size: int
+    warm_steps: int
+    max_steps: int
+    goal: float | None
+
+    @property
+    def name(self) -> str:
+        """A readable id, `model-dtype-PASSAGESxTOKENSintoSLOTS`."""
+        return f"{self.model}-{self.dtype}-{self.passages}x{self.tokens}into{self.memory_size}"
 
 
 @dataclass(frozen=True)
@@ -194,6 +223,26 @@ FIRST_TOKEN_WORKLOADS = {
     "small": [_tiny(1, 64, new_tokens=1)],
     "real": [_smollm2(1, 4096, new_tokens=1)],
     "big": [_smollm2(1, 4096, new_tokens=1)],
+}
+# For `bench_train.py`: a step of autoencoding one document; ...
+TRAIN_WORKLOADS = {
+    "small": [_tiny(1, 80)],
+    "real": [_smollm2(1, 2048)],
+    "big": [_smollm2(1, 2048), _smollm2(1, 4096)],
+}
+# ... for `bench_train_memory.py`: steps of continuing longer and longer ones. 60 spans give 7,680 slots, which with 512
+# tokens to learn fill SmolLM2's 8,192 positions: so 30,720 tokens stand for the power of two above them; ...
+_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 30720, 65536)
+STEP_MEMORY_WORKLOADS = {
+    "small": [tuple(_tiny(1, n, new_tokens=16) for n in (32, 64, 128))],
+    "real": [tuple(_smollm2(1, n, new_tokens=512) for n in _LENGTHS)],
+    "big": [tuple(_smollm2(1, n, new_tokens=512) for n in _LENGTHS)],
+}
+# ... and for `bench_train_overfit.py`.
+OVERFIT_WORKLOADS = {
+    "small": [OverfitCase("tiny", "fp32", 2, 16, 8, warm_steps=2, max_steps=3, goal=None)],
+    "real": [OverfitCase("smollm2-135m", "bf16", 8, 64, 32, warm_steps=40, max_steps=120, goal=0.05)],
+    "big": [OverfitCase("smollm2-135m", "bf16", 8, 64, 32, warm_steps=40, max_steps=120, goal=0.05)],
 }
 # Rows of so many tokens for attention alone, of SmolLM2's heads.
 ATTENTION_WORKLOADS = {

@@ -1,4 +1,4 @@
-"""What the suites are held against: `python -m bench.targets docs/results/{encode,decode}-MACHINE.json`.
+"""What the suites are held against: `python -m bench.targets docs/results/{encode,decode,train}-MACHINE.json`.
 
 Each measured figure stands beside its target with "met" or "missed"; a figure without one is there to be read.
 Targets are judged on medians, and nothing fails when one is missed.
@@ -20,6 +20,7 @@ from rich.table import Table
 from bench.decoders import BY_PROMPT, GENERATE, KV_TIER, LLAMA_CPP, ONE_BY_ONE
 from bench.encoders import BASELINE, COMPILED, EXPANDED, FROZEN, MERGED, SDPA
 from bench.harness import OURS
+from bench.steps import ALL_KEPT, NOTHING_KEPT
 
 WIDTH = 160  # no line of the table breaks
 AT_LEAST, AT_MOST = ">=", "<="
@@ -64,6 +65,11 @@ OVER_ONE_BY_ONE = Target(AT_LEAST, 10.0, 10.0)
 MEMORIES_HELD = Target(AT_MOST, 1.1, 1.1)  # one, and the template before its slots
 FIRST_TOKEN_FROM_SLOTS = Target(AT_LEAST, 8.0, 8.0)
 FIRST_TOKEN_FROM_KV = Target(AT_LEAST, 50.0, 50.0)
+# make bench-train; peaks are of memory above the weights, by context tokens where they are told apart
+STEP_OVER_BASELINE = Target(AT_LEAST, 2.0, 2.0)
+STEP_PEAK = Target(AT_MOST, 1 / 4, 1 / 4)
+PEAK_OVER_BASELINE = {8192: Target(AT_MOST, 1 / 8, 1 / 8)}
+PEAK_GIB = {30720: Target(AT_MOST, 4.0, 4.0), 65536: Target(AT_MOST, 6.0, 6.0)}
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,12 @@ def figures(row: dict[str, Any]) -> Iterator[Figure]:
         yield from _question_figures(row)
     elif "first_token_speedup" in row:
         yield from _first_token_figures(row)
+    elif "loss_of_first_half" in row:
+        yield from _step_figures(row)
+    elif "memory" in row:
+        yield from _step_memory_figures(row)
+    elif "overfit" in row:
+        yield from _overfit_figures(row)
 
 
 def _encoder_figures(row):
@@ -154,6 +166,44 @@ def _first_token_figures(row):
         if name in row["first_token_speedup"]:
             what = f"first token of {name}, over {BASELINE}"
             yield Figure(row["case"], what, row["first_token_speedup"][name], target)
+
+
+def _step_figures(row):
+    peaks = row["peak_bytes"]
+    for name in (OURS, NOTHING_KEPT, ALL_KEPT):
+        judged = name == OURS
+        if judged:
+            over = row["speedup_over"][BASELINE]
+        else:  # of medians: rounds are not kept
+            over = {"median": row["seconds"][BASELINE]["median"] / row["seconds"][name]["median"]}
+        yield Figure(row["case"], f"step of {name}, over {BASELINE}", over, STEP_OVER_BASELINE if judged else None)
+        share = {"median": peaks[name] / peaks[BASELINE]}
+        yield Figure(row["case"], f"peak of {name} over {BASELINE}'s", share, STEP_PEAK if judged else None)
+
+
+def _step_memory_figures(row):
+    ours, baseline = (row["memory"][name] for name in (OURS, BASELINE))
+    for own, its in zip(ours["points"], baseline["points"], strict=True):
+        tokens, note = own["tokens"], ", extrapolated" if its["extrapolated"] else ""
+        where = f"step of {tokens:,} tokens"
+        if target := PEAK_OVER_BASELINE.get(tokens):
+            yield Figure(where, f"peak over {BASELINE}'s{note}", {"median": own["peak_mb"] / its["peak_mb"]}, target)
+        if target := PEAK_GIB.get(tokens):
+            yield Figure(where, "peak, GiB", {"median": own["peak_mb"] * 1e6 / 2**30}, target)
+    for name, found in ((OURS, ours), (BASELINE, baseline)):
+        yield Figure(f"memory of {name}", "bytes a context token", {"median": found["bytes_per_token"]})
+
+
+def _overfit_figures(row):
+    found = row["overfit"]
+    where = f"{found['passages']} passages by heart"
+    if found["goal"] is None:
+        return
+    yield Figure(where, "loss", {"median": found["loss"]}, Target(AT_MOST, found["goal"], found["goal"]))
+    all_of_them = Target(AT_LEAST, found["passages"], found["passages"])
+    yield Figure(where, "restored exactly", {"median": found["restored"]}, all_of_them)
+    yield Figure(where, "steps, behind a warm start", {"median": found["steps"]})
+    yield Figure(where, "seconds", {"median": found["seconds"]})
 
 
 def render(machine: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:

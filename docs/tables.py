@@ -183,9 +183,81 @@ def _slots(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def train_tables() -> str:
+    """Every `train-*.json` under docs/results: a step, its memory by length, and passages learned by heart."""
+    paths = sorted(RESULTS.glob("train-*.json"))
+    return "\n\n".join(_train(json.loads(p.read_text()), f"docs/results/{plot_name(p)}.svg") for p in paths)
+
+
+def plot_name(results: Path) -> str:
+    """The name of the plot of a `train-MACHINE.json`, without its ending: `train-memory-MACHINE`."""
+    return results.stem.replace("train-", "train-memory-", 1)
+
+
+def _train(result: dict[str, Any], plot: str) -> str:
+    lines = [
+        f"Training, forward and backward of one document, {result['machine']['cpu']}, "
+        f"{result['machine']['threads']} threads, {result['machine']['isa']}, commit "
+        f"{result['machine']['commit'][:8]}; times are medians:",
+        "",
+        "| context | | s | tokens/s | peak over the weights, MB | of the baseline's |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    said = []
+    for row in result["rows"]:
+        if "loss_of_first_half" in row:
+            lines += _step_lines(row)
+        elif "memory" in row:
+            lines += _step_memory_lines(row)
+            said += [_slopes(row), f"![Peak memory of a training step against its context]({plot})"]
+        elif "overfit" in row:
+            said.append(_overfit(row["overfit"]))
+    return "\n\n".join(["\n".join(lines), *said])
+
+
+def _step_lines(row):
+    for name, times in row["seconds"].items():
+        peak = row["peak_bytes"][name] / 1e6
+        rate, share = row["rates"][name]["tokens_per_s"], peak / (row["peak_bytes"]["baseline"] / 1e6)
+        yield (
+            f"| `{row['case']}`, {row['objective']} | {name} | {times['median']:.3g} | {rate:.3g} | {peak:.4g} | "
+            f"{share:.2g} |"
+        )
+
+
+def _step_memory_lines(row):
+    for of_all in zip(*(found["points"] for found in row["memory"].values()), strict=True):
+        by_name = dict(zip(row["memory"], of_all, strict=True))
+        for name, point in by_name.items():
+            seconds = point["seconds"]
+            cells = ["-", "-"] if seconds is None else [f"{seconds:.3g}", f"{point['tokens'] / seconds:.3g}"]
+            peak = f"{point['peak_mb']:.4g}" + " (extrapolated)" * point["extrapolated"]
+            share = point["peak_mb"] / by_name["baseline"]["peak_mb"]
+            what = f"{point['tokens']:,} tokens, {row['objective']} of {row['target_tokens']}"
+            yield f"| {what} | {name} | {' | '.join(cells)} | {peak} | {share:.2g} |"
+
+
+def _slopes(row):
+    ours, baseline = (row["memory"][name]["bytes_per_token"] for name in ("icae_fast", "baseline"))
+    return (
+        f"A context token takes {ours:,.0f} bytes more of icae_fast's step, and {baseline:,.0f} of the baseline's "
+        "(slopes over the upper half of the measured lengths)."
+    )
+
+
+def _overfit(found):
+    return (
+        f"A new adapter learns {found['passages']} passages of {found['tokens']} tokens in {found['slots']} slots each "
+        f"by heart in {found['warm_steps']} steps of the warm start and {found['steps']} of autoencoding, "
+        f"{found['seconds']:.0f} s in all: the loss is {found['loss']:.2g}, and {found['restored']} of "
+        f"{found['passages']} come back exactly."
+    )
+
+
 TABLES = {
     "ops": ops_table, "latency": latency_tables, "encode": encode_tables, "decode": decode_tables,
-    "accuracy": accuracy_tables, "slots": slots_tables, "kernels": kernels_table, "paper": paper_tables,
+    "accuracy": accuracy_tables, "slots": slots_tables, "train": train_tables,
+    "kernels": kernels_table, "paper": paper_tables,
 }  # fmt: skip
 
 

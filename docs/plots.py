@@ -1,0 +1,78 @@
+"""Draws plots from docs/results anew, beside the figures: `python -m docs.plots`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from docs.tables import RESULTS, plot_name
+
+OURS, BASELINE = "icae_fast", "baseline"
+COLORS = {OURS: "#1f6fb4", BASELINE: "#c8501e"}
+NAMES = {OURS: "icae_fast", BASELINE: "baseline (the reference's way)"}
+
+
+def step_memory(result: dict[str, Any], path: Path) -> None:
+    """Peak memory of a training step against the context, both axes logarithmic; extrapolated points are hollow.
+
+    Args:
+        result: of `bench-train`, with a row of memory.
+        path: without an ending; `.png` and `.svg` are written.
+    """
+    row = next(row for row in result["rows"] if "memory" in row)
+    # Text as text, and nothing of the time of drawing: the same figures give the same file.
+    with plt.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.size": 11}):
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        for name, found in row["memory"].items():
+            _line(axes, name, found)
+        lengths = [point["tokens"] for point in next(iter(row["memory"].values()))["points"]]
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=30)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda gb, _: f"{gb:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel("peak memory above the weights, GB")
+        axes.set_title(
+            f"One training step: {row['case']}, {row['objective']} of {row['target_tokens']} tokens", fontsize=11
+        )
+        axes.grid(True, which="major", alpha=0.3)
+        axes.legend(loc="upper left", frameon=False)
+        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        plt.close(figure)
+
+
+def _line(axes, name, found):
+    points, color = found["points"], COLORS[name]
+    measured = [p for p in points if not p["extrapolated"]]
+    rest = [p for p in points if p["extrapolated"]]
+    label = f"{NAMES[name]}, {found['bytes_per_token'] / 1e3:,.0f} KB a context token"
+
+    def draw(chosen, **style):
+        axes.plot([p["tokens"] for p in chosen], [p["peak_mb"] / 1e3 for p in chosen], color=color, **style)
+
+    draw(measured, marker="o", label=label)
+    if rest:
+        draw([measured[-1], *rest], linestyle="--")
+        draw(rest, marker="o", linestyle="none", markerfacecolor="white", label=f"{name}, extrapolated")
+
+
+def main() -> None:
+    """Draw for every `train-*.json` that has a row of memory."""
+    for results in sorted(RESULTS.glob("train-*.json")):
+        result = json.loads(results.read_text())
+        if any("memory" in row for row in result["rows"]):
+            step_memory(result, RESULTS / plot_name(results))
+
+
+if __name__ == "__main__":
+    main()
