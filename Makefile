@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed lint
-	ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q
+	ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal
 	ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q tests/test_golden.py tests/test_modeling.py tests/test_models.py \
 		tests/test_adapter_mode.py tests/test_fingerprint.py
 	$(MAKE) test-triton bench-check

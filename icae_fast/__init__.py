@@ -6,6 +6,7 @@ answers = icae.generate(memories[0], prompts=["What is it about?"])
 """
 
 from icae_fast import errors
+from icae_fast.activations import ActivationBudget
 from icae_fast.answers import Answer
 from icae_fast.config import ICAEConfig
 from icae_fast.generation import TextPiece
@@ -18,6 +19,7 @@ from icae_fast.store import MemoryStore
 __version__ = "0.1.0"
 __all__ = [
     "ICAE",
+    "ActivationBudget",
     "Answer",
     "ICAEConfig",
     "Memory",
