@@ -1,7 +1,7 @@
 """Learning a few passages by heart: a new adapter is trained on one batch until the decoder restores all of it.
 
-The warm start gives the slots something to say before the decoder is asked; without it 117 steps of autoencoding on
-SmolLM2 left the loss at 4.2, where the language model alone has it.
+The warm start gives the slots something to say before the decoder is asked: without it, 117 steps of autoencoding of 64
+tokens in 32 slots left SmolLM2's loss at 4.2, and with 40 steps of it 89 brought the loss to 1.0.
 """
 
 from __future__ import annotations
