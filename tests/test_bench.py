@@ -170,8 +170,9 @@ def test_toy(compare, case):
 
 
 @pytest.fixture
-def run_benchmark(pytester):
+def run_benchmark(pytester, monkeypatch):
     """Runs a benchmark of two providers in its own session; gives (outcome, order of calls, results folder)."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in whose processes pytest-benchmark times nothing
 
     def run(*options, value=7, rounds=None):
         pytester.makeconftest("from bench.conftest import *")
