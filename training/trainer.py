@@ -257,7 +257,8 @@ class ICAETrainer(Trainer):
         """
         tensors = get_model_state_dict(self.model, options=_FULL)
         if self.args.should_save:
-            named = {self._keys[name]: tensor for name, tensor in tensors.items()}
+            # A head that is tied to the embeddings comes along under its second name, frozen or not.
+            named = {self._keys[name]: tensor for name, tensor in tensors.items() if name in self._keys}
             ordered = {key: named[key] for key in self._keys.values()}
             write_adapter(output_dir or self.args.output_dir, self._config, self._base, ordered)
 
