@@ -1,6 +1,7 @@
 """What the benchmarks of training are made of: equal steps, extrapolated memory, targets, the table and the plot."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -189,20 +190,40 @@ def test_learning_by_heart_lowers_the_loss_and_ends_at_the_goal():
     assert len(learned["warm_losses"]) == case.warm_steps
     assert len(learned["losses"]) == case.max_steps
     assert learned["losses"][-1] < learned["losses"][0]
-    assert not learned["below_goal"]
+    assert not learned["reached"]
     exact = overfit.restored(icae, passages)
     assert exact == [False] * case.passages  # three steps teach nothing
 
-    reached = shapes.OverfitCase(**vars(case) | {"goal": 100.0})
-    icae = overfit.new_icae(reached)
-    before = {k: v.clone() for k, v in icae.state_dict().items()}
-    found = overfit.learn(shapes.OverfitCase(**vars(reached) | {"warm_steps": 0}), icae, passages)
-    assert found["below_goal"]
-    assert len(found["losses"]) == 1
-    assert all(torch.equal(v, before[k]) for k, v in icae.state_dict().items())  # a goal that is met takes no step
-    row = overfit.Overfit("overfit", reached, found, exact, 1.0, {}).row(None)
-    assert row["overfit"]["steps"] == 0
-    assert row["overfit"]["restored"] == 0
+
+class Knows(torch.nn.Module):
+    """In place of `TrainingModel`: a loss that is low from the start, and labels right from the second step."""
+
+    def __init__(self, icae):
+        super().__init__()
+        self.icae, self.calls = icae, 0
+
+    def forward(self, **batch):
+        self.calls += 1
+        counts = torch.tensor([4.0, 0.0])
+        return {
+            "loss": self.icae.memory_token_embed.weight.square().mean(),
+            "counts": counts,
+            "correct": counts - torch.tensor([float(self.calls == 1), 0.0]),
+        }
+
+
+def test_learning_ends_when_all_passages_come_back(monkeypatch):
+    asked = iter([[True, False], [True, True]])
+    monkeypatch.setattr(overfit, "TrainingModel", Knows)
+    monkeypatch.setattr(overfit, "restored", lambda icae, passages: next(asked))
+    case = dataclasses.replace(shapes.OVERFIT_WORKLOADS["small"][0], goal=100.0, warm_steps=0, max_steps=9)
+    icae = overfit.new_icae(case)
+    learned = overfit.learn(case, icae, overfit.passages_for(case, icae))
+    # Labels that are wrong, a passage that is, and then the end, which takes no step.
+    assert len(learned["losses"]) == 3
+    assert learned["reached"]
+    row = overfit.Overfit("overfit", case, learned, [True, True], 1.0, {}).row(None)
+    assert (row["overfit"]["steps"], row["overfit"]["restored"]) == (2, 2)
 
 
 def test_what_is_restored_is_judged_to_the_end():
