@@ -77,10 +77,9 @@ def plan(
     """
     n, left = backbone.n_layers, budget.bytes
 
-    def step(level, tokens):
-        """Bytes that a layer takes more at `level` than at the one below."""
-        below = Level.NOTHING if level == Level.ATTENTION else Level(level - 1)
-        return kept_bytes(backbone, level, tokens, itemsize) - kept_bytes(backbone, below, tokens, itemsize)
+    def more(tokens, low, high):
+        """Bytes that a layer takes more at the level `high` than at `low`."""
+        return kept_bytes(backbone, high, tokens, itemsize) - kept_bytes(backbone, low, tokens, itemsize)
 
     def affordable(cost, most):
         nonlocal left
@@ -92,14 +91,13 @@ def plan(
         # The last layers: their backward comes first, so what they keep is gone when the others are computed again.
         return (low,) * (n - count) + (high,) * count
 
-    at_hidden = kept_bytes(backbone, Level.HIDDEN, decoder_tokens, itemsize)
-    with_attention = affordable(kept_bytes(backbone, Level.ATTENTION, decoder_tokens, itemsize) - at_hidden, n)
-    light = [bool(affordable(n * step(Level.ATTENTION, t), 1)) for t in span_tokens]
+    with_attention = affordable(more(decoder_tokens, Level.HIDDEN, Level.ATTENTION), n)
+    light = [bool(affordable(n * more(t, Level.NOTHING, Level.ATTENTION), 1)) for t in span_tokens]
     decoder = levels(Level.HIDDEN, Level.ATTENTION, with_attention)
     if with_attention == n:
-        decoder = levels(Level.ATTENTION, Level.ALL, affordable(step(Level.ALL, decoder_tokens), n))
+        decoder = levels(Level.ATTENTION, Level.ALL, affordable(more(decoder_tokens, Level.ATTENTION, Level.ALL), n))
     spans = []
     for tokens, kept in zip(span_tokens, light, strict=True):
-        whole = affordable(step(Level.ALL, tokens), n) if kept else 0
+        whole = affordable(more(tokens, Level.ATTENTION, Level.ALL), n) if kept else 0
         spans.append(levels(Level.ATTENTION, Level.ALL, whole) if kept else (Level.NOTHING,) * n)
     return ActivationPlan(decoder, tuple(spans))

@@ -120,20 +120,13 @@ class Backbone:
     def is_plain_stack(self, x: torch.Tensor) -> bool:
         """Whether ops compute all that layers do, so that a backward may be put together of theirs."""
 
-        def plain(layer):
-            norms = (layer.input_layernorm, layer.post_attention_layernorm)
-            mlp, linears = layer.mlp, (layer.self_attn.o_proj,)
-            if not Backbone.is_silu(mlp):
-                return False
-            linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            return (
-                all(hasattr(n, "variance_epsilon") for n in norms)
-                and type(linears[0]) is nn.Linear
-                and (mlp.gate_proj.bias is None) == (mlp.up_proj.bias is None)
-                and all(is_plain(m, x) for m in (*norms, mlp, *linears))
-            )
-
-        return all(plain(layer) for layer in self.model.layers)
+        return all(
+            _is_plain_norm(layer.input_layernorm, x)
+            and _is_plain_linear(layer.self_attn.o_proj, x)
+            and _is_plain_norm(layer.post_attention_layernorm, x)
+            and _is_plain_mlp(layer.mlp, x)
+            for layer in self.model.layers
+        )
 
     def pack(self) -> None:
         """Make weights of each layer that are read together adjacent, as a forward does by itself (see `packed`)."""
@@ -220,25 +213,37 @@ def is_plain(module: nn.Module, x: torch.Tensor) -> bool:
     return not hooked and frozen and all(p.dtype == x.dtype for p in module.parameters())
 
 
+def _is_plain_norm(module, x):
+    return hasattr(module, "variance_epsilon") and is_plain(module, x)
+
+
+def _is_plain_linear(module, x):
+    return type(module) is nn.Linear and is_plain(module, x)
+
+
+def _is_plain_mlp(module, x):
+    if not Backbone.is_silu(module) or not is_plain(module, x):
+        return False
+    gate, up, down = module.gate_proj, module.up_proj, module.down_proj
+    return all(is_plain(p, x) for p in (gate, up, down)) and (gate.bias is None) == (up.bias is None)
+
+
 def _norm(module, x, stream):
     """The norm of `stream + x`, and that sum."""
-    if hasattr(module, "variance_epsilon") and is_plain(module, x):
+    if _is_plain_norm(module, x):
         return rms_norm(x, module.weight, module.variance_epsilon, residual=stream)
     total = x if stream is None else stream + x
     return module(total), total
 
 
 def _linear(module, x):
-    return linear(x, module.weight, module.bias) if type(module) is nn.Linear and is_plain(module, x) else module(x)
+    return linear(x, module.weight, module.bias) if _is_plain_linear(module, x) else module(x)
 
 
 def _mlp(module, x):
-    if not Backbone.is_silu(module) or not is_plain(module, x):
+    if not _is_plain_mlp(module, x):
         return module(x)
-    gate, up, down = parts = module.gate_proj, module.up_proj, module.down_proj
-    if not all(is_plain(p, x) for p in parts) or (gate.bias is None) != (up.bias is None):
-        return module(x)
-    return _linear(down, swiglu(x, *Backbone.gate_up(module)))
+    return _linear(module.down_proj, swiglu(x, *Backbone.gate_up(module)))
 
 
 def _check_frozen(attention: nn.Module) -> None:

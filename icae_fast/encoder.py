@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from icae_fast.spans import micro_batches, pack_spans, slots_per_span, span_lengths
+from icae_fast.spans import cut_contexts, micro_batches, pack_spans, slots_per_span
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -24,9 +24,8 @@ def encode_spans(
     memory_size: int | None = None,
 ) -> list[torch.Tensor]:
     """See `ICAE.encode`; `dropout=False` leaves LoRA dropout out in training mode too."""
-    config, k = icae.config, slots_per_span(icae.config, memory_size)
-    cuts = [span_lengths(len(ids), config) for ids in contexts]
-    spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
+    k = slots_per_span(icae.config, memory_size)
+    spans, span_counts = cut_contexts(contexts, icae.config)
     lora = icae.encoder_weights.get(icae, dropout=dropout)
     memory_tokens = memory_tokens_of(icae, k)
     done, total = 0, sum(map(len, contexts))
@@ -47,7 +46,7 @@ def encode_spans(
         if on_progress is not None:
             on_progress(done, total)
     encoded = torch.cat(slots) if block is None else block
-    return list(encoded.split([len(cut) * k for cut in cuts]))
+    return list(encoded.split([n * k for n in span_counts]))
 
 
 def memory_tokens_of(icae: ICAE, memory_size: int) -> torch.Tensor:

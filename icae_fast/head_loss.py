@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from icae_fast.errors import InvalidInputError
+from icae_fast.ops._precision import compute_dtype
 
 # Rows whose logits are held at once: at SmolLM2's vocabulary 256 rows are 50 MB in fp32. Fewer would read the head's
 # weights more often than the products take.
@@ -65,7 +66,7 @@ def head_loss(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, teacher_hidden, alpha, temperature, chunk_rows):
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(hidden, upcast=True)
         losses = hidden.new_empty(len(hidden), dtype=wide)
         correct = hidden.new_empty(len(hidden), dtype=torch.bool)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None

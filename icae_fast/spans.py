@@ -33,6 +33,13 @@ def span_lengths(length: int, config: ICAEConfig) -> list[int]:
     return [min(step, length - start) for start in range(0, length, step)]
 
 
+def cut_contexts(contexts: Sequence[torch.Tensor], config: ICAEConfig) -> tuple[list[torch.Tensor], list[int]]:
+    """The spans of all contexts one after another, and how many each context has."""
+    cuts = [span_lengths(len(ids), config) for ids in contexts]
+    spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
+    return spans, [len(cut) for cut in cuts]
+
+
 def slots_per_span(config: ICAEConfig, memory_size: int | None = None) -> int:
     """`memory_size`, the number of memory tokens behind a span, or k where it is None.
 

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from icae_fast.activations import ActivationBudget, plan
 from icae_fast.encoder import embed_spans, memory_tokens_of, scale_slots, slot_norm
 from icae_fast.layer_tape import Level, backward_stack, forward_stack
-from icae_fast.spans import PackedRows, micro_batches, slots_per_span, span_lengths
+from icae_fast.ops._precision import compute_dtype
+from icae_fast.spans import PackedRows, cut_contexts, micro_batches, slots_per_span
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -23,7 +24,7 @@ class TrainingStep:
 
     Each pass is one node of autograd's graph, so that hooks on parameters (DDP) fire once and gradient accumulation
     works as ever. A base model with modules that are not what the ops compute goes through
-    `torch.utils.checkpoint` instead, micro-batch by micro-batch and layer by layer.
+    `torch.utils.checkpoint` instead, micro-batch by micro-batch and the decoder as a whole.
 
     Args:
         icae: the model.
@@ -43,13 +44,12 @@ class TrainingStep:
     ) -> None:
         k = slots_per_span(icae.config, memory_size)
         self.icae, self.budget, self.memory_size = icae, budget, k
-        cuts = [span_lengths(len(ids), icae.config) for ids in contexts]
-        spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
+        spans, span_counts = cut_contexts(contexts, icae.config)
         sizes = [len(s) + k for s in spans]
         ranges = list(micro_batches(sizes, budget.span_tokens))
         self.batches = [[spans[i] for i in r] for r in ranges]
-        self.slot_counts = [len(cut) * k for cut in cuts]
-        self.plain = icae.backbone.is_plain_stack(icae.embed(torch.zeros(0, dtype=torch.int64)))
+        self.slot_counts = [n * k for n in span_counts]
+        self.plain = icae.backbone.is_plain_stack(icae.base_model.get_input_embeddings().weight)
         self.keep_all = budget.bytes is None or not torch.is_grad_enabled()
         if self.plain and not self.keep_all:
             tokens = [sum(sizes[i] for i in r) for r in ranges]
@@ -59,10 +59,13 @@ class TrainingStep:
         """Slots of each context, (n_spans_i * k, d)."""
         icae = self.icae
         lora = icae.adapter.pack(icae.dtype)
-        tensors = [memory_tokens_of(icae, self.memory_size), icae.slot_gain, *(p.a for p in lora), *(p.b for p in lora)]
         norm = slot_norm(icae)
         if self.plain and not self.keep_all:
-            slots = _Encode.apply(self, lora, norm, *tensors)
+            memory_tokens, factors = (
+                memory_tokens_of(icae, self.memory_size),
+                (*(p.a for p in lora), *(p.b for p in lora)),
+            )
+            slots = _Encode.apply(self, lora, norm, memory_tokens, icae.slot_gain, *factors)
         else:
             slots = torch.cat([self._encode_by_autograd(spans, lora, norm) for spans in self.batches])
         return list(slots.split(self.slot_counts))
@@ -140,7 +143,7 @@ class _Encode(torch.autograd.Function):
             dhidden, dgain = _finish_backward(step, hidden, ctx.norm, gain, parts[i])
             rows = tape.rows.out_rows
             dx, of_factors = backward_stack(tape, dhidden)
-            dmemory = dx[rows].unflatten(0, (-1, len(memory_tokens))).sum(0, dtype=_wide(dx))
+            dmemory = dx[rows].unflatten(0, (-1, len(memory_tokens))).sum(0, dtype=compute_dtype(dx, upcast=True))
             _add_up(sums, (dmemory, dgain, *of_factors))
         grads = [
             s.to(t) if s is not None and n else None
@@ -171,11 +174,7 @@ def _add_up(sums, values):
     """Adds in fp32: 128 spans in bf16 would lose the last of them."""
     for i, value in enumerate(values):
         if value is not None:
-            sums[i] = value.to(_wide(value)) if sums[i] is None else sums[i].add_(value)
-
-
-def _wide(t):
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+            sums[i] = value.to(compute_dtype(value, upcast=True)) if sums[i] is None else sums[i].add_(value)
 
 
 def _used_up(tape):

@@ -69,11 +69,11 @@ class LossWindow:
         self.skipped_steps = self.without_teacher = 0
         self.tokens = 0
         self.context_tokens = 0
-        self._clear()
-        self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
+        self._begin(Scores())
 
-    def _clear(self) -> None:
-        self._scores = Scores()
+    def _begin(self, scores: Scores) -> None:
+        self._scores = scores
+        self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
 
     def add(self, scores: Scores, tokens: int, context_tokens: int) -> None:
         """Count one optimiser step.
@@ -104,8 +104,7 @@ class LossWindow:
         for name in ("skipped_steps", "without_teacher"):
             if n := getattr(self, name):
                 logs[name] = n
-        self._clear()
-        self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
+        self._begin(Scores())
         return logs
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,10 +119,9 @@ class LossWindow:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; speed is measured from now on."""
-        self._scores = Scores(torch.tensor(state["scores"], dtype=torch.float64))
+        self._begin(Scores(torch.tensor(state["scores"], dtype=torch.float64)))
         self.skipped_steps, self.without_teacher = state["skipped_steps"], state["without_teacher"]
         self.tokens, self.context_tokens = state["tokens"], state["context_tokens"]
-        self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

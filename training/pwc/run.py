@@ -173,7 +173,7 @@ class _Run:
             for kind in self._wanted_kinds(passage):
                 yield self._make(passage, kind)
             if self._missing_questions(passage):
-                yield (self._make_pairs if self.settings.at_once else self._make_questions)(passage)
+                yield self._make_questions(passage)
 
     def _passages(self, report: Report, on_bad_row: Callable[[str], None]) -> Iterator[Passage]:
         seen = set()
@@ -207,25 +207,21 @@ class _Run:
             await self._answer(passage, kind, prompt)
 
     async def _make_questions(self, passage: Passage) -> None:
-        """Asks for a list of prompts, and then for the answer to each."""
+        """Asks for a list of prompts and then for the answer to each, or with `at_once` for both in one reply."""
+        at_once, parse = (
+            self.settings.at_once,
+            prompts.parse_pairs if self.settings.at_once else prompts.parse_questions,
+        )
         known, missing = self.records.questions(passage.key), self._missing_questions(passage)
-        request = prompts.questions_request(passage.text, missing, known, with_answers=False)
-        reply = await self._ask(passage, QUESTION, request, lambda r: prompts.parse_questions(r, known), missing)
+        request = prompts.questions_request(passage.text, missing, known, with_answers=at_once)
+        reply = await self._ask(passage, QUESTION, request, lambda r: parse(r, known), missing)
         if reply is None:
             return
-        for question in reply[:missing]:
-            await self._answer(passage, QUESTION, question)
-        self._too_few(passage, missing - len(reply))
-
-    async def _make_pairs(self, passage: Passage) -> None:
-        """Asks for prompts with their answers, in one reply."""
-        known, missing = self.records.questions(passage.key), self._missing_questions(passage)
-        request = prompts.questions_request(passage.text, missing, known, with_answers=True)
-        reply = await self._ask(passage, QUESTION, request, lambda r: prompts.parse_pairs(r, known), missing)
-        if reply is None:
-            return
-        for question, answer in reply[:missing]:
-            self._write(passage, QUESTION, question, answer, self.teacher.name)
+        for item in reply[:missing]:
+            if at_once:
+                self._write(passage, QUESTION, *item, self.teacher.name)
+            else:
+                await self._answer(passage, QUESTION, item)
         self._too_few(passage, missing - len(reply))
 
     async def _answer(self, passage: Passage, kind: str, prompt: str) -> None:
