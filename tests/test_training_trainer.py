@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import golden
 from icae_fast import ICAE
 from icae_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from icae_fast.files import load_tensors
@@ -195,3 +196,12 @@ def test_a_log_window_goes_on_from_its_state():
     assert {k: v for k, v in ours.items() if "second" not in k} == {
         k: v for k, v in theirs.items() if "second" not in k
     }
+
+
+def test_a_head_tied_to_the_embeddings_is_not_saved(tmp_path, monkeypatch):
+    base = golden.load_base()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    monkeypatch.setattr(golden, "load_base", lambda: base)
+    trainer = train(make_trainer(tmp_path, steps=2), tmp_path)
+    loaded = ICAE.from_pretrained(tmp_path / "checkpoint-2", base_model=base)
+    assert loaded.adapter_hash() == trainer.model.icae.adapter_hash()
