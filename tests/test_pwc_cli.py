@@ -77,7 +77,11 @@ def start(text_file, out, server):
     ]
     command += ["--model", "m", *map(str, LIMITS), "--questions", "3"]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
+        # A shell that runs the tests in the background has them, and all that they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 8):
         time.sleep(0.01)
     return process
