@@ -5,8 +5,11 @@
 """
 
 from bench import steps
+from bench.alone import alone
 from bench.harness import GEMM_BOUND, Outcome, Work
+from bench.measure import peak_memory
 from bench.models import documents_for, models_for
+from bench.shapes import Case
 from icae_fast import backend_of
 from training.objectives import autoencoding_sample
 
@@ -15,6 +18,18 @@ OPS = (
     "rms_norm_backward", "swiglu", "swiglu_backward",
 )  # fmt: skip
 ROUNDS = 3  # of more than a minute
+
+
+def peak_of_step(case: Case, provider: str) -> int:
+    """Bytes of working memory of a provider's step, after one of half the document."""
+    models, document = models_for(case), documents_for(case)[0].tolist()
+    with steps.in_training(models.icae, models.training_baseline):
+        for ids in (document[: len(document) // 2], document):
+            call = steps.step_calls(models.icae, models.training_baseline, autoencoding_sample(models.icae, ids))[
+                provider
+            ]
+            _, peak = peak_memory(call)
+    return peak
 
 
 def test_step(compare, train_case):
@@ -27,15 +42,17 @@ def test_step(compare, train_case):
         same = {name: call() for name, call in calls.items()}
         steps.assert_same_steps(same, case.torch_dtype)
     with steps.in_training(*both):
-        seconds, peaks = compare.measure(
+        seconds, _ = compare.measure(
             steps.step_calls(icae, baseline, autoencoding_sample(icae, document)),
             lambda results: steps.assert_same_losses(results, steps.DROPOUT_TOLERANCE),
             rounds=ROUNDS,
         )
+    peaks = {name: alone(peak_of_step, case, name) for name in calls}
     facts = {
         "case": case.name,
         "objective": "autoencoding",
         "step": "forward and backward of one document, without an optimiser's step",
+        "peaks": "each in a process of its own, of the second step",
         "budget_bytes": {name: budget.bytes for name, budget in steps.BUDGETS.items()},
         "loss_of_first_half": {name: step.loss for name, step in same.items()},
     }

@@ -67,13 +67,16 @@ class Line:
 
 
 def measure_affordable(
-    calls: Mapping[int, Callable[[], Any]], free: Callable[[], int] | None = None
+    calls: Mapping[int, Callable[[], Any]],
+    free: Callable[[], float] | None = None,
+    max_seconds: float = MAX_SECONDS,
 ) -> tuple[list[Point], dict[str, Any] | None]:
     """Run steps of growing length until the next would take too long or more memory than there is, by the line so far.
 
     Args:
         calls: context tokens to a step, ascending; the first two are run in any case.
         free: gives the free bytes; the machine's by default.
+        max_seconds: that a step may take.
 
     Returns:
         Points of all lengths, extrapolated from where it stopped; and where and why it did, None if it did not.
@@ -83,11 +86,11 @@ def measure_affordable(
     for tokens, call in calls.items():
         if len(points) >= 2 and stopped is None:
             expected = Line.through(points).at(tokens)
-            seconds, room = points[-1].seconds * tokens / points[-1].tokens, int(MEMORY_SHARE * free())
-            if expected > room or seconds > MAX_SECONDS:
+            seconds, room = points[-1].seconds * tokens / points[-1].tokens, MEMORY_SHARE * free()
+            if expected > room or seconds > max_seconds:
                 stopped = {
-                    "tokens": tokens, "expected_bytes": expected, "allowed_bytes": room, "expected_seconds": seconds,
-                    "allowed_seconds": MAX_SECONDS,
+                    "tokens": tokens, "expected_bytes": expected, "allowed_bytes": int(room),
+                    "expected_seconds": seconds, "allowed_seconds": max_seconds,
                 }  # fmt: skip
                 break
         start = time.perf_counter()
