@@ -1,6 +1,7 @@
 """Pretraining and fine-tuning as a user runs them: a YAML file and rows of text in, an adapter out."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,7 +116,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     assert (pretrain.run(load_settings(path)) / "icae_config.json").read_text() == digest
 
 
-def test_accelerate_launch_is_the_same_code(config, tmp_path):
+# The launcher has no FSDP on a CPU, so its variables are set beside it.
+@pytest.mark.parametrize("variables", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["ddp", "fsdp"])
+def test_accelerate_launch_is_the_same_code(config, tmp_path, variables):
     path = config(TEXTS, adapter={"lora_dropout": 0.0})
     pretrain.run(load_settings(path))
     alone = history(tmp_path, 6)
@@ -123,7 +126,8 @@ def test_accelerate_launch_is_the_same_code(config, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [sys.executable, *launch, "-m", "training.pretrain", str(path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    environment = os.environ | variables
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Try it: icae-fast compress") == 1
     together = history(tmp_path, 6)
