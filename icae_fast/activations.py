@@ -69,13 +69,16 @@ def plan(
     """What to keep under a budget.
 
     Args:
-        budget: with `bytes`, not None.
+        budget: None for its `bytes` keeps everything.
         backbone: gives sizes.
         itemsize: bytes of an element.
         decoder_tokens: packed tokens that the decoder reads.
         span_tokens: packed tokens of each micro-batch of spans.
     """
     n, left = backbone.n_layers, budget.bytes
+    if left is None:
+        everything = (Level.ALL,) * n
+        return ActivationPlan(everything, (everything,) * len(span_tokens))
 
     def more(tokens, low, high):
         """Bytes that a layer takes more at the level `high` than at `low`."""

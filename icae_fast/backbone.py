@@ -8,6 +8,7 @@ hooks, or asking for a gradient) is called itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from icae_fast.adapter import MergedQKV, PackedLoRA
 from icae_fast.errors import BackendError, UnsupportedModelError
 from icae_fast.ops import REGISTRY, backend_of, linear, rms_norm, swiglu, varlen_attention
+from icae_fast.sharding import gathered, is_sharded
 from icae_fast.spans import PackedRows
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -106,12 +108,40 @@ class Backbone:
 
         Returns:
             (Tq, d), or (T, d) when `rows.out_rows` is None.
+
+        Raises:
+            BackendError: the layers are sharded and autograd is on, which would keep weights that are let go of.
         """
+        if self.is_sharded and torch.is_grad_enabled():
+            raise BackendError(
+                "the layers are sharded by FSDP2, and autograd would keep weights that are let go of behind each of "
+                "them; train by `ICAE.token_losses`, or compute without a graph"
+            )
         cos, sin = self.rotary_tables(rows.positions, x)
         stream = None  # the residual stream without what the last module gave, which the next norm adds
         for i in range(self.n_layers):
-            x, stream = self._layer(i, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
+            with self.whole(i, 1):
+                x, stream = self._layer(i, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
         return self.final_norm(x, stream)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 holds the layers' weights in shares (`fully_shard` of each layer)."""
+        return is_sharded(self.model.layers[0])
+
+    def whole(self, i: int, step: int) -> AbstractContextManager[None]:
+        """Layer i with its weights in one piece, on the way to layer i + step; see `icae_fast.sharding.gathered`."""
+        return gathered(self.model.layers, i, step)
+
+    def stand_by(self, step: int) -> None:
+        """Take part in the gathers of a pass over sharded layers that only other processes compute.
+
+        Args:
+            step: 1 for a forward, -1 for a backward.
+        """
+        for i in range(self.n_layers)[::step]:
+            with self.whole(i, step):
+                pass
 
     def final_norm(self, x: torch.Tensor, stream: torch.Tensor | None = None) -> torch.Tensor:
         """The norm behind the last layer, of `x` and the residual stream without it."""
@@ -133,7 +163,7 @@ class Backbone:
         for layer in self.model.layers:
             packed_qkv(layer.self_attn)
             if self.is_silu(layer.mlp):
-                self.gate_up(layer.mlp)
+                self.gate_up(layer)
 
     def compile(self, **options: Any) -> None:
         """Run forwards without a cache, which encode, by `torch.compile` from now on, and others as before.
@@ -167,12 +197,12 @@ class Backbone:
             attended = cache.attend(i, q, k, v, cu_q, scale, window)
         stream = stream[out_rows] if last else stream
         h, stream = _norm(layer.post_attention_layernorm, _linear(layer.self_attn.o_proj, attended.flatten(1)), stream)
-        return _mlp(layer.mlp, h), stream
+        return _mlp(layer, h), stream
 
     def projection(self, layer, h, cos, sin, out_rows, lora) -> tuple:
         """The arguments that the op `lora_qkv_rope` takes for a layer, in its schema's order."""
         attention = layer.self_attn
-        weight, bias = packed_qkv(attention)
+        weight, bias = packed_qkv(attention, move=not is_sharded(layer))
         if isinstance(lora, MergedQKV):
             weight, lora = lora.weight, None
         eps = attention.q_norm.variance_epsilon if hasattr(attention, "q_norm") else 0.0
@@ -187,9 +217,9 @@ class Backbone:
         return torch.ops.icae_fast.lora_qkv_rope(*self.projection(layer, h, cos, sin, out_rows, lora))
 
     @staticmethod
-    def gate_up(mlp: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of an MLP's packed gate-up projection; see `packed`."""
-        return packed((mlp.gate_proj, mlp.up_proj))
+    def gate_up(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of a layer's packed gate-up projection; see `packed`."""
+        return packed((layer.mlp.gate_proj, layer.mlp.up_proj), move=not is_sharded(layer))
 
     @staticmethod
     def is_silu(mlp: nn.Module) -> bool:
@@ -240,10 +270,10 @@ def _linear(module, x):
     return linear(x, module.weight, module.bias) if _is_plain_linear(module, x) else module(x)
 
 
-def _mlp(module, x):
-    if not _is_plain_mlp(module, x):
-        return module(x)
-    return _linear(module.down_proj, swiglu(x, *Backbone.gate_up(module)))
+def _mlp(layer, x):
+    if not _is_plain_mlp(layer.mlp, x):
+        return layer.mlp(x)
+    return _linear(layer.mlp.down_proj, swiglu(x, *Backbone.gate_up(layer)))
 
 
 def _check_frozen(attention: nn.Module) -> None:
@@ -273,30 +303,36 @@ def qk_norms(attention: nn.Module) -> torch.Tensor | None:
     return torch.stack((attention.q_norm.weight, attention.k_norm.weight)).detach()
 
 
-def packed_qkv(attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def packed_qkv(attention: nn.Module, *, move: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """W_q, W_k and W_v as one tensor, and their biases likewise; see `packed`.
 
     Returns:
         weight ((Hq + 2 Hkv) D, d) and bias ((Hq + 2 Hkv) D,) or None.
     """
-    return packed((attention.q_proj, attention.k_proj, attention.v_proj))
+    return packed((attention.q_proj, attention.k_proj, attention.v_proj), move=move)
 
 
-def packed(modules: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def packed(modules: Sequence[nn.Linear], *, move: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weights of linear modules one under the other as one tensor that shares its memory with them.
 
     The first call moves them into one block and makes the modules' parameters views of it, so there is no second
     copy; later calls find them adjacent and only make the view. Loading weights into the modules, saving them and
     training them go on as before.
 
+    Args:
+        modules: as they lie one under the other.
+        move: False for weights whose memory is somebody else's, as that of gathered ones is FSDP2's: they are copied.
+
     Returns:
         weight (rows of all, d) and bias (rows of all,) or None.
     """
-    weight = _packed([m.weight for m in modules])
-    return weight, None if modules[0].bias is None else _packed([m.bias for m in modules])
+    weight = _packed([m.weight for m in modules], move)
+    return weight, None if modules[0].bias is None else _packed([m.bias for m in modules], move)
 
 
-def _packed(parameters: list[nn.Parameter]) -> torch.Tensor:
+def _packed(parameters: list[nn.Parameter], move: bool) -> torch.Tensor:
+    if not move:
+        return torch.cat([p.detach() for p in parameters])
     first, rows = parameters[0], sum(p.shape[0] for p in parameters)
     # A graph cannot ask for addresses; `Backbone.compile` does before it runs.
     if not torch.compiler.is_compiling() and not _adjacent(parameters):

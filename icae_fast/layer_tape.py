@@ -125,7 +125,8 @@ def forward_stack(
     for i in range(n):
         if keeps:
             hidden[i].copy_(x, non_blocking=True)
-        x = _forward_layer(tape, i, x)
+        with backbone.whole(i, 1):
+            x = _forward_layer(tape, i, x)
     return x, tape
 
 
@@ -141,7 +142,7 @@ def _forward_layer(tape, i, x):
     o_proj = layer.self_attn.o_proj
     projected = linear(out.flatten(1), o_proj.weight, o_proj.bias)
     h, middle = _norm(layer.post_attention_layernorm, projected, _queries(tape, i, x))
-    weight, bias = tape.backbone.gate_up(layer.mlp)
+    weight, bias = tape.backbone.gate_up(layer)
     h, gate_up = _OPS.swiglu(h, weight, bias, level == Level.ALL)
     if level == Level.ALL:
         tape.rest[i] = _Rest(q, k, v, middle, gate_up)
@@ -161,7 +162,8 @@ def backward_stack(tape: StackTape, grad: torch.Tensor) -> tuple[torch.Tensor, l
     """
     of_a, of_b = [], []
     for i in reversed(range(tape.backbone.n_layers)):
-        grad, da, db = _backward_layer(tape, i, grad)
+        with tape.backbone.whole(i, -1):
+            grad, da, db = _backward_layer(tape, i, grad)
         of_a.insert(0, da)
         of_b.insert(0, db)
     tape.hidden, tape.attended, tape.lse = tape.hidden[:0], {}, {}
@@ -187,7 +189,7 @@ def _backward_layer(tape, i, grad):
         projected = linear(out.flatten(1), attention.o_proj.weight, attention.o_proj.bias)
         normed, middle = _norm(layer.post_attention_layernorm, projected, _queries(tape, i, hidden))
         gate_up = grad.new_empty(0)  # the op computes it again
-    weight, bias = tape.backbone.gate_up(mlp)
+    weight, bias = tape.backbone.gate_up(layer)
     # Of `normed` the op takes the values only where there is no gate-up product, and else the shape.
     dh = _OPS.swiglu_backward(grad @ mlp.down_proj.weight, normed, weight, bias, gate_up)
     del gate_up, rest

@@ -10,6 +10,7 @@ from torch import nn
 from icae_fast.arena import gather_weights
 from icae_fast.backbone import Backbone, is_plain, packed, packed_qkv, qk_norms
 from icae_fast.ops import backend_of
+from icae_fast.sharding import is_sharded
 
 # Those whose angles depend on how long a row has become.
 _CHANGING_ROPE = ("dynamic", "longrope")
@@ -33,8 +34,8 @@ class StepWeights:
     def of(cls, model: nn.Module, backbone: Backbone) -> StepWeights | None:
         """The weights, or None where `decode_step` does not compute what the model's modules do.
 
-        That is so for activations other than SiLU, hooks, weights in several dtypes or with a gradient, a head
-        with a bias, and devices for which there is no kernel of the whole step.
+        That is so for activations other than SiLU, hooks, weights in several dtypes, with a gradient or sharded, a
+        head with a bias, and devices for which there is no kernel of the whole step.
         """
         embedding, head, layers = model.get_input_embeddings(), model.lm_head, model.model.layers
         like = embedding.weight
@@ -42,7 +43,7 @@ class StepWeights:
             return None
         modules = [embedding, head, model.model.norm]
         for layer in layers:
-            if not backbone.is_silu(layer.mlp):
+            if is_sharded(layer) or not backbone.is_silu(layer.mlp):
                 return None
             modules += [layer.input_layernorm, layer.post_attention_layernorm, *_linears(layer), *_head_norms(layer)]
         linears = [head, *(linear for layer in layers for linear in _linears(layer))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from icae_fast.activations import ActivationBudget, plan
 from icae_fast.encoder import embed_spans, memory_tokens_of, scale_slots, slot_norm
+from icae_fast.errors import UnsupportedModelError
 from icae_fast.layer_tape import Level, backward_stack, forward_stack
 from icae_fast.ops._precision import compute_dtype
+from icae_fast.sharding import least_of_all
 from icae_fast.spans import PackedRows, cut_contexts, micro_batches, slots_per_span
 
 if TYPE_CHECKING:
@@ -26,12 +29,18 @@ class TrainingStep:
     works as ever. A base model with modules that are not what the ops compute goes through
     `torch.utils.checkpoint` instead, micro-batch by micro-batch and the decoder as a whole.
 
+    Where the base model is sharded, all processes make a step together, and gather its layers for as many passes as the
+    one with the most micro-batches of spans; the others stand by.
+
     Args:
         icae: the model.
         contexts: (L_i,) ids.
         decoder_tokens: packed tokens that `decode` will read.
         budget: what may be kept.
         memory_size: slots a span, see `ICAE.encode`.
+
+    Raises:
+        UnsupportedModelError: the base model is sharded and has modules that are not what the ops compute.
     """
 
     def __init__(
@@ -50,17 +59,36 @@ class TrainingStep:
         self.batches = [[spans[i] for i in r] for r in ranges]
         self.slot_counts = [n * k for n in span_counts]
         self.plain = icae.backbone.is_plain_stack(icae.base_model.get_input_embeddings().weight)
-        self.keep_all = budget.bytes is None or not torch.is_grad_enabled()
+        sharded = icae.backbone.is_sharded
+        # Autograd would keep gathered weights, which the tape does not.
+        self.keep_all = not torch.is_grad_enabled() or (budget.bytes is None and not sharded)
+        self.plan = None
         if self.plain and not self.keep_all:
             tokens = [sum(sizes[i] for i in r) for r in ranges]
             self.plan = plan(budget, icae.backbone, icae.dtype.itemsize, decoder_tokens, tokens)
+        elif sharded and not self.keep_all:
+            raise UnsupportedModelError(
+                "the base model is sharded by FSDP2, and some of its layers are not what the kernels compute (another "
+                "activation, quantised, hooked or unfrozen modules), so that they could not be trained through; launch "
+                "without FSDP"
+            )
+        self.passes, self.first_again = self._agree() if sharded else (len(self.batches), len(self.batches))
+
+    def _agree(self) -> tuple[int, int]:
+        """How many micro-batches of spans the process with the most has, and which is the first that runs again.
+
+        The second counts in the order of the backward, and is the least of the processes that run any again.
+        """
+        n, n_kept = len(self.batches), sum(_keeps(levels) for levels in self.plan.spans) if self.plan else 0
+        least = least_of_all([-n, n_kept if n_kept < n else sys.maxsize], self.icae.device)
+        return -least[0], least[1]
 
     def encode(self) -> list[torch.Tensor]:
         """Slots of each context, (n_spans_i * k, d)."""
         icae = self.icae
         lora = icae.adapter.pack(icae.dtype)
         norm = slot_norm(icae)
-        if self.plain and not self.keep_all:
+        if self.plan:
             memory_tokens, factors = (
                 memory_tokens_of(icae, self.memory_size),
                 (*(p.a for p in lora), *(p.b for p in lora)),
@@ -68,7 +96,13 @@ class TrainingStep:
             slots = _Encode.apply(self, lora, norm, memory_tokens, icae.slot_gain, *factors)
         else:
             slots = torch.cat([self._encode_by_autograd(spans, lora, norm) for spans in self.batches])
+            self.stand_by_for_others()
         return list(slots.split(self.slot_counts))
+
+    def stand_by_for_others(self) -> None:
+        """Take part in the forwards of other processes' micro-batches of spans, where this one has fewer."""
+        for _ in range(len(self.batches), self.passes):
+            self.icae.backbone.stand_by(1)
 
     def _encode_by_autograd(self, spans, lora, norm):
         icae = self.icae
@@ -87,7 +121,7 @@ class TrainingStep:
             rows: their layout.
         """
         backbone = self.icae.backbone
-        if not self.plain or self.keep_all:
+        if not self.plan:
             return self._again(lambda x: backbone.forward(x, rows), x)
         return backbone.final_norm(_Decode.apply(self, rows, x))
 
@@ -125,7 +159,8 @@ class _Encode(torch.autograd.Function):
         for spans, levels, part in zip(step.batches, step.plan.spans, slots.split(counts), strict=True):
             hidden, tape = _run_spans(step, spans, lora, memory_tokens, levels)
             part.copy_(_finish(step, hidden, norm, gain))
-            ctx.runs.append((hidden, tape) if levels[0] > Level.NOTHING else None)
+            ctx.runs.append((hidden, tape) if _keeps(levels) else None)
+        step.stand_by_for_others()
         return slots
 
     @staticmethod
@@ -137,7 +172,14 @@ class _Encode(torch.autograd.Function):
         parts = grad.split([len(spans) * len(memory_tokens) for spans in step.batches])
         sums = [None] * (2 + len(factors))
         # Micro-batches that kept something come first, to be rid of it.
-        for i in sorted(range(len(runs)), key=lambda i: runs[i] is None):
+        order = sorted(range(len(runs)), key=lambda i: runs[i] is None)
+        for n_done in range(step.passes):
+            i = order[n_done] if n_done < len(order) else None
+            if n_done >= step.first_again and (i is None or runs[i]):
+                step.icae.backbone.stand_by(1)
+            if i is None:
+                step.icae.backbone.stand_by(-1)
+                continue
             hidden, tape = runs[i] or _run_spans(step, step.batches[i], ctx.lora, memory_tokens, everything)
             runs[i] = None
             dhidden, dgain = _finish_backward(step, hidden, ctx.norm, gain, parts[i])
@@ -150,6 +192,10 @@ class _Encode(torch.autograd.Function):
             for s, t, n in zip(sums, (memory_tokens, gain, *factors), ctx.needs_input_grad[3:], strict=True)
         ]
         return None, None, None, *grads
+
+
+def _keeps(levels):
+    return levels[0] > Level.NOTHING
 
 
 def _run_spans(step, spans, lora, memory_tokens, levels):

@@ -181,7 +181,7 @@ def test_a_message_that_does_not_fit_is_a_failure(run, text_file, tmp_path, loca
         (["text.txt", "-o", "out.jsonl", "--local", "smollm2", "--dtype", "int4"], "bfloat16 or float32"),
         (["text.txt", "-o", "nowhere/out.jsonl", "--local", "smollm2"], "make it first"),
         (["text.txt", "-o", "text.txt", "--local", "smollm2"], "text.txt:1 is not a record"),
-        (["absent.txt", "-o", "out.jsonl", "--kinds", "restate", "--questions", "0"], "no file or folder"),
+        (["absent.txt", "-o", "out.jsonl", "--kinds", "restate", "--questions", "0"], "there is no"),
         (["empty.txt", "-o", "out.jsonl", "--kinds", "restate", "--questions", "0"], "no passage"),
         (["text.txt", "-o", "out.jsonl", "--kinds", "poem"], "no kind of prompt 'poem'"),
         (["text.txt", "-o", "out.jsonl", "--kinds", "", "--questions", "0"], "nothing is asked"),

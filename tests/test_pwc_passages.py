@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icae_fast.errors import InvalidInputError
+from icae_fast.errors import DataError
 from training.pwc.passages import Document, count_words, read_documents, split
 from training.pwc.prompts import KINDS, parse_answer, parse_pairs, parse_questions, wording
 
@@ -71,22 +71,25 @@ def test_folders_files_and_lines_are_read_in_order_and_bad_ones_are_named(tmp_pa
     ]
     (tmp_path / "sub" / "a.jsonl").write_bytes("\n".join(rows).encode() + b'\n{"text": "\xff"}')
     bad = []
-    documents = list(read_documents([tmp_path, tmp_path / "ignored.csv"], bad.append, exclude=tmp_path / "out.jsonl"))
+    documents = list(read_documents([tmp_path], bad.append, exclude=tmp_path / "out.jsonl"))
     lines = str(tmp_path / "sub" / "a.jsonl")
     assert [(d.text, d.origin) for d in documents] == [
-        ("B", str(tmp_path / "b.txt")), ("A1", f"{lines}:1"), ("A2 ?", f"{lines}:3"), ("A8", f"{lines}:8"),
-        ("x", str(tmp_path / "ignored.csv")),
+        ("B", str(tmp_path / "b.txt")), ("A1", f"{lines}:1"), ("A8", f"{lines}:8"),
     ]  # fmt: skip
     assert [line.split(": ")[0] for line in bad] == [
-        str(tmp_path / "c.txt"), str(tmp_path / "d.txt"), *(f"{lines}:{n}" for n in (4, 5, 6, 7, 9)),
+        str(tmp_path / "c.txt"), str(tmp_path / "d.txt"), *(f"{lines}:{n}" for n in (3, 4, 5, 6, 7, 9)),
     ]  # fmt: skip
 
 
-def test_a_missing_path_or_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(InvalidInputError, match="no file or folder"):
+def test_a_path_without_texts_is_an_error(tmp_path):
+    (tmp_path / "notes.csv").write_text("x")
+    for path, message in ((tmp_path, "no file of a known extension"), (tmp_path / "notes.csv", "unknown extension")):
+        with pytest.raises(DataError, match=message):
+            list(read_documents([path], print))
+    with pytest.raises(DataError, match="there is no"):
         list(read_documents([tmp_path / "absent"], print))
-    with pytest.raises(InvalidInputError, match=r"holds no \.txt"):
-        list(read_documents([tmp_path], print))
+    with pytest.raises(DataError, match="no file or folder"):
+        list(read_documents(["no/folder"], print))  # as a data set on the hub might be called
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,17 @@ from training.model import TrainingModel
 from training.objectives import Sample, autoencoding_sample, continuation_sample
 from training.stream import MicroBatch
 from training.trainer import ICAETrainer
+
+
+def launch(script, *arguments, processes=1):
+    """A script of this folder in a process of its own, or in several that know each other."""
+    several = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
+    paths = [str(script.parents[1]), str(script.parent)]
+    return subprocess.run(
+        [sys.executable, *several, str(script), *map(str, arguments)],
+        env={"PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": "1", "PATH": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
 
 
 def make_icae(**fields) -> ICAE:
@@ -104,8 +116,9 @@ class Watch(TrainerCallback):
 
 
 def make_trainer(
-    folder, *, steps=6, kill_at=None, poisoned=(), on_nan="stop", dropout=0.1, evaluate=False, **arguments
-):
+    folder, *, steps=6, kill_at=None, poisoned=(), on_nan="stop", dropout=0.1, evaluate=False, shard_base=False,
+    **arguments,
+):  # fmt: skip
     """A trainer with four micro-batches a step over all processes."""
     options = dict(max_steps=steps, learning_rate=1e-2, report_to="none", disable_tqdm=True, use_cpu=True, seed=3)  # noqa: C408
     options |= {"save_steps": 2, "logging_steps": 3, "ignore_data_skip": True, "logging_nan_inf_filter": False}
@@ -119,7 +132,8 @@ def make_trainer(
     held_out = [pack([make_sample(icae, 1000 + i)]) for i in range(3)]
     evaluation = {"eval_batches": held_out, "restore": (held_out[0]["context_ids"].tolist(), "held out")}
     return ICAETrainer(
-        PoisonableModel(icae), arguments, stream, on_nan=on_nan, callbacks=[Watch(folder, kill_at)],
+        PoisonableModel(icae), arguments, stream, on_nan=on_nan, shard_base=shard_base,
+        callbacks=[Watch(folder, kill_at)],
         **(evaluation if evaluate else {}),
     )  # fmt: skip
 
@@ -129,9 +143,11 @@ def main(folder: str, options: str) -> None:
     from training.checkpoint_folder import find_checkpoint
 
     torch.set_num_threads(1)
-    trainer = make_trainer(folder, **json.loads(options))
-    found = find_checkpoint(Path(folder), "auto")
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    options = json.loads(options)
+    for steps in options.pop("legs", [options.pop("steps", 6)]):  # each goes on from the last one's checkpoint
+        trainer = make_trainer(folder, steps=steps, **options)
+        found = find_checkpoint(Path(folder), "auto")
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
     full = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     tensors = get_model_state_dict(trainer.model, options=full)
     if trainer.is_world_process_zero():

@@ -16,7 +16,7 @@ _STEP = "data.tokens_per_step and data.micro_batch_tokens say how much a step an
 _MODEL = "model.dtype is what everything is computed in"
 _MEMORY = "the section memory says what is computed again"
 _STATE = "the data's own position is part of a checkpoint"
-_WHOLE = "the frozen base model is whole in each process, which DDP keeps in step (`accelerate launch`)"
+_LAUNCH = "the launch says how processes share work: `accelerate launch --multi_gpu`, or `--use_fsdp --fsdp_version 2`"
 # Fields that would have no effect here, or break something; why.
 REFUSED = {
     "output_dir": "the key output, at the top, is the folder",
@@ -38,7 +38,7 @@ REFUSED = {
     "torch_compile": "the base model runs on this package's kernels",
     "torch_compile_backend": "the base model runs on this package's kernels",
     "torch_compile_mode": "the base model runs on this package's kernels",
-    "deepspeed": _WHOLE, "fsdp": _WHOLE, "fsdp_config": _WHOLE, "parallelism_config": _WHOLE,
+    "deepspeed": _LAUNCH, "fsdp": _LAUNCH, "fsdp_config": _LAUNCH, "parallelism_config": _LAUNCH,
     "remove_unused_columns": "batches have fixed columns", "label_names": "batches have fixed columns",
     "save_on_each_node": "all processes read and write one output folder",
     "push_to_hub": "upload the finished adapter by `ICAE.push_to_hub`",

@@ -28,6 +28,7 @@ from icae_fast import ICAE
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.inputs import is_int
 from icae_fast.loss import IGNORE
+from icae_fast.sharding import least_of_all
 from icae_fast.spans import micro_batches, pack_ends
 from training.batch import Batch
 from training.curriculum import check_keys
@@ -183,12 +184,16 @@ def teacher_hidden(icae: ICAE, teacher: TeacherRows, token_budget: int = 4096) -
         (covered tokens, d) in the model's dtype, in the order of the batch's labelled tokens.
     """
     parts = [icae.embed(torch.empty(0, dtype=torch.int64))]  # (0, d): a batch may have no teacher at all
-    for chosen in micro_batches([len(row) for row in teacher.ids], token_budget):
+    batches = list(micro_batches([len(row) for row in teacher.ids], token_budget))
+    passes = -least_of_all([-len(batches)], icae.device)[0] if icae.backbone.is_sharded else len(batches)
+    for chosen in batches:
         ids, wanted = ([rows[i] for i in chosen] for rows in (teacher.ids, teacher.wanted))
         counts = [len(row) - int(positions[0]) for row, positions in zip(ids, wanted, strict=True)]
         rows = pack_ends(list(map(len, ids)), counts).to(icae.device)
         hidden = icae.backbone.forward(icae.embed(torch.cat(ids)), rows).split(counts)
         parts += [h[(p - p[0]).to(icae.device)] for h, p in zip(hidden, wanted, strict=True)]
+    for _ in range(len(batches), passes):
+        icae.backbone.stand_by(1)  # other processes' teachers read more
     return torch.cat(parts)
 
 

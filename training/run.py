@@ -23,6 +23,7 @@ from training.model import TrainingModel
 from training.objectives import Sample
 from training.samples import Draw
 from training.settings import SETTINGS_FILE, Settings, changed_keys
+from training.sharding import take_over_launch
 from training.sources import open_source
 from training.stream import BatchStream, held_out
 from training.trainer import ICAETrainer
@@ -70,6 +71,7 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
         ICAEError: whatever is wrong, one error; checkpoints that were written stand.
     """
     output, curriculum = Path(settings.output), settings.curriculum()
+    sharded = take_over_launch()
     arguments = settings.train.arguments(settings.output, curriculum.total_steps, **_sizes(settings))
     _quiet_but_for_one(arguments)
     found = find_checkpoint(output, settings.train.resume)
@@ -91,7 +93,7 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
     trainer = ICAETrainer(
         TrainingModel(icae, settings.budget(), settings.distill()), arguments, stream,
         eval_batches=[pack(samples) for samples in held_out_samples], on_nan=settings.train.on_nan,
-        restore=_passage(settings, held_out_samples),
+        restore=_passage(settings, held_out_samples), shard_base=sharded,
     )  # fmt: skip
     if arguments.should_save:
         try:

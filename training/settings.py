@@ -25,6 +25,7 @@ from icae_fast.files import write_atomically
 from training.arguments import TrainSection
 from training.curriculum import Curriculum
 from training.distill import Distillation
+from training.sharding import check_launch
 from training.sources import SourceSpec
 
 SETTINGS_FILE = "settings.yaml"
@@ -340,12 +341,7 @@ def _check(settings: Settings, values: Mapping[str, Any]) -> None:
         raise ConfigError("train.eval_strategy asks for evaluation, but data.eval names no held-out rows")
     if data.eval is None and train.get("load_best_model_at_end"):
         raise ConfigError("train.load_best_model_at_end needs evaluation; name held-out rows in data.eval")
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ConfigError(
-                f"accelerate is launched with {name}, which waits for calls of layers whose weights this package reads "
-                "by itself; launch with --multi_gpu, for DDP"
-            )
+    check_launch()
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", ""):
         raise ConfigError(
             "accelerate is launched with mixed precision, but model.dtype is what everything is computed in and "

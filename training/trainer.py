@@ -30,10 +30,12 @@ from icae_fast.errors import CheckpointError, NonFiniteError
 from icae_fast.files import load_tensors
 from icae_fast.identity import base_identity, compare_identities, tensors_hash
 from icae_fast.loss import IGNORE
+from icae_fast.sharding import is_sharded, whole_model
 from training.batch import Batch, pack
 from training.checkpoint_folder import OPTIMIZER_FILE, PROGRESS_FILE, SCHEDULER_FILE, STATE_FILE, whole_folder
 from training.model import TrainingModel
 from training.report import SAMPLES_FILE, LossWindow, Scores, append_line, peak_memory, restoration
+from training.sharding import replicate_trained, shard_base_model
 
 if TYPE_CHECKING:
     from training.stream import BatchStream, MicroBatch
@@ -77,6 +79,7 @@ class ICAETrainer(Trainer):
         eval_batches: packed held-out batches, the same in all processes, which share them out.
         on_nan: what NaN in a loss or gradient does: "stop" raises `NonFiniteError`, "skip" drops the step.
         restore: (ids, origin) of a passage that every evaluation restores, or None.
+        shard_base: whether processes hold shares of the base model's weights; see `training.sharding`.
         callbacks: further `TrainerCallback`s.
     """
 
@@ -92,6 +95,7 @@ class ICAETrainer(Trainer):
         eval_batches: Sequence[Batch] = (),
         on_nan: Literal["stop", "skip"] = "stop",
         restore: tuple[Sequence[int], str] | None = None,
+        shard_base: bool = False,
         callbacks: list[Any] | None = None,
     ) -> None:
         icae = model.icae
@@ -100,6 +104,8 @@ class ICAETrainer(Trainer):
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore = stream, on_nan, restore
         self._window, self._step = LossWindow(), []
+        if shard_base:
+            shard_base_model(model)
         super().__init__(
             model=model, args=args, train_dataset=stream, eval_dataset=list(eval_batches) or None, callbacks=callbacks
         )
@@ -139,6 +145,12 @@ class ICAETrainer(Trainer):
         return self._stream.curriculum.stage_at(self.state.global_step)[1].is_warm
 
     # Steps
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
+        """See `Trainer._wrap_model`; Accelerate would have DDP keep the base model's shares in step, too."""
+        if training and is_sharded(model):
+            return replicate_trained(model, self.args.device)
+        return super()._wrap_model(model, training, dataloader)
 
     def compute_loss(
         self,
@@ -239,11 +251,12 @@ class ICAETrainer(Trainer):
         if self._restore is None:
             return {}
         rates = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        if self.is_world_process_zero():
-            sample = {"step": self.state.global_step} | restoration(self._icae, *self._restore)
-            append_line(Path(self.args.output_dir) / SAMPLES_FILE, sample)
-            rates = rates.new_tensor([sample["matched"], sample["exact_prefix"]])
-            log.info("restored at step %d: %s", sample["step"], sample["restored"])
+        with whole_model(self.model):
+            if self.is_world_process_zero():
+                sample = {"step": self.state.global_step} | restoration(self._icae, *self._restore)
+                append_line(Path(self.args.output_dir) / SAMPLES_FILE, sample)
+                rates = rates.new_tensor([sample["matched"], sample["exact_prefix"]])
+                log.info("restored at step %d: %s", sample["step"], sample["restored"])
         matched, exact = self.accelerator.reduce(rates, "sum").tolist()
         return {f"{prefix}_restored": matched, f"{prefix}_exact_prefix": exact}
 

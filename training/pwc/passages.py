@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from icae_fast.errors import InvalidInputError
-
-LINES_SUFFIXES = (".jsonl", ".ndjson")
-_FOLDER_SUFFIXES = (".txt", *LINES_SUFFIXES)
+from icae_fast.errors import DataError
+from training.records import TEXT, find_files, read_records
 
 # Where a text may be cut, best first: the last group of a match is the gap, which goes to what follows it.
 _BREAKS = (
@@ -28,7 +25,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it was read: a file, or `file:line`."""
+    """A text and where it was read: a file, or a row of one (`file:line`)."""
 
     text: str
     origin: str
@@ -59,67 +56,26 @@ class Passage:
 def read_documents(
     paths: Sequence[str | Path], on_bad_row: Callable[[str], None], exclude: Path | None = None
 ) -> Iterator[Document]:
-    """Documents of files and folders, in order.
-
-    `.jsonl` and `.ndjson` hold a JSON object with a "text" a line; any other file is one text in UTF-8. Of a folder,
-    the `.txt`, `.jsonl` and `.ndjson` files at any depth are read, in the order of their paths.
+    """Documents of files and folders, in order; what can be read is what training reads (`training.records`).
 
     Args:
-        paths: files and folders.
-        on_bad_row: told, in a sentence, about each file or line that holds no text; it is left out.
+        paths: files, folders, globs or URLs, as for `find_files`; rows of JSONL and Parquet have a "text".
+        on_bad_row: told, in a sentence, about each file or row that holds no text; it is left out.
         exclude: a file that is not read, for an output that lies in one of the folders.
 
     Raises:
-        InvalidInputError: a path does not exist, or cannot be read.
+        DataError: a path does not exist, has an unknown extension, or cannot be read to its end.
     """
-    for path in _files(paths):
-        if exclude is not None and path.resolve() == exclude.resolve():
-            continue
-        try:
-            if path.suffix.lower() in LINES_SUFFIXES:
-                yield from _read_lines(path, on_bad_row)
+    for path in map(str, paths):
+        found = find_files(path)
+        if found is None:
+            raise DataError(f"there is no file or folder {path}; check the path")
+        wanted = [name for name in found if exclude is None or Path(name).resolve() != exclude.resolve()]
+        for record in read_records(wanted, TEXT):
+            if record["problem"]:
+                on_bad_row(f"{record['origin']}: {record['problem']}")
             else:
-                text = path.read_text(encoding="utf-8")
-                if text.strip():
-                    yield Document(text, str(path))
-                else:
-                    on_bad_row(f"{path}: the file is empty")
-        except UnicodeDecodeError as error:
-            on_bad_row(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
-        except OSError as error:
-            raise InvalidInputError(f"cannot read {path} ({error.strerror}); check the path") from error
-
-
-def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _FOLDER_SUFFIXES and p.is_file())
-            if not files:
-                raise InvalidInputError(f"the folder {path} holds no {' or '.join(_FOLDER_SUFFIXES)} file")
-            yield from files
-        elif path.exists():
-            yield path
-        else:
-            raise InvalidInputError(f"there is no file or folder {path}; check the path")
-
-
-def _read_lines(path: Path, on_bad_row: Callable[[str], None]) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            origin = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                on_bad_row(f"{origin}: not JSON ({error})")
-                continue
-            text = row.get("text") if isinstance(row, dict) else None
-            if isinstance(text, str) and text.strip():
-                # A lone surrogate, which JSON can escape and UTF-8 cannot hold, would fail when it is written.
-                yield Document(text.encode("utf-8", "replace").decode(), origin)
-            else:
-                on_bad_row(f'{origin}: no "text" that is a string and not empty')
+                yield Document(record["text"], record["origin"])
 
 
 def count_words(text: str) -> int:

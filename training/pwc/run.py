@@ -113,7 +113,8 @@ def make_pwc(
         on_failure: told about each failure in a sentence, with the text's origin.
 
     Raises:
-        InvalidInputError: a text cannot be read, no passage is left, or a teacher is needed.
+        DataError: a text cannot be read.
+        InvalidInputError: no passage is left, or a teacher is needed.
         TeacherError: the teacher cannot be used at all; what it wrote before is kept.
         OutputError: see `RecordFile.append`.
     """
