@@ -159,13 +159,19 @@ def read_reference_file(path: str | Path) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def save_adapter(icae: ICAE, folder: str | Path) -> None:
+def save_adapter(icae: ICAE, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write config, base identity and trained tensors into a folder, whole or not at all.
+
+    Args:
+        icae: what is saved.
+        folder: where to.
+        dtype: of the tensors in the file, None as they are.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    write_adapter(folder, icae.config, base_identity(icae.base_model), dict(icae.reference_named_parameters()))
+    tensors = {name: t if dtype is None else t.detach().to(dtype) for name, t in icae.reference_named_parameters()}
+    write_adapter(folder, icae.config, base_identity(icae.base_model), tensors)
 
 
 def write_adapter(

@@ -19,14 +19,25 @@ if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
 
 
+ADAPTERS = Path(__file__).parent / "adapters"
+
+
+def shipped_adapters() -> dict[str, Path]:
+    """The adapters that come with the package: name to folder."""
+    return {path.parent.name: path.parent for path in sorted(ADAPTERS.glob(f"*/{TENSORS_FILE}"))}
+
+
 def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Path:
-    """A local folder with the adapter: the path itself, or a snapshot of the hub repository of that id.
+    """A local folder with the adapter: the path itself, a shipped adapter's, or a snapshot of a hub repository.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that can be reached.
+        CheckpointError: neither a folder, nor the name of a shipped adapter, nor a repository that can be reached.
     """
     if Path(path).is_dir():
         return Path(path)
+    shipped = shipped_adapters()
+    if str(path) in shipped:
+        return shipped[str(path)]
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -34,7 +45,8 @@ def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Pat
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, TENSORS_FILE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{path} is neither a folder with an adapter nor a hub repository that can be reached ({_reason(error)})"
+            f"{path} is neither a folder with an adapter, nor one that comes with this package "
+            f"({', '.join(shipped) or 'none do'}), nor a hub repository that can be reached ({_reason(error)})"
         ) from error
 
 

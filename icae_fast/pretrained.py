@@ -52,7 +52,8 @@ class PretrainedMixin:
         """Load a saved adapter, with the base model that it names unless one is given.
 
         Args:
-            path: a folder written by `save_pretrained`, or a hub id.
+            path: a folder written by `save_pretrained`, a hub id, or the name of an adapter that comes with the
+                package: "smollm2-135m".
             base_model: a model, or the name or path of one; None for the one in the adapter's config.
             dtype: of a base model that is loaded here.
             tokenizer: None for the base model's own, where it can be found.
@@ -103,13 +104,18 @@ class PretrainedMixin:
         checkpoints.load_adapter_tensors(icae, adapter, str(path))
         return icae.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `adapter.safetensors` (trained tensors alone, under the reference's keys) and `icae_config.json`.
+
+        Args:
+            folder: where to.
+            dtype: of the tensors in the file; None as they are held, in fp32. bf16 halves the file and rounds as
+                computing in bf16 does anyway, but what is trained further should keep fp32.
 
         Raises:
             CheckpointError: the folder cannot be written; nothing half-written stays.
         """
-        checkpoints.save_adapter(self, folder)
+        checkpoints.save_adapter(self, folder, dtype)
 
     def push_to_hub(self, name: str, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes to a hub repository; gives its address.
