@@ -22,7 +22,7 @@ from training.evaluation.workbench import Cases, Workbench
 
 MAX_TOKENS = 512  # the paper's passages
 SHIFT = 1  # the paper's constant
-EXAMPLES = 2  # of each content
+EXAMPLES, EXAMPLE_WORDS = 2, 80  # of each content, and the most words of a text that are shown
 
 Content = Callable[[Subject, Sequence[Excerpt], int], list[Excerpt]]
 
@@ -114,7 +114,7 @@ def restoration_by_content(
             Plot("bar", "content", "loss", "subject", y_label="cross-entropy, nats a token"),
         ],
         found.samples,
-        f"The first passages of each, with the words in bold that differ:\n\n{side_by_side(examples)}",
+        f"The first passages of each, with the words in bold that differ:\n\n{side_by_side(examples, EXAMPLE_WORDS)}",
     )
 
 

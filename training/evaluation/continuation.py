@@ -16,10 +16,10 @@ from typing import Any
 from training.evaluation.measures import bleu_signature, perplexity
 from training.evaluation.passages import Excerpt
 from training.evaluation.published import PAPER_TABLE_6
-from training.evaluation.reading import UNSCORED, Scores, n_slots, slot_scores, text_scores
-from training.evaluation.restoration import MEMORY_SIZES, restoration_row
+from training.evaluation.reading import UNSCORED, Scores, slot_scores, text_scores
+from training.evaluation.restoration import restoration_row
 from training.evaluation.result import Plot, Result
-from training.evaluation.subject import Subject
+from training.evaluation.subject import MEMORY_SIZES, Subject
 from training.evaluation.workbench import Cases, Workbench
 
 CONTINUATION_TOKENS = 128
@@ -36,13 +36,15 @@ CONTINUATION_COLUMNS = {
     "ppl_nothing": "behind nothing",
     "loss_added": "cross-entropy behind the slots less that behind the full text, nats a token",
     "over_truncated": "cross-entropy behind the truncated text less that behind the slots, nats a token",
-    "kept": "share of what the full text tells that the slots tell: (nothing - slots) / (nothing - full text), in nats",
+    "kept": "share of what the full text tells that the slots tell: (nothing - slots) / (nothing - full text), in nats; "
+    "none where the text tells less than 0.01",
 }
 _RESTORATION = {
     "bleu": "BLEU-4 of the restored contexts as one corpus, 0 to 1",
     "loss": "cross-entropy of restoring under teacher forcing, nats a token",
     "accuracy": "token accuracy of restoring under teacher forcing",
 }
+_LEAST_TOLD = 0.01  # nats a token; of less, a share would be noise
 _FACTS = {"continuation_tokens": CONTINUATION_TOKENS, "unscored_first_tokens": UNSCORED}
 
 
@@ -61,7 +63,7 @@ def continuation_row(
         base model's positions, what depends on it is None.
     """
     contexts, following = [e.ids for e in excerpts], [e.following for e in excerpts]
-    n, slots = len(contexts[0]), n_slots(subject, len(contexts[0]))
+    n, slots = len(contexts[0]), subject.n_slots(len(contexts[0]))
     readers = {
         "slots": slot_scores(subject, contexts, following, bench),
         "truncated": text_scores(subject, [c[-slots:] for c in contexts], following, bench),
@@ -78,7 +80,7 @@ def continuation_row(
     if "text" in losses:
         told = losses["nothing"] - losses["text"]
         row["loss_added"] = losses["slots"] - losses["text"]
-        row["kept"] = (losses["nothing"] - losses["slots"]) / told if told > 0 else None
+        row["kept"] = (losses["nothing"] - losses["slots"]) / told if told > _LEAST_TOLD else None
     samples = [
         {"subject": subject.name, "context": n, "slots": slots, "origin": e.origin}
         | {f"loss_{name}": scores[i].mean_loss for name, scores in readers.items()}

@@ -12,6 +12,7 @@ from training.evaluation.result import Plot, Result
 
 _COLORS = ("#1f6fb4", "#c8501e", "#2e8b57", "#8457a8", "#b8860b", "#5a6570", "#c03a76", "#178f9c")
 _MARKERS = "osD^vPX*"
+_HEADROOM = 0.03  # of an axis with a fixed end, so that markers at its ends are whole
 _INCHES = (5.6, 4.4)  # of one plot
 
 
@@ -45,14 +46,26 @@ def draw(result: Result) -> dict[str, bytes]:
             panel.set_ylabel(plot.y_label or plot.y)
             panel.grid(True, axis="both" if plot.kind == "line" else "y", alpha=0.3)
             panel.set_axisbelow(True)
-            if plot.series is not None:
-                panel.legend(frameon=False, fontsize=9)
+            if plot.y_max is not None:
+                panel.set_ylim(-_HEADROOM * plot.y_max if plot.kind == "line" else 0, (1 + _HEADROOM) * plot.y_max)
         figure.suptitle(result.title, fontsize=11)
+        _legend(figure, axes[0])
         files = {".png": io.BytesIO(), ".svg": io.BytesIO()}
         figure.savefig(files[".png"], format="png", dpi=150, metadata={"Software": None})
         figure.savefig(files[".svg"], format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return {suffix: file.getvalue() for suffix, file in files.items()}
+
+
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One for all plots, below them, so that it hides nothing."""
+    entries: dict[str, Any] = {}
+    for panel in axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        columns = min(len(entries), 2 * len(axes))
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _points(plot: Plot, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,7 +89,7 @@ def _lines(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
         own = sorted(own, key=lambda row: row[plot.x])
         color = _COLORS[i % len(_COLORS)]
         xs = [row[plot.x] for row in own]
-        axes.plot(xs, [row[plot.y] for row in own], color=color, marker=_MARKERS[i % len(_MARKERS)], label=name)
+        axes.plot(xs, [row[plot.y] for row in own], color=color, marker=_MARKERS[i % len(_MARKERS)], label=name or None)
         spread = [row for row in own if _has_spread(plot, row)]
         if spread:
             low, high = ([row[column] for row in spread] for column in (plot.low, plot.high))
@@ -95,7 +108,7 @@ def _bars(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
     for i, (name, own) in enumerate(series.items()):
         xs = [places[row[plot.x]] + (i - (len(series) - 1) / 2) * width for row in own]
         color = _COLORS[i % len(_COLORS)]
-        axes.bar(xs, [row[plot.y] for row in own], 0.92 * width, color=color, label=name)
+        axes.bar(xs, [row[plot.y] for row in own], 0.92 * width, color=color, label=name or None)
         spread = [(x, row) for x, row in zip(xs, own, strict=True) if _has_spread(plot, row)]
         if spread:
             ends = ([row[column] for _, row in spread] for column in (plot.low, plot.high))

@@ -11,7 +11,6 @@ import torch
 
 from icae_fast import ICAE
 from icae_fast.head_loss import head_loss
-from icae_fast.spans import count_spans
 from training.distill import TeacherRows, teacher_hidden
 from training.evaluation.subject import Subject
 from training.evaluation.workbench import Workbench
@@ -50,11 +49,6 @@ class Scores:
         """The sum of several."""
         listed = list(scores)
         return cls(*(sum(getattr(s, name) for s in listed) for name in ("loss", "correct", "count")))
-
-
-def n_slots(subject: Subject, n_tokens: int) -> int:
-    """Slots of a context of so many tokens."""
-    return count_spans(n_tokens, subject.icae.config) * subject.icae.config.memory_size
 
 
 def restored_ids(subject: Subject, rows: Sequence[list[int]], bench: Workbench) -> list[list[int]]:

@@ -79,12 +79,13 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _section(folder: Path, result: Result) -> list[str]:
-    legend = "\n".join(f"* `{name}`: {meaning}" for name, meaning in result.columns.items())
+    meanings = "\n".join(f"* `{name}`: {meaning}" for name, meaning in result.columns.items())
+    legend = f"<details><summary>Columns</summary>\n\n{meanings}\n\n</details>"
     skipped = result.facts.get("skipped") or ()
-    left_out = "Left out:\n" + "\n".join(f"* {reason}" for reason in skipped) if skipped else ""
+    left_out = "Left out:\n\n" + "\n".join(f"* {reason}" for reason in skipped) if skipped else ""
     image = f"![{result.title}]({result.name}.png)" if (folder / f"{result.name}.png").exists() else ""
     title = f"## {result.title}"
-    return [title, table(list(result.columns), result.rows), image, *result.notes, left_out, legend, result.text]
+    return [title, table(list(result.columns), result.rows), legend, image, *result.notes, left_out, result.text]
 
 
 def _subjects(run: Mapping[str, Any]) -> str:

@@ -8,13 +8,12 @@ from typing import Any
 from training.evaluation.measures import bleu_signature, corpus_bleu, exact_prefix, quartiles, sentence_bleu
 from training.evaluation.passages import Excerpt
 from training.evaluation.published import ICAE_BY_LENGTH
-from training.evaluation.reading import Scores, n_slots, restoration_scores, restored_ids
+from training.evaluation.reading import Scores, restoration_scores, restored_ids
 from training.evaluation.result import Plot, Result
-from training.evaluation.subject import Subject
+from training.evaluation.subject import MEMORY_SIZES, Subject
 from training.evaluation.workbench import Cases, Workbench
 
 LENGTHS = (32, 64, 100, 200, 300, 400, 500)
-MEMORY_SIZES = (16, 32, 64, 128, 256)
 LENGTHS_BY_MEMORY_SIZE = (64, 128, 256, 512)
 
 RESTORATION_COLUMNS = {
@@ -59,7 +58,7 @@ def restoration_row(
     for excerpt, ids, score in zip(excerpts, restored, scores, strict=True):
         original, text = (decode(row, skip_special_tokens=True) for row in (excerpt.ids, ids))
         samples.append({
-            "subject": subject.name, "tokens": len(excerpt.ids), "slots": n_slots(subject, len(excerpt.ids)),
+            "subject": subject.name, "tokens": len(excerpt.ids), "slots": subject.n_slots(len(excerpt.ids)),
             "origin": excerpt.origin, "bleu": sentence_bleu(text, original),
             "prefix": exact_prefix(excerpt.ids, ids), "identical": excerpt.ids == ids, "accuracy": score.accuracy,
             "loss": score.mean_loss, "original": original, "restored": text,
@@ -92,7 +91,7 @@ def restoration_by_length(subjects: Sequence[Subject], bench: Workbench, lengths
     result = _measure(cases, bench)
     result.name, result.title = "restoration_by_length", "Restoration by length"
     result.plots = [
-        Plot("line", "tokens", y, "subject", low, high, x_label="passage, tokens", y_label=label)
+        Plot("line", "tokens", y, "subject", low, high, x_label="passage, tokens", y_label=label, y_max=1)
         for y, low, high, label in (
             ("bleu_median", "bleu_low", "bleu_high", "BLEU, median and quartiles"),
             ("prefix_median", "prefix_low", "prefix_high", "exact prefix, median and quartiles"),
@@ -129,7 +128,7 @@ def restoration_by_memory_size(
     result = _measure(cases, bench)
     result.name, result.title = "restoration_by_memory_size", "Restoration by k"
     result.plots = [
-        Plot("line", "slots", y, "case", low, high, x_log=True, x_label="k, slots", y_label=label)
+        Plot("line", "slots", y, "case", low, high, x_log=True, x_label="k, slots", y_label=label, y_max=1)
         for y, low, high, label in (
             ("bleu_median", "bleu_low", "bleu_high", "BLEU, median and quartiles"),
             ("prefix_median", "prefix_low", "prefix_high", "exact prefix, median and quartiles"),

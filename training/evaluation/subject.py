@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from icae_fast.checkpoints import read_header
 from icae_fast.errors import ConfigError, InvalidInputError, TokenizerMismatchError
 from icae_fast.hub import parse_dtype, resolve_adapter_folder
 from icae_fast.origin import Origin, content_key, source_hash
+from icae_fast.spans import count_spans
+
+MEMORY_SIZES = (16, 32, 64, 128, 256)  # k at which an adapter is measured beside its own, where it can have them
 
 
 @dataclass
@@ -57,15 +61,16 @@ class Subject:
             return self
         return Subject(self.name, self.icae.with_memory_size(memory_size))
 
-    def memory_sizes(self, wanted: Sequence[int]) -> list[int]:
-        """Those of the wanted numbers of slots that the adapter can have, and its own k, rising."""
+    def n_slots(self, n_tokens: int) -> int:
+        """Slots of a text of so many tokens."""
+        return count_spans(n_tokens, self.icae.config) * self.icae.config.memory_size
+
+    def memory_sizes(self, wanted: Sequence[int] = MEMORY_SIZES) -> list[int]:
+        """Those of the wanted numbers of slots a span that the adapter can have, and its own k, rising."""
         found = {self.icae.config.memory_size}
         for size in wanted:
-            try:
-                self.icae.config.with_memory_size(size)
-            except ConfigError:
-                continue
-            found.add(size)
+            with contextlib.suppress(ConfigError):
+                found.add(self.icae.config.with_memory_size(size).memory_size)
         return sorted(found)
 
     def key(self, context: Sequence[int], *rest: Any) -> str:
