@@ -106,11 +106,12 @@ def restoration_by_content(
         {"subject": "adapter and base model", "content": "what stands in the passages"} | RESTORATION_COLUMNS,
         found.rows,
         {"tokens": n, "shift": SHIFT, "bleu": bleu_signature(), "skipped": found.skipped},
-        ["Patterned random text is normal text with each token id moved on by one."],
         [
-            Plot(
-                "bar", "content", "bleu_median", "subject", "bleu_low", "bleu_high", y_label="BLEU, median, quartiles"
-            ),
+            "Patterned random text is normal text with each token id moved on by one.",
+            "Bars are medians, with quartiles where there are whiskers.",
+        ],
+        [
+            Plot("bar", "content", "bleu_median", "subject", "bleu_low", "bleu_high", y_label="BLEU", y_max=1),
             Plot("bar", "content", "loss", "subject", y_label="cross-entropy, nats a token"),
         ],
         found.samples,
@@ -120,6 +121,7 @@ def restoration_by_content(
 
 def _ordinary_ids(subject: Subject) -> list[int]:
     """Ids of the tokenizer that are not special, rising."""
-    special = {*subject.icae.tokenizer.all_special_ids, *subject.icae.eos_token_ids}
-    added = {i for i, token in subject.icae.tokenizer.added_tokens_decoder.items() if token.special}
-    return [i for i in range(len(subject.icae.tokenizer)) if i not in special | added]
+    tokenizer = subject.icae.tokenizer
+    special = {*tokenizer.all_special_ids, *subject.icae.eos_token_ids}
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in range(len(tokenizer)) if i not in special]

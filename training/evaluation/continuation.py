@@ -36,7 +36,7 @@ CONTINUATION_COLUMNS = {
     "ppl_nothing": "behind nothing",
     "loss_added": "cross-entropy behind the slots less that behind the full text, nats a token",
     "over_truncated": "cross-entropy behind the truncated text less that behind the slots, nats a token",
-    "kept": "share of what the full text tells that the slots tell: (nothing - slots) / (nothing - full text), in nats; "
+    "kept": "share of what the full text tells that the slots tell, (nothing - slots) / (nothing - full text) in nats; "
     "none where the text tells less than 0.01",
 }
 _RESTORATION = {

@@ -60,15 +60,8 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
         {"continuation_tokens": CONTINUATION_TOKENS, "bleu": bleu_signature(), "skipped": found.skipped},
         ["Compare ppl_slots with ppl_truncated: the decoder has as many positions before the continuation in both."],
         [
-            Plot(
-                "line",
-                "spans",
-                "over_truncated",
-                "subject",
-                x_log=True,
-                y_label="nats a token saved over as many raw tokens",
-            ),
+            Plot("line", "spans", "over_truncated", "subject", x_log=True, y_label="nats a token less than raw tokens"),
             Plot("line", "spans", "bleu", "subject", x_log=True, y_label="BLEU of all spans restored", y_max=1),
-        ],  # fmt: skip
+        ],
         found.samples,
     )
