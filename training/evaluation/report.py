@@ -112,11 +112,11 @@ def _settings(run: Mapping[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A cell as text: four digits of a fraction, a dash for None."""
+    """A cell as text: numbers to four digits, and to four places behind the point; a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{round(value, 4):.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

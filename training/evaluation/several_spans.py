@@ -10,18 +10,22 @@ from training.evaluation.continuation import (
     continuation_row,
 )
 from training.evaluation.measures import bleu_signature
+from training.evaluation.reading import Scores, restoration_scores
 from training.evaluation.restoration import restoration_row
 from training.evaluation.result import Plot, Result
 from training.evaluation.subject import Subject
 from training.evaluation.workbench import Cases, Workbench
 
 SPANS = (1, 2, 4, 8)  # 8 spans of the paper's adapter are its 4,096 tokens
-RESTORED = 4  # passages written out a row: thousands of tokens each
+RESTORED, RESTORED_TOKENS = 4, 2048  # passages written out a row, and the longest: more would take hours on a CPU
 
-_RESTORATION = {
-    "bleu": f"BLEU-4 of the restored contexts as one corpus (at most {RESTORED} of them), 0 to 1",
+_WRITTEN = {
+    "bleu": f"BLEU-4 of at most {RESTORED} restored contexts as one corpus, 0 to 1",
     "prefix_median": "median share of these before their first wrong token",
-    "accuracy": "token accuracy of restoring them under teacher forcing",
+}
+_FORCED = {
+    "accuracy": "token accuracy of restoring under teacher forcing",
+    "loss": "cross-entropy of restoring under teacher forcing, nats a token",
 }
 
 
@@ -43,25 +47,36 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
             with found.case(case):
                 excerpts = bench.draw(subject, n * subject.span_tokens, CONTINUATION_TOKENS)
                 row, samples = continuation_row(subject, excerpts, bench)
-                row |= {"spans": n, **dict.fromkeys(_RESTORATION)}
+                row |= {"spans": n, **dict.fromkeys([*_WRITTEN, *_FORCED])}
                 found.add(row, samples)
                 with found.case(f"{case}, restored"):
-                    restored, records = restoration_row(subject, excerpts[:RESTORED], bench)
-                    row |= {name: restored[name] for name in _RESTORATION}
-                    for sample, record in zip(samples, records, strict=False):
-                        sample |= record
+                    _add_restoration(row, samples, subject, excerpts, bench)
     found.check()
     columns = {"subject": "adapter and base model", "spans": "full spans of the context"}
     return Result(
         "several_spans",
         "Several spans against as many raw tokens",
-        columns | CONTINUATION_COLUMNS | _RESTORATION,
+        columns | CONTINUATION_COLUMNS | _WRITTEN | _FORCED,
         found.rows,
         {"continuation_tokens": CONTINUATION_TOKENS, "bleu": bleu_signature(), "skipped": found.skipped},
-        ["Compare ppl_slots with ppl_truncated: the decoder has as many positions before the continuation in both."],
+        [
+            "Compare ppl_slots with ppl_truncated: the decoder has as many positions before the continuation in both.",
+            f"Contexts of more than {RESTORED_TOKENS:,} tokens are not written out.",
+        ],
         [
             Plot("line", "spans", "over_truncated", "subject", x_log=True, y_label="nats a token less than raw tokens"),
             Plot("line", "spans", "bleu", "subject", x_log=True, y_label="BLEU of all spans restored", y_max=1),
         ],
         found.samples,
     )
+
+
+def _add_restoration(row, samples, subject, excerpts, bench):
+    """Adds to a row and its samples what restoring the contexts gives."""
+    scores = Scores.total(restoration_scores(subject, [e.ids for e in excerpts], bench))
+    row |= {"accuracy": scores.accuracy, "loss": scores.mean_loss}
+    if row["context"] <= RESTORED_TOKENS:
+        restored, records = restoration_row(subject, excerpts[:RESTORED], bench)
+        row |= {name: restored[name] for name in _WRITTEN}
+        for sample, record in zip(samples, records, strict=False):
+            sample |= record
