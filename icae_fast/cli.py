@@ -77,13 +77,11 @@ def main_of(command: str, argv: Sequence[str] | None = None) -> None:
 def load(adapter: str | None, model: str, memory_size: int, rate: int, dtype: str) -> Any:
     """The ICAE that the options ask for; without an adapter an untrained one, the same in every call."""
     import torch
-    from transformers.utils import logging
 
     from icae_fast import ICAE, ICAEConfig
     from icae_fast.hub import load_base_model, parse_dtype
 
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about PEFT: nothing a user can do
+    quieten_loading()
     torch_dtype = parse_dtype(dtype)
     if adapter is not None:
         base = None if model == EMBEDDED_NAME else model
@@ -92,6 +90,14 @@ def load(adapter: str | None, model: str, memory_size: int, rate: int, dtype: st
     base, tokenizer = load_base_model(model, ICAEConfig(), torch_dtype)
     torch.manual_seed(0)
     return ICAE.from_base(base, ICAEConfig(memory_size=memory_size, compression_rate=rate), tokenizer).eval()
+
+
+def quieten_loading() -> None:
+    """Have transformers load models without progress bars, and without a warning about PEFT that helps no user."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def read_text(path: Path) -> str:

@@ -7,6 +7,7 @@ import pytest
 import golden
 from evaluation_helpers import golden_icae, words
 from icae_fast import cli
+from training.evaluation.subject import SubjectSpec, load_subjects
 
 pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
@@ -38,7 +39,17 @@ def test_two_adapters_side_by_side_and_a_second_run(run, folders):
     code, out, _ = run(*arguments)
     assert code == 0
     assert "Several spans" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out  # no cell is cut off
     assert files == {p.name: p.read_bytes() for p in (folders / "out").iterdir() if p.suffix != ".lock"}
+
+
+def test_adapters_on_one_base_model_share_it(folders):
+    first, second = load_subjects(
+        [SubjectSpec(name, str(folders / "adapter"), str(folders / "base")) for name in "ab"], None, "float32"
+    )
+    assert first.icae.base_model is second.icae.base_model
+    assert first.origin == second.origin
 
 
 def test_what_is_too_short_is_told_and_exits_with_one(run, folders):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -73,9 +74,10 @@ def _make_folder(output: Path) -> None:
 
 
 def _load_subjects(specs: list[Any], model: str, memory_size: int, rate: int, dtype: str) -> list[Any]:
-    from icae_fast.cli import load
+    from icae_fast.cli import load, quieten_loading
     from training.evaluation.subject import Subject, load_subjects
 
+    quieten_loading()
     if specs:
         return load_subjects(specs, None if model == EMBEDDED_NAME else model, dtype)
     return [Subject("untrained", load(None, model, memory_size, rate, dtype))]
@@ -98,9 +100,10 @@ def _show(output: Path, results: list[Any], not_measured: dict[str, str], as_jso
 def _table(result: Any) -> Table:
     from training.evaluation.report import cell
 
-    shown = Table(*result.columns, title=result.title, title_justify="left")
+    names = result.headline or list(result.columns)
+    shown = Table(*names, title=result.title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in result.rows:
-        shown.add_row(*(cell(row.get(name)) for name in result.columns))
+        shown.add_row(*(cell(row.get(name)) for name in names))
     return shown
 
 

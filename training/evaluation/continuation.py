@@ -39,6 +39,7 @@ CONTINUATION_COLUMNS = {
     "kept": "share of what the full text tells that the slots tell, (nothing - slots) / (nothing - full text) in nats; "
     "none where the text tells less than 0.01",
 }
+HEADLINE = ("subject", "context", "slots", "ppl_text", "ppl_slots", "ppl_truncated", "ppl_nothing")
 _RESTORATION = {
     "bleu": "BLEU-4 of the restored contexts as one corpus, 0 to 1",
     "loss": "cross-entropy of restoring under teacher forcing, nats a token",
@@ -129,6 +130,7 @@ def continuation_by_ratio(
             )
         ],
         found.samples,
+        headline=HEADLINE,
     )
 
 
@@ -165,4 +167,5 @@ def table_6(subjects: Sequence[Subject], bench: Workbench) -> Result:
         _FACTS | {"bleu": bleu_signature(), "skipped": found.skipped},
         [f"Published figures are of {PAPER_TABLE_6.what}, on other texts and other models' tokens."],
         samples=found.samples,
+        headline=("subject", "bleu", "loss", "context", "slots", "ppl_text", "ppl_slots"),
     )

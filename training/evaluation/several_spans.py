@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from training.evaluation.continuation import (
     CONTINUATION_COLUMNS,
     CONTINUATION_TOKENS,
+    HEADLINE,
     continuation_row,
 )
 from training.evaluation.measures import bleu_signature
@@ -68,6 +69,7 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
             Plot("line", "spans", "bleu", "subject", x_log=True, y_label="BLEU of all spans restored", y_max=1),
         ],
         found.samples,
+        headline=HEADLINE,
     )
 
 
