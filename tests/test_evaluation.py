@@ -92,11 +92,11 @@ def test_continuations_are_scored_alike_by_all_readers(subject, bench):
     ids = torch.tensor([e.ids + e.following])
     logits = icae.base_model(ids).logits[0, :-1]
     expected = F.cross_entropy(logits, ids[0, 1:], reduction="none")[-(20 - UNSCORED) :]
-    assert (scores.count, scores.mean_loss) == (20 - UNSCORED, pytest.approx(float(expected.mean()), rel=1e-5))
+    assert (scores.count, scores.mean_loss) == (20 - UNSCORED, pytest.approx(expected.mean().item(), rel=1e-5))
     (scores,) = slot_scores(subject, [e.ids], [e.following], bench)
     sample = continuation_sample(icae, e.ids, e.following)
     loss = icae(*([torch.tensor(x)] for x in (sample.input_ids, sample.prompt_answer_ids, sample.labels)))["loss"]
-    assert (scores.count, scores.mean_loss) == (20 - UNSCORED, pytest.approx(float(loss), rel=1e-5))
+    assert (scores.count, scores.mean_loss) == (20 - UNSCORED, pytest.approx(loss.item(), rel=1e-5))
     (scores,) = text_scores(subject, [[]], [e.following], bench)
     assert scores.count == 20 - UNSCORED
 

@@ -101,7 +101,7 @@ def _table(result: Any) -> Table:
     from training.evaluation.report import cell
 
     names = result.headline or list(result.columns)
-    shown = Table(*names, title=result.title, title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(*names, title=result.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for row in result.rows:
         shown.add_row(*(cell(row.get(name)) for name in names))
     return shown

@@ -15,7 +15,7 @@ from dataclasses import replace
 from training.evaluation.differences import side_by_side
 from training.evaluation.measures import bleu_signature
 from training.evaluation.passages import Excerpt
-from training.evaluation.restoration import HEADLINE, RESTORATION_COLUMNS, restoration_row
+from training.evaluation.restoration import RESTORATION_COLUMNS, restoration_row
 from training.evaluation.result import Plot, Result
 from training.evaluation.subject import Subject
 from training.evaluation.workbench import Cases, Workbench
@@ -116,7 +116,7 @@ def restoration_by_content(
         ],
         found.samples,
         f"The first passages of each, with the words in bold that differ:\n\n{side_by_side(examples, EXAMPLE_WORDS)}",
-        ("content", *HEADLINE),
+        ("subject", "content", "bleu_median", "prefix_median", "accuracy", "loss"),
     )
 
 

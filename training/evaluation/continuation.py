@@ -39,7 +39,6 @@ CONTINUATION_COLUMNS = {
     "kept": "share of what the full text tells that the slots tell, (nothing - slots) / (nothing - full text) in nats; "
     "none where the text tells less than 0.01",
 }
-HEADLINE = ("subject", "context", "slots", "ppl_text", "ppl_slots", "ppl_truncated", "ppl_nothing")
 _RESTORATION = {
     "bleu": "BLEU-4 of the restored contexts as one corpus, 0 to 1",
     "loss": "cross-entropy of restoring under teacher forcing, nats a token",
@@ -130,7 +129,7 @@ def continuation_by_ratio(
             )
         ],
         found.samples,
-        headline=HEADLINE,
+        headline=("subject", "slots", "ratio", "ppl_text", "ppl_slots", "ppl_truncated", "ppl_nothing"),
     )
 
 
@@ -161,7 +160,7 @@ def table_6(subjects: Sequence[Subject], bench: Workbench) -> Result:
     columns = {name: CONTINUATION_COLUMNS[name] for name in names}
     return Result(
         "table_6",
-        f"{n} tokens restored and continued, as in the paper's Table 6",
+        f"The paper's Table 6: {n} tokens restored and continued",
         {"subject": "adapter and base model", "source": "where the figures are from"} | _RESTORATION | columns,
         found.rows + published,
         _FACTS | {"bleu": bleu_signature(), "skipped": found.skipped},

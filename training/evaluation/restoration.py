@@ -32,7 +32,7 @@ RESTORATION_COLUMNS = {
     "loss": "cross-entropy under teacher forcing, nats a token",
 }
 _COLUMNS = {"subject": "adapter and base model"} | RESTORATION_COLUMNS
-HEADLINE = ("subject", "tokens", "slots", "bleu", "bleu_median", "prefix_median", "accuracy")
+_HEADLINE = ("subject", "tokens", "slots", "bleu", "bleu_median", "prefix_median", "accuracy")
 _DECODING = "greedy, free-running, at most 16 tokens beyond the passage"
 
 
@@ -148,4 +148,4 @@ def _measure(cases: Sequence[tuple[Subject, str, int]], bench: Workbench) -> Res
             found.add(row | {"case": case}, samples)
     found.check()
     facts = {"decoding": _DECODING, "bleu": bleu_signature(), "skipped": found.skipped}
-    return Result("", "", _COLUMNS, found.rows, facts, samples=found.samples, headline=HEADLINE)
+    return Result("", "", _COLUMNS, found.rows, facts, samples=found.samples, headline=_HEADLINE)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from training.evaluation.continuation import (
     CONTINUATION_COLUMNS,
     CONTINUATION_TOKENS,
-    HEADLINE,
     continuation_row,
 )
 from training.evaluation.measures import bleu_signature
@@ -65,11 +64,13 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
             f"Contexts of more than {RESTORED_TOKENS:,} tokens are not written out.",
         ],
         [
-            Plot("line", "spans", "over_truncated", "subject", x_log=True, y_label="nats a token less than raw tokens"),
+            Plot(
+                "line", "spans", "over_truncated", "subject", x_log=True, y_label="gain over raw tokens, nats a token"
+            ),
             Plot("line", "spans", "bleu", "subject", x_log=True, y_label="BLEU of all spans restored", y_max=1),
         ],
         found.samples,
-        headline=HEADLINE,
+        headline=("subject", "spans", "slots", "ppl_text", "ppl_slots", "ppl_truncated", "bleu", "accuracy"),
     )
 
 
