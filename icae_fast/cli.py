@@ -19,6 +19,7 @@ from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import ICAEError, InvalidInputError
 from training.cli import finetune_command, pretrain_command
 from training.cli_pwc import make_pwc_command
+from training.evaluation.cli import eval_command
 
 MEMORY_SUFFIX = ".icae"
 UNTRAINED = (
@@ -76,23 +77,27 @@ def main_of(command: str, argv: Sequence[str] | None = None) -> None:
 def load(adapter: str | None, model: str, memory_size: int, rate: int, dtype: str) -> Any:
     """The ICAE that the options ask for; without an adapter an untrained one, the same in every call."""
     import torch
-    from transformers.utils import logging
 
     from icae_fast import ICAE, ICAEConfig
-    from icae_fast.hub import load_base_model
+    from icae_fast.hub import load_base_model, parse_dtype
 
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about PEFT: nothing a user can do
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in dtypes:
-        raise InvalidInputError(f"--dtype is {dtype!r}; give bfloat16 or float32")
+    quieten_loading()
+    torch_dtype = parse_dtype(dtype)
     if adapter is not None:
         base = None if model == EMBEDDED_NAME else model
-        return ICAE.from_pretrained(adapter, base_model=base, dtype=dtypes[dtype])
+        return ICAE.from_pretrained(adapter, base_model=base, dtype=torch_dtype)
     stderr.print(UNTRAINED, style="yellow")
-    base, tokenizer = load_base_model(model, ICAEConfig(), dtypes[dtype])
+    base, tokenizer = load_base_model(model, ICAEConfig(), torch_dtype)
     torch.manual_seed(0)
     return ICAE.from_base(base, ICAEConfig(memory_size=memory_size, compression_rate=rate), tokenizer).eval()
+
+
+def quieten_loading() -> None:
+    """Have transformers load models without progress bars, and without a warning about PEFT that helps no user."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def read_text(path: Path) -> str:
@@ -336,6 +341,7 @@ def latency(
 app.command("pretrain")(pretrain_command)
 app.command("finetune")(finetune_command)
 app.command("make-pwc")(make_pwc_command)
+app.command("eval")(eval_command)
 
 
 if __name__ == "__main__":

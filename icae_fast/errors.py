@@ -38,7 +38,7 @@ class TokenizerMismatchError(ICAEError, ValueError):
 
 
 class DataError(ICAEError, ValueError):
-    """Training data cannot be found or read, or holds rows that cannot be used."""
+    """Training or evaluation data cannot be found or read, or holds rows that cannot be used."""
 
 
 class NonFiniteError(ICAEError, ArithmeticError):

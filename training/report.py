@@ -15,6 +15,7 @@ import torch
 
 from icae_fast import ICAE
 from training.curriculum import WARM
+from training.evaluation.measures import exact_prefix
 from training.model import NAMES
 
 SAMPLES_FILE = "samples.jsonl"
@@ -159,8 +160,6 @@ def restoration(icae: ICAE, ids: Sequence[int], origin: str) -> dict[str, Any]:
     out = icae.restore(memory, max_new_tokens=len(ids) + 1, return_ids=True)
     restored = [int(i) for i in out if int(i) not in icae.eos_token_ids]
     passage = [int(i) for i in ids]
-    prefix = next((i for i, (a, b) in enumerate(zip(passage, restored, strict=False)) if a != b), None)
-    prefix = min(len(passage), len(restored)) if prefix is None else prefix
     icae.clear_kv()  # the next step makes other slots
     blocks = difflib.SequenceMatcher(None, passage, restored, autojunk=False).get_matching_blocks()
     show = icae.tokenizer.decode if icae.tokenizer else list
@@ -168,7 +167,7 @@ def restoration(icae: ICAE, ids: Sequence[int], origin: str) -> dict[str, Any]:
         "origin": origin,
         "original": show(passage),
         "restored": show(restored),
-        "exact_prefix": prefix / len(passage),
+        "exact_prefix": exact_prefix(passage, restored),
         "matched": sum(b.size for b in blocks) / len(passage),
     }
 

@@ -1,0 +1,85 @@
+"""Several spans: the slots of many against as many raw tokens (the paper's 4,096 tokens in 1,024 slots)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from training.evaluation.continuation import (
+    CONTINUATION_COLUMNS,
+    CONTINUATION_TOKENS,
+    continuation_row,
+)
+from training.evaluation.measures import bleu_signature
+from training.evaluation.reading import Scores, restoration_scores
+from training.evaluation.restoration import restoration_row
+from training.evaluation.result import Plot, Result
+from training.evaluation.subject import Subject
+from training.evaluation.workbench import Cases, Workbench
+
+SPANS = (1, 2, 4, 8)  # 8 spans of the paper's adapter are its 4,096 tokens
+RESTORED, RESTORED_TOKENS = 4, 2048  # passages written out a row, and the longest: more would take hours on a CPU
+
+_WRITTEN = {
+    "bleu": f"BLEU-4 of at most {RESTORED} restored contexts as one corpus, 0 to 1",
+    "prefix_median": "median share of these before their first wrong token",
+}
+_FORCED = {
+    "accuracy": "token accuracy of restoring under teacher forcing",
+    "loss": "cross-entropy of restoring under teacher forcing, nats a token",
+}
+
+
+def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence[int] = SPANS) -> Result:
+    """Continuation behind the slots of n full spans and behind as many raw tokens, and restoration of n spans.
+
+    Args:
+        subjects: measured side by side.
+        bench: gives passages.
+        spans: n; what texts or positions do not allow is listed in the facts.
+
+    Raises:
+        DataError: nothing can be measured.
+    """
+    found = Cases()
+    for subject in subjects:
+        for n in spans:
+            case = f"{subject.name}, {n} spans"
+            with found.case(case):
+                excerpts = bench.draw(subject, n * subject.span_tokens, CONTINUATION_TOKENS)
+                row, samples = continuation_row(subject, excerpts, bench)
+                row |= {"spans": n, **dict.fromkeys([*_WRITTEN, *_FORCED])}
+                found.add(row, samples)
+                with found.case(f"{case}, restored"):
+                    _add_restoration(row, samples, subject, excerpts, bench)
+    found.check()
+    columns = {"subject": "adapter and base model", "spans": "full spans of the context"}
+    return Result(
+        "several_spans",
+        "Several spans against as many raw tokens",
+        columns | CONTINUATION_COLUMNS | _WRITTEN | _FORCED,
+        found.rows,
+        {"continuation_tokens": CONTINUATION_TOKENS, "bleu": bleu_signature(), "skipped": found.skipped},
+        [
+            "Compare ppl_slots with ppl_truncated: the decoder has as many positions before the continuation in both.",
+            f"Contexts of more than {RESTORED_TOKENS:,} tokens are not written out.",
+        ],
+        [
+            Plot(
+                "line", "spans", "over_truncated", "subject", x_log=True, y_label="gain over raw tokens, nats a token"
+            ),
+            Plot("line", "spans", "bleu", "subject", x_log=True, y_label="BLEU of all spans restored", y_max=1),
+        ],
+        found.samples,
+        headline=("subject", "spans", "slots", "ppl_text", "ppl_slots", "ppl_truncated", "bleu", "accuracy"),
+    )
+
+
+def _add_restoration(row, samples, subject, excerpts, bench):
+    """Adds to a row and its samples what restoring the contexts gives."""
+    scores = Scores.total(restoration_scores(subject, [e.ids for e in excerpts], bench))
+    row |= {"accuracy": scores.accuracy, "loss": scores.mean_loss}
+    if row["context"] <= RESTORED_TOKENS:
+        restored, records = restoration_row(subject, excerpts[:RESTORED], bench)
+        row |= {name: restored[name] for name in _WRITTEN}
+        for sample, record in zip(samples, records, strict=False):
+            sample |= record
