@@ -1,0 +1,103 @@
+"""A JSONL file that grows by whole lines, and can be taken up again after its writer was killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from icae_fast.errors import OutputError
+
+
+class LineFile:
+    """Lines appended to a file, each in one write; use it in a `with`.
+
+    A write that fails is taken back. One process writes at a time: the file beside it, `.NAME.lock`, is locked
+    meanwhile. A new file without a line is deleted again.
+
+    Args:
+        path: the file; its folder has to be there.
+
+    Attributes:
+        cut: bytes of a half-written last line that `read` has cut off.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.cut = 0
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        self._descriptor = -1
+        self._size = 0
+
+    def __enter__(self) -> LineFile:
+        """Open the file; `read` has to come next.
+
+        Raises:
+            OutputError: it cannot be opened for writing, or another process is writing it.
+        """
+        if not self.path.parent.is_dir():
+            raise OutputError(f"{self.path.parent} is no folder; make it first")
+        if self.path.exists() and not self.path.is_file():
+            raise OutputError(f"{self.path} is not a plain file; give another output")
+        try:
+            self._lock.acquire(timeout=0)
+            # O_BINARY keeps Windows from writing other line ends, which would upset the offsets.
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+            self._descriptor = os.open(self.path, flags, 0o666)
+        except Timeout as error:
+            raise OutputError(f"another process is writing {self.path}; wait for it, or give another output") from error
+        except OSError as error:
+            self.__exit__()
+            raise OutputError(f"cannot write {self.path} ({error.strerror}); give another output") from error
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if self._size == 0 and self.path.stat().st_size == 0:
+                self.path.unlink()
+        self._lock.release()
+
+    def read(self, accept: Callable[[int, bytes], bool]) -> None:
+        """Go through the lines that are there.
+
+        Args:
+            accept: called with the number, from 1, and the bytes of each line; says whether the line is whole. A last
+                line without its end is cut off where it is not, and else given its end: an editor, or the kill, took
+                it away. What `accept` raises leaves the file as it is.
+        """
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                whole = accept(number, line)
+                if line.endswith(b"\n"):
+                    self._size += len(line)
+                elif whole:
+                    self._size += len(line) + os.write(self._descriptor, b"\n")
+                    return  # or what was just written would be read as a line
+                else:
+                    self.cut = len(line)
+                    os.ftruncate(self._descriptor, self._size)
+
+    def append(self, line: str) -> None:
+        """Write one line, given without its end.
+
+        Raises:
+            OutputError: it cannot be written, for want of room, say; the file ends with the line before it.
+        """
+        data = (line + "\n").encode()
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except BaseException as error:
+            os.ftruncate(self._descriptor, self._size)
+            if not isinstance(error, OSError):
+                raise
+            raise OutputError(
+                f"cannot write {self.path} ({error.strerror}), whose lines are whole; make room and run the same "
+                "command again to go on"
+            ) from error
+        self._size += len(data)
