@@ -13,10 +13,24 @@ from torch import nn
 from icae_fast.checkpoints import CONFIG_FILE, TENSORS_FILE
 from icae_fast.config import ICAEConfig
 from icae_fast.embedded import EMBEDDED_NAME, load_smollm2, load_smollm2_tokenizer
-from icae_fast.errors import CheckpointError
+from icae_fast.errors import CheckpointError, InvalidInputError
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
+
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of a command line's `--dtype`.
+
+    Raises:
+        InvalidInputError: neither bfloat16 nor float32.
+    """
+    if name not in _DTYPES:
+        raise InvalidInputError(f"--dtype is {name!r}; give bfloat16 or float32")
+    return _DTYPES[name]
 
 
 def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Path:

@@ -20,6 +20,7 @@ class Plot:
         low, high: columns of the spread, such as quartiles, drawn as a band or as whiskers.
         x_log: a logarithmic x axis of base 2.
         x_label, y_label: of the axes; the columns' names by default.
+        y_max: the y axis goes from 0 to this, such as 1 for shares; None for what the values need.
     """
 
     kind: Literal["line", "bar"]
@@ -31,6 +32,7 @@ class Plot:
     x_log: bool = False
     x_label: str = ""
     y_label: str = ""
+    y_max: float | None = None
 
 
 @dataclass
