@@ -67,12 +67,10 @@ def load_local(name: str, dtype: str, **options: Any) -> LocalModel:
     from transformers.utils import logging
 
     from icae_fast import ICAEConfig
-    from icae_fast.hub import load_base_model
+    from icae_fast.hub import load_base_model, parse_dtype
 
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in dtypes:
-        raise InvalidInputError(f"--dtype is {dtype!r}; give bfloat16 or float32")
+    torch_dtype = parse_dtype(dtype)
     logging.disable_progress_bar()
-    model, tokenizer = load_base_model(model_name(name), ICAEConfig(), dtypes[dtype])
+    model, tokenizer = load_base_model(model_name(name), ICAEConfig(), torch_dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LocalModel(model.to(device), tokenizer, model_name(name), **options)

@@ -1,0 +1,91 @@
+"""What an evaluation has computed, kept so that an interrupted one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from icae_fast.errors import InvalidInputError
+from training.line_file import LineFile
+
+_START = b'{"key": "'  # how every line begins
+
+
+class AnswerCache:
+    """JSON values by key, in a JSONL file that only grows; use it in a `with`.
+
+    Every line has a checksum. A last line that a killed run left half-written is cut off; a line that is damaged is
+    counted, left where it is, and its value is absent, so that it is made again. One process uses a file at a time.
+
+    Args:
+        path: the file; its folder has to be there.
+
+    Attributes:
+        damaged: lines that were passed over on opening.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.damaged = 0
+        self._values: dict[str, Any] = {}
+        self._file = LineFile(path)
+
+    def __enter__(self) -> AnswerCache:
+        """Open the file and read it.
+
+        Raises:
+            OutputError: it cannot be opened for writing, or another process is writing it.
+            InvalidInputError: it is another kind of file.
+        """
+        self._file.__enter__()
+        try:
+            self._file.read(self._accept)
+            if self.damaged and not self._values:
+                raise self._foreign()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.__exit__(*exception)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: str) -> Any | None:
+        """The value that was last put under a key, None if there is none."""
+        return self._values.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a JSON value, which is in the file when this returns.
+
+        Raises:
+            OutputError: it cannot be written; what was put before is kept.
+        """
+        self._file.append(json.dumps({"key": key, "value": value, "crc": _checksum(key, value)}, ensure_ascii=False))
+        self._values[key] = value
+
+    def _accept(self, number: int, line: bytes) -> bool:
+        try:
+            entry = json.loads(line)
+            key, value = entry["key"], entry["value"]
+            whole = isinstance(key, str) and entry["crc"] == _checksum(key, value)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            whole = False
+        if whole:
+            self._values[key] = value
+        elif line.endswith(b"\n"):
+            self.damaged += 1
+        elif not (self._values or line.startswith(_START) or _START.startswith(line)):
+            raise self._foreign()
+        return whole
+
+    def _foreign(self) -> InvalidInputError:
+        return InvalidInputError(f"{self.path} holds no answers of an evaluation; give another file, or remove it")
+
+
+def _checksum(key: str, value: Any) -> int:
+    return zlib.crc32(json.dumps([key, value]).encode())

@@ -1,0 +1,249 @@
+"""Pairwise judging: another model says which of two answers is better, in both orders.
+
+Source of the protocol: Ge et al., arXiv 2307.06945, section 3.3 (GPT-4 judges; on par = win + tie).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from icae_fast.errors import InvalidInputError
+from training.chat.asking import GIVE_UP_AFTER, Asker, GaveUp, work
+from training.chat.model import CUT_OFF, UNUSABLE, ChatModel, RequestFailed
+from training.chat.replies import reply_text
+from training.evaluation.answering import Answered
+from training.evaluation.contestants import Contestant
+from training.evaluation.result import Plot, Result
+from training.evaluation.verdicts import Verdict, judge_request, outcome, parse_verdict, reminded
+from training.evaluation.workbench import Workbench
+
+SAME, UNPARSED, FAILED, NOT_ASKED = "same", "unparsed", "failed", "not asked"
+NO_VERDICT = (UNUSABLE, CUT_OFF)  # causes of failures for which a judge is reminded of the form of its reply
+
+COLUMNS = {
+    "contestant": "whose answers are judged",
+    "opponent": "against whose",
+    "pairs": "questions that both have answered",
+    "judged": "pairs with a result: verdicts in both orders, or answers that are the same",
+    "win": "pairs in which both orders prefer the contestant",
+    "lose": "pairs in which both orders prefer the opponent",
+    "tie": "the other judged pairs: a tie in one order or both, or a preference that changes with the order",
+    "on_par": "share of judged pairs that are a win or a tie",
+    "same": "of the ties, answers that are the same, which are not asked about",
+    "unparsed": "pairs without a result because a reply held no verdict, asked again included",
+    "failed": "pairs without a result because a request failed",
+    "not_asked": "pairs without a result because the judge was given up before",
+}
+
+Pair = tuple[Contestant, Contestant]
+
+
+def default_pairs(contestants: Sequence[Contestant]) -> list[Pair]:
+    """Every subject's slots against what its base model reads, and the first subject's against the others' slots."""
+    slots = [c for c in contestants if c.reads == "slots"]
+    text = [c for c in contestants if c.reads != "slots"]
+    pairs = [(a, b) for a in slots for b in text if Contestant(a.subject, b.reads).identity == b.identity]
+    return pairs + [(slots[0], other) for other in slots[1:]]
+
+
+@dataclass
+class _Duel:
+    """Two answers to one question, and what came of asking about them in both orders."""
+
+    pair: Pair
+    index: int
+    requests: tuple[str, str]
+    same: bool
+    verdicts: list[Verdict | None] = field(default_factory=lambda: [None, None])
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def result(self) -> str:
+        """win, lose or tie, or why there is none."""
+        if self.same:
+            return SAME
+        if None not in self.verdicts:
+            return outcome(*self.verdicts)
+        if not self.failures:
+            return NOT_ASKED
+        return UNPARSED if set(self.failures) <= set(NO_VERDICT) else FAILED
+
+
+Place = tuple[_Duel, int]  # a duel, and in which order its answers are shown
+
+
+class _Judging:
+    """One call of `judge_pairs`."""
+
+    def __init__(self, duels: list[_Duel], judge: ChatModel, bench: Workbench, give_up_after: int) -> None:
+        self.duels, self.judge, self.bench = duels, judge, bench
+        self.asker = Asker(judge, give_up_after)
+        self.failures: Counter[str] = Counter()
+        self.asked = self.known = self.reminded = 0
+        self.stopped: str | None = None
+
+    def run(self) -> None:
+        wanted: dict[str, list[Place]] = defaultdict(list)  # by request, since several pairs may lead to the same
+        for duel in self.duels:
+            for order in () if duel.same else (0, 1):
+                wanted[duel.requests[order]].append((duel, order))
+        missing = {}
+        for request, places in wanted.items():
+            kept = self.bench.cache.get(self._key(request))
+            if kept is None:
+                missing[request] = places
+            else:
+                self._settle(places, kept["verdict"])
+        self.known = len(wanted) - len(missing)
+        if not missing:
+            return
+        try:
+            asyncio.run(work((self._ask(r, p, len(wanted)) for r, p in missing.items()), self.judge))
+        except GaveUp as error:
+            self.stopped = str(error)
+
+    async def _ask(self, request: str, places: Sequence[Place], of: int) -> None:
+        """Asks, and where the reply holds no verdict once more with a reminder."""
+        try:
+            try:
+                verdict, reply = await self.asker.ask(request, _verdict_of)
+            except RequestFailed as error:
+                if error.cause not in NO_VERDICT:
+                    raise
+                self.reminded += 1
+                verdict, reply = await self.asker.ask(reminded(request), _verdict_of)
+        except RequestFailed as error:
+            self.failures[error.cause] += 1
+            for duel, _ in places:
+                duel.failures.append(error.cause)
+        else:
+            self.bench.cache.put(self._key(request), {"verdict": verdict, "reply": reply})
+            self._settle(places, verdict)
+        self.asked += 1
+        self.bench.on_progress("judging", self.known + self.asked, of)
+
+    @staticmethod
+    def _settle(places: Sequence[Place], verdict: Verdict) -> None:
+        for duel, order in places:
+            duel.verdicts[order] = verdict
+
+    def _key(self, request: str) -> str:
+        made_by = [self.judge.name, self.judge.settings, request]
+        return hashlib.sha256(json.dumps(["verdict", *made_by], sort_keys=True).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What was asked, and what came of it, as JSON values."""
+        return {
+            "judge": {"name": self.judge.name, "settings": self.judge.settings},
+            "verdicts": dict(Counter(v for d in self.duels for v in d.verdicts if v is not None)),
+            "asked": self.asked,
+            "from_cache": self.known,
+            "reminded": self.reminded,
+            "retried": dict(self.judge.retries),
+            "failed": dict(self.failures),
+            "stopped": self.stopped,
+        }
+
+
+def judge_pairs(
+    answered: Answered,
+    judge: ChatModel,
+    bench: Workbench,
+    pairs: Sequence[Pair] | None = None,
+    give_up_after: int = GIVE_UP_AFTER,
+) -> Result:
+    """Has a judge compare the answers of pairs of contestants, question by question, each in both orders.
+
+    A pair is won where both orders prefer the same answer, and else tied. A reply without a verdict is asked for again,
+    with a reminder, and then counted, as is a request that fails; neither is scored. Verdicts are kept as they come, so
+    that a run that is made again asks only for those that are missing.
+
+    Args:
+        answered: see `answer_all`.
+        judge: an `EndpointModel` or a `LocalModel`, or any other.
+        bench: keeps verdicts.
+        pairs: by default `default_pairs`.
+        give_up_after: ask no more when so many requests in a row have failed.
+
+    Raises:
+        InvalidInputError: there is no pair.
+        ChatModelError: the judge cannot be used at all; verdicts that came before are kept.
+    """
+    pairs = default_pairs(list(answered.answers)) if pairs is None else list(pairs)
+    if not pairs:
+        raise InvalidInputError("there is nobody to compare answers with; add contestants or another adapter")
+    duels = [_duel(answered, pair, i) for pair in pairs for i in range(len(answered.questions))]
+    judging = _Judging(duels, judge, bench, give_up_after)
+    judging.run()
+    rows = [_row(pair, [d for d in duels if d.pair is pair]) for pair in pairs]
+    return Result(
+        name="instructions_judged",
+        title=f"Instructions: pairs of answers, judged by {judge.name}",
+        columns=COLUMNS,
+        rows=rows,
+        facts=answered.facts() | judging.facts(),
+        notes=_notes(judging),
+        plots=[Plot("bar", "opponent", "on_par", "contestant", y_label="share on par (win or tie)")],
+        samples=[_sample(answered, duel) for duel in duels],
+    )
+
+
+def _verdict_of(reply: str) -> tuple[Verdict, str]:
+    return parse_verdict(reply), reply_text(reply)
+
+
+def _duel(answered: Answered, pair: Pair, i: int) -> _Duel:
+    ours, theirs = (answered.answers[c][i].text for c in pair)
+    question = answered.questions[i]
+    requests = judge_request(question, ours, theirs), judge_request(question, theirs, ours)
+    return _Duel(pair, i, requests, ours == theirs)
+
+
+def _row(pair: Pair, duels: Sequence[_Duel]) -> dict[str, Any]:
+    count = Counter(duel.result for duel in duels)
+    tie = count["tie"] + count[SAME]
+    judged = count["win"] + count["lose"] + tie
+    return {
+        "contestant": pair[0].name,
+        "opponent": pair[1].name,
+        "pairs": len(duels),
+        "judged": judged,
+        "win": count["win"],
+        "lose": count["lose"],
+        "tie": tie,
+        "on_par": (count["win"] + tie) / judged if judged else None,
+        "same": count[SAME],
+        "unparsed": count[UNPARSED],
+        "failed": count[FAILED],
+        "not_asked": count[NOT_ASKED],
+    }
+
+
+def _notes(judging: _Judging) -> list[str]:
+    notes = ["A pair is asked about twice, with the order of the answers swapped; on par = win + tie."]
+    verdicts = Counter(v for d in judging.duels for v in d.verdicts if v is not None)
+    if verdicts:
+        shares = ", ".join(f"{name} {verdicts[name] / verdicts.total():.0%}" for name in ("A", "B", "TIE"))
+        notes.append(f"Verdicts by place, A being shown first: {shares}. A judge without a bias names A and B alike.")
+    missing = sum(d.result in (UNPARSED, FAILED, NOT_ASKED) for d in judging.duels)
+    if missing:
+        notes.append(f"{missing} of {len(judging.duels)} pairs have no result and are in no figure; run it again.")
+    if judging.stopped:
+        notes.append(f"The judge was given up: {judging.stopped}.")
+    return notes
+
+
+def _sample(answered: Answered, duel: _Duel) -> dict[str, Any]:
+    question = answered.questions[duel.index]
+    return {
+        "origin": question.origin, "prompt": question.prompt, "contestant": duel.pair[0].name,
+        "opponent": duel.pair[1].name, "answer": answered.answers[duel.pair[0]][duel.index].text,
+        "opponent_answer": answered.answers[duel.pair[1]][duel.index].text, "verdict_shown_first": duel.verdicts[0],
+        "verdict_shown_second": duel.verdicts[1], "result": duel.result,
+    }  # fmt: skip

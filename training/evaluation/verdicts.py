@@ -1,0 +1,81 @@
+"""What a judge is asked about two answers, and how its replies are read."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from training.chat.replies import reply_text, shorten
+from training.evaluation.questions import Question
+
+Verdict = Literal["A", "B", "TIE"]
+Outcome = Literal["win", "lose", "tie"]
+
+_REQUEST = """\
+Two readers, A and B, have answered a prompt about a text. Decide whose answer is better.
+
+The text:
+
+{text}
+
+---
+
+The prompt: {prompt}
+
+---
+
+Answer A: {a}
+
+---
+
+Answer B: {b}
+
+---
+
+Judge by the text and the prompt alone. The better answer does what the prompt asks for, and is right: it agrees with \
+the text and makes nothing up. Where both do, or neither does, it is a tie. Which answer comes first, and which is \
+longer, says nothing about its quality.
+
+Give your reason in one sentence. Then write a last line that is nothing but A, B or TIE."""
+_REMINDER = "\n\nWrite only that last line: A, B or TIE, and not another word."
+
+_LABEL = r"(?:(?:the )?(?:final |better )?(?:verdict|decision|judg(?:e)?ment|answer|choice)(?: is)?\s*:?\s*)?"
+_VERDICT = re.compile(rf"[^\w]*{_LABEL}[^\w]*(a|b|tie)[^\w]*", re.IGNORECASE)
+_VALUES = {"A": 1, "B": -1, "TIE": 0}
+
+
+def judge_request(question: Question, a: str, b: str) -> str:
+    """The message that asks which of two answers is better, in the order in which they are to be shown."""
+    return _REQUEST.format(text=question.input, prompt=question.prompt, a=a or "(empty)", b=b or "(empty)")
+
+
+def reminded(request: str) -> str:
+    """The request over again, for a judge whose reply had no verdict."""
+    return request + _REMINDER
+
+
+def parse_verdict(reply: str) -> Verdict:
+    """The verdict on the last line of a reply, which may be marked or labelled ("**B**", "Verdict: TIE").
+
+    Raises:
+        ValueError: there is none.
+    """
+    last = reply_text(reply).splitlines()[-1]
+    found = _VERDICT.fullmatch(last)
+    if found is None:
+        raise ValueError(f"the reply's last line is not A, B or TIE: {shorten(last)}")
+    return found[1].upper()
+
+
+def outcome(shown_first: Verdict, shown_second: Verdict) -> Outcome:
+    """What two verdicts on the same two answers mean for the first of them.
+
+    Args:
+        shown_first: where it was shown as A.
+        shown_second: where it was shown as B.
+
+    Returns:
+        "win" or "lose" where both orders agree, else "tie".
+    """
+    values = {_VALUES[shown_first], -_VALUES[shown_second]}
+    return {frozenset({1}): "win", frozenset({-1}): "lose"}.get(frozenset(values), "tie")
