@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -192,3 +194,12 @@ def test_rows_are_read_with_their_kinds(tmp_path):
     path.write_text("broken\n")
     with pytest.raises(DataError, match="1 times not JSON"):
         read_questions([str(path)])
+
+
+@pytest.mark.parametrize("kind", [["title", None], None])
+def test_parquet_may_have_kinds(tmp_path, kind):
+    columns = {"input": ["a", "b"], "prompt": ["p", "q"], "answer": ["x", "y"], "more": [1, 2]}
+    pq.write_table(pa.table(columns | ({} if kind is None else {"kind": kind})), tmp_path / "rows.parquet")
+    found, problems = read_questions([str(tmp_path / "rows.parquet")])
+    assert [(q.input, q.answer, q.kind) for q in found] == [("a", "x", "title" if kind else ""), ("b", "y", "")]
+    assert not problems

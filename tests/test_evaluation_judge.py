@@ -14,6 +14,7 @@ from training.chat.local import LocalModel
 from training.evaluation.answering import Answered, Given
 from training.evaluation.cache import AnswerCache
 from training.evaluation.contestants import Contestant, contestants_of
+from training.evaluation.instruction_run import Instructions, load_judge
 from training.evaluation.judge import default_pairs, judge_pairs
 from training.evaluation.verdicts import judge_request, outcome, parse_verdict
 
@@ -117,19 +118,21 @@ def test_replies_without_a_verdict_are_asked_for_again_counted_and_not_scored(an
     assert row_of(result) == counts(win=2, tie=1, same=1, unparsed=1)
     assert (result.rows[0]["judged"], result.rows[0]["on_par"]) == (3, 1.0)
     assert result.facts["failed"] == {"unusable reply": 2}
-    assert result.facts["reminded"] == 2
-    reminders = [m for m in judge.messages if m.endswith("and not another word.")]
-    assert len(reminders) == 2
+    assert result.facts["asked_for_one_word"] == 2
+    assert [m.endswith("Reply with one word: A, B or TIE.") for m in judge.messages].count(True) == 2
+    (unparsed,) = (s for s in result.samples if s["result"] == "unparsed")
+    assert len(unparsed["failures"]) == 2
+    assert "Both have their merits" in unparsed["failures"][0]
     assert any("1 of 4 pairs have no result" in note for note in result.notes)
 
 
-def test_a_reminder_helps(answered, bench):
+def test_the_verdict_alone_will_do(answered, bench):
     def reply(message):
-        return longer_wins(message).splitlines()[-1] if "not another word" in message else "I cannot say."
+        return longer_wins(message).splitlines()[-1] if "Reply with one word" in message else "I cannot say."
 
     result = judge_pairs(answered, Judge(reply), bench)
     assert row_of(result) == counts(win=2, lose=1, tie=1, same=1)
-    assert (result.facts["reminded"], result.facts["failed"]) == (6, {})
+    assert (result.facts["asked_for_one_word"], result.facts["failed"]) == (6, {})
 
 
 def test_an_endpoint_that_never_works_is_given_up_and_made_good_later(answered, tmp_path, cache_path):
@@ -259,3 +262,32 @@ def test_an_answer_that_is_cut_off_is_no_verdict(answered, bench):
         result = judge_pairs(answered, endpoint(server), bench)
     assert row_of(result) == counts(tie=1, same=1, unparsed=3)
     assert result.facts["failed"] == {"answer cut off": 6}
+
+
+def test_a_run_measures_references_and_pairs(make_icae, make_base, byte_tokenizer, one_thread, tmp_path, cache_path):
+    subject = make_subject(make_icae, make_base, byte_tokenizer)
+    run = Instructions(QUESTIONS, Counter({"not JSON": 2}), ("slots", "full"), 5)
+    assert list(run.measurements()) == ["instructions"]
+    run.judge = Judge()
+    with AnswerCache(cache_path) as cache:
+        results = [measure([subject], make_bench(tmp_path, cache)) for measure in run.measurements().values()]
+        assert len(cache) == 2 * N + len(run.judge.messages)
+    assert [r.name for r in results] == ["instructions", "instructions_judged"] == list(run.measurements())
+    assert all(r.facts["bad_rows"] == {"not JSON": 2} and r.facts["questions"] == N for r in results)
+
+
+def test_a_judge_as_options_name_it(monkeypatch):
+    assert load_judge(None, None, None) is None
+    monkeypatch.setenv("SOME_KEY", "secret")
+    with ChatServer(reply=longer_wins) as server:
+        judge = load_judge(server.url, "m", None, "SOME_KEY", '{"max_tokens": null, "seed": 1}')
+        assert judge.settings == {"model": "m", "temperature": 0.0, "seed": 1}
+    for options, message in (
+        (("http://localhost/v1", "m", "smollm2"), "two judges"),
+        (("http://localhost/v1", None, None), "go together"),
+        ((None, "m", None), "go together"),
+        (("http://localhost/v1", "m", None, "NO_KEY"), "NO_KEY of the API key is not set"),
+        (("http://localhost/v1", "m", None, "SOME_KEY", "[]"), "--judge-body is"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            load_judge(*options)

@@ -20,11 +20,11 @@ from training.chat.replies import reply_text
 from training.evaluation.answering import Answered
 from training.evaluation.contestants import Contestant
 from training.evaluation.result import Plot, Result
-from training.evaluation.verdicts import Verdict, judge_request, outcome, parse_verdict, reminded
+from training.evaluation.verdicts import Verdict, judge_request, one_word_request, outcome, parse_verdict
 from training.evaluation.workbench import Workbench
 
 SAME, UNPARSED, FAILED, NOT_ASKED = "same", "unparsed", "failed", "not asked"
-NO_VERDICT = (UNUSABLE, CUT_OFF)  # causes of failures for which a judge is reminded of the form of its reply
+NO_VERDICT = (UNUSABLE, CUT_OFF)  # causes of failures after which a judge is asked for the verdict alone
 
 COLUMNS = {
     "contestant": "whose answers are judged",
@@ -61,7 +61,7 @@ class _Duel:
     requests: tuple[str, str]
     same: bool
     verdicts: list[Verdict | None] = field(default_factory=lambda: [None, None])
-    failures: list[str] = field(default_factory=list)
+    failures: list[RequestFailed] = field(default_factory=list)
 
     @property
     def result(self) -> str:
@@ -72,7 +72,7 @@ class _Duel:
             return outcome(*self.verdicts)
         if not self.failures:
             return NOT_ASKED
-        return UNPARSED if set(self.failures) <= set(NO_VERDICT) else FAILED
+        return UNPARSED if all(f.cause in NO_VERDICT for f in self.failures) else FAILED
 
 
 Place = tuple[_Duel, int]  # a duel, and in which order its answers are shown
@@ -85,7 +85,7 @@ class _Judging:
         self.duels, self.judge, self.bench = duels, judge, bench
         self.asker = Asker(judge, give_up_after)
         self.failures: Counter[str] = Counter()
-        self.asked = self.known = self.reminded = 0
+        self.asked = self.known = self.asked_for_one_word = 0
         self.stopped: str | None = None
 
     def run(self) -> None:
@@ -109,19 +109,19 @@ class _Judging:
             self.stopped = str(error)
 
     async def _ask(self, request: str, places: Sequence[Place], of: int) -> None:
-        """Asks, and where the reply holds no verdict once more with a reminder."""
+        """Asks, and where the reply holds no verdict once more, for nothing else."""
         try:
             try:
                 verdict, reply = await self.asker.ask(request, _verdict_of)
             except RequestFailed as error:
                 if error.cause not in NO_VERDICT:
                     raise
-                self.reminded += 1
-                verdict, reply = await self.asker.ask(reminded(request), _verdict_of)
+                self.asked_for_one_word += 1
+                verdict, reply = await self.asker.ask(one_word_request(request), _verdict_of)
         except RequestFailed as error:
             self.failures[error.cause] += 1
             for duel, _ in places:
-                duel.failures.append(error.cause)
+                duel.failures.append(error)
         else:
             self.bench.cache.put(self._key(request), {"verdict": verdict, "reply": reply})
             self._settle(places, verdict)
@@ -144,7 +144,7 @@ class _Judging:
             "verdicts": dict(Counter(v for d in self.duels for v in d.verdicts if v is not None)),
             "asked": self.asked,
             "from_cache": self.known,
-            "reminded": self.reminded,
+            "asked_for_one_word": self.asked_for_one_word,
             "retried": dict(self.judge.retries),
             "failed": dict(self.failures),
             "stopped": self.stopped,
@@ -160,8 +160,8 @@ def judge_pairs(
 ) -> Result:
     """Has a judge compare the answers of pairs of contestants, question by question, each in both orders.
 
-    A pair is won where both orders prefer the same answer, and else tied. A reply without a verdict is asked for again,
-    with a reminder, and then counted, as is a request that fails; neither is scored. Verdicts are kept as they come, so
+    A pair is won where both orders prefer the same answer, and else tied. After a reply without a verdict the judge is
+    asked for the verdict alone. What then has none is counted, as is a request that fails; neither is scored. Verdicts are kept as they come, so
     that a run that is made again asks only for those that are missing.
 
     Args:
@@ -189,7 +189,7 @@ def judge_pairs(
         rows=rows,
         facts=answered.facts() | judging.facts(),
         notes=_notes(judging),
-        plots=[Plot("bar", "opponent", "on_par", "contestant", y_label="share on par (win or tie)")],
+        plots=[Plot("bar", "opponent", "on_par", "contestant", y_max=1.0, y_label="share on par (win or tie)")],
         samples=[_sample(answered, duel) for duel in duels],
     )
 
@@ -246,4 +246,5 @@ def _sample(answered: Answered, duel: _Duel) -> dict[str, Any]:
         "opponent": duel.pair[1].name, "answer": answered.answers[duel.pair[0]][duel.index].text,
         "opponent_answer": answered.answers[duel.pair[1]][duel.index].text, "verdict_shown_first": duel.verdicts[0],
         "verdict_shown_second": duel.verdicts[1], "result": duel.result,
+        "failures": [f"{f.cause}: {f}" for f in duel.failures],
     }  # fmt: skip

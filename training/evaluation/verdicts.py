@@ -34,10 +34,9 @@ Answer B: {b}
 
 Judge by the text and the prompt alone. The better answer does what the prompt asks for, and is right: it agrees with \
 the text and makes nothing up. Where both do, or neither does, it is a tie. Which answer comes first, and which is \
-longer, says nothing about its quality.
-
-Give your reason in one sentence. Then write a last line that is nothing but A, B or TIE."""
-_REMINDER = "\n\nWrite only that last line: A, B or TIE, and not another word."
+longer, says nothing about its quality."""
+_WITH_REASON = "\n\nGive your reason in one sentence. Then write a last line that is nothing but A, B or TIE."
+_ONE_WORD = "\n\nReply with one word: A, B or TIE."
 
 _LABEL = r"(?:(?:the )?(?:final |better )?(?:verdict|decision|judg(?:e)?ment|answer|choice)(?: is)?\s*:?\s*)?"
 _VERDICT = re.compile(rf"[^\w]*{_LABEL}[^\w]*(a|b|tie)[^\w]*", re.IGNORECASE)
@@ -46,12 +45,13 @@ _VALUES = {"A": 1, "B": -1, "TIE": 0}
 
 def judge_request(question: Question, a: str, b: str) -> str:
     """The message that asks which of two answers is better, in the order in which they are to be shown."""
-    return _REQUEST.format(text=question.input, prompt=question.prompt, a=a or "(empty)", b=b or "(empty)")
+    shown = _REQUEST.format(text=question.input, prompt=question.prompt, a=a or "(empty)", b=b or "(empty)")
+    return shown + _WITH_REASON
 
 
-def reminded(request: str) -> str:
-    """The request over again, for a judge whose reply had no verdict."""
-    return request + _REMINDER
+def one_word_request(request: str) -> str:
+    """The same request for nothing but the verdict, for a judge whose reply had none; small models can do that."""
+    return request.removesuffix(_WITH_REASON) + _ONE_WORD
 
 
 def parse_verdict(reply: str) -> Verdict:
