@@ -161,8 +161,8 @@ def judge_pairs(
     """Has a judge compare the answers of pairs of contestants, question by question, each in both orders.
 
     A pair is won where both orders prefer the same answer, and else tied. After a reply without a verdict the judge is
-    asked for the verdict alone. What then has none is counted, as is a request that fails; neither is scored. Verdicts are kept as they come, so
-    that a run that is made again asks only for those that are missing.
+    asked for the verdict alone. What then has none is counted, as is a request that fails; neither is scored. Verdicts
+    are kept as they come, so that a run that is made again asks only for those that are missing.
 
     Args:
         answered: see `answer_all`.
