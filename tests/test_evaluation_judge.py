@@ -75,7 +75,7 @@ def test_both_orders_are_asked_and_have_to_agree(answered, bench):
     assert row_of(result) == counts(win=2, lose=1, tie=1, same=1)
     (row,) = result.rows
     assert (row["contestant"], row["opponent"]) == ("tiny: slots", "tiny: full text")
-    assert (row["pairs"], row["judged"], row["on_par"]) == (4, 4, 0.75)
+    assert (row["pairs"], row["judged"], row["on_par"], row["consistent"]) == (4, 4, 0.75, 1)
     assert set(row) == set(result.columns)
     shown = Counter(SHOWN.search(message).groups() for message in judge.messages)
     pairs = [("long answer", "short"), ("a longer one", "brief"), ("no", "longest of all")]
@@ -94,6 +94,9 @@ def test_a_judge_that_looks_at_the_order_alone_gives_ties(answered, bench, place
     assert result.rows[0]["on_par"] == 1
     assert result.facts["verdicts"] == {place: 6}
     assert any(f"{place} 100%" in note for note in result.notes)
+    # Whoever calls everything a tie does not contradict itself.
+    assert result.rows[0]["consistent"] == (1 if place == "TIE" else 0)
+    assert any("contradicts itself in 3 of 3 pairs" in note for note in result.notes) == (place != "TIE")
 
 
 def test_an_endpoint_that_stalls_and_fails_is_asked_again(answered, bench):

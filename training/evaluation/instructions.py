@@ -66,6 +66,7 @@ def measure_instructions(answered: Answered) -> Result:
         notes=_notes(answered),
         plots=[plot],
         samples=[_sample(answered, scores, i) for i in range(len(questions))],
+        headline=("contestant", "kind", "answers", "read", "rouge1", "rougeL", "exact_match", "f1", "cut"),
     )
 
 

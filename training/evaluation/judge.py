@@ -20,7 +20,7 @@ from training.chat.replies import reply_text
 from training.evaluation.answering import Answered
 from training.evaluation.contestants import Contestant
 from training.evaluation.result import Plot, Result
-from training.evaluation.verdicts import Verdict, judge_request, one_word_request, outcome, parse_verdict
+from training.evaluation.verdicts import Verdict, agree, judge_request, one_word_request, outcome, parse_verdict
 from training.evaluation.workbench import Workbench
 
 SAME, UNPARSED, FAILED, NOT_ASKED = "same", "unparsed", "failed", "not asked"
@@ -35,6 +35,7 @@ COLUMNS = {
     "lose": "pairs in which both orders prefer the opponent",
     "tie": "the other judged pairs: a tie in one order or both, or a preference that changes with the order",
     "on_par": "share of judged pairs that are a win or a tie",
+    "consistent": "share of pairs with two verdicts that mean the same; ties of a judge with few such pairs mean nothing",
     "same": "of the ties, answers that are the same, which are not asked about",
     "unparsed": "pairs without a result because a reply held no verdict, asked again included",
     "failed": "pairs without a result because a request failed",
@@ -62,6 +63,11 @@ class _Duel:
     same: bool
     verdicts: list[Verdict | None] = field(default_factory=lambda: [None, None])
     failures: list[RequestFailed] = field(default_factory=list)
+
+    @property
+    def consistent(self) -> bool | None:
+        """Whether the verdicts of both orders mean the same, None unless there are two."""
+        return None if None in self.verdicts else agree(*self.verdicts)
 
     @property
     def result(self) -> str:
@@ -189,8 +195,12 @@ def judge_pairs(
         rows=rows,
         facts=answered.facts() | judging.facts(),
         notes=_notes(judging),
-        plots=[Plot("bar", "opponent", "on_par", "contestant", y_max=1.0, y_label="share on par (win or tie)")],
+        plots=[
+            Plot("bar", "opponent", "on_par", "contestant", y_max=1.0, y_label="share on par (win or tie)"),
+            Plot("bar", "opponent", "consistent", "contestant", y_max=1.0, y_label="share judged alike in both orders"),
+        ],
         samples=[_sample(answered, duel) for duel in duels],
+        headline=("contestant", "opponent", "judged", "win", "lose", "tie", "on_par", "consistent"),
     )
 
 
@@ -209,6 +219,7 @@ def _row(pair: Pair, duels: Sequence[_Duel]) -> dict[str, Any]:
     count = Counter(duel.result for duel in duels)
     tie = count["tie"] + count[SAME]
     judged = count["win"] + count["lose"] + tie
+    agreements = [d.consistent for d in duels if d.consistent is not None]
     return {
         "contestant": pair[0].name,
         "opponent": pair[1].name,
@@ -218,6 +229,7 @@ def _row(pair: Pair, duels: Sequence[_Duel]) -> dict[str, Any]:
         "lose": count["lose"],
         "tie": tie,
         "on_par": (count["win"] + tie) / judged if judged else None,
+        "consistent": sum(agreements) / len(agreements) if agreements else None,
         "same": count[SAME],
         "unparsed": count[UNPARSED],
         "failed": count[FAILED],
@@ -231,6 +243,12 @@ def _notes(judging: _Judging) -> list[str]:
     if verdicts:
         shares = ", ".join(f"{name} {verdicts[name] / verdicts.total():.0%}" for name in ("A", "B", "TIE"))
         notes.append(f"Verdicts by place, A being shown first: {shares}. A judge without a bias names A and B alike.")
+    agreements = [d.consistent for d in judging.duels if d.consistent is not None]
+    if agreements and 2 * sum(agreements) < len(agreements):
+        notes.append(
+            f"The judge contradicts itself in {agreements.count(False)} of {len(agreements)} pairs when their order is "
+            "swapped: what is on par here says more about the judge than about the answers; take a stronger one."
+        )
     missing = sum(d.result in (UNPARSED, FAILED, NOT_ASKED) for d in judging.duels)
     if missing:
         notes.append(f"{missing} of {len(judging.duels)} pairs have no result and are in no figure; run it again.")

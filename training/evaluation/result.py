@@ -49,6 +49,7 @@ class Result:
         plots: drawn side by side.
         samples: raw records by sample, JSON values, for a file of their own.
         text: Markdown below the notes, such as examples side by side.
+        headline: columns that a terminal shows, where all would be too many for its width; all by default.
     """
 
     name: str
@@ -60,3 +61,4 @@ class Result:
     plots: Sequence[Plot] = ()
     samples: Sequence[dict[str, Any]] = ()
     text: str = ""
+    headline: Sequence[str] = ()

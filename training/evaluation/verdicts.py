@@ -67,6 +67,11 @@ def parse_verdict(reply: str) -> Verdict:
     return found[1].upper()
 
 
+def agree(shown_first: Verdict, shown_second: Verdict) -> bool:
+    """Whether two verdicts on the same two answers, in one order and in the other, mean the same."""
+    return _VALUES[shown_first] == -_VALUES[shown_second]
+
+
 def outcome(shown_first: Verdict, shown_second: Verdict) -> Outcome:
     """What two verdicts on the same two answers mean for the first of them.
 
@@ -75,7 +80,8 @@ def outcome(shown_first: Verdict, shown_second: Verdict) -> Outcome:
         shown_second: where it was shown as B.
 
     Returns:
-        "win" or "lose" where both orders agree, else "tie".
+        "win" or "lose" where both orders prefer the same answer, else "tie".
     """
-    values = {_VALUES[shown_first], -_VALUES[shown_second]}
-    return {frozenset({1}): "win", frozenset({-1}): "lose"}.get(frozenset(values), "tie")
+    if shown_first == "TIE" or not agree(shown_first, shown_second):
+        return "tie"
+    return "win" if shown_first == "A" else "lose"
