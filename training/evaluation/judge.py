@@ -35,7 +35,7 @@ COLUMNS = {
     "lose": "pairs in which both orders prefer the opponent",
     "tie": "the other judged pairs: a tie in one order or both, or a preference that changes with the order",
     "on_par": "share of judged pairs that are a win or a tie",
-    "consistent": "share of pairs with two verdicts that mean the same; ties of a judge with few such pairs mean nothing",
+    "consistent": "share of pairs with two verdicts that mean the same; where it is low, ties mean nothing",
     "same": "of the ties, answers that are the same, which are not asked about",
     "unparsed": "pairs without a result because a reply held no verdict, asked again included",
     "failed": "pairs without a result because a request failed",
