@@ -63,8 +63,8 @@ class OutputError(ICAEError, OSError):
     """A file that results are written to cannot be opened or written, or another process is writing it."""
 
 
-class TeacherError(ICAEError, RuntimeError):
-    """The model that writes training data cannot be reached, or refuses every request."""
+class ChatModelError(ICAEError, RuntimeError):
+    """A chat model, a teacher or a judge, cannot be reached, or refuses every request."""
 
 
 class BackendError(ICAEError, RuntimeError):

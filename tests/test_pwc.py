@@ -5,12 +5,12 @@ import resource
 
 import pytest
 
-from icae_fast.errors import InvalidInputError, OutputError, TeacherError
-from pwc_helpers import PARAGRAPHS, ScriptedTeacher
+from chat_helpers import PARAGRAPHS, ScriptedTeacher
+from icae_fast.errors import ChatModelError, InvalidInputError, OutputError
+from training.chat.model import RequestFailed
 from training.pwc import RecordFile, Settings, make_pwc
 from training.pwc.passages import count_words
 from training.pwc.prompts import KINDS
-from training.pwc.teacher import RequestFailed
 
 LIMITS = {"max_tokens": 30, "min_tokens": 5}
 
@@ -119,8 +119,8 @@ def test_it_stops_when_nothing_works_but_not_for_what_lies_in_the_texts(make):
 
 
 def test_an_error_of_the_teacher_ends_the_run_and_keeps_what_is_there(make, tmp_path):
-    with pytest.raises(TeacherError, match="401"):
-        make(ScriptedTeacher([None, None, None, TeacherError("401")]), kinds=("title",), questions=0)
+    with pytest.raises(ChatModelError, match="401"):
+        make(ScriptedTeacher([None, None, None, ChatModelError("401")]), kinds=("title",), questions=0)
     check_shape(kept := read(tmp_path))
     assert 2 <= len(kept) <= 4  # of five, one of which failed; the other worker's may have been under way
     assert make(ScriptedTeacher(), kinds=("title",), questions=0)[0].written == {"title": 5 - len(kept)}
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_whole_records(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size + size // 2, hard))
         try:
             records.append(record(1))
-            with pytest.raises(OutputError, match="after 2 records"):
+            with pytest.raises(OutputError, match="lines are whole"):
                 records.append(record(2))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 
-from pwc_helpers import PARAGRAPHS, ChatServer
+from chat_helpers import PARAGRAPHS, ChatServer
 
 LIMITS = ("--max-tokens", 30, "--min-tokens", 5)
 
@@ -191,7 +191,7 @@ def test_a_message_that_does_not_fit_is_a_failure(run, text_file, tmp_path, loca
         (["text.txt", "-o", "out.jsonl", "--endpoint", "http://localhost", "--model", "m", "--body", "[]"],
          "--body is"),
         (["text.txt", "-o", "out.jsonl", "--endpoint", "http://localhost", "--model", "m", "--api-key-env", "NO_KEY"],
-         "NO_KEY of --api-key-env is not set"),
+         "NO_KEY of the API key is not set"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(run, text_file, monkeypatch, arguments, message):

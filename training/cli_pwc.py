@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -51,7 +49,9 @@ def make_pwc_command(
 
     Run the same command again after a failure or Ctrl-C: it goes on where it was. Exit code 1: some are missing.
     """
-    from training.pwc import EndpointTeacher, RecordFile, Settings, make_pwc
+    from training.chat import EndpointModel
+    from training.chat.options import api_key, load_local, request_fields
+    from training.pwc import RecordFile, Settings, make_pwc
 
     _check_teacher(endpoint, model, local)
     names = {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
@@ -64,12 +64,15 @@ def make_pwc_command(
         teacher = None
         count = None if tokenizer is None else _counter(_load_tokenizer(tokenizer))
         if endpoint is not None:
-            teacher = EndpointTeacher(
-                endpoint, model, api_key=_api_key(api_key_env), jobs=jobs, timeout=timeout, retries=retries,
-                max_answer_tokens=max_answer_tokens, body=_body(body, temperature),
+            teacher = EndpointModel(
+                endpoint, model, api_key=api_key(api_key_env), jobs=jobs, timeout=timeout, retries=retries,
+                max_answer_tokens=max_answer_tokens,
+                body=request_fields("--body", body, temperature),
             )  # fmt: skip
         elif local is not None:
-            teacher = _load_local(local, dtype, batch_size, max_answer_tokens, temperature)
+            teacher = load_local(
+                local, dtype, batch_size=batch_size, max_answer_tokens=max_answer_tokens, temperature=temperature
+            )
             count = count or _counter(teacher.tokenizer)
         settings = dataclasses.replace(settings, count=count or settings.count)
         try:
@@ -98,54 +101,15 @@ def _check_teacher(endpoint: str | None, model: str | None, local: str | None) -
         raise InvalidInputError("--model is a name at an endpoint; give --endpoint, too, or --local in its place")
 
 
-def _api_key(variable: str) -> str | None:
-    key = os.environ.get(variable)
-    if key is None and variable != _KEY_ENV:  # a local server needs none, but who names a variable means it
-        raise InvalidInputError(f"the environment variable {variable} of --api-key-env is not set; export it")
-    return key
-
-
-def _body(text: str | None, temperature: float | None) -> dict[str, Any]:
-    try:
-        body = json.loads(text or "{}")
-    except ValueError as error:
-        raise InvalidInputError(f"--body is not JSON ({error}); give an object such as '{{\"seed\": 1}}'") from error
-    if not isinstance(body, dict):
-        raise InvalidInputError(f"--body is {text}, not a JSON object; give one such as '{{\"seed\": 1}}'")
-    return ({} if temperature is None else {"temperature": temperature}) | body
-
-
-def _model_name(name: str) -> str:
-    return EMBEDDED_NAME if name == "smollm2" else name
-
-
 def _load_tokenizer(name: str) -> Any:
     from icae_fast.hub import load_tokenizer
+    from training.chat.options import model_name
 
-    return load_tokenizer(_model_name(name), required=True)
+    return load_tokenizer(model_name(name), required=True)
 
 
 def _counter(tokenizer: Any) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _load_local(name: str, dtype: str, batch_size: int, max_answer_tokens: int, temperature: float | None) -> Any:
-    import torch
-    from transformers.utils import logging
-
-    from icae_fast import ICAEConfig
-    from icae_fast.hub import load_base_model
-    from training.pwc.local import LocalTeacher
-
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in dtypes:
-        raise InvalidInputError(f"--dtype is {dtype!r}; give bfloat16 or float32")
-    logging.disable_progress_bar()
-    model, tokenizer = load_base_model(_model_name(name), ICAEConfig(), dtypes[dtype])
-    return LocalTeacher(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, _model_name(name),
-        batch_size=batch_size, max_answer_tokens=max_answer_tokens, temperature=temperature,
-    )  # fmt: skip
 
 
 @contextlib.contextmanager

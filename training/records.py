@@ -35,13 +35,14 @@ _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
-def make_record(row: Any, fields: Iterable[str], origin: str) -> Record:
+def make_record(row: Any, fields: Iterable[str], origin: str, optional: Iterable[str] = ()) -> Record:
     """The record of one row, with its problem if it has one.
 
     Args:
         row: what a line or a table holds; it should be a mapping with text in all `fields`.
         fields: names of the text fields.
         origin: where it stands.
+        optional: names of further fields, empty where a row has no text in them.
     """
     problem, values = "", {}
     if not isinstance(row, Mapping):
@@ -50,7 +51,12 @@ def make_record(row: Any, fields: Iterable[str], origin: str) -> Record:
         value = row.get(name)
         problem = problem or _field_problem(name, name in row, value)
         values[name] = value
-    return _record(fields, origin, problem, values)
+    record = _record(fields, origin, problem, values)
+    return record | {name: row[name] if _is_usable(name, row) else "" for name in optional}
+
+
+def _is_usable(name: str, row: Any) -> bool:
+    return isinstance(row, Mapping) and not _field_problem(name, name in row, row.get(name))
 
 
 def _record(fields: Iterable[str], origin: str, problem: str, values: Mapping[str, str] | None = None) -> Record:
@@ -72,7 +78,7 @@ def _field_problem(name: str, present: bool, value: Any) -> str:
     return ""
 
 
-def read_records(paths: Iterable[str], fields: tuple[str, ...]) -> Iterator[Record]:
+def read_records(paths: Iterable[str], fields: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[Record]:
     """The records of files, one file after the other.
 
     Lines of JSONL are counted from 1, rows of Parquet from 0; a `.txt` file is one row. Blank lines are no rows.
@@ -80,6 +86,7 @@ def read_records(paths: Iterable[str], fields: tuple[str, ...]) -> Iterator[Reco
     Args:
         paths: files of known extensions, as `find_files` gives them.
         fields: names of the text fields; a `.txt` file has the field "text" alone.
+        optional: names of further fields, empty where a row has no text in them.
 
     Raises:
         DataError: a file cannot be read to its end, or a Parquet file lacks a column.
@@ -88,7 +95,7 @@ def read_records(paths: Iterable[str], fields: tuple[str, ...]) -> Iterator[Reco
         place = path
         try:
             with _open(path) as file:
-                for record in _READERS[_extension(path)](file, path, fields):
+                for record in _READERS[_extension(path)](file, path, fields, optional):
                     place = record["origin"]
                     yield record
         except _DAMAGE as error:
@@ -102,7 +109,7 @@ def _open(path: str) -> Any:
     return fsspec.open(path, "rb", compression="infer")
 
 
-def _read_jsonl(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Record]:
+def _read_jsonl(file: Any, path: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[Record]:
     # zstandard's reader has no lines of its own
     lines = file if hasattr(file, "readline") else io.BufferedReader(file)
     for number, line in enumerate(lines, 1):
@@ -116,10 +123,10 @@ def _read_jsonl(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Recor
         except (ValueError, RecursionError):
             yield _record(fields, origin, "not JSON")
         else:
-            yield make_record(row, fields, origin)
+            yield make_record(row, fields, origin, optional)
 
 
-def _read_parquet(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Record]:
+def _read_parquet(file: Any, path: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[Record]:
     table = pq.ParquetFile(file)
     if missing := [name for name in fields if name not in table.schema_arrow.names]:
         raise DataError(
@@ -127,13 +134,14 @@ def _read_parquet(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Rec
             f"{', '.join(fields)}"
         )
     number = 0
-    for batch in table.iter_batches(_PARQUET_ROWS, columns=list(fields)):
+    columns = [name for name in (*fields, *optional) if name in table.schema_arrow.names]
+    for batch in table.iter_batches(_PARQUET_ROWS, columns=columns):
         for row in batch.to_pylist():
-            yield make_record(row, fields, f"{path}:row {number}")
+            yield make_record(row, fields, f"{path}:row {number}", optional)
             number += 1
 
 
-def _read_text(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Record]:
+def _read_text(file: Any, path: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[Record]:
     if fields != TEXT:
         raise DataError(f"{path} is plain text, and rows need {', '.join(fields)}; give JSONL or Parquet")
     try:
@@ -141,10 +149,10 @@ def _read_text(file: Any, path: str, fields: tuple[str, ...]) -> Iterator[Record
     except UnicodeDecodeError:
         yield _record(fields, path, "not UTF-8")
     else:
-        yield make_record({"text": text}, fields, path)
+        yield make_record({"text": text}, fields, path, optional)
 
 
-_READERS: dict[str, Callable[[Any, str, tuple[str, ...]], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Any, str, tuple[str, ...], tuple[str, ...]], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,

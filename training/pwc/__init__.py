@@ -3,9 +3,7 @@
 Source: the Prompt-with-Context data of Ge et al., arXiv 2307.06945, section 3.1 and appendix C.
 """
 
-from training.pwc.endpoint import EndpointTeacher
 from training.pwc.records import RecordFile
 from training.pwc.run import Report, Settings, make_pwc
-from training.pwc.teacher import Teacher
 
-__all__ = ["EndpointTeacher", "RecordFile", "Report", "Settings", "Teacher", "make_pwc"]
+__all__ = ["RecordFile", "Report", "Settings", "make_pwc"]

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from training.chat.replies import encodable, reply_text, shorten
+
 RESTATE, CONTINUE, QUESTION = "restate", "continue", "question"
 
 # Several wordings of each kind, so that a student does not learn one by heart.
@@ -62,7 +64,6 @@ _PAIRS = (
     "{n} entries."
 )
 
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _NUMBERED = re.compile(
     r"\s*(?:[-*•]\s+|\W{0,2}(?:Q|Question|Prompt)?\s*\d{1,3}\s*[.):\]]\*{0,2}\s*(?=[^\d\s]))", re.IGNORECASE
 )
@@ -95,9 +96,7 @@ def parse_answer(reply: str, prompt: str = "") -> str:
     Raises:
         ValueError: nothing is left, or nothing but the prompt.
     """
-    answer = _encodable(_THOUGHTS.sub("", reply)).strip()
-    if not answer:
-        raise ValueError("the reply is empty")
+    answer = reply_text(reply)
     if answer.casefold() == prompt.casefold():
         raise ValueError("the reply is the prompt over again")
     return answer
@@ -111,7 +110,7 @@ def parse_questions(reply: str, known: Sequence[str] = ()) -> list[str]:
     Raises:
         ValueError: it lists none.
     """
-    reply = parse_answer(reply)
+    reply = reply_text(reply)
     found = [value for value in _json_values(reply) if isinstance(value, str)]
     if not found:
         lines = [line for line in reply.splitlines() if line.strip()]
@@ -129,7 +128,7 @@ def parse_pairs(reply: str, known: Sequence[str] = ()) -> list[tuple[str, str]]:
     Raises:
         ValueError: there is none.
     """
-    reply = parse_answer(reply)
+    reply = reply_text(reply)
     pairs = []
     for value in _json_values(reply):
         if isinstance(value, dict):
@@ -137,28 +136,17 @@ def parse_pairs(reply: str, known: Sequence[str] = ()) -> list[tuple[str, str]]:
                 next((value[k] for k in keys if k in value), None) for keys in (_PROMPT_KEYS, _ANSWER_KEYS)
             )
             if isinstance(prompt, str) and isinstance(answer, str) and answer.strip():
-                pairs.append((prompt, _encodable(answer).strip()))
+                pairs.append((prompt, encodable(answer).strip()))
     pairs = _new(pairs, known)
     if not pairs:
         raise ValueError(f"the reply holds no JSON object with a prompt and an answer: {shorten(reply)}")
     return pairs
 
 
-def shorten(text: str, length: int = 80) -> str:
-    """The text's beginning, on one line, quoted."""
-    line = " ".join(text[: 4 * length].split())
-    return repr(line if len(line) <= length else line[: length - 3] + "...")
-
-
-def _encodable(text: str) -> str:
-    """The text without lone surrogates, which JSON can escape and UTF-8 cannot hold."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _new(pairs: Any, known: Sequence[str]) -> list[tuple[str, str]]:
     seen, new = {question.casefold() for question in known}, []
     for text, answer in pairs:
-        question = _encodable(text).strip().strip("*").strip()
+        question = encodable(text).strip().strip("*").strip()
         if any(c.isalpha() for c in question) and len(question) <= _MAX_QUESTION and question.casefold() not in seen:
             seen.add(question.casefold())
             new.append((question, answer))

@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from icae_fast.errors import InvalidInputError, OutputError
-from training.pwc.prompts import QUESTION, shorten
+from icae_fast.errors import InvalidInputError
+from training.chat.replies import shorten
+from training.line_file import LineFile
+from training.pwc.prompts import QUESTION
 
 _FIELDS = ("id", "input", "prompt", "answer", "kind", "origin", "teacher")
 _START = b'{"id": "'  # how every record begins, so that a foreign line is not taken for half of one
 
 
 class RecordFile:
-    """Records appended to a JSONL file, each in one write; use it in a `with`.
+    """Records appended to a JSONL file; use it in a `with`.
 
-    What a killed run left of a last record is cut off; a write that fails is taken back. One process writes at a
-    time: the file beside it, `.NAME.lock`, is locked meanwhile. A new file without a record is deleted again.
+    What a killed run left of a last record is cut off, and one process writes at a time; see `LineFile`.
 
     Attributes:
         path: the file.
         ids: of the records that it holds.
-        cut: bytes of a half-written record that were cut off on opening.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.ids: set[str] = set()
-        self.cut = 0
         self._questions: dict[str, list[str]] = defaultdict(list)
-        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        self._descriptor = -1
-        self._size = 0
+        self._file = LineFile(path)
 
     def __enter__(self) -> RecordFile:
         """Open the file and read the records that are there.
@@ -45,34 +39,21 @@ class RecordFile:
             OutputError: it cannot be opened for writing, or another process is writing it.
             InvalidInputError: it holds something else than records of this command.
         """
-        if not self.path.parent.is_dir():
-            raise OutputError(f"{self.path.parent} is no folder; make it first")
-        if self.path.exists() and not self.path.is_file():
-            raise OutputError(f"{self.path} is not a plain file; give another output")
+        self._file.__enter__()
         try:
-            self._lock.acquire(timeout=0)
-            # O_BINARY keeps Windows from writing other line ends, which would upset the offsets.
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-            self._descriptor = os.open(self.path, flags, 0o666)
-        except Timeout as error:
-            raise OutputError(f"another process is writing {self.path}; wait for it, or give another output") from error
-        except OSError as error:
-            self.__exit__()
-            raise OutputError(f"cannot write {self.path} ({error.strerror}); give another output") from error
-        try:
-            self._read()
+            self._file.read(self._accept)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            if self._size == 0 and self.path.stat().st_size == 0:
-                self.path.unlink()
-        self._lock.release()
+        self._file.__exit__(*exception)
+
+    @property
+    def cut(self) -> int:
+        """Bytes of a half-written record that were cut off on opening."""
+        return self._file.cut
 
     def questions(self, passage_key: str) -> list[str]:
         """The questions about a passage that have their records."""
@@ -88,20 +69,7 @@ class RecordFile:
             OutputError: it cannot be written, for want of room, say; the file ends with the record before it.
         """
         record = {field: record[field] for field in _FIELDS}
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        try:
-            left = memoryview(line)
-            while left:
-                left = left[os.write(self._descriptor, left) :]
-        except BaseException as error:
-            os.ftruncate(self._descriptor, self._size)
-            if not isinstance(error, OSError):
-                raise
-            raise OutputError(
-                f"cannot write {self.path} ({error.strerror}) after {len(self.ids)} records, which are whole; make "
-                "room and run the same command again to go on"
-            ) from error
-        self._size += len(line)
+        self._file.append(json.dumps(record, ensure_ascii=False))
         self._add(record)
 
     def _add(self, record: dict[str, Any]) -> None:
@@ -109,24 +77,16 @@ class RecordFile:
         if record["kind"] == QUESTION:
             self._questions[record["id"].partition("-")[0]].append(record["prompt"])
 
-    def _read(self) -> None:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                record = _parse(line)
-                if record is not None:
-                    self._add(record)
-                    self._size += len(line)
-                    if not line.endswith(b"\n"):  # an editor, or the kill, took the last line's end away
-                        self._size += os.write(self._descriptor, b"\n")
-                        break  # or what was just written would be read as a line
-                elif not line.endswith(b"\n") and (line.startswith(_START) or _START.startswith(line)):
-                    self.cut = len(line)
-                    os.ftruncate(self._descriptor, self._size)
-                else:
-                    raise InvalidInputError(
-                        f"{self.path}:{number} is not a record of make-pwc: {shorten(line.decode(errors='replace'))}; "
-                        "correct or remove the line, or give another output"
-                    )
+    def _accept(self, number: int, line: bytes) -> bool:
+        record = _parse(line)
+        if record is not None:
+            self._add(record)
+        elif line.endswith(b"\n") or not (line.startswith(_START) or _START.startswith(line)):
+            raise InvalidInputError(
+                f"{self.path}:{number} is not a record of make-pwc: {shorten(line.decode(errors='replace'))}; "
+                "correct or remove the line, or give another output"
+            )
+        return record is not None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from icae_fast.errors import InvalidInputError
+from training.chat.asking import GIVE_UP_AFTER, Asker, GaveUp, work
+from training.chat.model import ChatModel, RequestFailed
 from training.pwc import prompts
 from training.pwc.passages import Passage, count_words, read_documents, split
 from training.pwc.prompts import CONTINUE, KINDS, QUESTION, RESTATE
 from training.pwc.records import RecordFile
-from training.pwc.teacher import RequestFailed, Teacher
 
 BAD_ROW, TOO_FEW = "bad row", "too few questions"
 TEXT_ITSELF = "text"  # the `teacher` of answers that stand in the document
@@ -41,7 +42,7 @@ class Settings:
     max_tokens: int = 512
     min_tokens: int = 16
     count: Callable[[str], int] = count_words
-    give_up_after: int = 20
+    give_up_after: int = GIVE_UP_AFTER
 
     def __post_init__(self) -> None:
         unknown = [kind for kind in self.kinds if kind not in KINDS]
@@ -86,14 +87,10 @@ class Report:
         return named | {"resumed": self.resumed, "stopped": self.stopped}
 
 
-class _GiveUp(Exception):  # noqa: N818 - ends the run, which reports it
-    pass
-
-
 def make_pwc(
     texts: Sequence[str | Path],
     records: RecordFile,
-    teacher: Teacher | None,
+    teacher: ChatModel | None,
     settings: Settings = Settings(),
     *,
     on_progress: Callable[[int, int], None] | None = None,
@@ -115,7 +112,7 @@ def make_pwc(
     Raises:
         DataError: a text cannot be read.
         InvalidInputError: no passage is left, or a teacher is needed.
-        TeacherError: the teacher cannot be used at all; what it wrote before is kept.
+        ChatModelError: the teacher cannot be used at all; what it wrote before is kept.
         OutputError: see `RecordFile.append`.
     """
     if settings.needs_teacher and teacher is None:
@@ -131,7 +128,8 @@ class _Run:
         self.on_progress = on_progress or (lambda done, total: None)
         self.on_failure = on_failure or (lambda message: None)
         self.report = Report()
-        self.done = self.total = self.failed_in_a_row = 0
+        self.asker = None if teacher is None else Asker(teacher, settings.give_up_after)
+        self.done = self.total = 0
 
     def run(self) -> Report:
         found = 0
@@ -143,8 +141,8 @@ class _Run:
             self.report.resumed += asked - len(wanted)
             self.report.resumed += self.settings.questions - self._missing_questions(passage)
         try:
-            asyncio.run(self._make_all())
-        except _GiveUp as error:
+            asyncio.run(work(self._jobs(), self.teacher))
+        except GaveUp as error:
             self.report.stopped = str(error)
         if not found:
             raise InvalidInputError(
@@ -154,20 +152,6 @@ class _Run:
         if self.teacher is not None:
             self.report.retried += self.teacher.retries
         return self.report
-
-    async def _make_all(self) -> None:
-        jobs = self._jobs()
-        if self.teacher is None:
-            await self._work(jobs)
-            return
-        async with self.teacher:
-            await _together([self._work(jobs) for _ in range(self.teacher.width)])
-
-    async def _work(self, jobs: Iterator[Coroutine[Any, Any, None]]) -> None:
-        """Takes jobs from the iterator that all workers share, until it is empty."""
-        for job in jobs:
-            await job
-            await asyncio.sleep(0)  # a job that asks nothing would else let no other one, nor Ctrl-C, in between
 
     def _jobs(self) -> Iterator[Coroutine[Any, Any, None]]:
         for passage in self._passages(self.report, self._bad_row):
@@ -234,18 +218,10 @@ class _Run:
     async def _ask(self, passage: Passage, kind: str, request: str, parse: Callable[[str], Any], records: int) -> Any:
         """What the teacher replies, or None once the failure of so many records is reported."""
         try:
-            reply = await self.teacher.ask(request, parse)
+            return await self.asker.ask(request, parse)
         except RequestFailed as error:
             self._failed(error.cause, f"{passage.origin}: {kind}: {error.cause}: {error}", records)
-            self.failed_in_a_row = 0 if error.of_message else self.failed_in_a_row + 1
-            if self.failed_in_a_row >= self.settings.give_up_after:
-                raise _GiveUp(
-                    f"the last {self.failed_in_a_row} requests failed, the latest with {error.cause!r} ({error}); when "
-                    "that is mended, run the same command again to go on"
-                ) from error
             return None
-        self.failed_in_a_row = 0
-        return reply
 
     def _write(self, passage: Passage, kind: str, prompt: str, answer: str, teacher: str) -> None:
         number = f"-{len(self.records.questions(passage.key)) + 1}" if kind == QUESTION else ""
@@ -274,14 +250,3 @@ class _Run:
     def _advance(self, records: int) -> None:
         self.done += records
         self.on_progress(self.done, self.total)
-
-
-async def _together(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Runs all to their end; the first that fails ends the others, and its error is raised."""
-    tasks = [asyncio.create_task(job) for job in jobs]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""A teacher that is a local causal language model."""
+"""A chat model that is a local causal language model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria
 
-from icae_fast.errors import TeacherError, TokenizerMismatchError
-from training.pwc.teacher import CUT_OFF, RequestFailed
+from icae_fast.errors import ChatModelError, TokenizerMismatchError
+from training.chat.model import TOO_LONG, UNUSABLE, RequestFailed
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class _StopWhenCancelled(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.cancelled, dtype=torch.bool, device=input_ids.device)
 
 
-class LocalTeacher:
+class LocalModel:
     """A transformers model with a `generate`, which answers in batches.
 
     Messages go through the tokenizer's chat template; without one they stand alone, before an empty line.
@@ -67,8 +67,9 @@ class LocalTeacher:
         )  # fmt: skip
 
         self._stop = _StopWhenCancelled()
+        self.settings = {"dtype": str(model.dtype), "max_answer_tokens": max_answer_tokens, "temperature": temperature}
 
-    async def __aenter__(self) -> LocalTeacher:
+    async def __aenter__(self) -> LocalModel:
         self._stop.cancelled = False
         self._waiting: asyncio.Queue[tuple[list[int], asyncio.Future[list[int]]]] = asyncio.Queue()
         self._worker = asyncio.create_task(self._serve())
@@ -80,25 +81,25 @@ class LocalTeacher:
         await asyncio.gather(self._worker, return_exceptions=True)
 
     async def ask(self, message: str, parse: Callable[[str], T]) -> T:
-        """`parse` of the model's reply; see `Teacher`."""
+        """`parse` of the model's reply; see `ChatModel`."""
         ids = self._encode(message)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) + self._options.max_new_tokens > limit:
             raise RequestFailed(
-                "message too long",
+                TOO_LONG,
                 f"{len(ids)} tokens of message and {self._options.max_new_tokens} of answer do not fit the model's "
-                f"{limit} positions; give a smaller --max-tokens or --max-answer-tokens",
+                f"{limit} positions; shorten one of them",
                 of_message=True,
             )
         future = asyncio.get_running_loop().create_future()
         await self._waiting.put((ids, future))
         answer = await future
         if not answer or answer[-1] not in self._eos:
-            raise RequestFailed("answer cut off", CUT_OFF, of_message=True)
+            raise RequestFailed.cut_off(self._options.max_new_tokens)
         try:
             return parse(self.tokenizer.decode(answer, skip_special_tokens=True))
         except ValueError as error:
-            raise RequestFailed("unusable reply", str(error), of_message=True) from error
+            raise RequestFailed(UNUSABLE, str(error), of_message=True) from error
 
     def _encode(self, message: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
@@ -116,7 +117,7 @@ class LocalTeacher:
                 answers = await asyncio.to_thread(self._generate, [ids for ids, _ in batch])
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
-                    error = TeacherError(f"no memory for {len(batch)} answers at once; give a smaller --batch-size")
+                    error = ChatModelError(f"no memory for {len(batch)} answers at once; answer fewer together")
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)

@@ -1,4 +1,4 @@
-"""Teachers for the tests of make-pwc: one in this process, and a chat completions server that misbehaves on request."""
+"""Chat models for tests: a teacher in this process, and a chat completions server that misbehaves on request."""
 
 import asyncio
 import json
@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from training.pwc.teacher import RequestFailed
+from training.chat.model import RequestFailed
 
 # 24 words or so a paragraph, so that a limit of 30 makes a passage of each.
 PARAGRAPHS = [
@@ -32,7 +32,7 @@ def reply_to(message, questions=3):
 class ScriptedTeacher:
     """Replies with `reply_to`, unless the script, a list, has something else for this request: a reply or an error."""
 
-    name, width = "scripted", 2
+    name, settings, width = "scripted", {}, 2
 
     def __init__(self, script=(), questions=3):
         self.script, self.questions = list(script), questions
@@ -67,9 +67,9 @@ class ChatServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, script=(), delay=0.0):
+    def __init__(self, script=(), delay=0.0, reply=reply_to):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.script, self.delay, self.requests = list(script), delay, []
+        self.script, self.delay, self.reply, self.requests = list(script), delay, reply, []
         self.released = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif status != 200:
             data = b'{"error": {"message": "no"}}'
         else:
-            data = completion(reply_to(body["messages"][0]["content"]))
+            data = completion(self.server.reply(body["messages"][0]["content"]))
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(data))}).items():
             self.send_header(name, value)

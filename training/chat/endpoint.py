@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint."""
+"""A chat model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from icae_fast.errors import InvalidInputError, TeacherError
-from training.pwc.prompts import shorten
-from training.pwc.teacher import CUT_OFF, RequestFailed
+from icae_fast.errors import ChatModelError, InvalidInputError
+from training.chat.model import UNUSABLE, RequestFailed
+from training.chat.replies import shorten
 
 try:  # the same library: it is called httpx2 since Python 3.11, and huggingface_hub brings one or the other
     import httpx2 as httpx
@@ -33,13 +33,13 @@ class _Retry(Exception):  # noqa: N818 - control flow within `ask`
         self.cause, self.wait = cause, wait
 
 
-class EndpointTeacher:
+class EndpointModel:
     """A model behind `POST {url}/chat/completions`, as OpenAI, vLLM, llama.cpp and others serve it.
 
     Timeouts, lost connections, 408, 409, 429, 5xx and replies without a usable answer are tried again after
     `backoff * 2^n` seconds (at most 60, times a random 0.5 to 1), or after what `Retry-After` asks for; while a 429 or
     503 asks for that, no other request is sent either. What no retry can mend (no connection, 401, 403 or 404, before a
-    first reply has come) is a TeacherError at once.
+    first reply has come) is a ChatModelError at once.
 
     Args:
         url: the API's base, such as `http://localhost:8000/v1`.
@@ -75,6 +75,7 @@ class EndpointTeacher:
         self._timeout, self._attempts, self._backoff = timeout, retries + 1, backoff
         fields = {"model": model, "max_tokens": max_answer_tokens} | dict(body or {})
         self._body = {name: value for name, value in fields.items() if value is not None}
+        self.settings = dict(self._body)
         try:
             parsed = httpx.URL(self.url)
         except httpx.InvalidURL as error:
@@ -87,7 +88,7 @@ class EndpointTeacher:
         self._not_before = 0.0
         self._served = False  # a first reply proves that address, key and model are right
 
-    async def __aenter__(self) -> EndpointTeacher:
+    async def __aenter__(self) -> EndpointModel:
         self._client = httpx.AsyncClient(headers=self._headers, timeout=None)  # `asyncio.wait_for` limits the whole
         return self
 
@@ -95,14 +96,14 @@ class EndpointTeacher:
         await self._client.aclose()
 
     async def ask(self, message: str, parse: Callable[[str], T]) -> T:
-        """`parse` of the model's reply; see `Teacher`."""
+        """`parse` of the model's reply; see `ChatModel`."""
         body = self._body | {"messages": [{"role": "user", "content": message}]}
         for attempt in range(self._attempts):
             try:
                 await self._wait()
                 return parse(await self._post(body))
             except (_Retry, ValueError) as error:
-                failure = error if isinstance(error, _Retry) else _Retry("unusable reply", str(error))
+                failure = error if isinstance(error, _Retry) else _Retry(UNUSABLE, str(error))
             wait = failure.wait
             if wait is None:
                 wait = min(_LONGEST_BACKOFF, self._backoff * 2**attempt) * random.uniform(0.5, 1.0)
@@ -123,14 +124,14 @@ class EndpointTeacher:
             raise _Retry("timeout", f"no reply within {self._timeout:g} s") from None
         except httpx.ConnectError as error:
             if not self._served:
-                raise TeacherError(
-                    f"cannot reach {self.url} ({error}); check --endpoint, and that the server runs"
+                raise ChatModelError(
+                    f"cannot reach {self.url} ({error}); check the address, and that the server runs"
                 ) from error
             raise _Retry("no connection", str(error)) from error
         except httpx.TransportError as error:
             raise _Retry("no connection", str(error) or type(error).__name__) from error
         except httpx.RequestError as error:
-            raise _Retry("unusable reply", str(error)) from error
+            raise _Retry(UNUSABLE, str(error)) from error
         status = response.status_code
         if status != 200:
             self._refuse(response, status)
@@ -138,19 +139,20 @@ class EndpointTeacher:
             choice = response.json()["choices"][0]
             content = choice["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
-            raise _Retry("unusable reply", f"not a chat completion: {shorten(response.text)}") from error
+            raise _Retry(UNUSABLE, f"not a chat completion: {shorten(response.text)}") from error
         self._served = True
         if not isinstance(content, str):
-            raise _Retry("unusable reply", f"the reply's content is {shorten(repr(content))}, not text")
+            raise _Retry(UNUSABLE, f"the reply's content is {shorten(repr(content))}, not text")
         if choice.get("finish_reason") == "length":
-            raise RequestFailed("answer cut off", CUT_OFF, of_message=True)
+            raise RequestFailed.cut_off(self._body.get("max_tokens"))
         return content
 
     def _refuse(self, response: httpx.Response, status: int) -> None:
         said = f"{status}: {shorten(response.text, 200)}"
         if status == 401 or (status in _HOPELESS and not self._served):
-            raise TeacherError(
-                f"{self.url} {_HOPELESS[status]} ({said}); check --endpoint, --model {self.name} and --api-key-env"
+            raise ChatModelError(
+                f"{self.url} {_HOPELESS[status]} ({said}); check the address, the model's name {self.name} "
+                "and the API key"
             )
         if status in (408, 409, 429) or status >= 500:
             wait = _retry_after(response.headers.get("retry-after"))

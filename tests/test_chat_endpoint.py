@@ -1,4 +1,4 @@
-"""make-pwc with a real HTTP server that stalls, limits, fails and talks nonsense."""
+"""An endpoint that is a real HTTP server, and stalls, limits, fails and talks nonsense."""
 
 import asyncio
 import datetime
@@ -6,26 +6,26 @@ import email.utils
 
 import pytest
 
-from icae_fast.errors import InvalidInputError, TeacherError
-from pwc_helpers import PARAGRAPHS, ChatServer, completion
-from training.pwc import EndpointTeacher
-from training.pwc.endpoint import _retry_after
+from chat_helpers import PARAGRAPHS, ChatServer, completion
+from icae_fast.errors import ChatModelError, InvalidInputError
+from training.chat import EndpointModel
+from training.chat.endpoint import _retry_after
+from training.chat.model import RequestFailed
 from training.pwc.prompts import answer_request, parse_answer
-from training.pwc.teacher import RequestFailed
 
 MESSAGE = answer_request(PARAGRAPHS[0], "Write a title.")
 
 
 def ask(server, times=1, **options):
-    """Replies to so many requests at once, and the teacher."""
+    """Replies to so many requests at once, and the model."""
     options = {"backoff": 0.01, "timeout": 10.0} | options
-    teacher = EndpointTeacher(server.url, "model", **options)
+    chat_model = EndpointModel(server.url, "model", **options)
 
     async def run():
-        async with teacher:
-            return await asyncio.gather(*(teacher.ask(MESSAGE, parse_answer) for _ in range(times)))
+        async with chat_model:
+            return await asyncio.gather(*(chat_model.ask(MESSAGE, parse_answer) for _ in range(times)))
 
-    return asyncio.run(run()), teacher
+    return asyncio.run(run()), chat_model
 
 
 def test_what_is_sent():
@@ -64,9 +64,9 @@ def test_what_is_sent():
 def test_a_fault_is_counted_and_the_request_tried_again(fault, cause):
     timeout = 0.2 if fault == "stall" else 10.0
     with ChatServer([fault, fault]) as server:
-        replies, teacher = ask(server, timeout=timeout)
+        replies, chat_model = ask(server, timeout=timeout)
         assert replies == ["An answer about paragraph 1."]
-        assert teacher.retries == {cause: 2}
+        assert chat_model.retries == {cause: 2}
         server.script += [fault] * 2
         with pytest.raises(RequestFailed) as failed:
             ask(server, timeout=timeout, retries=1)
@@ -76,9 +76,9 @@ def test_a_fault_is_counted_and_the_request_tried_again(fault, cause):
 
 def test_all_requests_wait_as_long_as_the_server_asks():
     with ChatServer([(429, {"Retry-After": "0.3"})]) as server:
-        replies, teacher = ask(server, times=4)
+        replies, chat_model = ask(server, times=4)
     assert len(replies) == 4
-    assert teacher.retries == {"rate limit": 1}
+    assert chat_model.retries == {"rate limit": 1}
     times = sorted(time for time, *_ in server.requests)
     assert len(times) == 5
     assert times[-1] - times[0] >= 0.3  # the first to be asked again waited, whatever the others did
@@ -104,7 +104,7 @@ def test_retry_after_is_seconds_or_a_date():
     ("status", "message"), [(401, "refuses the key"), (403, "refuses access"), (404, "no such address or model")]
 )
 def test_what_no_retry_can_mend_is_one_error(status, message):
-    with ChatServer([status] * 9) as server, pytest.raises(TeacherError, match=message) as error:
+    with ChatServer([status] * 9) as server, pytest.raises(ChatModelError, match=message) as error:
         ask(server)
     assert len(server.requests) == 1
     assert str(status) in str(error.value)
@@ -112,16 +112,16 @@ def test_what_no_retry_can_mend_is_one_error(status, message):
 
 def test_a_refusal_after_a_first_reply_is_of_that_text_alone():
     with ChatServer([None, 403, 400]) as server:
-        teacher = EndpointTeacher(server.url, "model")
+        chat_model = EndpointModel(server.url, "model")
 
         async def run():
-            async with teacher:
-                await teacher.ask(MESSAGE, parse_answer)
+            async with chat_model:
+                await chat_model.ask(MESSAGE, parse_answer)
                 for _ in range(2):
                     with pytest.raises(RequestFailed) as failed:
-                        await teacher.ask(MESSAGE, parse_answer)
+                        await chat_model.ask(MESSAGE, parse_answer)
                     assert failed.value.cause == "request refused"
-                await teacher.ask(MESSAGE, parse_answer)
+                await chat_model.ask(MESSAGE, parse_answer)
 
         asyncio.run(run())
     assert len(server.requests) == 4
@@ -138,17 +138,17 @@ def test_nobody_there_is_one_error():
     with ChatServer() as server:
         url = server.url
     server.url = url  # closed by now
-    with pytest.raises(TeacherError, match="cannot reach"):
+    with pytest.raises(ChatModelError, match="cannot reach"):
         ask(server)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http://[::1", ""])
 def test_a_bad_url_is_refused(url):
     with pytest.raises(InvalidInputError, match="URL"):
-        EndpointTeacher(url, "model")
+        EndpointModel(url, "model")
 
 
 def test_a_bad_key_is_refused_and_not_shown():
     with pytest.raises(InvalidInputError, match="API key") as error:
-        EndpointTeacher("http://localhost/v1", "model", api_key="secret\n")
+        EndpointModel("http://localhost/v1", "model", api_key="secret\n")
     assert "secret" not in str(error.value)
