@@ -48,7 +48,9 @@ def passages_for(case: OverfitCase, icae: ICAE) -> list[torch.Tensor]:
     return list(ids.view(case.passages, case.tokens))
 
 
-def learn(case: OverfitCase, icae: ICAE, passages: Sequence[torch.Tensor]) -> dict[str, Any]:
+def learn(
+    case: OverfitCase, icae: ICAE, passages: Sequence[torch.Tensor], learning_rate: float = LEARNING_RATE
+) -> dict[str, Any]:
     """Warm start, then autoencoding, each step on all passages, until the decoder gives all of them back.
 
     It is asked to only when the loss is below the case's goal and every label has the highest logit. The loss alone
@@ -60,7 +62,7 @@ def learn(case: OverfitCase, icae: ICAE, passages: Sequence[torch.Tensor]) -> di
     model = TrainingModel(icae).train()
     batch = pack([autoencoding_sample(icae, p.tolist()) for p in passages])
     parameters = [p for p in icae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / RAMP_STEPS))
 
     def descend(loss):

@@ -120,8 +120,8 @@ class Backbone:
         cos, sin = self.rotary_tables(rows.positions, x)
         stream = None  # the residual stream without what the last module gave, which the next norm adds
         for i in range(self.n_layers):
-            with self.whole(i, 1):
-                x, stream = self._layer(i, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
+            with self.whole(i, 1) as layer:
+                x, stream = self._layer(i, layer, x, stream, cos, sin, rows, lora[i] if lora else None, cache)
         return self.final_norm(x, stream)
 
     @property
@@ -129,7 +129,7 @@ class Backbone:
         """Whether FSDP2 holds the layers' weights in shares (`fully_shard` of each layer)."""
         return is_sharded(self.model.layers[0])
 
-    def whole(self, i: int, step: int) -> AbstractContextManager[None]:
+    def whole(self, i: int, step: int) -> AbstractContextManager[nn.Module]:
         """Layer i with its weights in one piece, on the way to layer i + step; see `icae_fast.sharding.gathered`."""
         return gathered(self.model.layers, i, step)
 
@@ -181,8 +181,7 @@ class Backbone:
 
         self.forward = forward
 
-    def _layer(self, i, x, stream, cos, sin, rows, lora, cache):
-        layer = self.model.layers[i]
+    def _layer(self, i, layer, x, stream, cos, sin, rows, lora, cache):
         last = i == self.n_layers - 1 and rows.out_rows is not None
         out_rows = rows.out_rows if last else None
         h, stream = _norm(layer.input_layernorm, x, stream)

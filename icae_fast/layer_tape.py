@@ -125,13 +125,13 @@ def forward_stack(
     for i in range(n):
         if keeps:
             hidden[i].copy_(x, non_blocking=True)
-        with backbone.whole(i, 1):
-            x = _forward_layer(tape, i, x)
+        with backbone.whole(i, 1) as layer:
+            x = _forward_layer(tape, i, layer, x)
     return x, tape
 
 
-def _forward_layer(tape, i, x):
-    layer, level = tape.backbone.model.layers[i], tape.levels[i]
+def _forward_layer(tape, i, layer, x):
+    level = tape.levels[i]
     h, _ = _norm(layer.input_layernorm, x)
     q, k, v = _OPS.lora_qkv_rope(*_projection(tape, i, h))
     out, lse = _attend(tape, i, q, k, v)
@@ -162,16 +162,15 @@ def backward_stack(tape: StackTape, grad: torch.Tensor) -> tuple[torch.Tensor, l
     """
     of_a, of_b = [], []
     for i in reversed(range(tape.backbone.n_layers)):
-        with tape.backbone.whole(i, -1):
-            grad, da, db = _backward_layer(tape, i, grad)
+        with tape.backbone.whole(i, -1) as layer:
+            grad, da, db = _backward_layer(tape, i, layer, grad)
         of_a.insert(0, da)
         of_b.insert(0, db)
     tape.hidden, tape.attended, tape.lse = tape.hidden[:0], {}, {}
     return grad, [*of_a, *of_b]
 
 
-def _backward_layer(tape, i, grad):
-    layer = tape.backbone.model.layers[i]
+def _backward_layer(tape, i, layer, grad):
     attention, mlp = layer.self_attn, layer.mlp
     hidden = tape.hidden[i].to(grad.device, non_blocking=True)
     h, _ = _norm(layer.input_layernorm, hidden)

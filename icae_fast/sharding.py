@@ -13,8 +13,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-_NOTHING_TO_DO = contextlib.nullcontext()
-
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was applied to a module itself, and not only to one around or inside it."""
@@ -22,8 +20,8 @@ def is_sharded(module: nn.Module) -> bool:
     return hasattr(type(module), "unshard")
 
 
-def gathered(layers: Sequence[nn.Module], i: int, step: int) -> AbstractContextManager[None]:
-    """Layer i has its weights in one piece while the context lasts; nothing happens where it is not sharded.
+def gathered(layers: Sequence[nn.Module], i: int, step: int) -> AbstractContextManager[nn.Module]:
+    """Gives layer i, its weights in one piece while the context lasts; nothing happens where it is not sharded.
 
     Each process must enter the same contexts in the same order. The weights that are gathered belong to FSDP2: they
     must not be moved, nor kept beyond the context.
@@ -33,20 +31,21 @@ def gathered(layers: Sequence[nn.Module], i: int, step: int) -> AbstractContextM
         i: which of them.
         step: 1 or -1, to the layer whose weights come next and are sent meanwhile.
     """
-    return _gathered(layers, i, step) if is_sharded(layers[i]) else _NOTHING_TO_DO
+    layer = layers[i]
+    return _gathered(layers, i, step) if is_sharded(layer) else contextlib.nullcontext(layer)
 
 
 @contextlib.contextmanager
 def _gathered(layers, i, step):
     layer = layers[i]
     if not hasattr(next(layer.parameters()), "to_local"):  # no DTensor: inside `whole_model`
-        yield
+        yield layer
         return
     layer.unshard()
     if 0 <= i + step < len(layers):
         layers[i + step].unshard(async_op=True)
     try:
-        yield
+        yield layer
     finally:
         layer.reshard()
 

@@ -115,38 +115,31 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     assert (pretrain.run(load_settings(path)) / "icae_config.json").read_text() == digest
 
 
-def launched(path, *options):
-    """`accelerate launch` of a pretraining with these options; it takes a machine without a GPU for one with any."""
-    launch = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--main_process_port", "0"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *options]
-    command = [sys.executable, *launch, "-m", "training.pretrain", str(path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("Try it: icae-fast compress") == 1
-
-
-def assert_same_history(ours, theirs):
-    assert len(ours) == len(theirs)
-    for line, other in zip(ours, theirs, strict=True):
-        assert line == pytest.approx(other, rel=1e-4)
-
-
-def test_accelerate_launch_is_the_same_code(config, tmp_path):
+# A launcher that sees no GPU takes these options all the same.
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--cpu", "--num_processes", "1"), ""),
+        (("--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "shared out to 2 processes"),
+    ],
+    ids=["plain", "fsdp"],
+)
+def test_accelerate_launch_is_the_same_code(config, tmp_path, options, told):
     path = config(TEXTS, adapter={"lora_dropout": 0.0})
     pretrain.run(load_settings(path))
     alone = history(tmp_path, 6)
     (tmp_path / "out").rename(tmp_path / "alone")
-    launched(path, "--cpu", "--num_processes", "1")
-    assert_same_history(history(tmp_path, 6), alone)
-
-
-def test_accelerate_launch_with_shares_of_the_base_model(config, tmp_path):
-    path = config(TEXTS, adapter={"lora_dropout": 0.0})
-    launched(path, "--multi_gpu", "--num_processes", "2")
-    whole = history(tmp_path, 6)
-    (tmp_path / "out").rename(tmp_path / "whole")
-    launched(path, "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2")
-    assert_same_history(history(tmp_path, 6), whole)
+    launch = ["-m", "accelerate.commands.launch", *options, "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *launch, "-m", "training.pretrain", str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Try it: icae-fast compress") == 1
+    assert told in ran.stderr
+    together = history(tmp_path, 6)
+    assert len(together) == len(alone)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ gain, which has no dimension.)
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from icae_fast.errors import ConfigError
 from training.model import TrainingModel
+
+log = logging.getLogger(__name__)
 
 _ASKED = "ACCELERATE_USE_FSDP"
 
@@ -83,12 +86,14 @@ def shard_base_model(model: TrainingModel) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    n_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if n_processes == 1:
         raise ConfigError("FSDP needs several processes to share weights out to; launch without it, or more processes")
     trained = {p for p in model.parameters() if p.requires_grad}
     for layer in model.icae.backbone.model.layers:
         fully_shard(layer)
     fully_shard(model, reshard_after_forward=False, ignored_params=trained)
+    log.info("the base model's weights are shared out to %d processes", n_processes)
 
 
 def replicate_trained(model: TrainingModel, device: torch.device) -> DistributedDataParallel:
