@@ -23,7 +23,7 @@ _KEY_ENV = "OPENAI_API_KEY"
 
 
 def make_pwc_command(
-    texts: Annotated[list[Path], typer.Argument(help='Text files, JSONL or Parquet files with a "text" a row, or folders of them.')],  # noqa: E501
+    texts: Annotated[list[Path], typer.Argument(help="Texts: .txt, .jsonl or .parquet files, or folders of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; what it holds is not made again.")],
     endpoint: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API, ending in /v1 as a rule.")] = None,  # noqa: E501
     model: Annotated[str | None, typer.Option(help="The model's name at the endpoint.")] = None,

@@ -109,4 +109,3 @@ def replicate_trained(model: TrainingModel, device: torch.device) -> Distributed
     return DistributedDataParallel(
         model, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
     )
-    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
