@@ -1,0 +1,60 @@
+"""Adapters by name, as those that come with the package are loaded, and adapters kept in bf16, as they are shipped."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from icae_fast import ICAE, hub
+from icae_fast.checkpoints import TENSORS_FILE
+from icae_fast.errors import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def icae(make_icae):
+    """With a slot gain, whose bf16 differs from its fp32."""
+    icae = make_icae(slot_scale="embedding_norm")
+    with torch.no_grad():
+        icae.slot_gain.fill_(0.1)
+    return icae
+
+
+def test_bf16_tensors_load_into_fp32_parameters(icae, make_base, tmp_path):
+    icae.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    again = ICAE.from_pretrained(tmp_path, base_model=make_base())
+    for (name, mine), (_, loaded) in zip(
+        icae.reference_named_parameters(), again.reference_named_parameters(), strict=True
+    ):
+        assert loaded.dtype == torch.float32
+        assert torch.equal(loaded, mine.bfloat16().float()), name
+    again.save_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert (tmp_path / "again" / TENSORS_FILE).read_bytes() == (tmp_path / TENSORS_FILE).read_bytes()
+
+
+def test_an_adapter_of_the_package_is_loaded_by_its_name(icae, make_base, tmp_path, monkeypatch, random_ids):
+    monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
+    icae.save_pretrained(tmp_path / "adapters" / "tiny")
+    (tmp_path / "adapters" / "half-written").mkdir()
+    assert list(hub.shipped_adapters()) == ["tiny"]
+    again = ICAE.from_pretrained("tiny", base_model=make_base())
+    ids = random_ids(30)
+    assert torch.equal(again.compress(ids)[0].slots, icae.compress(ids)[0].slots)
+
+
+def test_a_folder_of_that_name_comes_first(icae, make_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
+    icae.save_pretrained(tmp_path / "adapters" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(CheckpointError):  # which is empty
+        ICAE.from_pretrained("tiny", base_model=make_base())
+
+
+def test_an_unknown_name_lists_the_known(icae, make_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
+    icae.save_pretrained(tmp_path / "adapters" / "tiny")
+    with pytest.raises(CheckpointError, match=r"nor one that comes with this package \(tiny\)"):
+        ICAE.from_pretrained("no such/name, ever", base_model=make_base())
