@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ _COLORS = ("#1f6fb4", "#c8501e", "#2e8b57", "#8457a8", "#b8860b", "#5a6570", "#c
 _MARKERS = "osD^vPX*"
 _HEADROOM = 0.03  # of an axis with a fixed end, so that markers at its ends are whole
 _INCHES = (5.6, 4.4)  # of one plot
+_LABEL_WIDTH = 56  # characters below one plot, all labels of bars together
+_MOST_LEVEL = 6  # groups of bars whose labels have room side by side
 
 
 def draw(result: Result) -> dict[str, bytes]:
@@ -113,7 +116,10 @@ def _bars(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
         if spread:
             ends = ([row[column] for _, row in spread] for column in (plot.low, plot.high))
             axes.vlines([x for x, _ in spread], *ends, color="black", linewidth=1.2)
-    axes.set_xticks(list(places.values()), [str(x) for x in places])
+    labels = [textwrap.fill(str(x), max(8, _LABEL_WIDTH // len(places)), break_long_words=False) for x in places]
+    axes.set_xticks(list(places.values()), labels)
+    if len(places) > _MOST_LEVEL:
+        axes.tick_params(axis="x", labelrotation=45)
 
 
 def _has_spread(plot: Plot, row: dict[str, Any]) -> bool:
