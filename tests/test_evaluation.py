@@ -63,8 +63,8 @@ def test_a_perfect_restoration_scores_one(subject, bench, monkeypatch):
 
 def test_a_restoration_that_breaks_at_half(subject, bench, monkeypatch):
     make_restorer(subject, monkeypatch, lambda ids: ids[: len(ids) // 2] + [1] * 40)
-    result = restoration_by_length([subject], bench, lengths=(16,))
-    assert [row["tokens"] for row in result.rows] == [16, 64]  # and beyond a span
+    result = restoration_by_length([subject], bench, lengths=(16, 64))  # and beyond a span
+    assert [row["tokens"] for row in result.rows] == [16, 64]
     for row in result.rows:
         assert row["prefix_low"] == row["prefix_median"] == row["prefix_high"] == 0.5
         assert row["identical"] == 0
@@ -123,8 +123,20 @@ def test_the_base_model_reads_a_text_once_for_all_adapters(subject, bench, make_
 
 
 def test_restoration_against_k(subject, bench):
-    result = restoration_by_memory_size([subject], bench, memory_sizes=(4,), lengths=(16, 512))
+    result = restoration_by_memory_size([subject], bench, memory_sizes=(4,), lengths=(16, 32, 512))
     assert [(row["slots"], row["tokens"]) for row in result.rows] == [(4, 16), (4, 32), (8, 16), (8, 32)]
+
+
+def test_lengths_go_with_the_span_and_long_passages_are_fewer(subject, bench, monkeypatch):
+    monkeypatch.setattr("training.evaluation.restoration.PAPER_LENGTHS", (20,))
+    monkeypatch.setattr("training.evaluation.workbench.FEWEST_PASSAGES", 2)
+    rows = restoration_by_length([subject], bench).rows
+    assert [(row["tokens"], row["passages"]) for row in rows] == [
+        (8, 3), (16, 3), (20, 3), (32, 3), (64, 2), (128, 2),
+    ]  # fmt: skip
+    assert [row["tokens"] for row in restoration_by_memory_size([subject], bench, ()).rows] == [8, 16, 32]
+    bench.samples = 32
+    assert [bench.affordable(subject, n) for n in (16, 32, 64, 1000)] == [32, 32, 16, 2]
 
 
 def test_contents_are_the_same_every_time_and_what_they_are_called(subject, bench):
@@ -154,6 +166,7 @@ def test_several_spans_and_what_does_not_fit(subject, bench):
     assert [row["spans"] for row in result.rows] == [1, 4]
     assert result.rows[0]["bleu"] is not None
     assert result.rows[1]["ppl_text"] is None  # 128 + 128 tokens
+    assert [row["restored"] for row in result.rows] == [3, 3]
     skipped = " ".join(result.facts["skipped"])
     assert "golden, 16 spans: " in skipped
     assert "golden, 64 spans: none of the texts has" in skipped

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -17,9 +17,6 @@ from rich.table import Table
 from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import InvalidInputError, OutputError
 from training.commands import KEY_ENV, stderr_console
-
-if TYPE_CHECKING:
-    from training.evaluation.instruction_run import Instructions
 
 _PACKAGES = ("sacrebleu", "matplotlib", "rouge_score")  # of the extra `eval`; looked for before hours are spent
 CACHE_FILE = "answers.jsonl"
@@ -55,9 +52,10 @@ def eval_command(
     """
     try:
         from training.evaluation.cache import AnswerCache
-        from training.evaluation.instruction_run import load_judge
+        from training.evaluation.instruction_run import Instructions, load_judge
         from training.evaluation.measures import optional_package
         from training.evaluation.passages import Texts
+        from training.evaluation.questions import read_questions
         from training.evaluation.run import INSTRUCTIONS, choose_groups, evaluate
         from training.evaluation.subject import parse_subject
         from training.evaluation.workbench import Workbench
@@ -67,20 +65,21 @@ def eval_command(
     for package in _PACKAGES:
         optional_package(package)
     specs = [parse_subject(text) for text in adapter or ()]
-    judge = load_judge(judge_endpoint, judge_model, judge_local, judge_key_env, judge_body, judge_jobs)
-    if judge is not None and not pwc:
+    if not pwc and (judge_endpoint or judge_model or judge_local):
         raise InvalidInputError("a judge compares answers to prompts; give rows of them with --pwc")
     read = Texts(texts or ())
     instructions = None
     if INSTRUCTIONS in choice.groups:
-        instructions = _read_instructions(pwc, samples, seed, contestants, max_new_tokens, judge)
+        questions, problems = read_questions(pwc, samples, seed)
+        judge = load_judge(judge_endpoint, judge_model, judge_local, judge_key_env, judge_body, judge_jobs)
+        instructions = Instructions(questions, problems, _names(contestants), max_new_tokens, judge)
     _make_folder(output)
     subjects = _load_subjects(specs, model, memory_size, rate, dtype)
     measurements = choice.of_texts
     if instructions is not None:
         instructions.check(subjects)
         measurements |= instructions.measurements()
-        if judge is None:
+        if instructions.judge is None:
             choice.left_out["instructions_judged"] = NO_JUDGE
     with AnswerCache(output / CACHE_FILE) as cache, _progress() as on_progress:
         if cache.damaged:
@@ -98,16 +97,8 @@ def eval_command(
         raise typer.Exit(1)
 
 
-def _read_instructions(
-    pwc: list[str], samples: int, seed: int, contestants: str, max_new_tokens: int, judge: Any
-) -> Instructions:
-    from training.evaluation.instruction_run import Instructions
-    from training.evaluation.questions import read_questions
-
-    reads = tuple(dict.fromkeys(name.strip() for name in contestants.split(",") if name.strip()))
-    instructions = Instructions([], reads=reads, max_new_tokens=max_new_tokens, judge=judge)
-    instructions.questions, instructions.problems = read_questions(pwc, samples, seed)
-    return instructions
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _make_folder(output: Path) -> None:
