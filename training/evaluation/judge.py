@@ -205,8 +205,8 @@ def judge_pairs(
         facts=answered.facts() | judging.facts(),
         notes=_notes(judging),
         plots=[
-            Plot("bar", "opponent", "on_par", "contestant", y_max=1.0, y_label="share on par (win or tie)"),
-            Plot("bar", "opponent", "consistent", "contestant", y_max=1.0, y_label="share judged alike in both orders"),
+            Plot("bar", "opponent", "on_par", "contestant", y_max=1.0, y_label="on par (win or tie), share"),
+            Plot("bar", "opponent", "consistent", "contestant", y_max=1.0, y_label="alike in both orders, share"),
         ],
         samples=[_sample(answered, duel) for duel in duels],
         headline=("contestant", "opponent", "judged", "win", "lose", "tie", "on_par", "consistent"),
