@@ -90,6 +90,7 @@ class Workbench:
             run: gives the values of a batch.
         """
         values: list[Any] = []
+        self.on_progress(what, 0, len(items))
         for batch in micro_batches(costs, BATCH_TOKENS):
             kept = [self.cache.get(keys[i]) for i in batch]
             if any(value is None for value in kept):
