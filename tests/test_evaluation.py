@@ -237,6 +237,20 @@ def test_plots_leave_out_what_has_no_value_and_are_the_same_every_time():
     assert result_values(result)["rows"][2]["y"] is None
 
 
+def test_labels_of_bars_are_wrapped_or_aslant():
+    def draw_bars(labels):
+        rows = [{"name": name, "y": 1, "of": "ab"[i % 2]} for i, name in enumerate(labels)]
+        return draw(Result("r", "", {}, rows, plots=[Plot("bar", "name", "y", "of")]))[".svg"].decode()
+
+    few = draw_bars(["normal text", "a rather long name of a contestant"])
+    assert "rotate(-35" not in few
+    assert "a rather long name of a" in few
+    assert "name of a contestant" not in few
+    many = draw_bars([f"a contestant, number {i}" for i in range(9)])
+    assert many.count("rotate(-35") == 9
+    assert "a contestant, number 8" in many
+
+
 def test_files_of_an_earlier_run_do_not_outlive_their_figures(tmp_path, bench, subject):
     rows = [{"n": 1, "y": 2}]
     write_result(tmp_path, Result("r", "", {"n": ""}, rows, plots=[Plot("bar", "n", "y")], samples=[{"a": 1}]), {})
