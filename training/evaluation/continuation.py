@@ -149,7 +149,7 @@ def table_6(subjects: Sequence[Subject], bench: Workbench) -> Result:
     for subject in subjects:
         with found.case(subject.name):
             excerpts = bench.draw(subject, n, CONTINUATION_TOKENS)
-            chosen = excerpts[: bench.affordable(subject, n)]
+            chosen = excerpts[: bench.affordable(subjects, n)]
             restored, records = restoration_row(subject, chosen, bench)
             row, continued = continuation_row(subject, excerpts, bench)
             restored["restored"] = len(chosen)

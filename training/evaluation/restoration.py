@@ -149,10 +149,10 @@ def _lengths(subject: Subject) -> list[int]:
 
 def _measure(cases: Sequence[tuple[Subject, str, int]], bench: Workbench) -> Result:
     """A result of a row for each (subject, its line in plots, length)."""
-    found = Cases()
+    found, subjects = Cases(), [subject for subject, _, _ in cases]
     for subject, case, n in cases:
         with found.case(f"{case}, {n} tokens" if case == subject.name else case):
-            row, samples = restoration_row(subject, bench.draw(subject, n, count=bench.affordable(subject, n)), bench)
+            row, samples = restoration_row(subject, bench.draw(subject, n, count=bench.affordable(subjects, n)), bench)
             found.add(row | {"case": case}, samples)
     found.check()
     facts = {"decoding": _DECODING, "bleu": bleu_signature(), "skipped": found.skipped}

@@ -24,9 +24,8 @@ _WRITTEN = {
     "prefix_median": "median share of these before their first wrong token",
 }
 _FORCED = {
-    "restored": "contexts that were restored",
-    "accuracy": "their token accuracy under teacher forcing",
-    "loss": "their cross-entropy under teacher forcing, nats a token",
+    "accuracy": "token accuracy of restoring under teacher forcing",
+    "loss": "cross-entropy of restoring under teacher forcing, nats a token",
 }
 
 
@@ -46,7 +45,8 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
         for n in spans:
             case = f"{subject.name}, {n} spans"
             with found.case(case):
-                excerpts = bench.draw(subject, n * subject.span_tokens, CONTINUATION_TOKENS)
+                context = n * subject.span_tokens
+                excerpts = bench.draw(subject, context, CONTINUATION_TOKENS, bench.affordable([subject], context))
                 row, samples = continuation_row(subject, excerpts, bench)
                 row |= {"spans": n, **dict.fromkeys([*_FORCED, *_WRITTEN])}
                 found.add(row, samples)
@@ -62,7 +62,7 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
         {"continuation_tokens": CONTINUATION_TOKENS, "bleu": bleu_signature(), "skipped": found.skipped},
         [
             "Compare ppl_slots with ppl_truncated: the decoder has as many positions before the continuation in both.",
-            "Of several spans fewer contexts are restored, so that all rows take about as long, and those of more than "
+            "Contexts of several spans are fewer, so that all rows take about as long, and those of more than "
             f"{WRITTEN_TOKENS:,} tokens are not written out.",
         ],
         [
@@ -78,11 +78,10 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
 
 def _add_restoration(row, samples, subject, excerpts, bench):
     """Adds to a row and its samples what restoring the contexts gives."""
-    chosen = excerpts[: bench.affordable(subject, row["context"])]
-    scores = Scores.total(restoration_scores(subject, [e.ids for e in chosen], bench))
-    row |= {"restored": len(chosen), "accuracy": scores.accuracy, "loss": scores.mean_loss}
+    scores = Scores.total(restoration_scores(subject, [e.ids for e in excerpts], bench))
+    row |= {"accuracy": scores.accuracy, "loss": scores.mean_loss}
     if row["context"] <= WRITTEN_TOKENS:
-        restored, records = restoration_row(subject, chosen, bench)
+        restored, records = restoration_row(subject, excerpts, bench)
         row |= {name: restored[name] for name in _WRITTEN}
-        for sample, record in zip(samples, records, strict=False):
+        for sample, record in zip(samples, records, strict=True):
             sample |= record

@@ -61,13 +61,14 @@ class Workbench:
         count = self.samples if count is None else count
         return self.texts.draw(subject.icae.tokenizer, n_tokens, count, self.seed, following)
 
-    def affordable(self, subject: Subject, n_tokens: int) -> int:
-        """How many passages of a length are restored: `samples` up to a full span.
+    def affordable(self, subjects: Sequence[Subject], n_tokens: int) -> int:
+        """How many passages of a length are restored: `samples` up to the longest full span of the subjects.
 
-        Beyond it as many as make `samples` full spans, so that no row of a table takes much longer than another, but
-        not under `FEWEST_PASSAGES`.
+        Beyond it as many as make `samples` such spans, so that no row of a table takes much longer than another, but
+        not under `FEWEST_PASSAGES`. Subjects side by side have the same passages.
         """
-        return min(self.samples, max(FEWEST_PASSAGES, self.samples * subject.span_tokens // n_tokens))
+        longest = max(subject.span_tokens for subject in subjects)
+        return min(self.samples, max(FEWEST_PASSAGES, self.samples * longest // n_tokens))
 
     def compute(
         self,
