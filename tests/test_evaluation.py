@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import golden
 from evaluation_helpers import Cache, golden_icae, words
+from icae_fast import ICAE, ICAEConfig
 from icae_fast.errors import ConfigError, InvalidInputError, TokenizerMismatchError
 from training.evaluation.content import CONTENTS, restoration_by_content
 from training.evaluation.continuation import continuation_by_ratio, table_6
@@ -63,8 +65,8 @@ def test_a_perfect_restoration_scores_one(subject, bench, monkeypatch):
 
 def test_a_restoration_that_breaks_at_half(subject, bench, monkeypatch):
     make_restorer(subject, monkeypatch, lambda ids: ids[: len(ids) // 2] + [1] * 40)
-    result = restoration_by_length([subject], bench, lengths=(16,))
-    assert [row["tokens"] for row in result.rows] == [16, 64]  # and beyond a span
+    result = restoration_by_length([subject], bench, lengths=(16, 64))  # and beyond a span
+    assert [row["tokens"] for row in result.rows] == [16, 64]
     for row in result.rows:
         assert row["prefix_low"] == row["prefix_median"] == row["prefix_high"] == 0.5
         assert row["identical"] == 0
@@ -123,8 +125,23 @@ def test_the_base_model_reads_a_text_once_for_all_adapters(subject, bench, make_
 
 
 def test_restoration_against_k(subject, bench):
-    result = restoration_by_memory_size([subject], bench, memory_sizes=(4,), lengths=(16, 512))
+    result = restoration_by_memory_size([subject], bench, memory_sizes=(4,), lengths=(16, 32, 512))
     assert [(row["slots"], row["tokens"]) for row in result.rows] == [(4, 16), (4, 32), (8, 16), (8, 32)]
+
+
+def test_lengths_go_with_the_span_and_long_passages_are_fewer(subject, bench, monkeypatch):
+    monkeypatch.setattr("training.evaluation.restoration.PAPER_LENGTHS", (20,))
+    monkeypatch.setattr("training.evaluation.workbench.FEWEST_PASSAGES", 2)
+    rows = restoration_by_length([subject], bench).rows
+    assert [(row["tokens"], row["passages"]) for row in rows] == [
+        (8, 3), (16, 3), (20, 3), (32, 3), (64, 2), (128, 2),
+    ]  # fmt: skip
+    assert [row["tokens"] for row in restoration_by_memory_size([subject], bench, ()).rows] == [8, 16, 32]
+    bench.samples = 32
+    assert [bench.affordable([subject], n) for n in (16, 32, 64, 1000)] == [32, 32, 16, 2]
+    # Side by side with an adapter of longer spans, the passages are those of both.
+    other = Subject("other", ICAE.from_base(golden.load_base(), ICAEConfig(memory_size=16), subject.icae.tokenizer))
+    assert [bench.affordable([subject, other], n) for n in (64, 128)] == [32, 16]
 
 
 def test_contents_are_the_same_every_time_and_what_they_are_called(subject, bench):
@@ -222,6 +239,20 @@ def test_plots_leave_out_what_has_no_value_and_are_the_same_every_time():
     assert files == draw(result)
     assert draw(Result("r", "", {}, rows[1:3], plots=plots)) == {}
     assert result_values(result)["rows"][2]["y"] is None
+
+
+def test_labels_of_bars_are_wrapped_or_aslant():
+    def draw_bars(labels):
+        rows = [{"name": name, "y": 1, "of": "ab"[i % 2]} for i, name in enumerate(labels)]
+        return draw(Result("r", "", {}, rows, plots=[Plot("bar", "name", "y", "of")]))[".svg"].decode()
+
+    few = draw_bars(["normal text", "a rather long name of a contestant"])
+    assert "rotate(-35" not in few
+    assert "a rather long name of a" in few
+    assert "name of a contestant" not in few
+    many = draw_bars([f"a contestant, number {i}" for i in range(9)])
+    assert many.count("rotate(-35") == 9
+    assert "a contestant, number 8" in many
 
 
 def test_files_of_an_earlier_run_do_not_outlive_their_figures(tmp_path, bench, subject):

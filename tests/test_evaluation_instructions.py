@@ -190,7 +190,10 @@ def test_rows_are_read_with_their_kinds(tmp_path):
     ]  # fmt: skip
     assert found[0].origin.endswith("rows.jsonl:1")
     assert problems == {"no field 'prompt'": 1, "not JSON": 1}
-    assert [q.input for q in read_questions([str(path)], limit=2)[0]] == ["text 0", "text 2"]
+    drawn = [read_questions([str(path)], limit=2, seed=seed)[0] for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2] or drawn[0] != drawn[3]
+    assert all(len(d) == 2 and d == [q for q in found if q in d] for d in drawn)
     path.write_text("broken\n")
     with pytest.raises(DataError, match="1 times not JSON"):
         read_questions([str(path)])

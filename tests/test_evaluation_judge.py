@@ -126,7 +126,7 @@ def test_replies_without_a_verdict_are_asked_for_again_counted_and_not_scored(an
     (unparsed,) = (s for s in result.samples if s["result"] == "unparsed")
     assert len(unparsed["failures"]) == 2
     assert "Both have their merits" in unparsed["failures"][0]
-    assert any("1 of 4 pairs have no result" in note for note in result.notes)
+    assert "1 of 4 pairs have no result" in result.unfinished
 
 
 def test_the_verdict_alone_will_do(answered, bench):
@@ -287,8 +287,8 @@ def test_a_judge_as_options_name_it(monkeypatch):
         assert judge.settings == {"model": "m", "temperature": 0.0, "seed": 1}
     for options, message in (
         (("http://localhost/v1", "m", "smollm2"), "two judges"),
-        (("http://localhost/v1", None, None), "go together"),
-        ((None, "m", None), "go together"),
+        (("http://localhost/v1", None, None), "--judge-endpoint needs --judge-model"),
+        ((None, "m", None), "give --judge-endpoint"),
         (("http://localhost/v1", "m", None, "NO_KEY"), "NO_KEY of the API key is not set"),
         (("http://localhost/v1", "m", None, "SOME_KEY", "[]"), "--judge-body is"),
     ):

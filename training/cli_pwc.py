@@ -15,11 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from icae_fast.errors import InvalidInputError
+from training.commands import KEY_ENV, stderr_console
 
 if TYPE_CHECKING:
     from training.pwc import Report
-
-_KEY_ENV = "OPENAI_API_KEY"
 
 
 def make_pwc_command(
@@ -27,7 +26,7 @@ def make_pwc_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; what it holds is not made again.")],
     endpoint: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API, ending in /v1 as a rule.")] = None,  # noqa: E501
     model: Annotated[str | None, typer.Option(help="The model's name at the endpoint.")] = None,
-    api_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = _KEY_ENV,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = KEY_ENV,
     jobs: Annotated[int, typer.Option(min=1, help="Requests to the endpoint at the same time.")] = 4,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for one request.")] = 120.0,
     retries: Annotated[int, typer.Option(min=0, help="How often a request to the endpoint is tried again.")] = 5,
@@ -50,17 +49,17 @@ def make_pwc_command(
     Run the same command again after a failure or Ctrl-C: it goes on where it was. Exit code 1: some are missing.
     """
     from training.chat import EndpointModel
-    from training.chat.options import api_key, load_local, request_fields
+    from training.chat.options import api_key, check_names, load_local, request_fields
     from training.pwc import RecordFile, Settings, make_pwc
 
-    _check_teacher(endpoint, model, local)
+    check_names("teacher", "--", endpoint, model, local)
     names = {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
     settings = Settings(**names, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens)
     if settings.needs_teacher and endpoint is None and local is None:
         raise InvalidInputError("these prompts need a teacher; give --endpoint and --model, or --local smollm2")
     with RecordFile(output) as records:
         if records.cut:
-            _stderr().print(f"note: cut off a half-written last record of {records.cut} bytes", style="yellow")
+            stderr_console().print(f"note: cut off a half-written last record of {records.cut} bytes", style="yellow")
         teacher = None
         count = None if tokenizer is None else _counter(_load_tokenizer(tokenizer))
         if endpoint is not None:
@@ -79,26 +78,13 @@ def make_pwc_command(
             with _progress() as (on_progress, on_failure):
                 report = make_pwc(texts, records, teacher, settings, on_progress=on_progress, on_failure=on_failure)
         except KeyboardInterrupt:
-            _stderr().print(
+            stderr_console().print(
                 f"interrupted; {output} holds {len(records.ids)} records; run the same command again to go on"
             )
             raise
     _show(report, as_json)
     if report.failed or report.stopped:
         raise typer.Exit(1)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-
-
-def _check_teacher(endpoint: str | None, model: str | None, local: str | None) -> None:
-    if endpoint is not None and local is not None:
-        raise InvalidInputError("--endpoint and --local are two teachers; give one of them")
-    if endpoint is not None and model is None:
-        raise InvalidInputError("--endpoint needs --model, the model's name there")
-    if endpoint is None and model is not None:
-        raise InvalidInputError("--model is a name at an endpoint; give --endpoint, too, or --local in its place")
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -115,7 +101,7 @@ def _counter(tokenizer: Any) -> Callable[[str], int]:
 @contextlib.contextmanager
 def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
     columns = (TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr(), transient=True) as progress:
+    with Progress(*columns, console=stderr_console(), transient=True) as progress:
         task = progress.add_task("records", total=None)
         yield (
             lambda done, total: progress.update(task, completed=done, total=total),
@@ -140,4 +126,4 @@ def _show(report: Report, as_json: bool) -> None:
             table.add_row(f"requests tried again: {cause}", str(n))
         Console().print(table)
     if report.stopped:
-        _stderr().print(f"stopped: {report.stopped}", style="red")
+        stderr_console().print(f"stopped: {report.stopped}", style="red")

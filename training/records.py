@@ -12,7 +12,8 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -221,6 +222,36 @@ def _checked_extensions(names: list[str]) -> list[str]:
 
 def _known() -> str:
     return f"{', '.join(_READERS)} (and compressed: {', '.join(_COMPRESSED)})"
+
+
+def usable_records(
+    paths: Sequence[str], fields: tuple[str, ...], what: str, optional: tuple[str, ...] = ()
+) -> tuple[list[Record], Counter[str]]:
+    """All records of files, folders and globs that can be used, and how many others there are, by problem.
+
+    Args:
+        paths: see `find_files`; no data sets of the hub.
+        fields, optional: see `read_records`.
+        what: a name for the records in errors, such as "text".
+
+    Raises:
+        DataError: nothing is found, a file cannot be read, or no row can be used.
+    """
+    usable: list[Record] = []
+    problems: Counter[str] = Counter()
+    for path in paths:
+        files = find_files(path)
+        if files is None:
+            raise DataError(f"there is no file or folder {path}; files are read here, no data sets of the hub")
+        for record in read_records(files, fields, optional):
+            if record["problem"]:
+                problems[record["problem"]] += 1
+            else:
+                usable.append(record)
+    if not usable:
+        causes = ", ".join(f"{n} times {cause}" for cause, n in problems.most_common()) or "no row at all"
+        raise DataError(f"{', '.join(paths)} give no {what} that can be used: {causes}")
+    return usable, problems
 
 
 def file_version(path: str) -> str:

@@ -9,8 +9,28 @@ from typing import Any
 from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import InvalidInputError
 from training.chat.local import LocalModel
+from training.commands import KEY_ENV
 
-KEY_ENV = "OPENAI_API_KEY"
+
+def check_names(role: str, prefix: str, endpoint: str | None, model: str | None, local: str | None) -> None:
+    """That options name one chat model, or none: an endpoint with the model's name there, or a local model.
+
+    Args:
+        role: what the model is used as, such as "teacher"; in errors.
+        prefix: of the options `endpoint`, `model` and `local`, such as "--judge-"; in errors.
+        endpoint, model, local: the options' values.
+
+    Raises:
+        InvalidInputError: options that do not go together.
+    """
+    if endpoint is not None and local is not None:
+        raise InvalidInputError(f"{prefix}endpoint and {prefix}local are two {role}s; give one of them")
+    if endpoint is not None and model is None:
+        raise InvalidInputError(f"{prefix}endpoint needs {prefix}model, the model's name there")
+    if endpoint is None and model is not None:
+        raise InvalidInputError(
+            f"{prefix}model is a name at an endpoint; give {prefix}endpoint, too, or {prefix}local in its place"
+        )
 
 
 def api_key(variable: str) -> str | None:

@@ -134,7 +134,8 @@ def _from_slots(contestant: Contestant, answered: Answered, bench: Workbench) ->
         return [_to_json(a) for a in found]
 
     keys = [subject.key(context, "answer", icae.prompt_ids(prompt), limit) for context, prompt in pairs]
-    values = bench.compute(f"{contestant.name}: answering", pairs, keys, [len(c) + limit for c in contexts], run)
+    costs = [subject.n_slots(len(context)) + limit for context in contexts]
+    values = bench.compute(f"{contestant.name}: answering", pairs, keys, costs, run)
     return [_given(v, subject.n_slots(len(c))) for v, c in zip(values, contexts, strict=True)]
 
 

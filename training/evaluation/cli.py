@@ -16,54 +16,89 @@ from rich.table import Table
 
 from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import InvalidInputError, OutputError
+from training.commands import KEY_ENV, stderr_console
 
-_PACKAGES = ("sacrebleu", "matplotlib")  # of the extra `eval`; looked for before hours are spent
+_PACKAGES = ("sacrebleu", "matplotlib", "rouge_score")  # of the extra `eval`; looked for before hours are spent
 CACHE_FILE = "answers.jsonl"
+NO_JUDGE = "no judge is given: --judge-endpoint and --judge-model, or --judge-local"
 
 
 def eval_command(
-    texts: Annotated[list[str], typer.Argument(help="Held-out texts: .txt, .jsonl or .parquet files, folders, globs.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Held-out texts: .txt, .jsonl or .parquet files, folders, globs.")] = None,  # noqa: E501
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and plots; what was computed before is kept there.")] = Path("evaluation"),  # noqa: E501
-    adapter: Annotated[list[str] | None, typer.Option(help="PATH, NAME=PATH or NAME=PATH@MODEL: a folder or hub id, and its base model; may be given several times.")] = None,  # noqa: E501
+    adapter: Annotated[list[str] | None, typer.Option(help="PATH, NAME=PATH or NAME=PATH@MODEL: a folder, an adapter of this package, or a hub id, and its base model; may be given several times.")] = None,  # noqa: E501
     model: Annotated[str, typer.Option(help="Base model of adapters without @MODEL; by default the one that they name.")] = EMBEDDED_NAME,  # noqa: E501
-    only: Annotated[str | None, typer.Option(help="Measurements, separated by commas: restoration, content, continuation, several_spans.")] = None,  # noqa: E501
-    samples: Annotated[int, typer.Option(min=1, help="Passages for each row of a table.")] = 32,
+    only: Annotated[str | None, typer.Option(help="Measurements, separated by commas: restoration, content, continuation, several_spans, instructions.")] = None,  # noqa: E501
+    samples: Annotated[int, typer.Option(min=1, help="Passages for each row of a table, and prompts of --pwc.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     memory_size: Annotated[int, typer.Option(help="Slots a span, for an untrained adapter.")] = 128,
     rate: Annotated[int, typer.Option(help="Context tokens a slot, for an untrained adapter.")] = 4,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    pwc: Annotated[list[str] | None, typer.Option(help='Rows of "input", "prompt" and "answer", .jsonl or .parquet, to answer; may be given several times.')] = None,  # noqa: E501
+    contestants: Annotated[str, typer.Option(help="What is read to answer them, separated by commas.")] = "slots,full,truncated,summary",  # noqa: E501
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
+    judge_endpoint: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API that compares answers.")] = None,  # noqa: E501
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
+    judge_key_env: Annotated[str, typer.Option(help="Environment variable with its API key.")] = KEY_ENV,
+    judge_body: Annotated[str | None, typer.Option(help="More fields of each request to it, as a JSON object; null takes one out.")] = None,  # noqa: E501
+    judge_jobs: Annotated[int, typer.Option(min=1, help="Requests to it at the same time.")] = 4,
+    judge_local: Annotated[str | None, typer.Option(help="A local judge instead: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else on stdout.")] = False,  # noqa: E501
 ) -> None:  # fmt: skip
     """Measure adapters as the paper does, and write tables, plots and JSON; without --adapter an untrained one.
 
-    Run the same command again after Ctrl-C: it goes on where it was. Exit code 1: something could not be measured.
+    Run the same command again after Ctrl-C, or a judge's failure: it goes on where it was. Exit code 1: something that
+    was asked for could not be measured.
     """
     try:
         from training.evaluation.cache import AnswerCache
+        from training.evaluation.instruction_run import Instructions, load_judge
         from training.evaluation.measures import optional_package
         from training.evaluation.passages import Texts
-        from training.evaluation.run import choose_measurements, evaluate
+        from training.evaluation.questions import read_questions
+        from training.evaluation.run import INSTRUCTIONS, choose_groups, evaluate
         from training.evaluation.subject import parse_subject
         from training.evaluation.workbench import Workbench
     except ImportError as error:
         raise InvalidInputError(f"evaluating needs more packages ({error}); pip install 'icae-fast[eval]'") from error
-    measurements = choose_measurements(only)
+    choice = choose_groups(only, bool(texts), bool(pwc))
     for package in _PACKAGES:
         optional_package(package)
     specs = [parse_subject(text) for text in adapter or ()]
-    read = Texts(texts)
+    if not pwc and (judge_endpoint or judge_model or judge_local):
+        raise InvalidInputError("a judge compares answers to prompts; give rows of them with --pwc")
+    read = Texts(texts or ())
+    instructions = None
+    if INSTRUCTIONS in choice.groups:
+        questions, problems = read_questions(pwc, samples, seed)
+        judge = load_judge(judge_endpoint, judge_model, judge_local, judge_key_env, judge_body, judge_jobs)
+        instructions = Instructions(questions, problems, _names(contestants), max_new_tokens, judge)
     _make_folder(output)
     subjects = _load_subjects(specs, model, memory_size, rate, dtype)
+    measurements = choice.of_texts
+    if instructions is not None:
+        instructions.check(subjects)
+        measurements |= instructions.measurements()
+        if instructions.judge is None:
+            choice.left_out["instructions_judged"] = NO_JUDGE
     with AnswerCache(output / CACHE_FILE) as cache, _progress() as on_progress:
+        if cache.damaged:
+            stderr_console().print(
+                f"note: {cache.damaged} damaged lines of {cache.path} are made again", style="yellow"
+            )
         bench = Workbench(read, cache, samples, seed, on_progress)
         try:
-            results, not_measured = evaluate(subjects, bench, measurements, output)
+            results, not_measured = evaluate(subjects, bench, measurements, output, choice.left_out)
         except KeyboardInterrupt:
-            _stderr().print("interrupted; run the same command again to go on")
+            stderr_console().print("interrupted; run the same command again to go on")
             raise
-    _show(output, results, not_measured, as_json)
-    if not_measured:
+    _show(output, results, not_measured, choice.left_out, as_json)
+    if not_measured or any(r.unfinished for r in results):
         raise typer.Exit(1)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _make_folder(output: Path) -> None:
@@ -83,17 +118,25 @@ def _load_subjects(specs: list[Any], model: str, memory_size: int, rate: int, dt
     return [Subject("untrained", load(None, model, memory_size, rate, dtype))]
 
 
-def _show(output: Path, results: list[Any], not_measured: dict[str, str], as_json: bool) -> None:
+def _show(
+    output: Path, results: list[Any], not_measured: dict[str, str], left_out: dict[str, str], as_json: bool
+) -> None:
     from training.evaluation.report import SUMMARY_FILE, result_values
 
     if as_json:
-        print(json.dumps({"results": [result_values(r) for r in results], "not_measured": not_measured}))
+        values = [result_values(result) for result in results]
+        print(json.dumps({"results": values, "not_measured": not_measured, "left_out": left_out}))
         return
     console = Console()
     for result in results:
         console.print(_table(result))
+    for name, reason in left_out.items():
+        stderr_console().print(f"left out: {name}: {reason}")
     for name, reason in not_measured.items():
-        _stderr().print(f"not measured: {name}: {reason}", style="yellow")
+        stderr_console().print(f"not measured: {name}: {reason}", style="yellow")
+    for result in results:
+        if result.unfinished:
+            stderr_console().print(f"not finished: {result.name}: {result.unfinished}", style="yellow")
     console.print(f"Tables, plots and their legend are in {output / SUMMARY_FILE}.", soft_wrap=True, highlight=False)
 
 
@@ -107,13 +150,9 @@ def _table(result: Any) -> Table:
     return shown
 
 
-def _stderr() -> Console:
-    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-
-
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_stderr(), transient=True) as progress:
+    with Progress(*columns, console=stderr_console(), transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)

@@ -54,18 +54,27 @@ def contestants_of(subjects: Sequence[Subject], reads: Sequence[Reads] = get_arg
     """Every subject on everything that is asked for; what several subjects would answer alike, only for the first.
 
     Raises:
-        InvalidInputError: there is no such thing to read, or nothing.
+        InvalidInputError: see `check_reads`.
     """
-    unknown = [name for name in reads if name not in LABELS]
-    if unknown or not reads:
-        what = ", ".join(unknown) or "nothing"
-        raise InvalidInputError(f"{what} cannot be read by contestants; choose among {', '.join(LABELS)}")
+    check_reads(reads)
     found: dict[str, Contestant] = {}
     for subject in subjects:
         for name in dict.fromkeys(reads):
             contestant = Contestant(subject, name)
             found.setdefault(contestant.identity, contestant)
     return list(found.values())
+
+
+def check_reads(reads: Sequence[str]) -> None:
+    """That contestants can read these things.
+
+    Raises:
+        InvalidInputError: there is no such thing to read, or nothing.
+    """
+    unknown = [name for name in reads if name not in LABELS]
+    if unknown or not reads:
+        what = ", ".join(unknown) or "nothing"
+        raise InvalidInputError(f"{what} cannot be read by contestants; choose among {', '.join(LABELS)}")
 
 
 @dataclass(frozen=True)

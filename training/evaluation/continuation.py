@@ -11,6 +11,7 @@ Four readers see the same continuation, and the same tokens of it are scored:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from training.evaluation.measures import bleu_signature, perplexity
@@ -40,6 +41,7 @@ CONTINUATION_COLUMNS = {
     "none where the text tells less than 0.01",
 }
 _RESTORATION = {
+    "restored": "contexts that were restored",
     "bleu": "BLEU-4 of the restored contexts as one corpus, 0 to 1",
     "loss": "cross-entropy of restoring under teacher forcing, nats a token",
     "accuracy": "token accuracy of restoring under teacher forcing",
@@ -147,10 +149,12 @@ def table_6(subjects: Sequence[Subject], bench: Workbench) -> Result:
     for subject in subjects:
         with found.case(subject.name):
             excerpts = bench.draw(subject, n, CONTINUATION_TOKENS)
-            restored, own = restoration_row(subject, excerpts, bench)
+            chosen = excerpts[: bench.affordable(subjects, n)]
+            restored, records = restoration_row(subject, chosen, bench)
             row, continued = continuation_row(subject, excerpts, bench)
+            restored["restored"] = len(chosen)
             row |= {name: restored[name] for name in _RESTORATION} | {"source": "measured here"}
-            found.add(row, [a | b for a, b in zip(own, continued, strict=True)])
+            found.add(row, [a | b for a, b in zip_longest(records, continued, fillvalue={})])
     found.check()
     published = [
         {"subject": name, "source": PAPER_TABLE_6.source, "context": n, "slots": 128} | figures

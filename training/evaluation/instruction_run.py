@@ -9,11 +9,12 @@ from typing import get_args
 
 from icae_fast.errors import InvalidInputError
 from training.chat import ChatModel, EndpointModel
-from training.chat.options import KEY_ENV, api_key, load_local, request_fields
+from training.chat.options import api_key, check_names, load_local, request_fields
+from training.commands import KEY_ENV
 from training.evaluation.answering import Answered, answer_all
-from training.evaluation.contestants import Reads, contestants_of
+from training.evaluation.contestants import Reads, check_reads, contestants_of
 from training.evaluation.instructions import measure_instructions
-from training.evaluation.judge import judge_pairs
+from training.evaluation.judge import default_pairs, judge_pairs
 from training.evaluation.questions import Question
 from training.evaluation.result import Result
 from training.evaluation.subject import Subject
@@ -23,7 +24,12 @@ JUDGE_TOKENS = 512  # of a reply: a sentence and a verdict, and what a reasoning
 
 
 def load_judge(
-    endpoint: str | None, model: str | None, local: str | None, api_key_env: str = KEY_ENV, body: str | None = None
+    endpoint: str | None,
+    model: str | None,
+    local: str | None,
+    api_key_env: str = KEY_ENV,
+    body: str | None = None,
+    jobs: int = 4,
 ) -> ChatModel | None:
     """The judge that options name, which answers greedily; None where they name none.
 
@@ -33,21 +39,20 @@ def load_judge(
         local: a folder, a hub id, or smollm2, in place of an endpoint.
         api_key_env: environment variable with the endpoint's key.
         body: further fields of each request, a JSON object; null takes one out.
+        jobs: requests at the same time.
 
     Raises:
         InvalidInputError: options that do not go together, or that cannot be used.
         CheckpointError: the local model cannot be loaded.
     """
-    if endpoint is not None and local is not None:
-        raise InvalidInputError("--judge-endpoint and --judge-local are two judges; give one of them")
-    if (endpoint is None) != (model is None):
-        raise InvalidInputError("--judge-endpoint and --judge-model, the model's name there, go together; give both")
+    check_names("judge", "--judge-", endpoint, model, local)
     if local is not None:
         return load_local(local, "bfloat16", max_answer_tokens=JUDGE_TOKENS)
     if endpoint is None:
         return None
     fields = request_fields("--judge-body", body, temperature=0.0)
-    return EndpointModel(endpoint, model, api_key=api_key(api_key_env), max_answer_tokens=JUDGE_TOKENS, body=fields)
+    key = api_key(api_key_env)
+    return EndpointModel(endpoint, model, api_key=key, jobs=jobs, max_answer_tokens=JUDGE_TOKENS, body=fields)
 
 
 @dataclass
@@ -60,6 +65,9 @@ class Instructions:
         reads: what stands for texts; see `contestants_of`.
         max_new_tokens: the most tokens of an answer.
         judge: compares answers; None for references alone.
+
+    Raises:
+        InvalidInputError: there is no such thing to read, or nothing.
     """
 
     questions: Sequence[Question]
@@ -67,6 +75,21 @@ class Instructions:
     reads: Sequence[Reads] = get_args(Reads)
     max_new_tokens: int = 128
     judge: ChatModel | None = None
+
+    def __post_init__(self) -> None:
+        check_reads(self.reads)
+
+    def check(self, subjects: Sequence[Subject]) -> None:
+        """That a judge has something to compare, before anything is computed.
+
+        Raises:
+            InvalidInputError: there is no pair of contestants.
+        """
+        if self.judge is not None and not default_pairs(contestants_of(subjects, self.reads)):
+            raise InvalidInputError(
+                f"a judge compares two answers, and there is only {', '.join(self.reads)} of {len(subjects)} adapter; "
+                "add contestants or another adapter, or leave the judge out"
+            )
 
     def measurements(self) -> dict[str, Callable[[Sequence[Subject], Workbench], Result]]:
         """The measurements by name: answers against references and, where there is a judge, pairs of answers."""

@@ -143,6 +143,15 @@ class _Judging:
         made_by = [self.judge.name, self.judge.settings, request]
         return hashlib.sha256(json.dumps(["verdict", *made_by], sort_keys=True).encode()).hexdigest()
 
+    @property
+    def unfinished(self) -> str:
+        """How many pairs have no result, and whether the judge was given up."""
+        missing = sum(d.result in (UNPARSED, FAILED, NOT_ASKED) for d in self.duels)
+        if not missing:
+            return ""
+        stopped = f" The judge was given up: {self.stopped}." if self.stopped else ""
+        return f"{missing} of {len(self.duels)} pairs have no result and are in no figure; run it again.{stopped}"
+
     def facts(self) -> dict[str, Any]:
         """What was asked, and what came of it, as JSON values."""
         return {
@@ -196,11 +205,12 @@ def judge_pairs(
         facts=answered.facts() | judging.facts(),
         notes=_notes(judging),
         plots=[
-            Plot("bar", "opponent", "on_par", "contestant", y_max=1.0, y_label="share on par (win or tie)"),
-            Plot("bar", "opponent", "consistent", "contestant", y_max=1.0, y_label="share judged alike in both orders"),
+            Plot("bar", "opponent", "on_par", "contestant", y_max=1.0, y_label="on par (win or tie), share"),
+            Plot("bar", "opponent", "consistent", "contestant", y_max=1.0, y_label="alike in both orders, share"),
         ],
         samples=[_sample(answered, duel) for duel in duels],
         headline=("contestant", "opponent", "judged", "win", "lose", "tie", "on_par", "consistent"),
+        unfinished=judging.unfinished,
     )
 
 
@@ -249,11 +259,6 @@ def _notes(judging: _Judging) -> list[str]:
             f"The judge contradicts itself in {agreements.count(False)} of {len(agreements)} pairs when their order is "
             "swapped: what is on par here says more about the judge than about the answers; take a stronger one."
         )
-    missing = sum(d.result in (UNPARSED, FAILED, NOT_ASKED) for d in judging.duels)
-    if missing:
-        notes.append(f"{missing} of {len(judging.duels)} pairs have no result and are in no figure; run it again.")
-    if judging.stopped:
-        notes.append(f"The judge was given up: {judging.stopped}.")
     return notes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from icae_fast.errors import DataError
 from training.pwc.passages import Document
-from training.records import TEXT, find_files, read_records
+from training.records import TEXT, usable_records
 
 _TRIES = 64  # places that are looked at for a passage before texts are taken to hold no more
 _WORD_BEGIN = re.compile(r"(?<=\s)\S|\A\S")
@@ -39,7 +39,8 @@ class Texts:
     """The texts of files, folders and globs.
 
     Args:
-        paths: as for training, `.txt`, `.jsonl`, `.ndjson` and `.parquet`; see `training.records.find_files`.
+        paths: as for training, `.txt`, `.jsonl`, `.ndjson` and `.parquet`; see `training.records.find_files`. None at
+            all are no texts, for measurements that draw nothing.
 
     Attributes:
         documents: in order.
@@ -52,18 +53,9 @@ class Texts:
     def __init__(self, paths: Sequence[str]) -> None:
         self.documents: list[Document] = []
         self.problems: Counter[str] = Counter()
-        for path in paths:
-            files = find_files(path)
-            if files is None:
-                raise DataError(f"there is no file or folder {path}; evaluation reads files, no data sets of the hub")
-            for record in read_records(files, TEXT):
-                if record["problem"]:
-                    self.problems[record["problem"]] += 1
-                else:
-                    self.documents.append(Document(record["text"], record["origin"]))
-        if not self.documents:
-            causes = ", ".join(f"{n} times {cause}" for cause, n in self.problems.most_common()) or "no row at all"
-            raise DataError(f"{', '.join(paths)} give no text that can be used: {causes}")
+        if paths:
+            records, self.problems = usable_records(paths, TEXT, "text")
+            self.documents = [Document(r["text"], r["origin"]) for r in records]
 
     def draw(self, tokenizer: Any, n_tokens: int, count: int, seed: int, following: int = 0) -> list[Excerpt]:
         """Passages that begin with a word at random places of the texts, every character alike, and do not overlap.
@@ -103,7 +95,7 @@ class Texts:
                 origin = f"{usable[i].origin}, character {start}"
                 found.append(Excerpt(ids[:n_tokens], ids[n_tokens:], origin))
         if not found:
-            longest = max(len(d.text) for d in self.documents)
+            longest = max((len(d.text) for d in self.documents), default=0)
             raise DataError(
                 f"none of the texts has {needed} tokens in a row (the longest has {longest:,} characters); give longer "
                 "texts, such as a whole book in one file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ _COLORS = ("#1f6fb4", "#c8501e", "#2e8b57", "#8457a8", "#b8860b", "#5a6570", "#c
 _MARKERS = "osD^vPX*"
 _HEADROOM = 0.03  # of an axis with a fixed end, so that markers at its ends are whole
 _INCHES = (5.6, 4.4)  # of one plot
+_LABEL_WIDTH = 56  # characters below one plot, all labels of bars together
 
 
 def draw(result: Result) -> dict[str, bytes]:
@@ -102,18 +104,34 @@ def _lines(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _bars(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
-    places = {x: i for i, x in enumerate(dict.fromkeys(row[plot.x] for row in rows))}
     series = _by_series(plot, rows)
-    width = 0.8 / len(series)
+    groups: dict[Any, list[str]] = {}  # which series have a bar there
+    for name, own in series.items():
+        for row in own:
+            groups.setdefault(row[plot.x], []).append(name)
+    places = {x: i for i, x in enumerate(dict.fromkeys(row[plot.x] for row in rows))}
+    width = 0.8 / max(map(len, groups.values()))
     for i, (name, own) in enumerate(series.items()):
-        xs = [places[row[plot.x]] + (i - (len(series) - 1) / 2) * width for row in own]
+        present = [groups[row[plot.x]] for row in own]
+        shifts = [names.index(name) - (len(names) - 1) / 2 for names in present]
+        xs = [places[row[plot.x]] + shift * width for row, shift in zip(own, shifts, strict=True)]
         color = _COLORS[i % len(_COLORS)]
         axes.bar(xs, [row[plot.y] for row in own], 0.92 * width, color=color, label=name or None)
         spread = [(x, row) for x, row in zip(xs, own, strict=True) if _has_spread(plot, row)]
         if spread:
             ends = ([row[column] for _, row in spread] for column in (plot.low, plot.high))
             axes.vlines([x for x, _ in spread], *ends, color="black", linewidth=1.2)
-    axes.set_xticks(list(places.values()), [str(x) for x in places])
+    _label_groups(axes, [str(x) for x in places])
+
+
+def _label_groups(axes: Any, labels: Sequence[str]) -> None:
+    """Labels below groups of bars, wrapped, or aslant where they have no room side by side."""
+    width = _LABEL_WIDTH // len(labels)
+    wrapped = [textwrap.wrap(label, max(1, width), break_long_words=False) or [""] for label in labels]
+    if all(len(line) <= width for lines in wrapped for line in lines):
+        axes.set_xticks(range(len(labels)), ["\n".join(lines) for lines in wrapped])
+    else:
+        axes.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
 
 
 def _has_spread(plot: Plot, row: dict[str, Any]) -> bool:

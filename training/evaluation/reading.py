@@ -70,7 +70,8 @@ def restored_ids(subject: Subject, rows: Sequence[list[int]], bench: Workbench) 
         return [[int(i) for i in ids if int(i) not in icae.eos_token_ids] for ids in written]
 
     keys = [subject.key(row, "restored") for row in rows]
-    return bench.compute(f"{subject.name}: restoring", rows, keys, [2 * len(r) for r in rows], run)
+    costs = [subject.n_slots(len(row)) + len(row) for row in rows]  # of decoding: it takes the time
+    return bench.compute(f"{subject.name}: restoring", rows, keys, costs, run)
 
 
 def restoration_scores(subject: Subject, rows: Sequence[list[int]], bench: Workbench) -> list[Scores]:

@@ -18,7 +18,8 @@ SUMMARY_FILE = "summary.md"
 
 def result_values(result: Result) -> dict[str, Any]:
     """A result without its samples as JSON values; numbers that are not finite become None."""
-    return _finite({name: getattr(result, name) for name in ("name", "title", "columns", "rows", "facts", "notes")})
+    names = ("name", "title", "columns", "rows", "facts", "notes", "unfinished")
+    return _finite({name: getattr(result, name) for name in names})
 
 
 def write_result(folder: Path, result: Result, run: Mapping[str, Any]) -> None:
@@ -85,7 +86,8 @@ def _section(folder: Path, result: Result) -> list[str]:
     left_out = "Left out:\n\n" + "\n".join(f"* {reason}" for reason in skipped) if skipped else ""
     image = f"![{result.title}]({result.name}.png)" if (folder / f"{result.name}.png").exists() else ""
     title = f"## {result.title}"
-    return [title, table(list(result.columns), result.rows), legend, image, *result.notes, left_out, result.text]
+    figures = table(list(result.columns), result.rows)
+    return [title, figures, legend, image, *result.notes, result.unfinished, left_out, result.text]
 
 
 def _subjects(run: Mapping[str, Any]) -> str:
@@ -106,7 +108,7 @@ def _settings(run: Mapping[str, Any]) -> str:
     commit = f", commit {machine['commit'][:8]}" if machine["commit"] else ""
     bad = ", ".join(f"{n} times {cause}" for cause, n in run["bad_rows"].items())
     return (
-        f"At most {run['samples']} passages a row, seed {run['seed']}, of {run['documents']} texts"
+        f"At most {run['samples']} passages or prompts a row, seed {run['seed']}, {run['documents']} texts"
         f"{f' (left out: {bad})' if bad else ''}; {machine['cpu']}, {machine['device']}; {versions}{commit}."
     )
 

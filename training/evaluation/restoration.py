@@ -13,8 +13,8 @@ from training.evaluation.result import Plot, Result
 from training.evaluation.subject import MEMORY_SIZES, Subject
 from training.evaluation.workbench import Cases, Workbench
 
-LENGTHS = (32, 64, 100, 200, 300, 400, 500)
-LENGTHS_BY_MEMORY_SIZE = (64, 128, 256, 512)
+PAPER_LENGTHS = (100, 200, 300, 400, 500)
+SPANS = (0.25, 0.5, 1, 2, 4)  # lengths in full spans of an adapter
 
 RESTORATION_COLUMNS = {
     "tokens": "length of the passages, tokens",
@@ -75,20 +75,20 @@ def restoration_row(
     return row | {"accuracy": total.accuracy, "loss": total.mean_loss}, samples
 
 
-def restoration_by_length(subjects: Sequence[Subject], bench: Workbench, lengths: Sequence[int] = LENGTHS) -> Result:
+def restoration_by_length(
+    subjects: Sequence[Subject], bench: Workbench, lengths: Sequence[int] | None = None
+) -> Result:
     """Restoration against the passage's length, at an adapter's own k.
 
     Args:
         subjects: measured side by side.
         bench: gives passages; those of all lengths begin at the same places.
-        lengths: tokens; twice a full span of each adapter comes in addition.
+        lengths: tokens; by default those of the paper, and `SPANS` of each adapter.
 
     Raises:
         DataError: no length can be measured.
     """
-    cases = [
-        (s, s.name, n) for s in subjects for n in sorted({*lengths, 2 * s.span_tokens})
-    ]  # beyond one span, too, whatever it is
+    cases = [(s, s.name, n) for s in subjects for n in lengths or sorted({*PAPER_LENGTHS, *_lengths(s)})]
     result = _measure(cases, bench)
     result.name, result.title = "restoration_by_length", "Restoration by length"
     result.plots = [
@@ -100,7 +100,10 @@ def restoration_by_length(subjects: Sequence[Subject], bench: Workbench, lengths
         )
     ]
     published = ", ".join(f"{bleu} at {n}" for n, bleu in ICAE_BY_LENGTH.figures.items())
-    result.notes = [f"For comparison, BLEU-4 of {ICAE_BY_LENGTH.what}: {published} tokens ({ICAE_BY_LENGTH.source})."]
+    result.notes = [
+        f"For comparison, BLEU-4 of {ICAE_BY_LENGTH.what}: {published} tokens ({ICAE_BY_LENGTH.source}).",
+        "Passages beyond a full span are fewer, so that all rows take about as long.",
+    ]
     return result
 
 
@@ -108,7 +111,7 @@ def restoration_by_memory_size(
     subjects: Sequence[Subject],
     bench: Workbench,
     memory_sizes: Sequence[int] = MEMORY_SIZES,
-    lengths: Sequence[int] = LENGTHS_BY_MEMORY_SIZE,
+    lengths: Sequence[int] | None = None,
 ) -> Result:
     """Restoration against k: the first k' memory tokens of an adapter behind passages of at most one span.
 
@@ -116,14 +119,14 @@ def restoration_by_memory_size(
         subjects: measured side by side.
         bench: gives passages.
         memory_sizes: those that an adapter cannot have are left out, and its own k is always there.
-        lengths: tokens; those over an adapter's span are left out, and the full span is always there.
+        lengths: tokens, by default a quarter, a half and the whole of a span; those over it are left out.
 
     Raises:
         DataError: nothing can be measured.
     """
     cases = []
     for subject in subjects:
-        own = sorted({*(n for n in lengths if n < subject.span_tokens), subject.span_tokens})
+        own = [n for n in lengths or _lengths(subject) if n <= subject.span_tokens]
         smaller = [subject.with_memory_size(k) for k in subject.memory_sizes(memory_sizes)]
         cases += [(s, f"{s.name}, {n} tokens", n) for s in smaller for n in own]
     result = _measure(cases, bench)
@@ -139,12 +142,17 @@ def restoration_by_memory_size(
     return result
 
 
+def _lengths(subject: Subject) -> list[int]:
+    """`SPANS` in tokens."""
+    return sorted({max(1, int(spans * subject.span_tokens)) for spans in SPANS})
+
+
 def _measure(cases: Sequence[tuple[Subject, str, int]], bench: Workbench) -> Result:
     """A result of a row for each (subject, its line in plots, length)."""
-    found = Cases()
+    found, subjects = Cases(), [subject for subject, _, _ in cases]
     for subject, case, n in cases:
         with found.case(f"{case}, {n} tokens" if case == subject.name else case):
-            row, samples = restoration_row(subject, bench.draw(subject, n), bench)
+            row, samples = restoration_row(subject, bench.draw(subject, n, count=bench.affordable(subjects, n)), bench)
             found.add(row | {"case": case}, samples)
     found.check()
     facts = {"decoding": _DECODING, "bleu": bleu_signature(), "skipped": found.skipped}

@@ -50,6 +50,7 @@ class Result:
         samples: raw records by sample, JSON values, for a file of their own.
         text: Markdown below the notes, such as examples side by side.
         headline: columns that a terminal shows, where all would be too many for its width; all by default.
+        unfinished: what has failed and is made good by another run, in a sentence; empty if nothing has.
     """
 
     name: str
@@ -62,3 +63,4 @@ class Result:
     samples: Sequence[dict[str, Any]] = ()
     text: str = ""
     headline: Sequence[str] = ()
+    unfinished: str = ""

@@ -17,10 +17,10 @@ from training.evaluation.subject import Subject
 from training.evaluation.workbench import Cases, Workbench
 
 SPANS = (1, 2, 4, 8)  # 8 spans of the paper's adapter are its 4,096 tokens
-RESTORED, RESTORED_TOKENS = 4, 2048  # passages written out a row, and the longest: more would take hours on a CPU
+WRITTEN_TOKENS = 2048  # of the longest contexts that are written out: more would take hours on a CPU
 
 _WRITTEN = {
-    "bleu": f"BLEU-4 of at most {RESTORED} restored contexts as one corpus, 0 to 1",
+    "bleu": "BLEU-4 of the restored contexts as one corpus, 0 to 1",
     "prefix_median": "median share of these before their first wrong token",
 }
 _FORCED = {
@@ -45,9 +45,10 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
         for n in spans:
             case = f"{subject.name}, {n} spans"
             with found.case(case):
-                excerpts = bench.draw(subject, n * subject.span_tokens, CONTINUATION_TOKENS)
+                context = n * subject.span_tokens
+                excerpts = bench.draw(subject, context, CONTINUATION_TOKENS, bench.affordable([subject], context))
                 row, samples = continuation_row(subject, excerpts, bench)
-                row |= {"spans": n, **dict.fromkeys([*_WRITTEN, *_FORCED])}
+                row |= {"spans": n, **dict.fromkeys([*_FORCED, *_WRITTEN])}
                 found.add(row, samples)
                 with found.case(f"{case}, restored"):
                     _add_restoration(row, samples, subject, excerpts, bench)
@@ -56,12 +57,13 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
     return Result(
         "several_spans",
         "Several spans against as many raw tokens",
-        columns | CONTINUATION_COLUMNS | _WRITTEN | _FORCED,
+        columns | CONTINUATION_COLUMNS | _FORCED | _WRITTEN,
         found.rows,
         {"continuation_tokens": CONTINUATION_TOKENS, "bleu": bleu_signature(), "skipped": found.skipped},
         [
             "Compare ppl_slots with ppl_truncated: the decoder has as many positions before the continuation in both.",
-            f"Contexts of more than {RESTORED_TOKENS:,} tokens are not written out.",
+            "Contexts of several spans are fewer, so that all rows take about as long, and those of more than "
+            f"{WRITTEN_TOKENS:,} tokens are not written out.",
         ],
         [
             Plot(
@@ -78,8 +80,8 @@ def _add_restoration(row, samples, subject, excerpts, bench):
     """Adds to a row and its samples what restoring the contexts gives."""
     scores = Scores.total(restoration_scores(subject, [e.ids for e in excerpts], bench))
     row |= {"accuracy": scores.accuracy, "loss": scores.mean_loss}
-    if row["context"] <= RESTORED_TOKENS:
-        restored, records = restoration_row(subject, excerpts[:RESTORED], bench)
+    if row["context"] <= WRITTEN_TOKENS:
+        restored, records = restoration_row(subject, excerpts, bench)
         row |= {name: restored[name] for name in _WRITTEN}
-        for sample, record in zip(samples, records, strict=False):
+        for sample, record in zip(samples, records, strict=True):
             sample |= record

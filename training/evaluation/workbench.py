@@ -12,7 +12,8 @@ from icae_fast.spans import micro_batches
 from training.evaluation.passages import Excerpt, Texts
 from training.evaluation.subject import Subject
 
-BATCH_TOKENS = 8192  # of contexts that are read, or restored, together
+BATCH_TOKENS = 8192  # positions of rows that are read, or written, together
+FEWEST_PASSAGES = 8  # of a row whose passages are far longer than a span
 
 Item = TypeVar("Item")
 
@@ -44,7 +45,7 @@ class Workbench:
     Args:
         texts: passages are drawn from them.
         cache: what was computed is kept there, and not computed again.
-        samples: passages for each row of a table.
+        samples: passages for each row of a table; see `affordable` for those beyond a span.
         seed: of all that is drawn.
         on_progress: called with (what is done, items done, of how many).
     """
@@ -59,6 +60,15 @@ class Workbench:
         """Passages in a subject's tokens; see `Texts.draw`."""
         count = self.samples if count is None else count
         return self.texts.draw(subject.icae.tokenizer, n_tokens, count, self.seed, following)
+
+    def affordable(self, subjects: Sequence[Subject], n_tokens: int) -> int:
+        """How many passages of a length are restored: `samples` up to the longest full span of the subjects.
+
+        Beyond it as many as make `samples` such spans, so that no row of a table takes much longer than another, but
+        not under `FEWEST_PASSAGES`. Subjects side by side have the same passages.
+        """
+        longest = max(subject.span_tokens for subject in subjects)
+        return min(self.samples, max(FEWEST_PASSAGES, self.samples * longest // n_tokens))
 
     def compute(
         self,
@@ -77,10 +87,11 @@ class Workbench:
             what: shown while it runs.
             items: what values are of.
             keys: under which each value is kept.
-            costs: tokens of each, by which batches are cut.
+            costs: positions that each takes, by which batches are cut.
             run: gives the values of a batch.
         """
         values: list[Any] = []
+        self.on_progress(what, 0, len(items))
         for batch in micro_batches(costs, BATCH_TOKENS):
             kept = [self.cache.get(keys[i]) for i in batch]
             if any(value is None for value in kept):
