@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal
-	ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q tests/test_golden.py tests/test_modeling.py tests/test_models.py \
+	ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q -n $(MAX_JOBS) tests/test_golden.py tests/test_modeling.py tests/test_models.py \
 		tests/test_adapter_mode.py tests/test_fingerprint.py
 	$(MAKE) test-triton bench-check
 
@@ -43,17 +43,16 @@ sanitize: $(VENV)/.installed
 		--build-lib $(SANITIZED)/lib
 	set -e; isas=$$($(BIN)/python -c "from icae_fast import _C; runs = _C.runnable_isas(); \
 		print(*runs, *['amx'] * ('avx512' in runs and 'amx' not in runs))"); \
-	for isa in $$isas; do \
-		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA=$$isa ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
+	printf '%s\n' $$isas | xargs -P $(MAX_JOBS) -I {} env \
+		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA={} ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider -o pythonpath=$(SANITIZED)/lib \
 			tests/test_ops.py tests/test_build.py tests/test_fingerprint.py \
-			-k "(cpp or test_build) and not (opcheck or compile or instruction or sentence or install)"; \
-	done
+			-k "(cpp or test_build) and not (opcheck or compile or instruction or sentence or install)"
 
 # Every benchmark once, at small sizes and untimed, so that none can rot.
 bench-check: $(VENV)/.installed
-	$(BIN)/python -m pytest -q bench --benchmark-disable
+	$(BIN)/python -m pytest -q -n $(MAX_JOBS) bench --benchmark-disable
 
 # The real sizes, interleaved; writes docs/results and the README's tables. Leave the machine alone meanwhile.
 bench: $(VENV)/.installed
