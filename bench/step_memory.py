@@ -69,19 +69,20 @@ class Line:
 def measure_affordable(
     calls: Mapping[int, Callable[[], Any]],
     free: Callable[[], float] | None = None,
-    max_seconds: float = MAX_SECONDS,
+    max_seconds: float | None = None,
 ) -> tuple[list[Point], dict[str, Any] | None]:
     """Run steps of growing length until the next would take too long or more memory than there is, by the line so far.
 
     Args:
         calls: context tokens to a step, ascending; the first two are run in any case.
         free: gives the free bytes; the machine's by default.
-        max_seconds: that a step may take.
+        max_seconds: that a step may take; `MAX_SECONDS` by default.
 
     Returns:
         Points of all lengths, extrapolated from where it stopped; and where and why it did, None if it did not.
     """
     free = free or (lambda: psutil.virtual_memory().available)
+    max_seconds = MAX_SECONDS if max_seconds is None else max_seconds
     points, stopped = [], None
     for tokens, call in calls.items():
         if len(points) >= 2 and stopped is None:

@@ -87,6 +87,15 @@ def messages(server):
     return [body["messages"][0]["content"] for *_, body in server.requests]
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Where the tests run in a shell's background, SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_judged_prompts_interrupted_taken_up_and_made_again(run, folders, monkeypatch):
     put, puts = AnswerCache.put, itertools.count()
 
