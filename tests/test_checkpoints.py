@@ -278,7 +278,7 @@ class TestSavedFolders:
 
     def test_a_name_that_is_nowhere(self, make_base):
         for name in ("no-such-folder", "nobody/nothing", "a b"):
-            with pytest.raises(CheckpointError, match="neither a folder with an adapter, nor .* nor a hub"):
+            with pytest.raises(CheckpointError, match=r"neither a folder with an adapter, nor .* nor a hub"):
                 ICAE.from_pretrained(name, make_base())
 
     def test_the_tensors_are_missing_or_truncated(self, saved, make_base):
