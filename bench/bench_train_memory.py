@@ -34,9 +34,10 @@ def points_of(cases: Sequence[Case], provider: str) -> tuple[list[Point], dict[s
         found = steps.baseline_step(baseline, sample) if provider == BASELINE else steps.our_step(icae, sample, BUDGET)
         steps.assert_finite({f"{provider}, {len(sample.input_ids)} tokens": found})
 
-    calls = {n: lambda sample=sample: step(sample) for n, sample in samples_of(cases).items()}
+    samples = samples_of(cases)
+    calls = {n: lambda sample=sample: step(sample) for n, sample in samples.items()}
     limits = {} if provider == BASELINE else {"free": lambda: math.inf, "max_seconds": math.inf}
-    positions = max(len(sample.prompt_answer_ids) for sample in samples_of(cases).values())
+    positions = max(len(sample.prompt_answer_ids) for sample in samples.values())
     with positions_up_to(icae, positions), steps.in_training(icae, baseline):
         calls[cases[0].tokens]()  # packs the weights: that is no peak
         return measure_affordable(calls, **limits)

@@ -31,6 +31,15 @@ class LineFile:
         self._descriptor = -1
         self._size = 0
 
+    def resume(self, accept: Callable[[int, bytes], bool]) -> None:
+        """Open the file and `read` it; whatever `accept` raises closes it again."""
+        self.__enter__()
+        try:
+            self.read(accept)
+        except BaseException:
+            self.__exit__()
+            raise
+
     def __enter__(self) -> LineFile:
         """Open the file; `read` has to come next.
 

@@ -39,14 +39,10 @@ class AnswerCache:
             OutputError: it cannot be opened for writing, or another process is writing it.
             InvalidInputError: it is another kind of file.
         """
-        self._file.__enter__()
-        try:
-            self._file.read(self._accept)
-            if self.damaged and not self._values:
-                raise self._foreign()
-        except BaseException:
+        self._file.resume(self._accept)
+        if self.damaged and not self._values:
             self.__exit__()
-            raise
+            raise self._foreign()
         return self
 
     def __exit__(self, *exception: object) -> None:

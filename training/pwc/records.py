@@ -39,12 +39,7 @@ class RecordFile:
             OutputError: it cannot be opened for writing, or another process is writing it.
             InvalidInputError: it holds something else than records of this command.
         """
-        self._file.__enter__()
-        try:
-            self._file.read(self._accept)
-        except BaseException:
-            self.__exit__()
-            raise
+        self._file.resume(self._accept)
         return self
 
     def __exit__(self, *exception: object) -> None:
