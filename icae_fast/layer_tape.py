@@ -190,10 +190,10 @@ def _backward_layer(tape, i, layer, grad):
         gate_up = grad.new_empty(0)  # the op computes it again
     weight, bias = tape.backbone.gate_up(layer)
     # Of `normed` the op takes the values only where there is no gate-up product, and else the shape.
-    dh = _OPS.swiglu_backward(grad @ mlp.down_proj.weight, normed, weight, bias, gate_up)
+    dh = _OPS.swiglu_backward(linear(grad, mlp.down_proj.weight.t()), normed, weight, bias, gate_up)
     del gate_up, rest
     dmiddle = _norm_backward(layer.post_attention_layernorm, dh, grad, middle)
-    dout = (dmiddle @ attention.o_proj.weight).view_as(out)
+    dout = linear(dmiddle, attention.o_proj.weight.t()).view_as(out)
     dq, dk, dv = _OPS.varlen_attention_backward(
         dout, without_gradient(lse), q, k, v, out, lse, *_layout(tape, i), *_score(tape, i)
     )

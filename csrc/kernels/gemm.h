@@ -19,9 +19,10 @@ constexpr int64_t kRowStep = 16, kMostRows = 128;
 constexpr int64_t kRowStep = kTileRows, kMostRows = 96;
 #endif
 
-// Elements of k in a panel: tiles take whole steps, and where k ends in the middle of one, x is copied and padded.
+// Elements of k in a panel: pairs, or whole steps of tiles; where k ends in the middle of one, x is copied and
+// padded.
 static inline int64_t padded_k(const GemmTerm& term) {
-  return Product<bf16>::kTiles ? round_up(term.k, kTileDepth) : term.k;
+  return round_up(term.k, Product<bf16>::kTiles ? kTileDepth : 2);
 }
 
 static inline int64_t panel_size(const Gemm& g) {
@@ -58,13 +59,47 @@ static inline void pack_half(const bf16* w, int64_t w_row, int64_t n, int64_t k,
   }
 }
 
+// Rows d and d + 1 of a matrix of k rows as pairs, n of them, with zeros behind either end.
+ICAE_INLINE __m512i pairs_of_rows(const bf16* from, int64_t row, int64_t d, int64_t n, int64_t k) {
+  const auto lanes = [&](int64_t i) {
+    if (i >= k) return _mm512_setzero_si512();
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, from + i * row));
+  };
+  return _mm512_or_si512(lanes(d), _mm512_slli_epi32(lanes(d + 1), 16));
+}
+
+// The same of transposed weights, (k, n).
+static inline void pack_half_transposed(const bf16* w, int64_t w_row, int64_t n, int64_t k, int64_t padded,
+                                        bf16* to) {
+  for (int64_t d = 0; d < padded; d += 2, to += kPanelStep) {
+    _mm512_storeu_si512(to, pairs_of_rows(w, w_row, d, n, k));
+  }
+}
+
+// n rows of a transposed x, (k, n), into rows of k elements, with zeros from k up to `padded`.
+static inline void copy_transposed(const bf16* x, int64_t x_row, int64_t n, int64_t k, int64_t padded, bf16* to,
+                                   int64_t to_row) {
+  for (int64_t r = 0; r < n; r += 16) {
+    const int64_t rows = at_most(16, n - r);
+    for (int64_t d = 0; d < padded; d += 32) {
+      __m512i pairs[16];
+      for (int i = 0; i < 16; ++i) pairs[i] = pairs_of_rows(x + r, x_row, d + 2 * i, rows, k);
+      transpose(pairs);
+      for (int64_t i = 0; i < rows; ++i) {
+        store_bytes(to + (r + i) * to_row + d, pairs[i], (padded - d) * sizeof(bf16));
+      }
+    }
+  }
+}
+
 static inline void pack_panel(const Gemm& g, int64_t panel, bf16* to) {
   const Halves halves = g.halves(panel);
   for (int64_t i = 0; i < g.n_terms; ++i) {
     const GemmTerm& term = g.terms[i];
     for (int h = 0; h < 2; ++h) {
-      const bf16* w = static_cast<const bf16*>(term.w) + halves.column[h] * term.w_row;
-      pack_half(w, term.w_row, halves.n[h], term.k, padded_k(term), to + h * 2 * kHalf);
+      const bf16* w = static_cast<const bf16*>(term.w) + halves.column[h] * (term.w_transposed ? 1 : term.w_row);
+      const auto pack = term.w_transposed ? pack_half_transposed : pack_half;
+      pack(w, term.w_row, halves.n[h], term.k, padded_k(term), to + h * 2 * kHalf);
     }
     to += padded_k(term) / 2 * kPanelStep;
   }
@@ -168,7 +203,8 @@ static void gemm_tile_of(const Gemm& g, const Halves& h, const bf16* const (&x)[
     sums[r][1] = bias[1];
   }
   accumulate<height>(x[0], x_row[0], panel, g.terms[0].k, sums);
-  if (g.n_terms == 2) accumulate<height>(x[1], x_row[1], panel + g.terms[0].k / 2 * kPanelStep, g.terms[1].k, sums);
+  if (g.n_terms == 2)
+    accumulate<height>(x[1], x_row[1], panel + padded_k(g.terms[0]) / 2 * kPanelStep, g.terms[1].k, sums);
   const int64_t d = finish == Finish::kRotate ? h.column[0] % g.head_dim : 0;
   if (rows == height && h.n[0] == kHalf && h.n[1] == kHalf) {
 #pragma GCC unroll 12
@@ -196,6 +232,14 @@ static void gemm_tile(const Gemm& g, const Halves& h, const bf16* const (&x)[2],
 
 #endif
 
+static inline void copy_rows(const bf16* x, int64_t x_row, int64_t n, int64_t k, int64_t padded, bf16* to,
+                             int64_t to_row) {
+  for (int64_t r = 0; r < n; ++r, to += to_row) {
+    __builtin_memcpy(static_cast<void*>(to), x + r * x_row, k * sizeof(bf16));
+    clear(to + k, padded - k);
+  }
+}
+
 // Rows of x for one block: where they lie, or copied.
 struct RowBlock {
   const bf16* x[2];
@@ -204,13 +248,14 @@ struct RowBlock {
   RowBlock(const Gemm& g, int64_t begin, int64_t n, bf16* copy) {
     for (int64_t i = 0; i < g.n_terms; ++i) {
       const GemmTerm& term = g.terms[i];
-      x[i] = static_cast<const bf16*>(term.x) + begin * term.x_row;
+      x[i] = static_cast<const bf16*>(term.x) + begin * (term.x_transposed ? 1 : term.x_row);
       x_row[i] = term.x_row;
-      if (padded_k(term) == term.k && n >= kRowStep) continue;
+      if (padded_k(term) == term.k && n >= kRowStep && !term.x_transposed) continue;
       x_row[i] = copied_row(term);
-      for (int64_t r = 0; r < n; ++r) {
-        __builtin_memcpy(static_cast<void*>(copy + r * x_row[i]), x[i] + r * term.x_row, term.k * sizeof(bf16));
-        clear(copy + r * x_row[i] + term.k, padded_k(term) - term.k);
+      if (term.x_transposed) {
+        copy_transposed(x[i], term.x_row, n, term.k, padded_k(term), copy, x_row[i]);
+      } else {
+        copy_rows(x[i], term.x_row, n, term.k, padded_k(term), copy, x_row[i]);
       }
       // A tile always computes kRowStep rows; those past the end are not stored.
       for (int64_t r = n; r < kRowStep; ++r) clear(copy + r * x_row[i], padded_k(term));

@@ -210,12 +210,13 @@ inline bool rows_collide(int64_t row) { return row * 2 % 2048 == 0; }
 // Panels that one call may be given.
 constexpr int64_t kMostPanels = 4;
 
-// x W^T: x (rows, k) and W (columns, k) by element strides; k is even.
+// x W^T, one of up to two products that are added up; either operand may lie transposed, with k as its rows.
 struct GemmTerm {
-  const void* x;
+  const void* x;  // (rows, k), or (k, rows)
   int64_t x_row;
-  const void* w;
+  const void* w;  // (columns, k), or (k, columns)
   int64_t w_row, k;
+  bool x_transposed, w_transposed;
 };
 
 // What becomes of the sums: y = factor * sum; heads turned by RoPE; silu(gate) * up.

@@ -62,7 +62,7 @@ std::vector<GemmTask> plan(const std::vector<Gemm>& gemms) {
 }  // namespace
 
 bool takes_gemm(const at::Tensor& x) {
-  return kernels().gemm.run != nullptr && x.scalar_type() == at::kBFloat16 && x.size(1) % 2 == 0 && x.size(1) > 0 &&
+  return kernels().gemm.run != nullptr && x.scalar_type() == at::kBFloat16 && x.size(1) > 0 &&
          x.size(0) >= kFewestRows;
 }
 
@@ -85,7 +85,14 @@ Gemm gemm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bi
 }
 
 void add_term(Gemm& g, const at::Tensor& x, const at::Tensor& weight) {
-  g.terms[g.n_terms++] = {x.const_data_ptr(), x.stride(0), weight.const_data_ptr(), weight.stride(0), x.size(1)};
+  const bool x_transposed = x.stride(1) != 1, w_transposed = weight.stride(1) != 1;
+  g.terms[g.n_terms++] = {x.const_data_ptr(),
+                          x.stride(x_transposed),
+                          weight.const_data_ptr(),
+                          weight.stride(w_transposed),
+                          x.size(1),
+                          x_transposed,
+                          w_transposed};
 }
 
 void run_gemms(const std::vector<Gemm>& gemms) {

@@ -44,7 +44,8 @@ at::Tensor linear_cpu(const at::Tensor& x_in, const at::Tensor& weight_in,
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto bias = bias_in.has_value() ? bias_in->contiguous() : at::Tensor();
   check_linear(x_in, weight_in, bias, "linear");
-  const auto x = with_unit_stride(x_in), weight = with_unit_stride(weight_in);
+  const auto x = with_unit_stride(x_in);
+  const auto weight = weight_in.stride(0) == 1 ? weight_in : with_unit_stride(weight_in);
   auto y = at::empty({x.size(0), weight.size(0)}, x.options());
   multiply(y, x, weight, bias);
   return y;

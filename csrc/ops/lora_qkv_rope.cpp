@@ -105,7 +105,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_qkv_rope_cpu(
                      num_kv_heads, lora_scale, norm_eps, dropout_p);
   Output out{at::empty({p.n_queries, p.q_size()}, x.options()), at::empty({p.n_tokens, p.kv_size()}, x.options()),
              at::empty({p.n_tokens, p.kv_size()}, x.options())};
-  takes_gemm(p.x) && p.rank % 2 == 0 ? project_fused(p, out) : project_by_aten(p, out);
+  takes_gemm(p.x) ? project_fused(p, out) : project_by_aten(p, out);
   const auto heads = [&p](const at::Tensor& y, int64_t n) { return y.view({y.size(0), n, p.head_dim}); };
   return {heads(out.q, p.q_heads), heads(out.k, p.kv_heads), heads(out.v, p.kv_heads)};
 }

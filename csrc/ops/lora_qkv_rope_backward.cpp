@@ -4,13 +4,17 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/index_add.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "../common/checks.h"
 #include "../common/parallel.h"
+#include "gemm.h"
 #include "linear.h"
 #include "projection.h"
 
@@ -84,61 +88,110 @@ void add_through_adapter(const Projection& p, at::Tensor& to, const at::Tensor& 
   });
 }
 
-// out = factor a b
-void scaled_mm(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double factor) {
-  out.addmm_(a, b, 0, factor);
-}
-
 struct AdapterGradients {
   at::Tensor a, b, down;  // of lora_a, of lora_b, and (T, 2r) or undefined, of x A^T
   at::Tensor down_q, down_v;
+
+  AdapterGradients(const Projection& p) : a(at::empty_like(p.lora_a)), b(at::empty_like(p.lora_b)) {
+    if (p.rows.defined()) {
+      down_q = at::empty({p.n_queries, p.rank}, p.x.options());
+      down_v = at::empty({p.n_tokens, p.rank}, p.x.options());
+    } else {
+      down = at::empty({p.n_tokens, 2 * p.rank}, p.x.options());
+      down_q = down.narrow(1, 0, p.rank);
+      down_v = down.narrow(1, p.rank, p.rank);
+    }
+  }
+};
+
+// Sums over tokens go to this package's GEMM as long as a panel of so many pairs stays in a core's cache.
+constexpr int64_t kMostSummed = 4096;
+
+// Products of one parallel region, or one after another where ATen computes them.
+class Products {
+ public:
+  explicit Products(const Projection& p) : fused_(takes_gemm(p.x)) {}
+
+  // out = factor x w^T
+  void add(at::Tensor out, const at::Tensor& x, const at::Tensor& w, double factor = 1) {
+    if (!fused_ || x.size(1) > kMostSummed) {
+      out.addmm_(x, w.t(), 0, factor);
+      return;
+    }
+    inputs_.push_back(x.stride(1) == 1 ? rows_apart(x) : x);
+    gemms_.push_back(gemm_of(inputs_.back(), w, {}, out));
+    gemms_.back().factor = static_cast<float>(factor);
+  }
+  void run() { run_gemms(gemms_); }
+
+ private:
+  bool fused_;
+  std::vector<Gemm> gemms_;
+  std::vector<at::Tensor> inputs_;  // that are read
 };
 
 AdapterGradients adapter_gradients(const Projection& p, const Projection::Down& down,
                                    const ProjectionGradients& grads) {
-  AdapterGradients g;
-  g.a = at::empty(p.lora_a.sizes(), p.lora_a.options());
-  g.b = at::empty(p.lora_b.sizes(), p.lora_b.options());
-  if (p.rows.defined()) {
-    g.down_q = at::empty({p.n_queries, p.rank}, p.x.options());
-    g.down_v = at::empty({p.n_tokens, p.rank}, p.x.options());
-  } else {
-    g.down = at::empty({p.n_tokens, 2 * p.rank}, p.x.options());
-    g.down_q = g.down.narrow(1, 0, p.rank);
-    g.down_v = g.down.narrow(1, p.rank, p.rank);
-  }
+  AdapterGradients g(p);
   const double scale = p.lora_scale();
-  scaled_mm(g.down_q, grads.q, p.b_q(), scale);
-  scaled_mm(g.down_v, grads.v, p.b_v(), scale);
-  scaled_mm(g.b.narrow(0, 0, p.q_size()), grads.q.t(), down.q, scale);
-  scaled_mm(g.b.narrow(0, p.q_size(), p.kv_size()), grads.v.t(), down.v, scale);
+  Products first(p), second(p);
+  first.add(g.down_q, grads.q, p.b_q().t(), scale);
+  first.add(g.down_v, grads.v, p.b_v().t(), scale);
+  first.add(g.b.narrow(0, 0, p.q_size()), grads.q.t(), down.q.t(), scale);
+  first.add(g.b.narrow(0, p.q_size(), p.kv_size()), grads.v.t(), down.v.t(), scale);
+  first.run();
   if (p.one_input()) {
-    at::mm_out(g.a, g.down.t(), p.x);
+    second.add(g.a, g.down.t(), p.x.t());
   } else {
-    scaled_mm(g.a.narrow(0, 0, p.rank), g.down_q.t(), down.input_q, 1);
-    scaled_mm(g.a.narrow(0, p.rank, p.rank), g.down_v.t(), down.input_v, 1);
+    second.add(g.a.narrow(0, 0, p.rank), g.down_q.t(), down.input_q.t());
+    second.add(g.a.narrow(0, p.rank, p.rank), g.down_v.t(), down.input_v.t());
   }
+  second.run();
   return g;
 }
 
-at::Tensor input_gradient(const Projection& p, const ProjectionGradients& grads, const AdapterGradients& adapter) {
+// The gradient of x where no product of two terms computes it.
+at::Tensor input_gradient_by_aten(const Projection& p, const ProjectionGradients& grads,
+                                  const AdapterGradients* adapter) {
   if (p.rows.defined()) {
     auto dxq = at::mm(grads.q, p.weight_q());
     auto dx = at::mm(grads.kv, p.weight.narrow(0, p.q_size(), 2 * p.kv_size()));
-    if (p.has_lora()) {
-      add_through_adapter(p, dxq, adapter.down_q, p.a_q(), 0);
-      add_through_adapter(p, dx, adapter.down_v, p.a_v(), 1);
+    if (adapter) {
+      add_through_adapter(p, dxq, adapter->down_q, p.a_q(), 0);
+      add_through_adapter(p, dx, adapter->down_v, p.a_v(), 1);
     }
     return dx.index_add_(0, p.rows, dxq);
   }
   auto dx = at::mm(grads.all, p.weight);
-  if (p.has_lora() && p.one_input()) {
-    dx.addmm_(adapter.down, p.lora_a);
-  } else if (p.has_lora()) {
-    add_through_adapter(p, dx, adapter.down_q, p.a_q(), 0);
-    add_through_adapter(p, dx, adapter.down_v, p.a_v(), 1);
+  if (adapter && p.one_input()) {
+    dx.addmm_(adapter->down, p.lora_a);
+  } else if (adapter) {
+    add_through_adapter(p, dx, adapter->down_q, p.a_q(), 0);
+    add_through_adapter(p, dx, adapter->down_v, p.a_v(), 1);
   }
   return dx;
+}
+
+at::Tensor input_gradient(const Projection& p, const ProjectionGradients& grads, const AdapterGradients* adapter) {
+  if (!takes_gemm(p.x) || p.drops()) return input_gradient_by_aten(p, grads, adapter);
+  auto dx = at::empty_like(p.x, at::MemoryFormat::Contiguous);
+  if (!p.rows.defined()) {
+    const auto all = rows_apart(grads.all);
+    Gemm g = gemm_of(all, p.weight.t(), {}, dx);
+    if (adapter) add_term(g, adapter->down, p.lora_a.t());
+    run_gemms({g});
+    return dx;
+  }
+  auto dxq = at::empty({p.n_queries, p.x.size(1)}, p.x.options());
+  const auto grad_q = rows_apart(grads.q), grad_kv = rows_apart(grads.kv);
+  Gemm gq = gemm_of(grad_q, p.weight_q().t(), {}, dxq);
+  Gemm gkv = gemm_of(grad_kv, p.weight.narrow(0, p.q_size(), 2 * p.kv_size()).t(), {}, dx);
+  if (adapter) {
+    add_term(gq, adapter->down_q, p.a_q().t());
+    add_term(gkv, adapter->down_v, p.a_v().t());
+  }
+  run_gemms({gq, gkv});
+  return dx.index_add_(0, p.rows, dxq);
 }
 
 void check_gradient(const at::Tensor& t, const Projection& p, int64_t tokens, int64_t heads, const char* name) {
@@ -165,9 +218,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_qkv_rope_backward_cpu(
   rotate_back(p, down, dq, grads.q, 0);
   rotate_back(p, down, dk, grads.k, 1);
   grads.v.unflatten(1, {p.kv_heads, p.head_dim}).copy_(dv);
-  AdapterGradients adapter{at::empty({0}, x.options()), at::empty({0}, x.options()), {}, {}, {}};
-  if (p.has_lora()) adapter = adapter_gradients(p, down, grads);
-  return {input_gradient(p, grads, adapter), adapter.a, adapter.b};
+  if (!p.has_lora()) {
+    return {input_gradient(p, grads, nullptr), at::empty({0}, x.options()), at::empty({0}, x.options())};
+  }
+  const auto adapter = adapter_gradients(p, down, grads);
+  return {input_gradient(p, grads, &adapter), adapter.a, adapter.b};
 }
 
 }  // namespace

@@ -20,11 +20,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ops, ctx, dy):
     (weight,) = ctx.saved_tensors
-    return dy @ weight, None, None
+    return ops.linear(dy, weight.t(), None), None, None
 
 
-def _sample(name, t, d, n, *, bias=False, view=False, gradcheck=False):
-    """A sample of T rows of d into n; `view` makes x a strided slice."""
+def _sample(name, t, d, n, *, bias=False, view=False, transposed=False, gradcheck=False):
+    """A sample of T rows of d into n; `view` makes x a strided slice, `transposed` gives W as a backward does."""
 
     def make(dtype, device, generator):
         def rand(*shape, std=1.0):
@@ -32,7 +32,7 @@ def _sample(name, t, d, n, *, bias=False, view=False, gradcheck=False):
 
         return {
             "x": rand(t, d + 8)[:, 3 : d + 3] if view else rand(t, d),
-            "weight": rand(n, d, std=d**-0.5),
+            "weight": rand(d, n, std=d**-0.5).t() if transposed else rand(n, d, std=d**-0.5),
             "bias": rand(n) if bias else None,
         }
 
@@ -49,6 +49,8 @@ SAMPLES = (
     _sample("no-token", 0, 32, 48),
     _sample("view", 45, 64, 16, view=True),
     _sample("long-rows", 30, 2048, 33),
+    _sample("transposed", 53, 576, 200, transposed=True),
+    _sample("transposed-odd", 27, 35, 19, bias=True, transposed=True),
     _sample("grad", 4, 5, 3, bias=True, gradcheck=True),
 )
 
