@@ -23,7 +23,7 @@ from training.evaluation.cli import eval_command
 
 MEMORY_SUFFIX = ".icae"
 UNTRAINED = (
-    "note: no adapter is given, so this one is untrained: the pipeline is the real one, but what comes out of the "
+    "note: this adapter is untrained: the pipeline is the real one, but what comes out of the "
     "memory is not yet what went in. Pass --adapter for a trained one."
 )
 
@@ -35,10 +35,15 @@ bench_app = typer.Typer(help="Benchmarks against the baseline.")
 app.add_typer(bench_app, name="bench")
 stderr = Console(stderr=True, soft_wrap=True)
 
-Adapter = Annotated[str | None, typer.Option(help="Folder or hub id of a saved adapter.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub id of a saved adapter, or the name of one that comes with the package; by default the one for the model, if there is one."
+    ),
+]  # noqa: E501
 Model = Annotated[str, typer.Option(help="Base model: a path, a hub id, or the embedded SmolLM2.")]
-MemorySize = Annotated[int, typer.Option(help="Slots a span, for an untrained adapter.")]
-Rate = Annotated[int, typer.Option(help="Context tokens a slot, for an untrained adapter.")]
+MemorySize = Annotated[int | None, typer.Option(help="Slots a span: gives an untrained adapter, by default of 128.")]
+Rate = Annotated[int | None, typer.Option(help="Context tokens a slot: gives an untrained adapter, by default of 4.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else on stdout.")]
 MemoryName = Annotated[str, typer.Argument(help="A memory file, or with --store a key.")]
@@ -74,22 +79,30 @@ def main_of(command: str, argv: Sequence[str] | None = None) -> None:
     main([command, *(sys.argv[1:] if argv is None else argv)])
 
 
-def load(adapter: str | None, model: str, memory_size: int, rate: int, dtype: str) -> Any:
-    """The ICAE that the options ask for; without an adapter an untrained one, the same in every call."""
+def load(adapter: str | None, model: str, memory_size: int | None, rate: int | None, dtype: str) -> Any:
+    """The ICAE that the options ask for.
+
+    Without an adapter and sizes, that is the one that comes with the package for this model; else an untrained one, the
+    same in every call.
+    """
     import torch
 
     from icae_fast import ICAE, ICAEConfig
-    from icae_fast.hub import load_base_model, parse_dtype
+    from icae_fast.hub import default_adapter, load_base_model, parse_dtype
 
     quieten_loading()
     torch_dtype = parse_dtype(dtype)
+    if adapter is None and memory_size is None and rate is None and (default := default_adapter(model)):
+        adapter = default[0]
     if adapter is not None:
         base = None if model == EMBEDDED_NAME else model
         return ICAE.from_pretrained(adapter, base_model=base, dtype=torch_dtype)
     stderr.print(UNTRAINED, style="yellow")
     base, tokenizer = load_base_model(model, ICAEConfig(), torch_dtype)
     torch.manual_seed(0)
-    return ICAE.from_base(base, ICAEConfig(memory_size=memory_size, compression_rate=rate), tokenizer).eval()
+    sizes = {"memory_size": memory_size, "compression_rate": rate}
+    config = ICAEConfig(**{name: value for name, value in sizes.items() if value is not None})
+    return ICAE.from_base(base, config, tokenizer).eval()
 
 
 def quieten_loading() -> None:
@@ -113,6 +126,7 @@ def load_memory_for(
 ) -> tuple[Any, Any]:
     """The ICAE that made a memory, and the memory: a file, or a key in a store, with `kv` as in `MemoryStore.get`."""
     from icae_fast import MemoryStore
+    from icae_fast.hub import default_adapter
     from icae_fast.memory_file import load_memory, read_memory_header
 
     if store is None:
@@ -120,8 +134,11 @@ def load_memory_for(
     else:
         with MemoryStore(store, create=False) as opened:
             header = opened.header(memory)
-    config = header["config"]
-    icae = load(adapter, model, config["memory_size"], config["compression_rate"], dtype)
+    sizes = header["config"]["memory_size"], header["config"]["compression_rate"]
+    default = default_adapter(model)
+    if default is not None and sizes == (default[1].memory_size, default[1].compression_rate):
+        sizes = None, None  # which asks for it
+    icae = load(adapter, model, *sizes, dtype)
     if store is None:
         return icae, load_memory(memory, icae)
     with MemoryStore(store, icae, create=False) as opened:
@@ -145,7 +162,7 @@ def compress(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the memories.")] = None,
     store: Annotated[str | None, typer.Option(help="Memory store to put them into; texts that it holds are not compressed again.")] = None,  # noqa: E501
     kv: Annotated[bool, typer.Option("--kv", help="Keep keys and values in the store, too, so that `ask` reads no slot.")] = False,  # noqa: E501
-    adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = 128, rate: Rate = 4,
+    adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = None, rate: Rate = None,
     dtype: Dtype = "bfloat16", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compress text files, all in one batch, into memory files (FILE.icae) beside them or in a folder, or a store."""
@@ -306,7 +323,7 @@ def latency(
     prompt: Annotated[str, typer.Option(help="What is asked about it.")] = "Summarise the text in one sentence.",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are shown.")] = 3,
-    adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = 128, rate: Rate = 4,
+    adapter: Adapter = None, model: Model = EMBEDDED_NAME, memory_size: MemorySize = None, rate: Rate = None,
     dtype: Dtype = "bfloat16", as_json: AsJson = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON, into a file or a folder (latency-MACHINE.json).")] = None,  # noqa: E501
 ) -> None:  # fmt: skip

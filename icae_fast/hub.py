@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from icae_fast.checkpoints import CONFIG_FILE, TENSORS_FILE
+from icae_fast.checkpoints import CONFIG_FILE, TENSORS_FILE, read_header
 from icae_fast.config import ICAEConfig
 from icae_fast.embedded import EMBEDDED_NAME, load_smollm2, load_smollm2_tokenizer
 from icae_fast.errors import CheckpointError, InvalidInputError
@@ -38,6 +38,15 @@ def parse_dtype(name: str) -> torch.dtype:
 def shipped_adapters() -> dict[str, Path]:
     """The adapters that come with the package: name to folder."""
     return {path.parent.name: path.parent for path in sorted(ADAPTERS.glob(f"*/{TENSORS_FILE}"))}
+
+
+def default_adapter(model: str) -> tuple[str, ICAEConfig] | None:
+    """The adapter of the package for a base model, and its config; None where none comes with it."""
+    for name, folder in shipped_adapters().items():
+        config = read_header(folder)[0]
+        if config.base_model == model:
+            return name, config
+    return None
 
 
 def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Path:

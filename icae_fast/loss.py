@@ -83,14 +83,17 @@ def token_losses(
     budget: ActivationBudget,
     memory_size: int | None = None,
     teacher: Teacher | None = None,
+    slots: Sequence[torch.Tensor] | None = None,
 ) -> TokenLosses:
     """See `ICAE.token_losses`."""
     contexts = _contexts(icae, _integer_rows(contexts, "contexts"))
     prompts = _integer_rows(prompts, "prompts")
     targets = _targets(labels, prompts, icae.vocabulary.n_base)
     rows, kept, scored = _scored_rows(_lengths(icae, contexts, prompts), targets)
-    step = TrainingStep(icae, contexts, len(kept), budget, memory_size)
-    embeddings = _with_slots(icae, prompts, step.encode())[kept.to(icae.device)]
+    if slots is not None and (len(slots) != len(prompts) or any(s.dim() != 2 for s in slots)):
+        raise InvalidInputError(f"slots are given for {len(slots)} of {len(prompts)} rows; give (n, d) for each")
+    step = TrainingStep(icae, contexts if slots is None else [], len(kept), budget, memory_size)
+    embeddings = _with_slots(icae, prompts, step.encode() if slots is None else slots)[kept.to(icae.device)]
     hidden = step.decode(embeddings, rows.to(icae.device))
     row_of = torch.arange(len(prompts)).repeat_interleave(rows.cu_seqlens_out.diff())
     if len(scored) < len(row_of):

@@ -300,6 +300,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         budget: ActivationBudget = ACTIVATION_BUDGET,
         memory_size: int | None = None,
         teacher: Teacher | None = None,
+        slots: Sequence[torch.Tensor] | None = None,
     ) -> TokenLosses:
         """The losses of `forward`, one for each labelled token, at a fraction of its time and memory.
 
@@ -314,10 +315,11 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             budget: memory for what the backward would otherwise compute again.
             memory_size: slots a span, the first k' of the k; see `encode`.
             teacher: of the labelled tokens, in the order of the losses, for distillation.
+            slots: (n_spans_i * k', d) of each context, in place of the encoder's; gradients go to them.
 
         Raises:
             InvalidInputError: shapes or ids that do not fit, as many memory ids as there are no slots, or a teacher of
                 another batch.
             ContextTooLongError: a row is longer than `max_positions`.
         """
-        return token_losses(self, contexts, prompts, labels, budget, memory_size, teacher)
+        return token_losses(self, contexts, prompts, labels, budget, memory_size, teacher, slots)

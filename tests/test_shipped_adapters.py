@@ -58,3 +58,12 @@ def test_an_unknown_name_lists_the_known(icae, make_base, tmp_path, monkeypatch)
     icae.save_pretrained(tmp_path / "adapters" / "tiny")
     with pytest.raises(CheckpointError, match=r"nor one that comes with this package \(tiny\)"):
         ICAE.from_pretrained("no such/name, ever", base_model=make_base())
+
+
+def test_the_adapter_for_a_model_is_found(make_icae, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
+    assert hub.default_adapter("some/base") is None
+    make_icae(base_model="some/base").save_pretrained(tmp_path / "adapters" / "tiny")
+    name, config = hub.default_adapter("some/base")
+    assert (name, config.base_model) == ("tiny", "some/base")
+    assert hub.default_adapter("some/other") is None

@@ -1,6 +1,7 @@
 """Pretraining and fine-tuning as a user runs them: a YAML file and rows of text in, an adapter out."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,8 +67,8 @@ TEXTS = [{"text": words(90 + i, i)} for i in range(8)]
 
 def history(tmp_path, step):
     state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    kept = ("loss", "loss_ae", "loss_lm", "grad_norm", "learning_rate", "epoch", "tokens", "step")
-    return [{k: line[k] for k in kept if k in line} for line in state["log_history"]]
+    kept = ("grad_norm", "learning_rate", "epoch", "tokens", "step")
+    return [{k: v for k, v in line.items() if k in kept or k.startswith("loss")} for line in state["log_history"]]
 
 
 def test_pretraining_from_texts_with_a_bad_row_in_them(config, tmp_path):
@@ -113,6 +114,31 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     assert (adapter / "icae_config.json").read_text() == digest
     # A third call finds nothing to do.
     assert (pretrain.run(load_settings(path)) / "icae_config.json").read_text() == digest
+
+
+FROM_A_CODE = [
+    {"steps": 2, "objectives": {"code": 1}, "max_tokens": 8},
+    {"steps": 2, "objectives": {"warm": 1}, "max_tokens": 8},
+    {"steps": 2, "objectives": {"ae": 1}, "max_tokens": 16},
+]
+
+
+@pytest.mark.parametrize("resumed_from", [1, 3, 5])
+def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_path, resumed_from):
+    path = config(
+        TEXTS, stages=FROM_A_CODE, distillation={"alpha": 0.0},
+        adapter={"slot_scale": "embedding_norm", "memory_positions": "spread"},
+        train={"save_steps": 1, "save_total_limit": 9, "token_lr_factor": 4.0},
+    )  # fmt: skip
+    adapter = pretrain.run(load_settings(path))
+    whole, digest = history(tmp_path, 6), (adapter / "icae_config.json").read_text()
+    named = [[n for n in ("loss_code", "loss_warm", "loss_ae") if n in line] for line in whole]
+    assert named[1::2] == [["loss_code"], ["loss_warm"], ["loss_ae"]]
+    for step in range(resumed_from + 1, 7):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    adapter = pretrain.run(load_settings(path))
+    assert history(tmp_path, 6) == whole
+    assert (adapter / "icae_config.json").read_text() == digest
 
 
 # A launcher that sees no GPU takes these options all the same.

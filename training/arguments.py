@@ -7,7 +7,7 @@ import functools
 from difflib import get_close_matches
 from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from transformers import TrainingArguments
 
 from icae_fast.errors import ConfigError
@@ -70,12 +70,15 @@ class TrainSection(BaseModel):
             step and its samples, "skip" drops that optimiser step, logs and counts it.
         resume: "auto" goes on from the newest complete checkpoint in the output folder, if there is one; "never"
             starts anew, and then the folder must hold none; else a checkpoint folder.
+        token_lr_factor: the learning rate of memory and special tokens and of the slot gain is `learning_rate` times
+            this: they are as large as embeddings, where LoRA's factors are small.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     on_nan: Literal["stop", "skip"] = "stop"
     resume: str = "auto"
+    token_lr_factor: float = Field(1.0, gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -96,7 +99,8 @@ class TrainSection(BaseModel):
         if name not in _types():
             near = get_close_matches(str(name), cls.known(), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            return f"unknown key train.{name}; {hint}known are on_nan, resume and the fields of TrainingArguments"
+            own = ", ".join(cls.model_fields)
+            return f"unknown key train.{name}; {hint}known are {own} and the fields of TrainingArguments"
         try:
             _types()[name].validate_python(value, strict=True)
         except ValidationError as error:

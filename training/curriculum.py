@@ -20,8 +20,9 @@ from icae_fast.errors import ConfigError
 from icae_fast.inputs import is_int
 from training.objectives import OBJECTIVES
 
-WARM = "warm"
-STAGE_OBJECTIVES: tuple[str, ...] = (*OBJECTIVES, WARM)
+WARM, CODE = "warm", "code"
+ALONE = {WARM: "the warm start runs no decoder", CODE: "the slot code runs no encoder"}
+STAGE_OBJECTIVES: tuple[str, ...] = (*OBJECTIVES, *ALONE)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Stage:
     Args:
         steps: how many optimiser steps the stage takes; the last stage of a curriculum goes on for ever.
         objectives: relative weights by which a sample's objective is drawn, from "ae", "lm" and "ft":
-            `{"ae": 0.6, "lm": 0.4}`; or `{"warm": 1}`, the encoder-only warm start, which runs no decoder and so
-            cannot be mixed with them.
+            `{"ae": 0.6, "lm": 0.4}`; or `{"warm": 1}`, the encoder-only warm start, or `{"code": 1}`, the
+            decoder-only slot code, which cannot be mixed with others.
         max_tokens: the most context tokens of a sample.
         min_tokens: context lengths are drawn from `min_tokens` to `max_tokens`, both included; None: all `max_tokens`.
         memory_sizes: numbers of slots a span, one of which is drawn for each micro-batch (the first k' of the
@@ -67,6 +68,11 @@ class Stage:
     def is_warm(self) -> bool:
         """Whether this stage trains the encoder alone; see `training.warm_start`."""
         return WARM in self.objectives
+
+    @property
+    def is_code(self) -> bool:
+        """Whether this stage trains no encoder, but the targets of a warm start; see `training.slot_code`."""
+        return CODE in self.objectives
 
     def draw_objective(self, rng: random.Random) -> str:
         """An objective, with probability proportional to its weight."""
@@ -248,8 +254,7 @@ def _checked_objectives(objectives: Any) -> dict[str, float]:
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not 0 < weight < math.inf:
             raise ConfigError(f"the weight of {name!r} is {weight!r}; it must be a number over 0 (or leave it out)")
-    if WARM in objectives and len(objectives) > 1:
-        raise ConfigError(
-            "objectives mixes 'warm' with others; the warm start runs no decoder, so give it a stage of its own"
-        )
+    for name, why in ALONE.items():
+        if name in objectives and len(objectives) > 1:
+            raise ConfigError(f"objectives mixes {name!r} with others; {why}, so give it a stage of its own")
     return {name: float(weight) for name, weight in objectives.items()}

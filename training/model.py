@@ -10,14 +10,16 @@ from torch import nn
 from icae_fast import ICAE
 from icae_fast.activations import ActivationBudget
 from icae_fast.loss import Teacher
+from icae_fast.spans import slots_per_span
 from icae_fast.training_step import TrainingStep
 from training.batch import Batch
-from training.curriculum import WARM
+from training.curriculum import ALONE, CODE, WARM
 from training.distill import Distillation, teacher_hidden, teacher_rows
 from training.objectives import OBJECTIVES
+from training.slot_code import SlotCode
 from training.warm_start import warm_start_loss
 
-NAMES = (*OBJECTIVES, WARM)
+NAMES = (*OBJECTIVES, *ALONE)
 
 
 class TrainingModel(nn.Module):
@@ -30,15 +32,21 @@ class TrainingModel(nn.Module):
         icae: the model; its adapter is what is trained.
         budget: memory for what a step's backward would otherwise compute again.
         distillation: from the base model that reads the whole context; none by default.
+        code: of slots, which is trained by batches that ask for it, and gives a warm start its targets.
     """
 
     def __init__(
-        self, icae: ICAE, budget: ActivationBudget | None = None, distillation: Distillation | None = None
+        self,
+        icae: ICAE,
+        budget: ActivationBudget | None = None,
+        distillation: Distillation | None = None,
+        code: SlotCode | None = None,
     ) -> None:
         super().__init__()
         self.icae = icae
         self.budget = budget or ActivationBudget()
         self.distillation = distillation or Distillation()
+        self.code = code
 
     def forward(
         self,
@@ -51,7 +59,7 @@ class TrainingModel(nn.Module):
         origins: list[str] | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         memory_size: int | None = None,
-        warm: bool = False,
+        alone: str | None = None,
     ) -> dict[str, Any]:
         """The loss of a batch.
 
@@ -63,12 +71,13 @@ class TrainingModel(nn.Module):
             num_items_in_batch: labelled tokens of the whole optimiser step, or its slots in a warm start; those of this
                 batch without it.
             memory_size: slots a span, the first k' of the k.
-            warm: the encoder-only loss of `training.warm_start` instead, summed over slots; no decoder runs.
+            alone: "warm" for the encoder-only loss of `training.warm_start` instead, summed over slots; "code" for
+                slots by `code`, without an encoder.
 
         Returns:
-            `loss` () fp32; and detached, for each of `OBJECTIVES` and the warm start, (4,): `sums` of the losses,
-            `counts` of the labelled tokens or slots, `correct` of those whose label had the highest logit, or whose
-            target was the nearest; and `without_teacher`, the number of rows that were too long for one.
+            `loss` () fp32; and detached, for each of `NAMES`, (5,): `sums` of the losses, `counts` of the labelled
+            tokens or slots, `correct` of those whose label had the highest logit, or whose target was the nearest;
+            and `without_teacher`, the number of rows that were too long for one.
         """
         contexts, prompts, targets = (
             ids.cpu().split(lengths.tolist())
@@ -76,18 +85,22 @@ class TrainingModel(nn.Module):
                 (context_ids, context_lengths), (prompt_answer_ids, prompt_lengths), (labels, prompt_lengths),
             )
         )  # fmt: skip
-        if warm:
+        if alone == WARM:
             return self._warm(contexts, memory_size, num_items_in_batch)
-        teacher, without = None, 0
-        if self.distillation.alpha > 0 and self.training:
+        slots, teacher, without = None, None, 0
+        if alone == CODE:
+            slots = self.code.slots(self.icae, contexts, slots_per_span(self.icae.config, memory_size))
+        elif self.distillation.alpha > 0 and self.training:
             batch = {
                 "context_ids": context_ids, "context_lengths": context_lengths, "labels": labels,
                 "prompt_answer_ids": prompt_answer_ids, "prompt_lengths": prompt_lengths, "objectives": objectives,
                 "origins": origins or [""] * len(context_lengths),
             }  # fmt: skip
             teacher, without = self._teacher(batch)
-        scored = self.icae.token_losses(contexts, prompts, targets, self.budget, memory_size, teacher)
+        scored = self.icae.token_losses(contexts, prompts, targets, self.budget, memory_size, teacher, slots)
         objective = objectives.cpu()[scored.rows].to(scored.losses.device)
+        if alone:
+            objective.fill_(NAMES.index(alone))
 
         def by_objective(values):
             return values.new_zeros(len(NAMES)).index_add_(0, objective, values)
@@ -110,15 +123,17 @@ class TrainingModel(nn.Module):
 
     def _warm(self, contexts, memory_size, num_items_in_batch):
         slots = TrainingStep(self.icae, contexts, 0, self.budget, memory_size).encode()
-        found = warm_start_loss(self.icae, contexts, slots, memory_size)
+        found = warm_start_loss(self.icae, contexts, slots, memory_size, self.code)
 
-        def last(value):
-            return torch.stack([found.loss.new_zeros(())] * len(OBJECTIVES) + [torch.as_tensor(value).to(found.loss)])
+        def own(value):
+            values = found.loss.new_zeros(len(NAMES))
+            values[NAMES.index(WARM)] = value
+            return values
 
         return {
             "loss": found.loss / (found.n_slots if num_items_in_batch is None else num_items_in_batch),
-            "sums": last(found.loss.detach()),
-            "counts": last(found.n_slots),
-            "correct": last(found.n_right),
+            "sums": own(found.loss.detach()),
+            "counts": own(found.n_slots),
+            "correct": own(found.n_right),
             "without_teacher": 0,
         }

@@ -24,6 +24,7 @@ from training.objectives import Sample
 from training.samples import Draw
 from training.settings import SETTINGS_FILE, Settings, changed_keys
 from training.sharding import take_over_launch
+from training.slot_code import SlotCode
 from training.sources import open_source
 from training.stream import BatchStream, held_out
 from training.trainer import ICAETrainer
@@ -90,10 +91,12 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
         window_steps=data.window_steps,
     )  # fmt: skip
     arguments.gradient_accumulation_steps = stream.micro_batches_per_step
+    code = _slot_code(icae, curriculum, arguments, sharded)
     trainer = ICAETrainer(
-        TrainingModel(icae, settings.budget(), settings.distill()), arguments, stream,
+        TrainingModel(icae, settings.budget(), settings.distill(), code), arguments, stream,
         eval_batches=[pack(samples) for samples in held_out_samples], on_nan=settings.train.on_nan,
         restore=_passage(settings, held_out_samples), shard_base=sharded,
+        token_lr_factor=settings.train.token_lr_factor,
     )  # fmt: skip
     if arguments.should_save:
         try:
@@ -107,6 +110,16 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
         trainer.load_adapter(found)
     trainer.save_model(str(output / "adapter"))
     return output / "adapter"
+
+
+def _slot_code(icae: ICAE, curriculum: Curriculum, arguments: TrainingArguments, sharded: bool) -> SlotCode | None:
+    """A slot code, where a stage trains one."""
+    if not any(stage.is_code for stage in curriculum.stages):
+        return None
+    if sharded:
+        raise ConfigError("a slot code cannot be trained with a sharded base model; launch without FSDP")
+    arguments.ddp_find_unused_parameters = True  # it trains without the encoder, and the encoder without it
+    return SlotCode.of(icae)
 
 
 def _sizes(settings: Settings) -> dict[str, Any]:

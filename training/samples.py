@@ -150,10 +150,11 @@ class PretrainingDraw:
         longest = stage.max_tokens
         if self.spans is not None:
             longest = min(longest, self.spans[1] * self.layout.config.max_span_tokens)
-        target = 1 if stage.is_warm else longest + 1 if "ae" in stage.objectives else MIN_TOKENS_FOR_LM + 1
+        restores = stage.is_code or "ae" in stage.objectives
+        target = 1 if stage.is_warm else longest + 1 if restores else MIN_TOKENS_FOR_LM + 1
         needed = self.layout.n_slots(longest) + 1 + target
         if not stage.is_warm and needed > self.layout.max_positions:
-            what = "restored" if "ae" in stage.objectives else f"continued by {MIN_TOKENS_FOR_LM + 1}"
+            what = "restored" if restores else f"continued by {MIN_TOKENS_FOR_LM + 1}"
             raise ConfigError(
                 f"a context of {longest} tokens, {what}, needs {needed} positions of the decoder, and there are "
                 f"{self.layout.max_positions}; lower the stage's max_tokens, leave out 'ae', or allow more positions"

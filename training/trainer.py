@@ -33,6 +33,7 @@ from icae_fast.loss import IGNORE
 from icae_fast.sharding import is_sharded, whole_model
 from training.batch import Batch, pack
 from training.checkpoint_folder import OPTIMIZER_FILE, PROGRESS_FILE, SCHEDULER_FILE, STATE_FILE, whole_folder
+from training.curriculum import CODE, WARM
 from training.model import TrainingModel
 from training.report import SAMPLES_FILE, LossWindow, Scores, append_line, peak_memory, restoration
 from training.sharding import replicate_trained, shard_base_model
@@ -80,6 +81,7 @@ class ICAETrainer(Trainer):
         on_nan: what NaN in a loss or gradient does: "stop" raises `NonFiniteError`, "skip" drops the step.
         restore: (ids, origin) of a passage that every evaluation restores, or None.
         shard_base: whether processes hold shares of the base model's weights; see `training.sharding`.
+        token_lr_factor: learning rate of memory and special tokens and of the slot gain, over that of the rest.
         callbacks: further `TrainerCallback`s.
     """
 
@@ -96,13 +98,15 @@ class ICAETrainer(Trainer):
         on_nan: Literal["stop", "skip"] = "stop",
         restore: tuple[Sequence[int], str] | None = None,
         shard_base: bool = False,
+        token_lr_factor: float = 1.0,
         callbacks: list[Any] | None = None,
     ) -> None:
         icae = model.icae
         self._icae, self._config, self._base = icae, icae.config, base_identity(icae.base_model)
         names = {id(p): name for name, p in model.named_parameters()}
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
-        self._stream, self._on_nan, self._restore = stream, on_nan, restore
+        self._stream, self._on_nan, self._restore, self._code = stream, on_nan, restore, model.code
+        self._token_lr_factor = token_lr_factor
         self._window, self._step = LossWindow(), []
         if shard_base:
             shard_base_model(model)
@@ -134,17 +138,33 @@ class ICAETrainer(Trainer):
         start.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        if self._is_warm:
+        if self._alone == WARM:
             n_items = sum(int(self._icae.vocabulary.is_memory(b["prompt_answer_ids"]).sum()) for b in batches)
         else:
             n_items = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
         return batches, self.accelerator.reduce(torch.tensor(n_items, device=device), "sum")
 
     @property
-    def _is_warm(self) -> bool:
-        return self._stream.curriculum.stage_at(self.state.global_step)[1].is_warm
+    def _alone(self) -> str | None:
+        """What this step's stage trains alone, the encoder (warm) or the slot code, or None."""
+        stage = self._stream.curriculum.stage_at(self.state.global_step)[1]
+        return WARM if stage.is_warm else CODE if stage.is_code else None
 
     # Steps
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """See `Trainer.create_optimizer`; tokens and gain may learn faster."""
+        if self.optimizer is None and self._token_lr_factor != 1:
+            tokens, others = [], []
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    is_token = name.endswith(("memory_token_embed.weight", "slot_gain"))
+                    (tokens if is_token else others).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decay, faster = {"weight_decay": self.args.weight_decay}, options["lr"] * self._token_lr_factor
+            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay}]
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         """See `Trainer._wrap_model`; Accelerate would have DDP keep the base model's shares in step, too."""
@@ -160,8 +180,8 @@ class ICAETrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """See `Trainer.compute_loss`; keeps what the log will say."""
-        warm = {"warm": True} if self._is_warm else {}
-        loss, outputs = super().compute_loss(model, inputs | warm, True, num_items_in_batch)
+        alone = {"alone": self._alone} if self._alone else {}
+        loss, outputs = super().compute_loss(model, inputs | alone, True, num_items_in_batch)
         n_context = len(inputs["context_ids"])
         n_tokens = n_context + len(inputs["prompt_answer_ids"])
         self._step.append(
@@ -291,6 +311,8 @@ class ICAETrainer(Trainer):
                 self.state.save_to_json(str(folder / STATE_FILE))
                 progress = {"stream": self._stream.state_dict(), "window": self._window.state_dict()}
                 (folder / PROGRESS_FILE).write_text(json.dumps(progress))
+                if self._code is not None:
+                    self._code.save(folder)
         if leads:
             rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -301,6 +323,8 @@ class ICAETrainer(Trainer):
         """Adapter, position in the data, and the log's window."""
         folder = Path(resume_from_checkpoint)
         self.load_adapter(folder)
+        if self._code is not None:
+            self._code.load(folder)
         progress = json.loads((folder / PROGRESS_FILE).read_text())
         self._stream.load_state_dict(progress["stream"])
         self._window.load_state_dict(progress["window"])
@@ -331,4 +355,8 @@ class ICAETrainer(Trainer):
         folder = Path(checkpoint)
         state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=_LOAD)
+        # Loading made a state of zeros, one step old, for what has not learned yet.
+        for name, parameter in self.model.named_parameters():
+            if name not in state["state"]:
+                self.optimizer.optimizer.state.pop(parameter, None)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))

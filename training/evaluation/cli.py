@@ -31,8 +31,8 @@ def eval_command(
     only: Annotated[str | None, typer.Option(help="Measurements, separated by commas: restoration, content, continuation, several_spans, instructions.")] = None,  # noqa: E501
     samples: Annotated[int, typer.Option(min=1, help="Passages for each row of a table, and prompts of --pwc.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
-    memory_size: Annotated[int, typer.Option(help="Slots a span, for an untrained adapter.")] = 128,
-    rate: Annotated[int, typer.Option(help="Context tokens a slot, for an untrained adapter.")] = 4,
+    memory_size: Annotated[int | None, typer.Option(help="Slots a span: measures an untrained adapter, by default of 128.")] = None,  # noqa: E501
+    rate: Annotated[int | None, typer.Option(help="Context tokens a slot: measures an untrained adapter, by default of 4.")] = None,  # noqa: E501
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     pwc: Annotated[list[str] | None, typer.Option(help='Rows of "input", "prompt" and "answer", .jsonl or .parquet, to answer; may be given several times.')] = None,  # noqa: E501
     contestants: Annotated[str, typer.Option(help="What is read to answer them, separated by commas.")] = "slots,full,truncated,summary",  # noqa: E501
@@ -45,7 +45,10 @@ def eval_command(
     judge_local: Annotated[str | None, typer.Option(help="A local judge instead: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else on stdout.")] = False,  # noqa: E501
 ) -> None:  # fmt: skip
-    """Measure adapters as the paper does, and write tables, plots and JSON; without --adapter an untrained one.
+    """Measure adapters as the paper does, and write tables, plots and JSON.
+
+    Without --adapter, the one that comes with the package for the model is measured, and where none does an untrained
+    one.
 
     Run the same command again after Ctrl-C, or a judge's failure: it goes on where it was. Exit code 1: something that
     was asked for could not be measured.
@@ -108,11 +111,14 @@ def _make_folder(output: Path) -> None:
         raise OutputError(f"cannot make the folder {output} ({error.strerror}); give another output") from error
 
 
-def _load_subjects(specs: list[Any], model: str, memory_size: int, rate: int, dtype: str) -> list[Any]:
+def _load_subjects(specs: list[Any], model: str, memory_size: int | None, rate: int | None, dtype: str) -> list[Any]:
     from icae_fast.cli import load, quieten_loading
-    from training.evaluation.subject import Subject, load_subjects
+    from icae_fast.hub import default_adapter
+    from training.evaluation.subject import Subject, load_subjects, parse_subject
 
     quieten_loading()
+    if not specs and memory_size is None and rate is None and (default := default_adapter(model)):
+        specs = [parse_subject(default[0])]
     if specs:
         return load_subjects(specs, None if model == EMBEDDED_NAME else model, dtype)
     return [Subject("untrained", load(None, model, memory_size, rate, dtype))]
