@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,7 @@ def step_memory(result: dict[str, Any], path: Path) -> None:
         path: without an ending; `.png` and `.svg` are written.
     """
     row = next(row for row in result["rows"] if "memory" in row)
-    # Text as text, and nothing of the time of drawing: the same figures give the same file.
-    with plt.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.size": 11}):
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    with _figure(path) as axes:
         for name, found in row["memory"].items():
             _line(axes, name, found)
         lengths = [point["tokens"] for point in next(iter(row["memory"].values()))["points"]]
@@ -46,9 +46,40 @@ def step_memory(result: dict[str, Any], path: Path) -> None:
         )
         axes.grid(True, which="major", alpha=0.3)
         axes.legend(loc="upper left", frameon=False)
+
+
+@contextmanager
+def _figure(path: Path) -> Iterator[Any]:
+    """Axes to draw on, written as `.png` and `.svg` afterwards."""
+    # Text as text, and nothing of the time of drawing: the same figures give the same file.
+    with plt.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.size": 11}):
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        yield axes
         figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         plt.close(figure)
+
+
+def adapter_curves(result: dict[str, Any], path: Path) -> None:
+    """Accuracy over the runs that an adapter was trained in, and those that led nowhere.
+
+    Args:
+        result: its `runs`: each has a `name`, `points` and `held_out`, both lists of (core hours, accuracy), and
+            `failed`, which says that nothing was kept of it.
+        path: without an ending; `.png` and `.svg` are written.
+    """
+    with _figure(path) as axes:
+        for run in result["runs"]:
+            style = {"color": "0.65", "linewidth": 1} if run["failed"] else {"linewidth": 2}
+            (line,) = axes.plot(*zip(*run["points"], strict=True), label=run["name"], **style)
+            if run["held_out"]:
+                axes.plot(*zip(*run["held_out"], strict=True), "o", color=line.get_color(), markersize=4)
+        axes.set_xlabel("core hours since the run began")
+        axes.set_ylabel("accuracy (dots: held-out text)")
+        axes.set_ylim(0, 1)
+        axes.set_title(result["title"], fontsize=11)
+        axes.grid(True, alpha=0.3)
+        axes.legend(loc="lower right", frameon=False, fontsize=9)
 
 
 def _line(axes, name, found):
@@ -67,11 +98,13 @@ def _line(axes, name, found):
 
 
 def main() -> None:
-    """Draw for every `train-*.json` that has a row of memory."""
+    """Draw for every `train-*.json` that has a row of memory, and every `adapter-*.json`."""
     for results in sorted(RESULTS.glob("train-*.json")):
         result = json.loads(results.read_text())
         if any("memory" in row for row in result["rows"]):
             step_memory(result, RESULTS / plot_name(results))
+    for results in sorted(RESULTS.glob("adapter-*.json")):
+        adapter_curves(json.loads(results.read_text()), results.with_suffix(""))
 
 
 if __name__ == "__main__":

@@ -35,12 +35,11 @@ bench_app = typer.Typer(help="Benchmarks against the baseline.")
 app.add_typer(bench_app, name="bench")
 stderr = Console(stderr=True, soft_wrap=True)
 
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or hub id of a saved adapter, or the name of one that comes with the package; by default the one for the model, if there is one."
-    ),
-]  # noqa: E501
+_ADAPTER_HELP = (
+    "Folder or hub id of a saved adapter, or the name of one that comes with the package; by default the one for the "
+    "model, if there is one."
+)
+Adapter = Annotated[str | None, typer.Option(help=_ADAPTER_HELP)]
 Model = Annotated[str, typer.Option(help="Base model: a path, a hub id, or the embedded SmolLM2.")]
 MemorySize = Annotated[int | None, typer.Option(help="Slots a span: gives an untrained adapter, by default of 128.")]
 Rate = Annotated[int | None, typer.Option(help="Context tokens a slot: gives an untrained adapter, by default of 4.")]

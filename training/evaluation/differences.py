@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|~#])")
+
+
+def word_runs(original: Sequence[str], restored: Sequence[str]) -> Iterator[tuple[bool, Sequence[str], Sequence[str]]]:
+    """Runs of words that two texts share or not: (whether they are equal, those of the one, those of the other)."""
+    matcher = difflib.SequenceMatcher(None, original, restored, autojunk=False)
+    for tag, a, b, c, d in matcher.get_opcodes():
+        yield tag == "equal", original[a:b], restored[c:d]
 
 
 def mark_differences(original: str, restored: str, max_words: int | None = None) -> tuple[str, str]:
@@ -17,13 +24,12 @@ def mark_differences(original: str, restored: str, max_words: int | None = None)
         max_words: where a text is cut off, with an ellipsis; None for nowhere.
     """
     words = [text.split()[:max_words] for text in (original, restored)]
-    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
     marked: tuple[list[str], list[str]] = ([], [])
-    for tag, a, b, c, d in matcher.get_opcodes():
-        for side, chosen in zip(marked, (words[0][a:b], words[1][c:d]), strict=True):
+    for equal, *runs in word_runs(*words):
+        for side, chosen in zip(marked, runs, strict=True):
             text = " ".join(_MARKUP.sub(r"\\\1", word) for word in chosen)
             if text:
-                side.append(text if tag == "equal" else f"**{text}**")
+                side.append(text if equal else f"**{text}**")
     for side, own, text in zip(marked, words, (original, restored), strict=True):
         if len(own) < len(text.split()):
             side.append("...")
