@@ -58,7 +58,7 @@ bench-check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench
 	$(BIN)/icae-fast bench latency examples/harrow_point.txt --rounds 5 \
-		--prompt "Who was the first keeper of the lighthouse?" -o docs/results
+		--prompt "Who was the first keeper of the lighthouse?" --memory-size 128 --rate 4 -o docs/results
 	$(BIN)/python -m bench.accuracy examples/harrow_point.txt
 	$(BIN)/python -m bench.quantized_slots examples/harrow_point.txt
 	$(MAKE) readme

@@ -1,5 +1,7 @@
 """Adapters by name, as those that come with the package are loaded, and adapters kept in bf16, as they are shipped."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 from icae_fast import ICAE, hub
 from icae_fast.checkpoints import TENSORS_FILE
 from icae_fast.errors import CheckpointError
+from training.objectives import autoencoding_sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,3 +70,31 @@ def test_the_adapter_for_a_model_is_found(make_icae, tmp_path, monkeypatch):
     name, config = hub.default_adapter("some/base")
     assert (name, config.base_model) == ("tiny", "some/base")
     assert hub.default_adapter("some/other") is None
+
+
+HARROW_POINT = Path(__file__).parents[1] / "examples" / "harrow_point.txt"
+
+
+def test_the_packages_adapter_remembers(smollm2_bf16):
+    """Passages of a text that nothing was trained on, from their own slots and from another passage's."""
+    base, tokenizer = smollm2_bf16
+    icae = ICAE.from_pretrained("smollm2-135m", base_model=base, tokenizer=tokenizer)
+    length = icae.config.max_span_tokens
+    ids = torch.tensor(tokenizer(HARROW_POINT.read_text())["input_ids"])
+    contexts = list(ids[: 8 * length].split(length))
+    samples = [autoencoding_sample(icae, context.tolist()) for context in contexts]
+    prompts, labels = ([torch.tensor(getattr(s, n)) for s in samples] for n in ("prompt_answer_ids", "labels"))
+    with torch.no_grad():
+        slots = icae.encode(contexts)
+        right, wrong = (
+            icae.token_losses(contexts, prompts, labels, slots=given).correct.float().mean().item()
+            for given in (slots, slots[1:] + slots[:1])
+        )
+    assert right > 0.6
+    assert wrong < 0.4
+
+
+def test_files_of_the_packages_adapters_are_small_and_described():
+    for folder in hub.shipped_adapters().values():
+        assert (folder / TENSORS_FILE).stat().st_size <= 20e6
+        assert "hours" in (folder / "README.md").read_text()
