@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,10 @@ def adapter_curves(result: dict[str, Any], path: Path) -> None:
         path: without an ending; `.png` and `.svg` are written.
     """
     with _figure(path) as axes:
+        dashes = cycle(["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))])
         for run in result["runs"]:
-            style = {"color": "0.65", "linewidth": 1} if run["failed"] else {"linewidth": 2}
+            failed = {"color": "0.5", "linewidth": 1.2, "linestyle": next(dashes)} if run["failed"] else None
+            style = failed or {"linewidth": 2}
             (line,) = axes.plot(*zip(*run["points"], strict=True), label=run["name"], **style)
             if run["held_out"]:
                 axes.plot(*zip(*run["held_out"], strict=True), "o", color=line.get_color(), markersize=4)
