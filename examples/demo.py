@@ -21,7 +21,7 @@ from training.evaluation.differences import word_runs
 
 HERE = Path(__file__).parent
 ADAPTER = "smollm2-135m"
-QUESTION = "Who was the first keeper of the lighthouse?"
+QUESTIONS = ("When was the lighthouse built?", "Why was a light wanted?")
 RESTORED_SPANS = 4
 
 console = Console(highlight=False)
@@ -50,9 +50,10 @@ def main() -> None:
     console.print(f"memory       {memory.nbytes:,} bytes (the text's KV cache would be {raw:,})")
 
     restore(icae, document)
+    ask(icae, document)
 
     console.rule("latency")
-    prompt = icae.tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    prompt = icae.tokenizer(QUESTIONS[0], add_special_tokens=False)["input_ids"]
     with console.status("timing, in interleaved rounds"):
         result = latency_table(icae, document, prompt, new_tokens=32, rounds=3)
     console.print(render(result))
@@ -66,18 +67,26 @@ def restore(icae: ICAE, document: list[int]) -> None:
     memories = icae.compress([torch.tensor(span) for span in spans])
     n_right = n_words = 0
     for span, restored in zip(spans, icae.restore(memories), strict=True):
-        text = Text()
+        before, after = Text("text      ", style="dim"), Text("restored  ", style="dim")
         for equal, original, found in word_runs(icae.tokenizer.decode(span).split(), restored.split()):
             n_words += len(original)
             n_right += len(original) * equal
-            if equal:
-                text.append(" ".join(original) + " ")
-            else:
-                text.append(" ".join(original) or "(nothing)", style="strike dim")
-                text.append(" " + (" ".join(found) or "(nothing)") + " ", style="bold yellow")
-        console.print(text)
-        console.print()
-    console.print(f"{n_right} of {n_words} words came back in their places; in yellow what came instead of others.")
+            before.append("".join(f"{word} " for word in original), style="not dim" if equal else "not dim strike")
+            after.append("".join(f"{word} " for word in found), style="not dim" if equal else "not dim bold yellow")
+        console.print(before, after, sep="\n", end="\n\n")
+    console.print(
+        f"{n_right} of {n_words} words came back in their places; the others are struck out or yellow."
+    )
+
+
+def ask(icae: ICAE, document: list[int]) -> None:
+    """Ask about the beginning of the document, which it has not been trained for."""
+    console.rule("ask")
+    memory = icae.compress(torch.tensor(document[: 2 * icae.config.max_span_tokens]))[0]
+    for question, answer in zip(QUESTIONS, icae.generate(memory, QUESTIONS, max_new_tokens=40), strict=True):
+        console.print(f"[bold]{question}[/bold]")
+        console.print(" ".join(answer.split()) or "(nothing)", markup=False)
+    console.print("[dim]The adapter has learned to restore, and not to answer: what is right here is a bonus.")
 
 
 if __name__ == "__main__":
