@@ -74,9 +74,7 @@ def restore(icae: ICAE, document: list[int]) -> None:
             before.append("".join(f"{word} " for word in original), style="not dim" if equal else "not dim strike")
             after.append("".join(f"{word} " for word in found), style="not dim" if equal else "not dim bold yellow")
         console.print(before, after, sep="\n", end="\n\n")
-    console.print(
-        f"{n_right} of {n_words} words came back in their places; the others are struck out or yellow."
-    )
+    console.print(f"{n_right} of {n_words} words came back in their places; the others are struck out or yellow.")
 
 
 def ask(icae: ICAE, document: list[int]) -> None:

@@ -161,7 +161,7 @@ def test_gradients_add_up_over_batches(make_icae):
     assert_same(gradients(icae), expected)
     for name in ("sums", "counts", "correct"):
         torch.testing.assert_close(sum(p[name] for p in parts), whole[name])
-    assert whole["counts"].tolist() == [*(s.n_labels for s in samples), 0]  # nothing of a warm start
+    assert whole["counts"].tolist() == [*(s.n_labels for s in samples), 0, 0]  # nothing of a warm start or a code
 
 
 def test_a_graph_serves_once(make_icae):

@@ -15,6 +15,7 @@ from icae_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from icae_fast.files import load_tensors
 from training.batch import pack
 from training.checkpoint_folder import OPTIMIZER_FILE, find_checkpoint
+from training.model import NAMES
 from training.report import SAMPLES_FILE, LossWindow, Scores
 from training_worker import CountingStream, launch, make_icae, make_trainer
 
@@ -179,7 +180,10 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
 
 def test_a_log_window_goes_on_from_its_state():
     whole, first = LossWindow(), LossWindow()
-    rows = [Scores(torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i))) for i in range(4)]
+    rows = [
+        Scores(torch.rand(len(NAMES), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)))
+        for i in range(4)
+    ]
     for i, row in enumerate(rows):
         whole.add(row, 10, 5)
         if i < 2:
