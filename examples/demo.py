@@ -1,7 +1,7 @@
 """`make demo`: a real language model reads a compressed document.
 
 Compresses `harrow_point.txt` with the adapter that comes with the package, restores its beginning passage by passage,
-and times four ways to read it.
+asks two questions about it, and times four ways to read it.
 """
 
 from __future__ import annotations

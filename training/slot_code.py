@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from icae_fast import ICAE
 from icae_fast.encoder import scale_slots, slot_norm
 from icae_fast.errors import CheckpointError
+from icae_fast.files import load_tensors
 from icae_fast.spans import span_lengths
 from training.warm_start import share_starts
 
@@ -100,8 +101,8 @@ class SlotCode(nn.Module):
             CheckpointError: there are none, or of other shapes.
         """
         try:
-            self.load_state_dict(load_file(folder / CODE_FILE))
-        except (OSError, RuntimeError) as error:  # SafetensorError is an OSError no more than load_state_dict's
+            self.load_state_dict(load_tensors(folder / CODE_FILE)[0])
+        except (CheckpointError, RuntimeError) as error:
             raise CheckpointError(
                 f"{folder} has no slot code of this run's shapes ({str(error).splitlines()[0]}); go on with the "
                 "settings it was begun with, or choose another output folder"
