@@ -65,6 +65,11 @@ class Stage:
         object.__setattr__(self, "memory_sizes", tuple(sizes))
 
     @property
+    def alone(self) -> str | None:
+        """The one of `ALONE` that this stage trains, or None."""
+        return next((name for name in ALONE if name in self.objectives), None)
+
+    @property
     def is_warm(self) -> bool:
         """Whether this stage trains the encoder alone; see `training.warm_start`."""
         return WARM in self.objectives

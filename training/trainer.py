@@ -33,7 +33,7 @@ from icae_fast.loss import IGNORE
 from icae_fast.sharding import is_sharded, whole_model
 from training.batch import Batch, pack
 from training.checkpoint_folder import OPTIMIZER_FILE, PROGRESS_FILE, SCHEDULER_FILE, STATE_FILE, whole_folder
-from training.curriculum import CODE, WARM
+from training.curriculum import WARM
 from training.model import TrainingModel
 from training.report import SAMPLES_FILE, LossWindow, Scores, append_line, peak_memory, restoration
 from training.sharding import replicate_trained, shard_base_model
@@ -147,8 +147,7 @@ class ICAETrainer(Trainer):
     @property
     def _alone(self) -> str | None:
         """What this step's stage trains alone, the encoder (warm) or the slot code, or None."""
-        stage = self._stream.curriculum.stage_at(self.state.global_step)[1]
-        return WARM if stage.is_warm else CODE if stage.is_code else None
+        return self._stream.curriculum.stage_at(self.state.global_step)[1].alone
 
     # Steps
 
