@@ -12,6 +12,7 @@ from icae_fast.errors import ConfigError
 MemoryPositions = Literal["append", "spread"]
 SlotScale = Literal["embedding_norm"]
 PromptFormat = Literal["chat", "plain", "v1"]
+SinkToken = Literal["none", "bos"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class ICAEConfig:
         prompt_format: what stands around the slots when a prompt is answered. `"chat"`, the reference's v2:
             `template, slots, FT, prompt, template`, the template being the tokenizer's own (empty
             without one); `"plain"`: `slots, FT, prompt`; `"v1"`: `slots, FT, prompt, FT`.
+        sink_token: what the encoder reads before each span, and the decoder before the slots where no template
+            stands there. `"none"`, the reference's; `"bos"`: the base model's BOS token. A language model turns its
+            first position into an attention sink and loses what stands there (arXiv 2309.17453), so that without BOS
+            the first token of a text and the first slot of a memory hardly survive.
         base_model: name or path by which `from_pretrained` finds the base model again.
         base_revision: its revision on the hub.
 
@@ -49,6 +54,7 @@ class ICAEConfig:
     memory_positions: MemoryPositions = "append"
     slot_scale: SlotScale | None = None
     prompt_format: PromptFormat = "chat"
+    sink_token: SinkToken = "none"
     base_model: str | None = None
     base_revision: str | None = None
 
@@ -63,7 +69,8 @@ class ICAEConfig:
                 raise ConfigError(f"{name} is {value!r}; it must be a number from {low} to below {high}")
         if self.slot_scale == "none":
             object.__setattr__(self, "slot_scale", None)
-        for name, kind in (("memory_positions", MemoryPositions), ("prompt_format", PromptFormat)):
+        choices = {"memory_positions": MemoryPositions, "prompt_format": PromptFormat, "sink_token": SinkToken}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
         if self.slot_scale not in (None, *get_args(SlotScale)):

@@ -55,10 +55,13 @@ def memory_tokens_of(icae: ICAE, memory_size: int) -> torch.Tensor:
 
 
 def embed_spans(icae: ICAE, spans: Sequence[torch.Tensor], memory_tokens: torch.Tensor):
-    """Embeddings of packed spans, each with the memory tokens behind it, (T, d), and their layout."""
-    lengths = [len(s) for s in spans]
-    rows = pack_spans(lengths, icae.config, len(memory_tokens)).to(icae.device)
-    pieces = [p for e in icae.embed(torch.cat(tuple(spans))).split(lengths) for p in (e, memory_tokens)]
+    """Embeddings of packed spans, each with the sink token before it and the memory tokens behind, (T, d), and their
+    layout."""
+    lengths, leading = [len(s) for s in spans], icae.leading_ids
+    rows = pack_spans(lengths, icae.config, len(memory_tokens), len(leading)).to(icae.device)
+    before = [icae.embed(torch.tensor(leading))] if leading else []
+    embedded = icae.embed(torch.cat(tuple(spans))).split(lengths)
+    pieces = [p for e in embedded for p in (*before, e, memory_tokens)]
     return torch.cat(pieces), rows
 
 

@@ -125,7 +125,7 @@ class GenerationMixin:
         streamer: Any = None,
         **options: Any,
     ) -> str | list[int] | list[str] | list[list[int]]:
-        """Write out the contexts that memories hold (autoencoding), from `[slots, AE]`.
+        """Write out the contexts that memories hold (autoencoding), from `[leading_ids, slots, AE]`.
 
         Args:
             memory: of this model, one or a list.
@@ -142,13 +142,15 @@ class GenerationMixin:
         if not return_ids:
             self._check_has_tokenizer()
 
+        leading = list(self.leading_ids)
+
         def limit(m: Memory) -> int:
-            room = max(1, self.max_positions - m.n_slots - 1)
+            room = max(1, self.max_positions - len(leading) - m.n_slots - 1)
             least = min_new_tokens if is_int(min_new_tokens) else 0  # anything else is refused below
             return max(least, min(m.n_source_tokens + 16, room))
 
         rows = [
-            Row(i, m, [], [self.vocabulary.ae], [], limit(m) if max_new_tokens is None else max_new_tokens)
+            Row(i, m, leading, [self.vocabulary.ae], [], limit(m) if max_new_tokens is None else max_new_tokens)
             for i, m in enumerate(memories)
         ]
         answers = AnswerBatch(self, rows, min_new_tokens, GenerationOptions.of(options), streamer).finish()
@@ -169,7 +171,7 @@ class GenerationMixin:
         return self.vocabulary.check_context(ids, "the prompt").tolist()
 
     def _layout(self: ICAE, ids: list[int]) -> tuple[list[int], list[int]]:
-        return layouts.prompt_ids(ids, self.tokenizer, self.vocabulary, self.config.prompt_format)
+        return layouts.prompt_ids(ids, self.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids)
 
     def _memories(self: ICAE, memory: Memory | Sequence[Memory]) -> list[Memory]:
         memories = list(memory) if isinstance(memory, (list, tuple)) else [memory]

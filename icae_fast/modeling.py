@@ -62,10 +62,14 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(embedding.shape[0], config)
         self.max_positions: int = base_model.config.max_position_embeddings
-        if config.max_span_tokens + config.memory_size > self.max_positions:
+        if len(self.leading_ids) + config.max_span_tokens + config.memory_size > self.max_positions:
             raise ConfigError(
                 f"a span takes {config.max_span_tokens} context and {config.memory_size} memory tokens, but the base "
                 f"model has {self.max_positions} positions; lower memory_size or compression_rate"
+            )
+        if config.sink_token == "bos" and not self.leading_ids:
+            raise ConfigError(
+                "sink_token is 'bos', but neither the base model nor its tokenizer has a BOS token; use 'none'"
             )
         b = self.backbone
         trained_dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
@@ -95,9 +99,17 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a sequence: the base model's, else the tokenizer's."""
+        return self._special_ids("eos_token_id")
+
+    @property
+    def leading_ids(self) -> tuple[int, ...]:
+        """Ids before each span, and before the slots where no template stands: BOS or none, by `config.sink_token`."""
+        return self._special_ids("bos_token_id")[:1] if self.config.sink_token == "bos" else ()
+
+    def _special_ids(self, name: str) -> tuple[int, ...]:
         generation = getattr(self.base_model, "generation_config", None)
         for source in (generation, self.base_model.config, self.tokenizer):
-            value = getattr(source, "eos_token_id", None)
+            value = getattr(source, name, None)
             if value is not None:
                 return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
         return ()

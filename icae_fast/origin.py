@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The fields that slots depend on; the others say how the adapter was trained, is prompted, or is found.
 _SLOT_FIELDS = (
-    "memory_size", "compression_rate", "lora_rank", "lora_alpha", "memory_positions", "slot_scale",
+    "memory_size", "compression_rate", "lora_rank", "lora_alpha", "memory_positions", "slot_scale", "sink_token",
 )  # fmt: skip
 
 

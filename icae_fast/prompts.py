@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from icae_fast.errors import TokenizerMismatchError
@@ -38,13 +39,22 @@ def chat_template_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     )
 
 
-def prompt_ids(prompt: list[int], tokenizer: Any, vocabulary: Vocabulary, prompt_format: str):
+def prompt_ids(
+    prompt: list[int], tokenizer: Any, vocabulary: Vocabulary, prompt_format: str, leading: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
     """Ids before and after the slots for one prompt, by the config's format (see `ICAEConfig`).
+
+    Args:
+        prompt: its ids.
+        tokenizer: gives the template.
+        vocabulary: gives FT.
+        prompt_format: the config's.
+        leading: ids before the slots where no template puts any.
 
     Returns:
         (prefix, suffix): the decoder reads `prefix, slots, suffix`.
     """
     if prompt_format == "v1":
-        return [], [vocabulary.ft, *prompt, vocabulary.ft]
+        return list(leading), [vocabulary.ft, *prompt, vocabulary.ft]
     before, after = chat_template_ids(tokenizer) if prompt_format == "chat" else ([], [])
-    return list(before), [vocabulary.ft, *prompt, *after]
+    return list(before or leading), [vocabulary.ft, *prompt, *after]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from icae_fast import prompts as layouts
 from icae_fast.cache import KVSegment, joined
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError
 from icae_fast.inputs import Context, as_list
@@ -76,7 +75,7 @@ class SlotKVMixin:
         Raises:
             TokenizerMismatchError: the chat template cannot be used.
         """
-        return tuple(layouts.prompt_ids([], self.tokenizer, self.vocabulary, self.config.prompt_format)[0])
+        return tuple(self._layout([])[0])
 
     @torch.no_grad()
     def memory_kv(self: ICAE, memory: Memory, task: Task = "answer") -> SlotKV:
@@ -86,7 +85,7 @@ class SlotKVMixin:
 
         Args:
             memory: of this model.
-            task: `"answer"`: as `generate` reads them, behind `prefix_ids`. The others put nothing before the slots.
+            task: `"answer"`: as `generate` reads them, behind `prefix_ids`; the others, behind `leading_ids`.
 
         Raises:
             InvalidInputError: another task, or a memory without slots or of another model.
@@ -96,7 +95,7 @@ class SlotKVMixin:
         self._check_memory(memory)
         _check_choice("task", task, Task)
         _check_has_slots(memory)
-        prefix = self.prefix_ids if task == "answer" else ()
+        prefix = self.prefix_ids if task == "answer" else self.leading_ids
         _check_room(self, len(prefix) + memory.n_slots, 1)
         path = self.slot_kv.path(memory_pieces(self, memory, prefix))
         spans = path[len(path) - len(memory.span_lengths) :]
@@ -155,7 +154,7 @@ class SlotKVMixin:
         Args:
             memory: of this model.
             task: what has been read: `"answer"`, the template's prefix, slots and FT; `"restore"`, slots and AE;
-                `"continue"`, slots and LM; `"slots"`, slots alone.
+                `"continue"`, slots and LM; `"slots"`, slots alone; the last three behind `leading_ids`.
             kind: `"dynamic"` or `"static"`.
             max_cache_len: of a static cache, the most tokens that it can hold, the cached ones included.
             rows: how often the memory is in it, for batches and beams.
@@ -169,7 +168,7 @@ class SlotKVMixin:
         _check_choice("kind", kind, CacheKind)
         _check_positive(rows=rows)
         v = self.vocabulary
-        prefix = self.prefix_ids if task == "answer" else ()
+        prefix = self.prefix_ids if task == "answer" else self.leading_ids
         last = {"answer": [v.ft], "restore": [v.ae], "continue": [v.lm], "slots": []}[task]
         pieces = memory_pieces(self, memory, prefix) + ([_embedded(self, last)] if last else [])
         _check_room(self, sum(map(len, pieces)), 1)
@@ -203,7 +202,7 @@ class SlotKVMixin:
 
         Args:
             memory: of this model.
-            prompts: a text, a row of ids, or a list of those; None to restore the context (`[slots, AE]`).
+            prompts: a text, a row of ids, or a list of those; None to restore the context, as `restore` does.
             max_new_tokens: the most tokens of an answer; handed on to `generate`.
             cache: `"dynamic"` or `"static"`, which compiled decoding wants.
             num_beams, num_return_sequences: handed on to `generate`, which needs as many rows in the cache.
@@ -221,7 +220,8 @@ class SlotKVMixin:
         _check_choice("cache", cache, CacheKind)
         options = {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
         _check_positive(max_new_tokens=max_new_tokens, **options)
-        pairs = [([], [self.vocabulary.ae])] if prompts is None else [self.prompt_ids(p) for p in as_list(prompts)]
+        restoring = (list(self.leading_ids), [self.vocabulary.ae])
+        pairs = [restoring] if prompts is None else [self.prompt_ids(p) for p in as_list(prompts)]
         suffixes = [_embedded(self, suffix) for _, suffix in pairs]
         pieces = memory_pieces(self, memory, pairs[0][0])
         _check_room(self, sum(map(len, pieces)) + max(map(len, suffixes)), max_new_tokens)

@@ -100,20 +100,24 @@ def cumulative(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def pack_spans(lengths: Sequence[int], config: ICAEConfig, memory_size: int | None = None) -> PackedRows:
+def pack_spans(
+    lengths: Sequence[int], config: ICAEConfig, memory_size: int | None = None, n_leading: int = 0
+) -> PackedRows:
     """The layout of a batch of spans, each followed at once by its k (or `memory_size`) memory tokens.
 
     Only memory tokens are in `out_rows`, so that the last layer computes nothing for the context but its
-    keys and values. There is no padding.
+    keys and values. There is no padding. Before each span stand `n_leading` tokens, which move its positions on.
     """
     k = slots_per_span(config, memory_size)
-    cu = cumulative([n + k for n in lengths])
-    positions = [p for n in lengths for p in (torch.arange(n), memory_positions(n, config, k))]
+    cu = cumulative([n_leading + n + k for n in lengths])
+    positions = [
+        p for n in lengths for p in (torch.arange(n_leading + n), n_leading + memory_positions(n, config, k))
+    ]
     ends = cu[1:].to(torch.int64)
     return PackedRows(
         positions=torch.cat(positions),
         cu_seqlens=cu,
-        max_seqlen=max(lengths) + k,
+        max_seqlen=n_leading + max(lengths) + k,
         out_rows=(ends[:, None] + torch.arange(-k, 0)).flatten(),
         cu_seqlens_out=torch.arange(len(lengths) + 1, dtype=torch.int32) * k,
         max_seqlen_out=k,

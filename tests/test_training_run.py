@@ -117,8 +117,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
 
 
 FROM_A_CODE = [
-    {"steps": 2, "objectives": {"code": 1}, "max_tokens": 8},
-    {"steps": 2, "objectives": {"warm": 1}, "max_tokens": 8},
+    {"steps": 2, "objectives": {"code": 1}, "max_tokens": 8, "learning_rate": 3e-4, "token_lr_factor": 30.0},
+    {"steps": 2, "objectives": {"warm": 1}, "max_tokens": 8, "learning_rate": 2e-3},
     {"steps": 2, "objectives": {"ae": 1}, "max_tokens": 16},
 ]
 
@@ -127,8 +127,8 @@ FROM_A_CODE = [
 def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_path, resumed_from):
     path = config(
         TEXTS, stages=FROM_A_CODE, distillation={"alpha": 0.0},
-        adapter={"slot_scale": "embedding_norm", "memory_positions": "spread"},
-        train={"save_steps": 1, "save_total_limit": 9, "token_lr_factor": 4.0},
+        adapter={"slot_scale": "embedding_norm", "memory_positions": "spread", "sink_token": "bos"},
+        train={"save_steps": 1, "lr_scheduler_type": "linear", "save_total_limit": 9, "token_lr_factor": 4.0},
     )  # fmt: skip
     adapter = pretrain.run(load_settings(path))
     whole, digest = history(tmp_path, 6), (adapter / "icae_config.json").read_text()

@@ -87,8 +87,9 @@ def test_every_kind_of_model(make_icae, model_kind, budget):
     assert not torch.allclose(other.losses, found.losses), "dropout has no seed of its own"
 
 
-def test_losses_are_those_of_the_reference_s_forward(make_icae):
-    icae = make_icae()
+@pytest.mark.parametrize("sink_token", ["none", "bos"])
+def test_losses_are_those_of_the_reference_s_forward(make_icae, sink_token):
+    icae = make_icae(sink_token=sink_token)
     samples = samples_of(icae)
     found, found_gradients = step(icae, samples, ActivationBudget(0))
     icae.zero_grad()

@@ -38,6 +38,9 @@ class Stage:
         min_tokens: context lengths are drawn from `min_tokens` to `max_tokens`, both included; None: all `max_tokens`.
         memory_sizes: numbers of slots a span, one of which is drawn for each micro-batch (the first k' of the
             adapter's k memory tokens); `()` is the adapter's k.
+        learning_rate: in place of the run's; where any stage has one, the schedule (warm-up, decay) runs over each
+            stage by itself, see `training.schedule`.
+        token_lr_factor: in place of the run's; it, too, has stages scheduled one by one.
 
     Raises:
         ConfigError: a value is of the wrong kind or out of range.
@@ -48,6 +51,8 @@ class Stage:
     max_tokens: int
     min_tokens: int | None = None
     memory_sizes: tuple[int, ...] = ()
+    learning_rate: float | None = None
+    token_lr_factor: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_tokens", "min_tokens"):
@@ -57,6 +62,10 @@ class Stage:
         if self.min_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}")
         object.__setattr__(self, "objectives", _checked_objectives(self.objectives))
+        for name in ("learning_rate", "token_lr_factor"):
+            value = getattr(self, name)
+            if value is not None and not _is_positive(value):
+                raise ConfigError(f"{name} is {value!r}; it must be a number over 0 (or leave it out)")
         sizes = self.memory_sizes
         if isinstance(sizes, (str, Mapping)) or not isinstance(sizes, Sequence):
             raise ConfigError(f"memory_sizes is {sizes!r}; give a list of slot numbers, or an empty one for the k")
@@ -160,6 +169,11 @@ class Curriculum:
         """The first step after the stage of `step`; `sys.maxsize` in the last stage."""
         return self._ends[self.stage_at(step)[0]]
 
+    @property
+    def has_rates(self) -> bool:
+        """Whether a stage has a learning rate, or a factor for tokens, of its own."""
+        return any(s.learning_rate is not None or s.token_lr_factor is not None for s in self.stages)
+
     def check(self, config: ICAEConfig) -> None:
         """Raise unless an adapter of this config can be trained so; see `Stage.check`.
 
@@ -251,13 +265,16 @@ def _check_count(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _checked_objectives(objectives: Any) -> dict[str, float]:
     if not isinstance(objectives, Mapping) or not objectives:
         raise ConfigError(f"objectives is {objectives!r}; give weights such as {{'ae': 0.6, 'lm': 0.4}}")
     check_keys("objectives", objectives, STAGE_OBJECTIVES)
     for name, weight in objectives.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not 0 < weight < math.inf:
+        if not _is_positive(weight):
             raise ConfigError(f"the weight of {name!r} is {weight!r}; it must be a number over 0 (or leave it out)")
     for name, why in ALONE.items():
         if name in objectives and len(objectives) > 1:

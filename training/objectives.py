@@ -38,6 +38,7 @@ class Layout(Protocol):
         config: gives the span rule and k.
         vocabulary: ids of memory and special tokens.
         eos_token_ids: the first of which ends what is learned.
+        leading_ids: before the slots where no template stands.
     """
 
     config: ICAEConfig
@@ -45,6 +46,10 @@ class Layout(Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """See above."""
+
+    @property
+    def leading_ids(self) -> tuple[int, ...]:
         """See above."""
 
     def prompt_ids(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -91,8 +96,8 @@ def _sample(icae: Layout, objective: Objective, context, before, after, answer, 
 
 
 def autoencoding_sample(icae: Layout, context: Sequence[int]) -> Sample:
-    """`[slots, AE] + context + EOS`: the memory must give the context back."""
-    return _sample(icae, "ae", context, [], [icae.vocabulary.ae], [*context, icae.eos_token_ids[0]])
+    """`leading_ids + [slots, AE] + context + EOS`: the memory must give the context back."""
+    return _sample(icae, "ae", context, icae.leading_ids, [icae.vocabulary.ae], [*context, icae.eos_token_ids[0]])
 
 
 def continuation_sample(
@@ -103,7 +108,7 @@ def continuation_sample(
     lm_token: bool = False,
     leave: int = LEAVE_TOKENS_FOR_LM,
 ) -> Sample:
-    """`[slots] (+ LM) + continuation`, without EOS: the memory must tell what comes next.
+    """`leading_ids + [slots] (+ LM) + continuation`, without EOS: the memory must tell what comes next.
 
     Args:
         icae: gives ids and span rule.
@@ -113,7 +118,7 @@ def continuation_sample(
         leave: tokens of the continuation that carry no loss, being hard to guess without any text before.
     """
     after = [icae.vocabulary.lm] * lm_token
-    return _sample(icae, "lm", context, [], after, continuation, min(leave, len(continuation)))
+    return _sample(icae, "lm", context, icae.leading_ids, after, continuation, min(leave, len(continuation)))
 
 
 def instruction_sample(

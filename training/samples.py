@@ -48,11 +48,12 @@ class SampleLayout:
         self.config = icae.config
         self.vocabulary = icae.vocabulary
         self.eos_token_ids = icae.eos_token_ids
+        self.leading_ids = icae.leading_ids
         self.max_positions = icae.max_positions
         if not self.eos_token_ids:
             raise ConfigError("neither the base model nor its tokenizer has an EOS token, which ends what is learned")
         self._before, (self._ft, *self._behind) = prompts.prompt_ids(
-            [], icae.tokenizer, self.vocabulary, self.config.prompt_format
+            [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids
         )
 
     def prompt_ids(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -62,6 +63,10 @@ class SampleLayout:
     def n_slots(self, n_tokens: int) -> int:
         """Slots of a context of so many tokens."""
         return count_spans(n_tokens, self.config) * self.config.memory_size
+
+    def n_before(self, n_tokens: int) -> int:
+        """What the decoder reads before AE or a continuation: `leading_ids`, and the slots of so many tokens."""
+        return len(self.leading_ids) + self.n_slots(n_tokens)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class PretrainingDraw:
             longest = min(longest, self.spans[1] * self.layout.config.max_span_tokens)
         restores = stage.is_code or "ae" in stage.objectives
         target = 1 if stage.is_warm else longest + 1 if restores else MIN_TOKENS_FOR_LM + 1
-        needed = self.layout.n_slots(longest) + 1 + target
+        needed = self.layout.n_before(longest) + 1 + target
         if not stage.is_warm and needed > self.layout.max_positions:
             what = "restored" if restores else f"continued by {MIN_TOKENS_FOR_LM + 1}"
             raise ConfigError(
@@ -181,14 +186,14 @@ class PretrainingDraw:
         part = (row.end - row.start) / len(lengths)
         begins = row.start + int(i * part), row.start + max(int((i + 1) * part), int(i * part) + 1)
         start, end = draw_window(rng, len(ids), lengths[i], begins, wants_lm)
-        n_slots = layout.n_slots(end - start)
+        n_before = layout.n_before(end - start)
         if wants_lm:
             target = min(lengths[i], self.max_target_tokens or lengths[i], len(ids) - end)
-            target = min(target, layout.max_positions - n_slots - self.lm_token)
+            target = min(target, layout.max_positions - n_before - self.lm_token)
             if target > MIN_TOKENS_FOR_LM:
                 build = partial(_continued, layout, row.origin, ids[start : end + target], end - start, self.lm_token)
-                return Draft(end - start + n_slots + self.lm_token + target, build)
-        needed = n_slots + 1 + end - start + 1
+                return Draft(end - start + n_before + self.lm_token + target, build)
+        needed = n_before + 1 + end - start + 1
         if objective != "warm" and needed > layout.max_positions:
             tally.add(
                 f"{SKIPPED}: too little text behind a window that is too long to be restored", row.origin,

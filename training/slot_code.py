@@ -7,7 +7,7 @@ ratio above 1 it learns neither for hundreds of steps. Here is the first by itse
 
 for slot i of k over a span of L tokens t, e of unit RMS (zeros outside of the span), r the compression rate and w a
 few neighbours. M, b, the slot gain and the AE token learn from the losses of restoring the span from such slots; the
-rest of the adapter stands by. On SmolLM2, 64 tokens into 32 slots, 5,000 samples give a teacher-forced accuracy of 0.70
+rest of the adapter stands by. On SmolLM2, 64 tokens into 32 slots, 8,000 samples give a teacher-forced accuracy of 0.83
 on a book that was not trained on. A warm start then has the slots' directions as its targets (`training.warm_start`).
 """
 

@@ -36,6 +36,7 @@ from training.checkpoint_folder import OPTIMIZER_FILE, PROGRESS_FILE, SCHEDULER_
 from training.curriculum import WARM
 from training.model import TrainingModel
 from training.report import SAMPLES_FILE, LossWindow, Scores, append_line, peak_memory, restoration
+from training.schedule import stage_schedule
 from training.sharding import replicate_trained, shard_base_model
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ class ICAETrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`; tokens and gain may learn faster."""
-        if self.optimizer is None and self._token_lr_factor != 1:
+        factors = {self._token_lr_factor, *(s.token_lr_factor or 1 for s in self._stream.curriculum.stages)}
+        if self.optimizer is None and factors != {1}:
             tokens, others = [], []
             for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
@@ -164,6 +166,16 @@ class ICAETrainer(Trainer):
             groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay}]
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """See `Trainer.create_scheduler`; stages with rates of their own are scheduled one by one."""
+        curriculum = self._stream.curriculum
+        if self.lr_scheduler is None and curriculum.has_rates:
+            chosen = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = stage_schedule(chosen, self.args, curriculum, self._token_lr_factor)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         """See `Trainer._wrap_model`; Accelerate would have DDP keep the base model's shares in step, too."""
