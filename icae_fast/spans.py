@@ -110,9 +110,7 @@ def pack_spans(
     """
     k = slots_per_span(config, memory_size)
     cu = cumulative([n_leading + n + k for n in lengths])
-    positions = [
-        p for n in lengths for p in (torch.arange(n_leading + n), n_leading + memory_positions(n, config, k))
-    ]
+    positions = [p for n in lengths for p in (torch.arange(n_leading + n), n_leading + memory_positions(n, config, k))]
     ends = cu[1:].to(torch.int64)
     return PackedRows(
         positions=torch.cat(positions),
