@@ -35,7 +35,7 @@ class ActivationBudget:
         ConfigError: bytes is negative, or span_tokens under 1.
     """
 
-    bytes: int | None = 600 * MIB
+    bytes: int | None = 512 * MIB
     span_tokens: int = 1024
     offload: bool = False
 
