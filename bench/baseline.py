@@ -54,6 +54,7 @@ class BaselineICAE(nn.Module):
         lora_rank, lora_alpha, lora_dropout: of the LoRA.
         two_copies: hold a second copy of the base as decoder, as the reference does in training.
         memory_positions: `"append"` or `"spread"`, as in `icae_fast.ICAEConfig`.
+        leading_ids: read before each span, as of `icae_fast.ICAE`; the reference has none.
 
     Attributes:
         icae: the PEFT model; memory_token_embed: (k + 3, d); decoder: the second copy or None. The names of all
@@ -65,10 +66,11 @@ class BaselineICAE(nn.Module):
     def __init__(
         self, base_model: nn.Module, memory_size: int = 128, compression_rate: int = 4, lora_rank: int = 128,
         lora_alpha: float = 32, lora_dropout: float = 0.05, two_copies: bool = False, memory_positions: str = "append",
+        leading_ids: Sequence[int] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.memory_size, self.compression_rate = memory_size, compression_rate
-        self.memory_positions = memory_positions
+        self.memory_positions, self.leading_ids = memory_positions, list(leading_ids)
         self.n_base = base_model.get_input_embeddings().weight.shape[0]
         self.vocab_size = self.n_base + 1
         self.ae_token_id = self.vocab_size + memory_size
@@ -95,7 +97,7 @@ class BaselineICAE(nn.Module):
         c = icae.config
         baseline = cls(
             copy.deepcopy(icae.base_model), c.memory_size, c.compression_rate, c.lora_rank, c.lora_alpha,
-            c.lora_dropout, two_copies, c.memory_positions,
+            c.lora_dropout, two_copies, c.memory_positions, icae.leading_ids,
         )  # fmt: skip
         baseline.load_reference_tensors({key: p.detach() for key, p in icae.reference_named_parameters()})
         return baseline.eval()
@@ -141,14 +143,15 @@ class BaselineICAE(nn.Module):
         """Slots of a (B, L) batch of spans as it stands, pads and all, (B, k, d)."""
         k, n_rows = self.memory_size, ids.shape[0]
         memory = torch.arange(self.vocab_size, self.vocab_size + k, device=ids.device).expand(n_rows, k)
+        leading = torch.tensor(self.leading_ids, dtype=ids.dtype, device=ids.device).expand(n_rows, -1)
         extra = {}
         if self.memory_positions == "spread":
-            length = ids.shape[1]
-            spread = (torch.arange(1, k + 1) * length // k - 1).clamp_min(0)
-            positions = torch.cat((torch.arange(length), spread)).to(ids.device).expand(n_rows, -1)
+            length, n = ids.shape[1], len(self.leading_ids)
+            spread = n + (torch.arange(1, k + 1) * length // k - 1).clamp_min(0)
+            positions = torch.cat((torch.arange(n + length), spread)).to(ids.device).expand(n_rows, -1)
             # With the mask said, transformers does not take the jump in positions for the start of a new sequence.
             extra = {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
-        embeddings = self.tokens_to_embeddings(torch.cat((ids, memory), dim=1))
+        embeddings = self.tokens_to_embeddings(torch.cat((leading, ids, memory), dim=1))
         out = self.icae(inputs_embeds=embeddings, output_hidden_states=True, **extra)
         slots = out.hidden_states[-1][:, -k:]
         if self.slot_gain is None:

@@ -66,8 +66,13 @@ def test_wrong_tensors_are_refused():
 @pytest.mark.parametrize("kind", ["llama", "llama-mha", "qwen3"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"memory_positions": "spread", "slot_scale": "embedding_norm"}],
-    ids=["reference", "spread-scaled"],
+    [
+        {},
+        {"memory_positions": "spread", "slot_scale": "embedding_norm"},
+        {"sink_token": "bos"},
+        {"memory_positions": "spread", "sink_token": "bos"},
+    ],
+    ids=["reference", "spread-scaled", "bos", "spread-bos"],
 )
 def test_slots_and_answers_equal_those_of_icae_fast(make_icae, random_ids, kind, config):
     icae = make_icae(kind, **config)

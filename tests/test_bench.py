@@ -252,8 +252,8 @@ def test_a_partial_run_writes_nothing(run_benchmark):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"memory_positions": "spread", "slot_scale": "embedding_norm", "prompt_format": "v1"}],
-    ids=["reference", "spread-scaled-v1"],
+    [{}, {"memory_positions": "spread", "slot_scale": "embedding_norm", "prompt_format": "v1", "sink_token": "bos"}],
+    ids=["reference", "spread-scaled-bos-v1"],
 )
 def test_latency_table(make_icae, random_ids, config, monkeypatch):
     order = []
