@@ -77,6 +77,9 @@ class SlotKVMixin:
         """
         return tuple(self._layout([])[0])
 
+    def _prefix_of(self: ICAE, task: Task) -> tuple[int, ...]:
+        return self.prefix_ids if task == "answer" else self.leading_ids
+
     @torch.no_grad()
     def memory_kv(self: ICAE, memory: Memory, task: Task = "answer") -> SlotKV:
         """The frozen decoder's keys and values of a memory's slots, to be kept and given to `adopt_kv` later.
@@ -95,7 +98,7 @@ class SlotKVMixin:
         self._check_memory(memory)
         _check_choice("task", task, Task)
         _check_has_slots(memory)
-        prefix = self.prefix_ids if task == "answer" else self.leading_ids
+        prefix = self._prefix_of(task)
         _check_room(self, len(prefix) + memory.n_slots, 1)
         path = self.slot_kv.path(memory_pieces(self, memory, prefix))
         spans = path[len(path) - len(memory.span_lengths) :]
@@ -168,7 +171,7 @@ class SlotKVMixin:
         _check_choice("kind", kind, CacheKind)
         _check_positive(rows=rows)
         v = self.vocabulary
-        prefix = self.prefix_ids if task == "answer" else self.leading_ids
+        prefix = self._prefix_of(task)
         last = {"answer": [v.ft], "restore": [v.ae], "continue": [v.lm], "slots": []}[task]
         pieces = memory_pieces(self, memory, prefix) + ([_embedded(self, last)] if last else [])
         _check_room(self, sum(map(len, pieces)), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,7 +35,7 @@ def stage_schedule(
         ConfigError: the kind of schedule depends on more than the step.
     """
     shapes = [_shape(arguments, stage.steps) for stage in curriculum.stages]
-    starts = [sum(stage.steps for stage in curriculum.stages[:i]) for i in range(len(curriculum.stages))]
+    starts = [0, *accumulate(stage.steps for stage in curriculum.stages)]
 
     def factor(own: Callable[[Stage], float]) -> Factor:
         def at(step: int) -> float:
