@@ -8,6 +8,7 @@ import huggingface_hub
 import hypothesis
 import pytest
 import torch
+from kv_helpers import LENGTHS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -276,3 +277,13 @@ def smollm2_bf16():
 def long_text():
     """Some 4000 tokens of English prose."""
     return (Path(__file__).parents[1] / "examples" / "harrow_point.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def make_pieces():
+    """`make_pieces(lengths=LENGTHS, seed=0)`: random embeddings of the tiny models."""
+
+    def make(lengths=LENGTHS, seed=0):
+        return torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(seed)).split(list(lengths))
+
+    return make

@@ -8,56 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from kv_helpers import LENGTHS, assert_path, assert_same, hf_path
 
-from icae_fast.cache import DecoderRows, KVSegment
 from icae_fast.errors import InvalidInputError
 from icae_fast.kv_tree import SlotKVTree
-from icae_fast.slot_kv import memory_pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-LENGTHS = (1, 4, 3, 2)
-
-
-def hf_path(base, pieces):
-    """(n_layers, total, Hkv, D) keys and values of the Hugging Face model reading all pieces at once."""
-    cache = DynamicCache()
-    with torch.no_grad():
-        base(inputs_embeds=torch.cat(list(pieces))[None], past_key_values=cache)
-    return tuple(
-        torch.stack([getattr(layer, name)[0].transpose(0, 1) for layer in cache.layers]) for name in ("keys", "values")
-    )
-
-
-def assert_same(got, expected):
-    """Equal to 1e-5 of the largest value."""
-    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def assert_path(segments, pieces, expected):
-    """One segment a piece, at its place, and together what is expected."""
-    assert [s.length for s in segments] == [len(p) for p in pieces]
-    assert [s.start for s in segments] == [sum(map(len, pieces[:i])) for i in range(len(pieces))]
-    assert all(t.transpose(1, 2).is_contiguous() for s in segments for t in (s.keys, s.values))
-    assert_same(torch.cat([s.keys for s in segments], 1), expected[0])
-    assert_same(torch.cat([s.values for s in segments], 1), expected[1])
 
 
 @pytest.fixture
 def icae(make_icae):
     return make_icae()
-
-
-@pytest.fixture(scope="session")
-def make_pieces():
-    """`make_pieces(lengths=LENGTHS, seed=0)`: random embeddings of the tiny models."""
-
-    def make(lengths=LENGTHS, seed=0):
-        return torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(seed)).split(list(lengths))
-
-    return make
 
 
 def test_a_path_equals_hugging_face(make_icae, model_kind, make_pieces):
@@ -197,79 +158,6 @@ def test_a_path_over_the_budget_is_computed_and_not_kept(icae, make_pieces):
     assert tree.nbytes == tree.byte_budget
 
 
-def test_adopted_segments_are_found_and_not_copied(icae, make_icae, make_pieces, count_tokens):
-    a, b, c, d = make_pieces()
-    given = make_icae().slot_kv.path([a, b, c])[1:]
-    calls = count_tokens(icae)
-    assert icae.slot_kv.adopt([a, b, c], given)
-    assert calls == [len(a)]
-    path = icae.slot_kv.path([a, b, c, d])
-    assert path[1:3] == given
-    assert calls == [len(a), len(d)]
-    assert_path(path, (a, b, c, d), hf_path(icae.base_model, (a, b, c, d)))
-    again = make_icae().slot_kv.path([a, b])[1:]
-    assert icae.slot_kv.adopt([a, b], again)
-    assert icae.slot_kv.path([a, b])[1] is given[0]
-    other = icae.slot_kv.path([b])  # the same bytes at another place
-    assert other[0] is not given[0]
-
-
-def test_adopted_segments_are_evicted_as_others_are(icae, make_icae, make_pieces):
-    a, b, c, d = make_pieces()
-    tree, given = icae.slot_kv, make_icae().slot_kv.path([a, b, c])[1:]
-    per_token = given[0].nbytes // given[0].length
-    tree.byte_budget = per_token * (len(a) + len(b) + len(c) + len(d)) - 1
-    assert tree.adopt([a, b, c], given)
-    tree.path([d])  # takes the room of c, the leaf
-    assert (len(tree), tree.nbytes) == (3, per_token * (len(a) + len(b) + len(d)))
-    assert tree.path([a, b])[1] is given[0]
-    assert_path(tree.path([a, b, c]), (a, b, c), hf_path(icae.base_model, (a, b, c)))
-
-
-def test_an_adopted_path_over_the_budget_changes_nothing(icae, make_icae, make_pieces, count_tokens):
-    a, b, c, _ = make_pieces()
-    given = make_icae().slot_kv.path([a, b, c])[1:]
-    (kept,) = icae.slot_kv.path([b])
-    icae.kv_budget = kept.nbytes // kept.length * (len(a) + len(b) + len(c)) - 1
-    calls = count_tokens(icae)
-    assert not icae.slot_kv.adopt([a, b, c], given)
-    assert calls == []
-    assert icae.slot_kv.path([b]) == [kept]
-    assert len(icae.slot_kv) == 1
-    assert_path(icae.slot_kv.path([a, b, c]), (a, b, c), hf_path(icae.base_model, (a, b, c)))
-    assert calls == [sum(map(len, (a, b, c)))]
-
-
-def test_adopted_segments_go_with_the_weights(icae, make_icae, make_pieces):
-    pieces = make_pieces()
-    assert icae.slot_kv.adopt(pieces, make_icae().slot_kv.path(pieces))
-    with torch.no_grad():
-        icae.base_model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-    assert_path(icae.slot_kv.path(pieces), pieces, hf_path(icae.base_model, pieces))
-
-
-BAD_SEGMENTS = {
-    "none": (lambda s: [], "0 segments for 4 pieces"),
-    "more than pieces": (lambda s: [s[0], *s], "5 segments for 4 pieces"),
-    "another length": (lambda s: s[2:3], r"keys of a segment are \(3, 3, 2, 8\).*takes \(3, 2, 2, 8\)"),
-    "another dtype": (lambda s: [KVSegment(s[3].keys.double(), s[3].values, 8)], "keys .* torch.float64"),
-    "another device": (lambda s: [KVSegment(s[3].keys, s[3].values.to("meta"), 8)], "values .* on meta"),
-    "another layer count": (lambda s: [KVSegment(s[3].keys[:2], s[3].values, 8)], r"\(2, 2, 2, 8\)"),
-    "values of fewer heads": (lambda s: [KVSegment(s[3].keys, s[3].values[:, :, :1], 8)], "values of a segment"),
-    "spread heads": (lambda s: [KVSegment(s[3].keys.mT.contiguous().mT, s[3].values, 8)], "side by side"),
-    "another start": (lambda s: [KVSegment(s[3].keys, s[3].values, 7)], "starts at position 7, but its piece at 8"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), BAD_SEGMENTS.values(), ids=BAD_SEGMENTS)
-def test_segments_that_do_not_fit_are_refused(icae, make_pieces, spoil, message):
-    pieces = make_pieces()
-    segments = SlotKVTree(icae.backbone).path(pieces)
-    with pytest.raises(InvalidInputError, match=message):
-        icae.slot_kv.adopt(pieces, spoil(segments))
-    assert len(icae.slot_kv) == 0
-
-
 def test_segments_in_use_outlive_their_eviction(icae, make_pieces):
     pieces = make_pieces()
     segments = icae.slot_kv.path(pieces)
@@ -395,67 +283,3 @@ def test_autocast_does_not_reach_what_is_kept(icae, make_pieces):
     with torch.autocast("cpu", torch.bfloat16):
         segments = icae.slot_kv.path(pieces)
     assert_path(segments, pieces, hf_path(icae.base_model, pieces))
-
-
-def test_rows_keep_what_they_were_given(icae, make_pieces):
-    """Rows read behind segments; those that are left after others went still find their own keys."""
-    a, b, *_ = icae.slot_kv.path(make_pieces())
-    rows = DecoderRows(icae.backbone, [[a], [a, b], []], [4, 2, 3], icae.dtype, icae.device)
-    assert rows.nbytes == rows.keys.nbytes + rows.values.nbytes + a.nbytes + b.nbytes
-    x = icae.embed(torch.arange(3, 9))
-    layout = rows.append([3, 1, 2])
-    assert layout.positions.tolist() == [a.length, a.length + 1, a.length + 2, a.length + b.length, 0, 1]
-    icae.backbone.forward(x, layout, cache=rows)
-    before = [rows.tail(i) for i in range(3)]
-    rows.keep([0, 2])
-    for (keys, values), place in zip((before[0], before[2]), (0, 1), strict=True):
-        assert torch.equal(rows.tail(place)[0], keys)
-        assert torch.equal(rows.tail(place)[1], values)
-    assert rows.shared.rows == ((0, 1),)
-    with pytest.raises(ValueError, match="does not fit"):
-        rows.append([2, 1])
-
-
-def test_memory_pieces_are_the_template_and_the_spans(icae, random_ids):
-    memory = icae.compress(random_ids(40))[0]
-    template, *spans = memory_pieces(icae, memory, [7, 8])
-    assert torch.equal(template, icae.embed(torch.tensor([7, 8])))
-    assert [len(s) for s in spans] == [4, 4, 4]
-    assert torch.equal(torch.cat(spans), memory.slots)
-    assert len(memory_pieces(icae, memory)) == 3
-    assert memory_pieces(icae, memory.to(torch.bfloat16))[0].dtype == torch.float32
-
-
-def test_a_second_question_reads_the_memory_no_more(icae, random_ids, count_tokens):
-    icae.base_model.generation_config.eos_token_id = []
-    memory = icae.compress(random_ids(40))[0]
-    calls = count_tokens(icae)
-    first = icae.generate(memory, [[5, 6]], 3, return_ids=True)
-    assert calls == [12, 3, 1, 1]
-    icae.generate(memory, [[7], [8, 9]], 1, return_ids=True)
-    icae.restore(memory, 1, return_ids=True)
-    assert calls[4:] == [2 + 3, 1]
-    icae.kv_budget = 0
-    assert icae.generate(memory, [[5, 6]], 3, return_ids=True) == first
-    assert calls[6:] == [12, 3, 1, 1]
-
-
-def test_extending_computes_the_new_span_alone(icae, random_ids, count_tokens):
-    memory = icae.compress(random_ids(32))[0]
-    before = icae.slot_kv.path(memory_pieces(icae, memory))
-    longer = icae.extend(memory, random_ids(9, seed=1))
-    calls = count_tokens(icae)
-    after = icae.slot_kv.path(memory_pieces(icae, longer))
-    assert calls == [4]
-    assert after[:2] == before
-    assert (after[2].start, after[2].length) == (8, 4)
-    pieces = memory_pieces(icae, longer)
-    assert_path(after, pieces, hf_path(icae.base_model, pieces))
-
-
-def test_memories_share_the_template(icae, random_ids, count_tokens):
-    memories = icae.compress([random_ids(16), random_ids(30, seed=1)])
-    calls = count_tokens(icae)
-    paths = icae.slot_kv.paths([memory_pieces(icae, m, [7, 8, 9]) for m in memories])
-    assert calls == [3 + 4 + 8]
-    assert paths[0][0] is paths[1][0]
