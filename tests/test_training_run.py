@@ -123,17 +123,21 @@ FROM_A_CODE = [
 ]
 
 
-@pytest.mark.parametrize("resumed_from", [1, 3, 5])
-def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_path, resumed_from):
+@pytest.mark.parametrize(("resumed_from", "optim"), [(1, "soap"), (3, "adamw_torch_fused"), (3, "soap"), (5, "soap")])
+def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_path, resumed_from, optim):
     path = config(
         TEXTS, stages=FROM_A_CODE, distillation={"alpha": 0.0},
         adapter={"slot_scale": "embedding_norm", "memory_positions": "spread", "sink_token": "bos"},
-        train={"save_steps": 1, "lr_scheduler_type": "linear", "save_total_limit": 9, "token_lr_factor": 4.0},
+        train={"save_steps": 1, "lr_scheduler_type": "linear", "save_total_limit": 9, "token_lr_factor": 4.0,
+               "optim": optim},
     )  # fmt: skip
     adapter = pretrain.run(load_settings(path))
     whole, digest = history(tmp_path, 6), (adapter / "icae_config.json").read_text()
     named = [[n for n in ("loss_code", "loss_warm", "loss_ae") if n in line] for line in whole]
     assert named[1::2] == [["loss_code"], ["loss_warm"], ["loss_ae"]]
+    states = torch.load(tmp_path / "out" / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"]
+    rotated = {name for name, state in states.items() if "basis_0" in state or "basis_1" in state}
+    assert rotated == ({n for n in states if "adapter" in n} if optim == "soap" else set())
     for step in range(resumed_from + 1, 7):
         shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
     adapter = pretrain.run(load_settings(path))

@@ -1,4 +1,4 @@
-"""The section `train`: any field of transformers' `TrainingArguments`, and three of our own."""
+"""The section `train`: any field of transformers' `TrainingArguments`, one more optimiser, and three of our own."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "constant_with_warmup",
-    "optim": "adamw_torch_fused",
     "weight_decay": 0.0,
     # All trained parameters take part in every step, and the frozen base has no buffer that changes.
     "ddp_find_unused_parameters": False,
     "ddp_broadcast_buffers": False,
 }
+SOAP = "soap"
 
 
 class TrainSection(BaseModel):
@@ -72,6 +72,8 @@ class TrainSection(BaseModel):
             starts anew, and then the folder must hold none; else a checkpoint folder.
         token_lr_factor: the learning rate of memory and special tokens and of the slot gain is `learning_rate` times
             this: they are as large as embeddings, where LoRA's factors are small.
+        optim: an optimiser of `TrainingArguments`, or "soap": `training.soap.Soap` for LoRA's matrices and AdamW for
+            the rest, with `adam_beta1`, `adam_beta2`, `adam_epsilon` and `weight_decay`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -79,6 +81,7 @@ class TrainSection(BaseModel):
     on_nan: Literal["stop", "skip"] = "stop"
     resume: str = "auto"
     token_lr_factor: float = Field(1.0, gt=0)
+    optim: str = "adamw_torch_fused"
 
     @model_validator(mode="before")
     @classmethod
@@ -88,6 +91,8 @@ class TrainSection(BaseModel):
         problems = [problem for name, value in values.items() if (problem := cls._problem(name, value))]
         if problems:
             raise ValueError("; ".join(problems))
+        if values.get("optim") == SOAP and values.get("optim_args") is not None:
+            raise ValueError("train.optim_args has no effect on soap; leave it out")
         return values
 
     @classmethod
@@ -113,7 +118,7 @@ class TrainSection(BaseModel):
         return [*cls.model_fields, *(name for name in _types() if name not in REFUSED)]
 
     def given(self) -> dict[str, Any]:
-        """What the file says, and `on_nan` and `resume`."""
+        """What the file says, and the fields above."""
         return self.model_dump(mode="json")
 
     def arguments(self, output: str, max_steps: int, **fixed: Any) -> TrainingArguments:
@@ -128,6 +133,8 @@ class TrainSection(BaseModel):
             ConfigError: transformers refuses a value.
         """
         values = {"max_steps": max_steps} | DEFAULTS | dict(self.model_extra or {}) | fixed
+        if self.optim != SOAP:  # which the trainer makes
+            values["optim"] = self.optim
         try:
             return TrainingArguments(output_dir=output, ignore_data_skip=True, logging_nan_inf_filter=False, **values)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:

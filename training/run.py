@@ -16,6 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from icae_fast import ICAE
 from icae_fast.errors import CheckpointError, ConfigError
 from icae_fast.hub import load_base_model
+from training.arguments import SOAP
 from training.batch import pack
 from training.checkpoint_folder import STATE_FILE, find_checkpoint
 from training.curriculum import Curriculum
@@ -96,7 +97,7 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
         TrainingModel(icae, settings.budget(), settings.distill(), code), arguments, stream,
         eval_batches=[pack(samples) for samples in held_out_samples], on_nan=settings.train.on_nan,
         restore=_passage(settings, held_out_samples), shard_base=sharded,
-        token_lr_factor=settings.train.token_lr_factor,
+        token_lr_factor=settings.train.token_lr_factor, soap=settings.train.optim == SOAP,
     )  # fmt: skip
     if arguments.should_save:
         try:

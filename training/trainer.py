@@ -38,6 +38,7 @@ from training.model import TrainingModel
 from training.report import SAMPLES_FILE, LossWindow, Scores, append_line, peak_memory, restoration
 from training.schedule import stage_schedule
 from training.sharding import replicate_trained, shard_base_model
+from training.soap import Soap
 
 if TYPE_CHECKING:
     from training.stream import BatchStream, MicroBatch
@@ -83,6 +84,7 @@ class ICAETrainer(Trainer):
         restore: (ids, origin) of a passage that every evaluation restores, or None.
         shard_base: whether processes hold shares of the base model's weights; see `training.sharding`.
         token_lr_factor: learning rate of memory and special tokens and of the slot gain, over that of the rest.
+        soap: train LoRA's matrices by `Soap` and the rest by AdamW, in place of `args.optim`.
         callbacks: further `TrainerCallback`s.
     """
 
@@ -100,6 +102,7 @@ class ICAETrainer(Trainer):
         restore: tuple[Sequence[int], str] | None = None,
         shard_base: bool = False,
         token_lr_factor: float = 1.0,
+        soap: bool = False,
         callbacks: list[Any] | None = None,
     ) -> None:
         icae = model.icae
@@ -107,7 +110,7 @@ class ICAETrainer(Trainer):
         names = {id(p): name for name, p in model.named_parameters()}
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore, self._code = stream, on_nan, restore, model.code
-        self._token_lr_factor = token_lr_factor
+        self._token_lr_factor, self._soap = token_lr_factor, soap
         self._window, self._step = LossWindow(), []
         if shard_base:
             shard_base_model(model)
@@ -155,7 +158,7 @@ class ICAETrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`; tokens and gain may learn faster."""
         factors = {self._token_lr_factor, *(s.token_lr_factor or 1 for s in self._stream.curriculum.stages)}
-        if self.optimizer is None and factors != {1}:
+        if self.optimizer is None and (factors != {1} or self._soap):
             tokens, others = [], []
             for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
@@ -163,7 +166,10 @@ class ICAETrainer(Trainer):
                     (tokens if is_token else others).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decay, faster = {"weight_decay": self.args.weight_decay}, options["lr"] * self._token_lr_factor
-            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay}]
+            alone = {}
+            if self._soap:  # embeddings are no matrix whose rows could be mixed
+                kind, options, alone = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
+            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **alone}]
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
 
