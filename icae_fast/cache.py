@@ -165,13 +165,13 @@ class DecoderRows:
         self._places = torch.cat(places).to(self.device)
         return pack_behind([p + n for p, n in zip(self.prefix_lengths, before, strict=True)], counts).to(self.device)
 
-    def append_one(self) -> list[int]:
-        """Announce one more token for every row, for a step; gives the rows' lengths with it.
+    def append_each(self, count: int = 1) -> list[int]:
+        """Announce as many more tokens for every row, one for each step; gives the rows' lengths with them.
 
         Raises:
-            ValueError: a row has no room for it.
+            ValueError: a row has no room for them.
         """
-        self._announce([1] * len(self.lengths))
+        self._announce([count] * len(self.lengths))
         return self.lengths
 
     def attend(

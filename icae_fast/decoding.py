@@ -1,16 +1,19 @@
-"""Reading prompts behind memories and decoding on, a batch of rows at a time; no choice of tokens is made here."""
+"""Reading prompts behind memories and decoding on, a batch of rows at a time.
+
+Which tokens are chosen is not decided here, but that `DecodeSession.greedy` goes on with the most likely ones.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from icae_fast.cache import DecoderRows, KVSegment, tree_order
 from icae_fast.decode_graph import StepGraph, capture_on
-from icae_fast.ops import bind_decode_step, decode_step
+from icae_fast.ops import BoundStep, bind_decode_step, decode_step
 from icae_fast.step_weights import RotaryTables, StepWeights
 
 if TYPE_CHECKING:
@@ -47,7 +50,6 @@ class DecodeSession:
         self._tables = RotaryTables(icae.backbone, longest, suffixes[0])
         self._graph: StepGraph | None = None
         self._capture = None if self._weights is None or self._tables.fixed is None else capture_on(icae.device)
-        self._bound = None  # what `bind_decode_step` gives for the rows that are left
 
     @property
     def nbytes(self) -> int:
@@ -78,12 +80,33 @@ class DecodeSession:
             return self._in_callers_order(self._icae.base_model.lm_head(hidden))
         if self._tables.fixed is None:
             return self._in_callers_order(self._unbound_step(tokens))
-        lengths = self._rows.append_one()
-        if self._bound is None:
-            self._bound = self._bind()
-        return self._in_callers_order(self._bound(tokens, lengths))
+        return self._in_callers_order(self._bound.step(tokens, self._rows.append_each()))
 
-    def _bind(self):
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `greedy` can be called: one call of the op is a step, and it is no part of a graph."""
+        return self._capture is None and self._weights is not None and self._tables.fixed is not None
+
+    @torch.no_grad()
+    def greedy(self, tokens: torch.Tensor, most: int, eos: Sequence[int]) -> torch.Tensor:
+        """Read one more token a row and go on with the most likely ones, without coming back for each.
+
+        Args:
+            tokens: see `step`.
+            most: steps at most, for which every row has room.
+            eos: ids after which no further step is made, whatever row they come in.
+
+        Returns:
+            (n, R) the tokens of the n steps that were made; the last ones have not been read yet.
+        """
+        tokens = tokens[torch.tensor(self._order, device=tokens.device)] if self._permuted else tokens
+        chosen = self._bound.greedy(tokens, self._rows.append_each(), most, list(eos))
+        self._rows.append_each(len(chosen) - 1)
+        return self._in_callers_order(chosen.T).T
+
+    @functools.cached_property
+    def _bound(self) -> BoundStep:
+        """A step of the rows that are left."""
         w, rows, shared = self._weights, self._rows, self._rows.shared
         return bind_decode_step(
             w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, *self._tables.fixed, rows.keys, rows.values,
@@ -95,7 +118,7 @@ class DecodeSession:
     def _unbound_step(self, tokens):
         """A step at angles that depend on how long the rows have become."""
         rows = self._rows
-        lengths = rows.append_one()
+        lengths = rows.append_each()
         cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
         return _compute(self._icae.backbone, self._weights, rows, *rows.tails, tokens, cos, sin)
 
@@ -104,10 +127,10 @@ class DecodeSession:
         if self._graph is None:
             starts, lengths = rows.tails  # each step raises the lengths by itself, on the device
             # Without a reference to the session, so that its memory is free as soon as nobody holds it.
-            compute = partial(_compute, self._icae.backbone, self._weights, rows, starts, lengths)
+            compute = functools.partial(_compute, self._icae.backbone, self._weights, rows, starts, lengths)
             positions = [p + n for p, n in zip(rows.prefix_lengths, rows.lengths, strict=True)]
             self._graph = StepGraph(compute, self._tables.fixed, positions, lengths, self._order, self._capture)
-        rows.append_one()
+        rows.append_each()
         return self._graph.step(tokens)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -116,7 +139,8 @@ class DecodeSession:
         kept = [i for i, row in enumerate(self._order) if row in wanted]
         self._order = [wanted[self._order[i]] for i in kept]
         self._rows.keep(kept)
-        self._graph = self._bound = None
+        self._graph = None
+        self.__dict__.pop("_bound", None)
 
     @property
     def _permuted(self) -> bool:

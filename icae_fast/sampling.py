@@ -228,6 +228,16 @@ class TokenChooser:
         self._step += 1
         return tokens
 
+    @property
+    def takes_the_largest(self) -> bool:
+        """Whether from now on the most likely token is chosen, and nobody asks for those before."""
+        greedy = self._uniform is None and self._history is None and not self._processors
+        return greedy and self._step >= self._min_new_tokens
+
+    def skip(self, steps: int) -> None:
+        """Go on as if `choose` had been called so many times, which `takes_the_largest` allows."""
+        self._step += steps
+
     def stopped(self) -> list[bool]:
         """Which active rows a stopping criterion ends; without criteria nothing is read back from the device."""
         if not self._criteria:

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import hypothesis
@@ -162,8 +163,18 @@ def count_tokens(monkeypatch):
         )
 
         def bind_counting(*arguments, **options):
-            step = bind(*arguments, **options)
-            return lambda tokens, lengths: (calls.append(len(tokens)), step(tokens, lengths))[1]
+            bound = bind(*arguments, **options)
+
+            def step(tokens, lengths):
+                calls.append(len(tokens))
+                return bound.step(tokens, lengths)
+
+            def greedy(tokens, *rest):
+                chosen = bound.greedy(tokens, *rest)
+                calls.extend([len(tokens)] * len(chosen))
+                return chosen
+
+            return SimpleNamespace(step=step, greedy=greedy)
 
         monkeypatch.setattr(decoding, "bind_decode_step", bind_counting)
         return calls

@@ -1,9 +1,13 @@
 """`bind_decode_step` gives what `decode_step` gives, and refuses what cannot be right."""
 
+import sys
+
 import pytest
 import torch
 
 from icae_fast.ops import REGISTRY, bind_decode_step, decode_step
+
+decode_step_module = sys.modules["icae_fast.ops.decode_step"]  # the package gives the function by this name
 
 SPEC = REGISTRY["decode_step"]
 WEIGHTS = ("embedding", "norms", "matrices", "biases", "qk_norms", "head")
@@ -48,7 +52,7 @@ def test_it_equals_the_op(name, dtype):
     expected = decode_step(**(inputs | {"cos": cos[positions], "sin": sin[positions]}))
     step = bind(inputs | caches, cos, sin)
     for _ in range(2):  # the second time finds the key and value that the first one wrote, and writes the same
-        torch.testing.assert_close(step(inputs["tokens"], lengths), expected, rtol=0, atol=0)
+        torch.testing.assert_close(step.step(inputs["tokens"], lengths), expected, rtol=0, atol=0)
     for n, cache in caches.items():
         torch.testing.assert_close(cache, inputs[n], rtol=0, atol=0)
 
@@ -60,11 +64,55 @@ def test_it_refuses_what_cannot_be_right():
         bind(inputs, table, table, matrices=inputs["matrices"][1:])
     lengths = inputs["tail_lengths"].tolist()
     with pytest.raises(RuntimeError, match="past the rotary tables, which have 5"):
-        bind(inputs, table[:5], table[:5])(inputs["tokens"], lengths)
-    step = bind(inputs, table, table)
+        bind(inputs, table[:5], table[:5]).step(inputs["tokens"], lengths)
+    step = bind(inputs, table, table).step
     with pytest.raises(RuntimeError, match="not in the vocabulary"):
         step(inputs["tokens"] + 10**6, lengths)
     with pytest.raises(RuntimeError, match="tail_starts and tail_lengths have 1 and 2 values"):
         step(inputs["tokens"], lengths * 2)
     with pytest.raises(RuntimeError, match="has a tail of 1000 keys"):
         step(inputs["tokens"], [1000])
+
+
+def with_room(inputs, room):
+    """The same rows with places behind each for `room` more tokens, and a head that gives no other than base tokens."""
+    starts, lengths = inputs["tail_starts"].tolist(), inputs["tail_lengths"].tolist()
+    moved = [start + room * r for r, start in enumerate(starts)]
+    caches = {}
+    for name in ("tail_keys", "tail_values"):
+        layers, n, *rest = inputs[name].shape
+        caches[name] = torch.zeros(layers, n + room * len(starts), *rest, dtype=inputs[name].dtype)
+        for old, new, length in zip(starts, moved, lengths, strict=True):
+            caches[name][:, new : new + length] = inputs[name][:, old : old + length]
+    head = inputs["head"][: len(inputs["embedding"])]
+    return inputs | caches | {"tail_starts": torch.tensor(moved, dtype=torch.int32), "head": head}
+
+
+def copied(inputs):
+    return inputs | {name: inputs[name].clone() for name in ("tail_keys", "tail_values")}
+
+
+@pytest.mark.parametrize("in_python", [False, True], ids=["one call", "single steps"])
+@pytest.mark.parametrize("name", [s.name for s in SPEC.samples if s.name != "no-rows"])
+def test_greedy_steps_are_single_ones(name, in_python, monkeypatch):
+    n, inputs = 4, with_room(make(name, torch.float32), 4)
+    angles = torch.rand(400, inputs["tail_keys"].shape[3] // 2, generator=torch.Generator().manual_seed(6)) * 6.28
+    cos, sin, lengths = angles.cos(), angles.sin(), inputs["tail_lengths"].tolist()
+    stepped, tokens, expected = copied(inputs), inputs["tokens"], []
+    single = bind(stepped, cos, sin)
+    for i in range(n):
+        tokens = single.step(tokens, [length + i for length in lengths]).argmax(-1)
+        expected.append(tokens.tolist())
+    if in_python:
+        monkeypatch.setattr(decode_step_module, "backend_of", lambda *_: "reference")
+    ahead = copied(inputs)
+    assert bind(ahead, cos, sin).greedy(inputs["tokens"], lengths, n, []).tolist() == expected
+    for cache in ("tail_keys", "tail_values"):
+        torch.testing.assert_close(ahead[cache], stepped[cache], rtol=0, atol=0)
+    # The first step in which some row's token ends it is the last.
+    end = expected[1][-1]
+    last = next(i for i, ids in enumerate(expected) if end in ids)
+    ended = bind(copied(inputs), cos, sin).greedy(inputs["tokens"], lengths, n, [10**6, end])
+    assert ended.tolist() == expected[: last + 1]
+    with pytest.raises(ValueError if in_python else RuntimeError, match="at least one step must be asked for, not 0"):
+        bind(inputs, cos, sin).greedy(inputs["tokens"], lengths, 0, [])

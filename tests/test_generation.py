@@ -107,11 +107,22 @@ def test_one_prompt_gives_a_list_of_one_answer(icae, memory):
         assert icae.generate(memory, same, 4, return_ids=True) == expected
 
 
-@pytest.fixture
-def rows_of_steps(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["several steps a call", "one"])
+def rows_of_steps(request, monkeypatch):
     """Numbers of rows that each decoding step after the first computes."""
-    counts, step = [], DecodeSession.step
-    monkeypatch.setattr(DecodeSession, "step", lambda self, ids: counts.append(len(ids)) or step(self, ids))
+    counts, step, greedy = [], DecodeSession.step, DecodeSession.greedy
+
+    def counted(self, tokens, most, eos):
+        chosen = greedy(self, tokens, most, eos)
+        counts.extend([len(tokens)] * len(chosen))
+        return chosen
+
+    if request.param:
+        monkeypatch.setattr(DecodeSession, "step", None)
+        monkeypatch.setattr(DecodeSession, "greedy", counted)
+    else:
+        monkeypatch.setattr(DecodeSession, "runs_ahead", False)
+        monkeypatch.setattr(DecodeSession, "step", lambda self, ids: counts.append(len(ids)) or step(self, ids))
     return counts
 
 

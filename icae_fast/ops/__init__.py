@@ -25,7 +25,7 @@ from icae_fast.ops._declare import (
     load_extension,
     required_backend,
 )
-from icae_fast.ops.decode_step import bind_decode_step, decode_step
+from icae_fast.ops.decode_step import BoundStep, bind_decode_step, decode_step
 from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.linear import linear
 from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
@@ -37,6 +37,7 @@ from icae_fast.ops.varlen_attention import attention_backend, set_attention_back
 __all__ = [
     "EXTENSION_ERROR",
     "REGISTRY",
+    "BoundStep",
     "OpSpec",
     "Sample",
     "attention_backend",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from icae_fast.ops._declare import backend_of
 from icae_fast.ops.decode_step.spec import SPEC
 
-__all__ = ["SPEC", "bind_decode_step", "decode_step"]
+__all__ = ["SPEC", "BoundStep", "bind_decode_step", "decode_step"]
 
 
 def decode_step(
@@ -76,6 +78,33 @@ def decode_step(
     )  # fmt: skip
 
 
+class BoundStep(Protocol):
+    """`decode_step` of rows whose weights and caches stay the same."""
+
+    def step(self, tokens: torch.Tensor, tail_lengths: Sequence[int]) -> torch.Tensor:
+        """Read a token a row.
+
+        Args:
+            tokens: (R,) int64.
+            tail_lengths: of each row's tail, with this token.
+
+        Returns:
+            (R, V') logits.
+        """
+
+    def greedy(self, tokens: torch.Tensor, tail_lengths: Sequence[int], most: int, eos: Sequence[int]) -> torch.Tensor:
+        """Read a token a row and go on with the most likely ones (the first of equals), step after step.
+
+        Args:
+            tokens, tail_lengths: of the first step.
+            most: steps at most, 1 or more.
+            eos: ids after which no further step is made, whatever row they come in.
+
+        Returns:
+            (n, R) int64 tokens that the n steps gave, n up to `most`.
+        """
+
+
 def bind_decode_step(
     embedding: torch.Tensor,
     norms: Sequence[torch.Tensor],
@@ -97,7 +126,7 @@ def bind_decode_step(
     scale: float,
     norm_eps: float,
     windows: Sequence[int],
-) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+) -> BoundStep:
     """`decode_step` with all that stays the same from step to step bound and checked once.
 
     Handing over the weights costs a fifth of a millisecond a step, which is 2 % of a token of SmolLM2 on a CPU.
@@ -106,16 +135,13 @@ def bind_decode_step(
         cos, sin: (P, D / 2), the rotary tables of all positions from 0.
         tail_starts: where each of the R rows' tails begins.
         others: see `decode_step`.
-
-    Returns:
-        `step(tokens, tail_lengths)`: tokens (R,) int64, lengths with this step's token; gives (R, V') logits.
     """
     if backend_of("decode_step", embedding.device) == "cpp":
         return torch.classes.icae_fast.BoundStep(
             embedding, list(norms), list(matrices), list(biases), list(qk_norms), head, cos, sin, tail_keys,
             tail_values, list(tail_starts), list(prefix_keys), list(prefix_values),
             [i for pair in prefix_rows for i in pair], num_q_heads, num_kv_heads, scale, norm_eps, list(windows),
-        ).step  # fmt: skip
+        )  # fmt: skip
     starts = torch.tensor(tail_starts, dtype=torch.int32, device=embedding.device)
     read = [0] * len(tail_starts)
     for keys, (begin, end) in zip(prefix_keys, prefix_rows, strict=True):
@@ -130,4 +156,22 @@ def bind_decode_step(
             num_kv_heads=num_kv_heads, scale=scale, norm_eps=norm_eps, windows=windows,
         )  # fmt: skip
 
-    return step
+    return _Steps(step)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A `BoundStep` of single steps."""
+
+    step: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+    def greedy(self, tokens: torch.Tensor, tail_lengths: Sequence[int], most: int, eos: Sequence[int]) -> torch.Tensor:
+        if most < 1:
+            raise ValueError(f"at least one step must be asked for, not {most}")
+        chosen = []
+        while len(chosen) < most:
+            tokens = self.step(tokens, [n + len(chosen) for n in tail_lengths]).max(-1).indices
+            chosen.append(tokens)
+            if not set(eos).isdisjoint(tokens.tolist()):
+                break
+        return torch.stack(chosen)
