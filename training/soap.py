@@ -22,7 +22,7 @@ class Soap(torch.optim.Optimizer):
     has at most `max_basis` entries: the rank of LoRA's factors, and not the model's width, whose QR costs more than
     it gains. What has no such side is trained by AdamW. Training SmolLM2's adapter on from a loss of 0.48, 110 steps of
     autoencoding with the same samples and rates gave 0.501 with AdamW, 0.459 with one side rotated, at 1.04 of the
-    time, and 0.453 with both, at 1.3 (one thread, docs/results/adapter-smollm2-135m.json).
+    time, and 0.453 with both, at 1.33 (one thread, docs/results/adapter-smollm2-135m.json).
 
     Args:
         params: as for any optimiser.
