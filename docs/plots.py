@@ -82,7 +82,7 @@ def adapter_curves(result: dict[str, Any], path: Path) -> None:
         axes.set_ylim(0, 1)
         axes.set_title(result["title"], fontsize=11)
         axes.grid(True, alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=7)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=2, frameon=False, fontsize=7)
 
 
 def _line(axes, name, found):

@@ -1,4 +1,4 @@
-"""What is not finite stays visible: attention turns the same rows to NaN as the reference does."""
+"""What is not finite stays visible: attention turns the same rows to NaN as the reference does, and no others."""
 
 import pytest
 import torch
@@ -29,3 +29,24 @@ def test_attention_keeps_nan(backend, dtype, where, value, row):
     expected = SPEC.reference(*arguments)[0]
     assert expected.isnan().any()
     assert torch.equal(out.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("backend", [b for b in backends(SPEC) if b != "reference"])
+def test_what_a_thread_left_behind_changes_no_bit(backend, dtype, one_thread):
+    """16 queries of NaN fill a tile of lanes, which 10 queries do not; they were once looked at all the same."""
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(300, HEADS, DIM, generator=g).to(dtype) for _ in range(2))
+    few = (torch.randn(10, 3 * HEADS, DIM, generator=g) * 3).to(dtype)
+    many = torch.full((16, 3 * HEADS, DIM), torch.nan, dtype=dtype)
+
+    def attend(q):
+        return call_backend(SPEC, backend)(
+            q, k, v, cumulative([len(q)]), cumulative([300]), None, len(q), 300, 0.125, 0
+        )
+
+    expected = attend(few)
+    for _ in range(20):
+        assert attend(many)[0].isnan().all()
+        out = attend(few)
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))

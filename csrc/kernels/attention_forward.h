@@ -285,8 +285,14 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
     t.softmax->sum[l] = 0;
   }
   const Weights<T> weights(C(exponent_scale(in.scale)));
-  const bool careful =
-      !Weights<T>::kKeepsNan && !all_finite(t.q, ceil_div(in.head_dim, P::kPair) * kLanes * P::kPair);
+  bool careful = false;
+  if constexpr (!Weights<T>::kKeepsNan) {
+    // Lanes past these hold whatever the thread left there, and would decide about the rounding of others.
+    const int64_t packed_lanes = round_up(lanes, Vec<C>::kWidth);
+    for (int64_t s = 0; s < ceil_div(in.head_dim, P::kPair) && !careful; ++s) {
+      careful = !all_finite(t.q + s * kLanes * P::kPair, packed_lanes * P::kPair);
+    }
+  }
   in_blocks(ceil_div(lanes, Vec<C>::kWidth), [&](int64_t n, int64_t width) {
     const int64_t lane = n * Vec<C>::kWidth;
     bool started = false;

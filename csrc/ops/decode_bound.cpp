@@ -1,6 +1,6 @@
 // decode_step with all that stays the same from step to step looked at once, and several steps in one call. Through
-// the dispatcher some three hundred tensors go by for each token, and Python collects them: that, and choosing rows of
-// the rotary tables, took 0.5 of SmolLM2's 10 ms a token.
+// the dispatcher some three hundred tensors go by for each token, and Python collects them: that, and choosing rows
+// of the rotary tables, took 0.5 of SmolLM2's 10 ms a token.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/max.h>
