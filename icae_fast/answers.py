@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["eos", "stop", "length"]
 
-# Coming back to Python costs a token of SmolLM2 0.3 of its 7 to 9 ms, but no interrupt is seen before that.
+# Coming back to Python costs a token of SmolLM2 0.3 of its 7 to 9 ms; until then no interrupt is seen.
 STEPS_AHEAD = 8
 
 
