@@ -73,7 +73,7 @@ class DecodeSession:
         """
         if self._capture is not None:
             return self._graph_step(tokens)
-        tokens = tokens[torch.tensor(self._order, device=tokens.device)] if self._permuted else tokens
+        tokens = self._in_own_order(tokens)
         if self._weights is None:
             packed = self._rows.append([1] * len(self._order))
             hidden = self._icae.backbone.forward(self._icae.embed(tokens), packed, cache=self._rows)
@@ -99,8 +99,7 @@ class DecodeSession:
         Returns:
             (n, R) the tokens of the n steps that were made; the last ones have not been read yet.
         """
-        tokens = tokens[torch.tensor(self._order, device=tokens.device)] if self._permuted else tokens
-        chosen = self._bound.greedy(tokens, self._rows.append_each(), most, list(eos))
+        chosen = self._bound.greedy(self._in_own_order(tokens), self._rows.append_each(), most, list(eos))
         self._rows.append_each(len(chosen) - 1)
         return self._in_callers_order(chosen.T).T
 
@@ -145,6 +144,9 @@ class DecodeSession:
     @property
     def _permuted(self) -> bool:
         return self._order != list(range(len(self._order)))
+
+    def _in_own_order(self, tokens):
+        return tokens[torch.tensor(self._order, device=tokens.device)] if self._permuted else tokens
 
     def _in_callers_order(self, logits):
         if not self._permuted:
