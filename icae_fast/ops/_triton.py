@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
+
+from icae_fast.errors import BackendError
+from icae_fast.ops._relaunch import Cases, current
 
 INTERPRETED = triton.knobs.runtime.interpret
 INTERPRETER_ARCH = 0
@@ -47,6 +52,8 @@ class Kernel:
         constants = () if INTERPRETED else (p.name for p in function.params if p.is_constexpr)
         self._deciding = {*key, *constants}
         self._tuners: dict[tuple, Any] = {}
+        self._cases = Cases(function, self._deciding)
+        self._lock = threading.RLock()
 
     def __call__(self, grid: Grid, **arguments: Any) -> None:
         """Launch.
@@ -64,7 +71,25 @@ class Kernel:
             if all(blocks):
                 self.function[blocks](**arguments, **config.kwargs)
         elif callable(grid) or all(grid):
+            self._launch(grid, arguments)
+
+    def _launch(self, grid, arguments):
+        looked = None
+        if self._cases.usable():
+            device, stream_of = current()
+            looked = self._cases.look(arguments, device)
+        if looked is None:
             self._tuner(arguments)[grid](**arguments)
+            return
+        key, values = looked
+        case = self._cases.known.get(key)
+        if case is not None:
+            case.launch(grid, stream_of(device), arguments, values)
+            return
+        with self._lock:  # the tuner says which configuration it took last
+            tuner = self._tuner(arguments)
+            compiled = tuner[grid](**arguments)
+            self._cases.learn(key, arguments, tuner.best_config, compiled)
 
     def _tuner(self, arguments):
         device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
@@ -80,9 +105,18 @@ class Kernel:
             configs = self.configs(architecture(device), arguments)
             names = tuple(map(str, configs))
             self._tuners[case] = self._tuners[names] = self._tuners.get(names) or triton.autotune(
-                configs, list(self.key), cache_results=True
+                configs, list(self.key), cache_results=True, do_bench=_measure
             )(self.function)
         return self._tuners[case]
+
+
+def _measure(call, quantiles):
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "a Triton kernel has configurations to choose from by time, which cannot be done while a CUDA graph is "
+            "captured; run the same call once before the capture"
+        )
+    return driver.active.get_benchmarker()(call, quantiles=quantiles)
 
 
 def kernel(configs: Configs, key: tuple[str, ...] = ()) -> Callable[[Any], Kernel]:

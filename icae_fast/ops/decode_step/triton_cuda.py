@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from icae_fast.ops._layout import power_of_2
 from icae_fast.ops._triton import kernel
 from icae_fast.ops.decode_step.ref import MATRICES
 from icae_fast.ops.rms_norm import triton_cuda as norms_on_cuda
@@ -63,7 +64,7 @@ def _heads(qkv, qk_norm, cos, sin, keys, values, rows, num_q_heads, eps):
         (n, num_q_heads + 2 * num_kv_heads), qkv=qkv, qk_norm=qk_norm, cos=cos, sin=sin, q=q, keys=keys, values=values,
         tail_starts=rows.tail_starts, tail_lengths=rows.tail_lengths, eps=eps, key_stride=keys.stride(0),
         key_head_stride=keys.stride(1), value_stride=values.stride(0), value_head_stride=values.stride(1),
-        HQ=num_q_heads, HKV=num_kv_heads, HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2),
+        HQ=num_q_heads, HKV=num_kv_heads, HALF=head_dim // 2, BLOCK=power_of_2(head_dim // 2),
     )  # fmt: skip
     return q
 

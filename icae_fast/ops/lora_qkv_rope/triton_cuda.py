@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from icae_fast.ops._layout import cdiv, power_of_2
 from icae_fast.ops._triton import kernel
 from icae_fast.ops.lora_qkv_rope.triton_cuda_common import Operands, grouped, load, project, query_rows
 
@@ -187,11 +188,11 @@ def run(o: Operands, xa, *, finished: bool = True):
     k = o.x.new_empty(o.n_rows, o.kv_heads, o.head_dim)
     v = torch.empty_like(k) if finished else None
     norm = o.qk_norm if finished else None
-    slot, kinds = half if norm is None else triton.next_power_of_2(half), 3 if finished else 2
+    slot, kinds = half if norm is None else power_of_2(half), 3 if finished else 2
 
     def grid(a):
-        q_columns, kv_columns = (triton.cdiv(h * slot, a["BLOCK_N"] // 2) for h in (o.q_heads, o.kv_heads))
-        q_tiles, tiles = (triton.cdiv(n, a["BLOCK_M"]) for n in (o.n_queries, o.n_rows))
+        q_columns, kv_columns = (cdiv(h * slot, a["BLOCK_N"] // 2) for h in (o.q_heads, o.kv_heads))
+        q_tiles, tiles = (cdiv(n, a["BLOCK_M"]) for n in (o.n_queries, o.n_rows))
         return (q_tiles * q_columns + tiles * (kinds - 1) * kv_columns,)
 
     _forward(

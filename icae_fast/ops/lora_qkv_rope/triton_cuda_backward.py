@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from icae_fast.ops._layout import cdiv, power_of_2
 from icae_fast.ops._triton import kernel
 from icae_fast.ops.lora_qkv_rope.triton_cuda import run
 from icae_fast.ops.lora_qkv_rope.triton_cuda_common import Adapters, Operands, grouped, load, project, query_rows
@@ -21,8 +22,8 @@ from icae_fast.ops.lora_qkv_rope.triton_cuda_dropout import kept, row_keys
 
 
 def _undo_configs(arch, arguments):
-    half = max(16, triton.next_power_of_2(arguments["HALF"]))
-    ranks = max(16, triton.next_power_of_2(arguments["rank"]))
+    half = max(16, power_of_2(arguments["HALF"]))
+    ranks = max(16, power_of_2(arguments["rank"]))
 
     def config(m, most, warps, stages):
         return triton.Config({"BLOCK_M": m, "BLOCK_R": min(ranks, most), "BLOCK_HALF": half}, warps, stages)
@@ -209,7 +210,7 @@ def _input_gradient(
 
 
 def _a_configs(arch, arguments):
-    ranks = max(16, triton.next_power_of_2(arguments["rank"]))
+    ranks = max(16, power_of_2(arguments["rank"]))
 
     def config(most, n, k, warps, stages):
         return triton.Config({"BLOCK_R": min(ranks, most), "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
@@ -261,7 +262,7 @@ def _gradients_before(o: Operands, xa, dq, dk, dv):
 
     def grid(a):
         longest = max(o.n_queries, o.n_rows)
-        return triton.cdiv(longest, a["BLOCK_M"]), 3 if o.rank else 2, max(1, triton.cdiv(o.rank, a["BLOCK_R"]))
+        return cdiv(longest, a["BLOCK_M"]), 3 if o.rank else 2, max(1, cdiv(o.rank, a["BLOCK_R"]))
 
     _undo(
         grid, dq=dq, dk=dk, dv=dv, q_before=before[0], k_before=before[1], gq=gq, gk=gk, cos=o.cos, sin=o.sin,
@@ -282,7 +283,7 @@ def _gradient_of_x(o: Operands, gq, gk, gv, gb):
     w = o.weight.split((o.q_width, o.kv_width, o.kv_width))
     a = o.lora_a.chunk(2) if gb else (None, None)
     _input_gradient(
-        lambda a: (triton.cdiv(o.n_rows, a["BLOCK_M"]) * triton.cdiv(o.d, a["BLOCK_N"]),),
+        lambda a: (cdiv(o.n_rows, a["BLOCK_M"]) * cdiv(o.d, a["BLOCK_N"]),),
         gq=gq, gk=gk, gv=gv, w_q=w[0], w_k=w[1], w_v=w[2], gb_q=gb and gb.q, gb_v=gb and gb.v, a_q=a[0], a_v=a[1],
         inverse=inverse, seed=o.seed, dx=dx, n_rows=o.n_rows, d=o.d, q_width=o.q_width, kv_width=o.kv_width,
         rank=o.rank, w_stride=o.weight.stride(0), gb_stride=gb.stride if gb else 0,
@@ -300,7 +301,7 @@ def _gradient_of_a(o: Operands, gb):
     # Parts by size alone, added in order: the same result each time.
     parts = o.x.new_empty(max(1, min(4, o.n_rows // 512)), 2 * o.rank, o.d, dtype=torch.float32)
     _a_gradient(
-        lambda a: (triton.cdiv(o.d, a["BLOCK_N"]), 2 * triton.cdiv(o.rank, a["BLOCK_R"]), parts.shape[0]),
+        lambda a: (cdiv(o.d, a["BLOCK_N"]), 2 * cdiv(o.rank, a["BLOCK_R"]), parts.shape[0]),
         x=o.x, gb=gb.buffer, q_rows=o.q_rows, seed=o.seed, parts=parts, n_queries=o.n_queries, n_rows=o.n_rows,
         d=o.d, rank=o.rank, x_stride=o.x.stride(0), gb_stride=gb.stride, gb_v=gb.v_offset, threshold=o.threshold,
         keep_scale=o.keep_scale, size_class=o.size_class, PRECISION=o.precision,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from icae_fast.ops._layout import unit_stride
+from icae_fast.ops._layout import cdiv, power_of_2, unit_stride
 from icae_fast.ops._triton import kernel
 from icae_fast.ops.lora_qkv_rope.triton_cuda_dropout import kept, row_keys
 
@@ -93,7 +93,7 @@ def query_rows(numbers, q_rows, n_queries, is_query):
 def project_configs(arch, arguments):
     """Configurations for `x A^T`: tiles as wide as the rank, as each one computes the masks of its part of x."""
     rank, d = arguments["rank"], arguments["d"]
-    width = max(16, triton.next_power_of_2(rank))
+    width = max(16, power_of_2(rank))
 
     def config(m, r, k, warps, stages):
         blocks = {"BLOCK_M": m, "BLOCK_R": min(width, r), "BLOCK_K": k, "EVEN_K": d % k == 0}
@@ -147,8 +147,8 @@ def project(o: Operands) -> Adapters:
         return out
     _project(
         lambda a: (
-            triton.cdiv(o.n_queries, a["BLOCK_M"]) + triton.cdiv(o.n_rows, a["BLOCK_M"]),
-            triton.cdiv(o.rank, a["BLOCK_R"]),
+            cdiv(o.n_queries, a["BLOCK_M"]) + cdiv(o.n_rows, a["BLOCK_M"]),
+            cdiv(o.rank, a["BLOCK_R"]),
         ),
         x=o.x, lora_a=o.lora_a, q_rows=o.q_rows, seed=o.seed, out=out.buffer, n_queries=o.n_queries, n_rows=o.n_rows,
         d=o.d, rank=o.rank, x_stride=o.x.stride(0), a_stride=o.lora_a.stride(0), out_stride=out.stride,

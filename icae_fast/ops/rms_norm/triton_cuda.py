@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from icae_fast.ops._layout import unit_stride
+from icae_fast.ops._layout import power_of_2, unit_stride
 from icae_fast.ops._triton import kernel, load_row
 
 # Wider rows go round in blocks.
@@ -14,7 +14,7 @@ _MAX_BLOCK = 8192
 
 
 def _configs(arch, arguments):
-    block = min(triton.next_power_of_2(max(arguments["d"], 1)), 64 if arch == 0 else _MAX_BLOCK)
+    block = min(power_of_2(max(arguments["d"], 1)), 64 if arch == 0 else _MAX_BLOCK)
     return [triton.Config({"BLOCK": block}, num_warps=max(1, min(16, block // 512)), num_stages=1)]
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from icae_fast.errors import BackendError
-from icae_fast.ops._layout import unit_stride
+from icae_fast.ops._layout import power_of_2, unit_stride
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel
 from icae_fast.ops.shared_prefix_attention.plan import ITEM, PIECE, SOURCE, Plan, Shape, plan, sources
@@ -128,7 +128,7 @@ def _attend(
 
 
 def _merge_configs(arch, arguments):
-    block = 2 if arch == 0 else min(16, triton.next_power_of_2(arguments["slots"]))
+    block = 2 if arch == 0 else min(16, power_of_2(arguments["slots"]))
     return [triton.Config({"BLOCK_P": block}, num_warps=max(1, min(4, block * arguments["BLOCK_D"] // 256)))]
 
 
@@ -213,7 +213,7 @@ class Rows:
         n_tokens, heads, head_dim = q.shape
         q = unit_stride(q)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        block_d = max(16, triton.next_power_of_2(head_dim))
+        block_d = max(16, power_of_2(head_dim))
         items = self.plan.items
         _attend(
             (items.shape[0], heads // self.plan.group), q=q, sources=self.sources, items=items,

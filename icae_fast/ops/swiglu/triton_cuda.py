@@ -12,14 +12,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from icae_fast.ops._layout import unit_stride
+from icae_fast.ops._layout import cdiv, power_of_2, unit_stride
 from icae_fast.ops._triton import kernel, load_row
 
 _BLOCK = 1024
 
 
 def _configs(arch, arguments):
-    block = min(triton.next_power_of_2(max(arguments["size"], 1)), 512 if arch == 0 else _BLOCK)
+    block = min(power_of_2(max(arguments["size"], 1)), 512 if arch == 0 else _BLOCK)
     return [triton.Config({"BLOCK": block}, num_warps=max(1, min(4, block // 256)), num_stages=1)]
 
 
@@ -53,7 +53,7 @@ def activation(gate_up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of (T, 2 m) products, rounded once."""
     t, size = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(t, size)
-    _forward(lambda c: (t, triton.cdiv(size, c["BLOCK"])), gate_up=gate_up, y=y, size=size)
+    _forward(lambda c: (t, cdiv(size, c["BLOCK"])), gate_up=gate_up, y=y, size=size)
     return y
 
 
@@ -70,7 +70,7 @@ def swiglu_backward(dy, x, weight, bias, gate_up):
     dy = unit_stride(dy)
     gradient = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     _backward(
-        lambda c: (t, triton.cdiv(size, c["BLOCK"])),
+        lambda c: (t, cdiv(size, c["BLOCK"])),
         dy=dy, gate_up=gate_up.contiguous(), gradient=gradient, size=size, dy_stride=dy.stride(0),
     )  # fmt: skip
     return gradient @ weight

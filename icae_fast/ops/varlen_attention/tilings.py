@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import triton
 
+from icae_fast.ops._layout import power_of_2
+
 Tilings = list[tuple[int, int, int]]
 
 # By generation and padded head size, for blocks of as many queries or keys as `_LARGEST_*` say; those of fewer
@@ -54,7 +56,7 @@ _LARGEST_KEYS = {80: {64: 128, 128: 64, 256: 32}, 90: {64: 128, 128: 128, 256: 3
 
 def padded(head_dim: int) -> int:
     """The power of two that holds a head, at least what a matrix product on a GPU takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_2(head_dim))
 
 
 def largest_query_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:

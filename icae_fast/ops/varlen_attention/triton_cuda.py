@@ -14,7 +14,7 @@ import triton.language as tl
 
 from icae_fast.errors import BackendError
 from icae_fast.ops._declare import GPU_DTYPES
-from icae_fast.ops._layout import unit_stride
+from icae_fast.ops._layout import power_of_2, unit_stride
 from icae_fast.ops._lengths import on_host
 from icae_fast.ops._triton import kernel, target
 from icae_fast.ops.varlen_attention import tilings
@@ -137,7 +137,7 @@ def query_block(q, group, cu_seqlens_q):
     longest = max((b - a for a, b in pairwise(on_host(cu_seqlens_q))), default=0)
     pack = group if longest <= _PACKED_QUERIES else 1
     largest = tilings.largest_query_block(target(q.device), q.shape[2], q.dtype)
-    return max(16, min(largest, triton.next_power_of_2(max(longest, 1) * pack))), pack
+    return max(16, min(largest, power_of_2(max(longest, 1) * pack))), pack
 
 
 def binding(window, cu_seqlens_k):
