@@ -16,8 +16,7 @@ from bench.gemms import BareGemms
 from bench.shapes import MODELS, Case
 from icae_fast import ICAE, ICAEConfig
 from icae_fast.embedded import load_smollm2
-from icae_fast.modeling import DEFAULT_TOKEN_BUDGET
-from icae_fast.spans import micro_batches, pack_spans
+from icae_fast.spans import micro_batches, pack_spans, token_budget_on
 
 SEED = 0
 
@@ -72,7 +71,7 @@ def encode_without_lora(icae: ICAE, spans: Sequence[torch.Tensor]) -> torch.Tens
     """
     config, slots = icae.config, []
     memory_tokens = icae.memory_token_embed.weight[: config.memory_size].to(icae.dtype)
-    for batch in micro_batches([len(s) + config.memory_size for s in spans], DEFAULT_TOKEN_BUDGET):
+    for batch in micro_batches([len(s) + config.memory_size for s in spans], token_budget_on(icae.device)):
         chosen = [spans[i] for i in batch]
         lengths = [len(s) for s in chosen]
         pieces = [p for e in icae.embed(torch.cat(chosen)).split(lengths) for p in (e, memory_tokens)]
@@ -181,7 +180,7 @@ class Models:
 
     def gemms(self, spans: Sequence[torch.Tensor]) -> BareGemms:
         """icae_fast's matrix products for these spans, and nothing else."""
-        return BareGemms(self.icae, [len(s) for s in spans], DEFAULT_TOKEN_BUDGET)
+        return BareGemms(self.icae, [len(s) for s in spans], token_budget_on(self.icae.device))
 
 
 @functools.lru_cache(maxsize=1)  # cases of one model follow one another, and two models may not fit into memory

@@ -24,9 +24,9 @@ from bench.paper_count import Traffic, counted
 from bench.paper_shapes import Inputs, launch, memory_rows
 from bench.paper_unfused import Step, unfused_head, unfused_layer
 from bench.shapes import MODELS, ModelShape, encode_flops
-from icae_fast.modeling import DEFAULT_TOKEN_BUDGET
 from icae_fast.ops import REGISTRY
 from icae_fast.ops._triton import INTERPRETED
+from icae_fast.spans import token_budget_on
 
 NOTE = "Predictions: counted on paper and divided by published limits. Nothing here was measured on a GPU."
 
@@ -159,7 +159,7 @@ class Prediction:
 
     def encode(self, spans: int, gpu: Limits) -> float:
         """Seconds to compress so many spans, in micro-batches of the package's own size."""
-        per_batch = max(1, DEFAULT_TOKEN_BUDGET // (self.setting.tokens + self.setting.slots))
+        per_batch = max(1, token_budget_on(torch.device("cuda")) // (self.setting.tokens + self.setting.slots))
         batches = [per_batch] * (spans // per_batch) + [spans % per_batch] * (spans % per_batch > 0)
         seconds, launches = 0.0, 0
         for batch in batches:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from icae_fast.spans import cut_contexts, micro_batches, pack_spans, slots_per_span
+from icae_fast.spans import cut_contexts, micro_batches, pack_spans, slots_per_span, token_budget_on
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def encode_spans(
     icae: ICAE,
     contexts: Sequence[torch.Tensor],
-    token_budget: int,
+    token_budget: int | None,
     on_progress: Callable[[int, int], None] | None = None,
     *,
     dropout: bool = True,
@@ -34,7 +34,7 @@ def encode_spans(
     block = None if torch.is_grad_enabled() else memory_tokens.new_empty(len(spans) * k, memory_tokens.shape[1])
     norm = slot_norm(icae)
     slots = []
-    for batch in micro_batches([len(s) + k for s in spans], token_budget):
+    for batch in micro_batches([len(s) + k for s in spans], token_budget_on(icae.device, token_budget)):
         chosen = [spans[i] for i in batch]
         x, rows = embed_spans(icae, chosen, memory_tokens)
         encoded = scale_slots(icae.backbone.forward(x, rows, lora), norm, icae.slot_gain)

@@ -27,7 +27,9 @@ IGNORE = -100
 Rows = torch.Tensor | Sequence[torch.Tensor]
 
 
-def decoder_forward(icae: ICAE, input_ids: Rows, prompt_answer_ids: Rows, labels: Rows | None, token_budget: int):
+def decoder_forward(
+    icae: ICAE, input_ids: Rows, prompt_answer_ids: Rows, labels: Rows | None, token_budget: int | None
+):
     """See `ICAE.forward`."""
     pad = icae.vocabulary.pad
     contexts, prompts = _contexts(icae, unpad(input_ids, pad)), unpad(prompt_answer_ids, pad)

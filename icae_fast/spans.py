@@ -154,6 +154,20 @@ def pack_ends(lengths: Sequence[int], counts: Sequence[int]) -> PackedRows:
     )
 
 
+def token_budget_on(device: torch.device, given: int | None = None) -> int:
+    """`given`, or what suits a device where it is None: the tokens of a micro-batch where no backward follows.
+
+    A GPU computes a layer of few rows faster than the host can launch it; on the CPU more rows gain nothing, and what
+    is computed of fewer stays in its caches.
+    """
+    return (32768 if device.type == "cuda" else 4096) if given is None else given
+
+
+def span_tokens_on(device: torch.device, given: int | None = None) -> int:
+    """The same of a micro-batch of spans in training, the layers of which are kept for a backward."""
+    return (8192 if device.type == "cuda" else 1024) if given is None else given
+
+
 def micro_batches(costs: Sequence[int], budget: int) -> Iterator[range]:
     """Cut a sequence into runs whose costs add up to at most `budget`; one that costs more goes alone."""
     start = total = 0

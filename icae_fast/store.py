@@ -14,7 +14,7 @@ from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundE
 from icae_fast.inputs import Context, as_list
 from icae_fast.memory import Memory, SlotKV, check_kv, check_memory
 from icae_fast.memory_file import MemoryFile, encode_memory
-from icae_fast.modeling import DEFAULT_TOKEN_BUDGET, ICAE
+from icae_fast.modeling import ICAE
 from icae_fast.origin import Origin, OriginTracker, content_key, source_hash
 from icae_fast.quantize import check_slot_dtype, pack_slots, unpack_slots
 from icae_fast.store_local import LocalFolder
@@ -191,7 +191,7 @@ class MemoryStore:
         return self._read(key).header
 
     def compress(
-        self, contexts: Context | Sequence[Context], *, kv: bool = False, token_budget: int = DEFAULT_TOKEN_BUDGET,
+        self, contexts: Context | Sequence[Context], *, kv: bool = False, token_budget: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Memory]:  # fmt: skip
         """`icae.compress`, but what the store holds is read, and the rest, compressed in one call, is put into it.

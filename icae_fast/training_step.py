@@ -16,7 +16,7 @@ from icae_fast.errors import UnsupportedModelError
 from icae_fast.layer_tape import Level, backward_stack, forward_stack
 from icae_fast.ops._precision import compute_dtype
 from icae_fast.sharding import least_of_all
-from icae_fast.spans import PackedRows, cut_contexts, micro_batches, slots_per_span
+from icae_fast.spans import PackedRows, cut_contexts, micro_batches, slots_per_span, span_tokens_on
 
 if TYPE_CHECKING:
     from icae_fast.modeling import ICAE
@@ -55,7 +55,7 @@ class TrainingStep:
         self.icae, self.budget, self.memory_size = icae, budget, k
         spans, span_counts = cut_contexts(contexts, icae.config)
         sizes = [len(s) + k for s in spans]
-        ranges = list(micro_batches(sizes, budget.span_tokens))
+        ranges = list(micro_batches(sizes, span_tokens_on(icae.device, budget.span_tokens)))
         self.batches = [[spans[i] for i in r] for r in ranges]
         self.slot_counts = [n * k for n in span_counts]
         self.plain = icae.backbone.is_plain_stack(icae.base_model.get_input_embeddings().weight)
