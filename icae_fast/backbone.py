@@ -17,9 +17,12 @@ from torch import nn
 from icae_fast.adapter import MergedQKV, PackedLoRA
 from icae_fast.errors import BackendError, UnsupportedModelError
 from icae_fast.ops import REGISTRY, backend_of, linear, rms_norm, swiglu, varlen_attention
+from icae_fast.ops._declare import Op
 from icae_fast.sharding import gathered, is_sharded
 from icae_fast.spans import PackedRows
 
+_LORA_QKV_ROPE = Op("lora_qkv_rope")
+_OF_ATTENTION, _OF_MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -51,7 +54,7 @@ def check_supported(model: nn.Module) -> None:
             f"{', '.join(SUPPORTED_MODEL_TYPES)} (LLaMA, Mistral, Qwen2, Qwen3)"
         )
     attention = model.model.layers[0].self_attn
-    for name in ("q_proj", "k_proj", "v_proj"):
+    for name in _OF_ATTENTION:
         if type(getattr(attention, name)) is not nn.Linear:
             raise UnsupportedModelError(
                 f"{name} is a {type(getattr(attention, name)).__name__}; load the base model unquantised, with plain "
@@ -184,10 +187,11 @@ class Backbone:
     def _layer(self, i, layer, x, stream, cos, sin, rows, lora, cache):
         last = i == self.n_layers - 1 and rows.out_rows is not None
         out_rows = rows.out_rows if last else None
-        h, stream = _norm(layer.input_layernorm, x, stream)
+        attention = _part(layer, "self_attn")
+        h, stream = _norm(_part(layer, "input_layernorm"), x, stream)
         q, k, v = self._project(layer, h, cos, sin, out_rows, lora)
         cu_q, max_q = (rows.cu_seqlens_out, rows.max_seqlen_out) if last else (rows.cu_seqlens, rows.max_seqlen)
-        scale, window = layer.self_attn.scaling, self.windows[i]
+        scale, window = attention.scaling, self.windows[i]
         if cache is None:
             attended, _ = varlen_attention(
                 q, k, v, cu_q, rows.cu_seqlens, max_q, rows.max_seqlen, scale=scale, window=window
@@ -195,16 +199,18 @@ class Backbone:
         else:
             attended = cache.attend(i, q, k, v, cu_q, scale, window)
         stream = stream[out_rows] if last else stream
-        h, stream = _norm(layer.post_attention_layernorm, _linear(layer.self_attn.o_proj, attended.flatten(1)), stream)
+        x = _linear(_part(attention, "o_proj"), attended.flatten(1))
+        h, stream = _norm(_part(layer, "post_attention_layernorm"), x, stream)
         return _mlp(layer, h), stream
 
     def projection(self, layer, h, cos, sin, out_rows, lora) -> tuple:
         """The arguments that the op `lora_qkv_rope` takes for a layer, in its schema's order."""
-        attention = layer.self_attn
+        attention = _part(layer, "self_attn")
         weight, bias = packed_qkv(attention, move=not is_sharded(layer))
         if isinstance(lora, MergedQKV):
             weight, lora = lora.weight, None
-        eps = attention.q_norm.variance_epsilon if hasattr(attention, "q_norm") else 0.0
+        q_norm = attention._modules.get("q_norm")
+        eps = 0.0 if q_norm is None else q_norm.variance_epsilon
         a, b, scale, p, seed = lora.parts if lora else (None, None, 0.0, 0.0, None)
         return (
             h, weight, bias, a, b, cos, sin, qk_norms(attention), out_rows, seed,
@@ -213,18 +219,19 @@ class Backbone:
 
     def _project(self, layer, h, cos, sin, out_rows, lora):
         _check_frozen(layer.self_attn)
-        return torch.ops.icae_fast.lora_qkv_rope(*self.projection(layer, h, cos, sin, out_rows, lora))
+        return _LORA_QKV_ROPE(*self.projection(layer, h, cos, sin, out_rows, lora))
 
     @staticmethod
     def gate_up(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of a layer's packed gate-up projection; see `packed`."""
-        return packed((layer.mlp.gate_proj, layer.mlp.up_proj), move=not is_sharded(layer))
+        mlp = _part(layer, "mlp")
+        return packed((_part(mlp, "gate_proj"), _part(mlp, "up_proj")), move=not is_sharded(layer))
 
     @staticmethod
     def is_silu(mlp: nn.Module) -> bool:
         """Whether an MLP is the one that `swiglu` computes: three linear modules and SiLU."""
-        silu = type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-        return silu and all(type(getattr(mlp, n, None)) is nn.Linear for n in ("gate_proj", "up_proj", "down_proj"))
+        silu = type(mlp._modules.get("act_fn")).__name__ in ("SiLU", "SiLUActivation")
+        return silu and all(type(mlp._modules.get(n)) is nn.Linear for n in _OF_MLP)
 
     def rotary_tables(self, positions: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (T, D / 2) of positions (T,), in fp32 (fp64 where x is)."""
@@ -237,13 +244,32 @@ class Backbone:
 
 def is_plain(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether an op may compute from a module's weights: frozen, in the dtype of x, and with nobody looking on."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    frozen = not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
-    return not hooked and frozen and all(p.dtype == x.dtype for p in module.parameters())
+    return not _hooked(module) and _computable(module, x.dtype, torch.is_grad_enabled())
+
+
+def _hooked(module):
+    return module._forward_hooks or module._forward_pre_hooks
+
+
+def _computable(module, dtype, graph):
+    """Are all parameters of that dtype, and frozen where there is a graph? `parameters()` takes ten times as long."""
+    for p in module._parameters.values():
+        if p is not None and (p.dtype != dtype or (graph and p.requires_grad)):
+            return False
+    children = module._modules
+    return not children or all(_computable(c, dtype, graph) for c in children.values() if c is not None)
+
+
+def _part(module, name):
+    """A module's submodule or parameter of that name. `nn.Module.__getattr__` takes ten times as long."""
+    found = module._modules.get(name)
+    if found is None:
+        found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def _is_plain_norm(module, x):
-    return hasattr(module, "variance_epsilon") and is_plain(module, x)
+    return "variance_epsilon" in module.__dict__ and is_plain(module, x)
 
 
 def _is_plain_linear(module, x):
@@ -251,35 +277,37 @@ def _is_plain_linear(module, x):
 
 
 def _is_plain_mlp(module, x):
-    if not Backbone.is_silu(module) or not is_plain(module, x):
+    if not Backbone.is_silu(module) or not is_plain(module, x):  # of all parameters, those of the three among them
         return False
-    gate, up, down = module.gate_proj, module.up_proj, module.down_proj
-    return all(is_plain(p, x) for p in (gate, up, down)) and (gate.bias is None) == (up.bias is None)
+    gate, up, down = (_part(module, n) for n in _OF_MLP)
+    return not (_hooked(gate) or _hooked(up) or _hooked(down)) and (gate.bias is None) == (up.bias is None)
 
 
 def _norm(module, x, stream):
     """The norm of `stream + x`, and that sum."""
     if _is_plain_norm(module, x):
-        return rms_norm(x, module.weight, module.variance_epsilon, residual=stream)
+        return rms_norm(x, _part(module, "weight"), module.variance_epsilon, residual=stream)
     total = x if stream is None else stream + x
     return module(total), total
 
 
 def _linear(module, x):
-    return linear(x, module.weight, module.bias) if _is_plain_linear(module, x) else module(x)
+    return linear(x, _part(module, "weight"), module.bias) if _is_plain_linear(module, x) else module(x)
 
 
 def _mlp(layer, x):
-    if not _is_plain_mlp(layer.mlp, x):
-        return layer.mlp(x)
-    return _linear(layer.mlp.down_proj, swiglu(x, *Backbone.gate_up(layer)))
+    mlp = _part(layer, "mlp")
+    if not _is_plain_mlp(mlp, x):
+        return mlp(x)
+    down = _part(mlp, "down_proj")
+    return linear(swiglu(x, *Backbone.gate_up(layer)), _part(down, "weight"), down.bias)
 
 
 def _check_frozen(attention: nn.Module) -> None:
     """Raise where q, k or v would go without the gradient that their parameters ask for."""
     if not torch.is_grad_enabled():
         return
-    for name in ("q_proj", "k_proj", "v_proj"):
+    for name in _OF_ATTENTION:
         if any(p.requires_grad for p in getattr(attention, name).parameters()):
             raise BackendError(
                 f"{name} asks for a gradient and gets none here: freeze the base model with requires_grad_(False)"
@@ -297,7 +325,7 @@ def _window(config, layer: int) -> int:
 
 def qk_norms(attention: nn.Module) -> torch.Tensor | None:
     """(2, D) weights of the norms of query and key heads, None for a model without them."""
-    if not hasattr(attention, "q_norm"):
+    if attention._modules.get("q_norm") is None:
         return None
     return torch.stack((attention.q_norm.weight, attention.k_norm.weight)).detach()
 
@@ -308,7 +336,7 @@ def packed_qkv(attention: nn.Module, *, move: bool = True) -> tuple[torch.Tensor
     Returns:
         weight ((Hq + 2 Hkv) D, d) and bias ((Hq + 2 Hkv) D,) or None.
     """
-    return packed((attention.q_proj, attention.k_proj, attention.v_proj), move=move)
+    return packed(tuple(_part(attention, n) for n in _OF_ATTENTION), move=move)
 
 
 def packed(modules: Sequence[nn.Linear], *, move: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -325,21 +353,22 @@ def packed(modules: Sequence[nn.Linear], *, move: bool = True) -> tuple[torch.Te
     Returns:
         weight (rows of all, d) and bias (rows of all,) or None.
     """
-    weight = _packed([m.weight for m in modules], move)
+    weight = _packed([_part(m, "weight") for m in modules], move)
     return weight, None if modules[0].bias is None else _packed([m.bias for m in modules], move)
 
 
 def _packed(parameters: list[nn.Parameter], move: bool) -> torch.Tensor:
     if not move:
         return torch.cat([p.detach() for p in parameters])
-    first, rows = parameters[0], sum(p.shape[0] for p in parameters)
+    first = parameters[0]
     # A graph cannot ask for addresses; `Backbone.compile` does before it runs.
     if not torch.compiler.is_compiling() and not _adjacent(parameters):
         with torch.no_grad():
             block = torch.cat([p.detach() for p in parameters])
             for p, part in zip(parameters, block.split([p.shape[0] for p in parameters]), strict=True):
                 p.data = part
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    rows, base = sum(p.shape[0] for p in parameters), first.detach() if torch.is_grad_enabled() else first
+    return base.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _adjacent(parameters: list[nn.Parameter]) -> bool:

@@ -17,13 +17,16 @@ import torch
 
 from icae_fast.adapter import PackedLoRA
 from icae_fast.ops import linear, rms_norm, varlen_attention
+from icae_fast.ops._declare import Op
 from icae_fast.ops.varlen_attention.backends import without_gradient
 from icae_fast.spans import PackedRows
 
 if TYPE_CHECKING:
     from icae_fast.backbone import Backbone
 
-_OPS = torch.ops.icae_fast
+_lora_qkv_rope, _swiglu = Op("lora_qkv_rope"), Op("swiglu")
+_lora_qkv_rope_backward, _swiglu_backward = Op("lora_qkv_rope_backward"), Op("swiglu_backward")
+_varlen_attention_backward, _rms_norm_backward = Op("varlen_attention_backward"), Op("rms_norm_backward")
 
 
 class Level(IntEnum):
@@ -133,7 +136,7 @@ def forward_stack(
 def _forward_layer(tape, i, layer, x):
     level = tape.levels[i]
     h, _ = _norm(layer.input_layernorm, x)
-    q, k, v = _OPS.lora_qkv_rope(*_projection(tape, i, h))
+    q, k, v = _lora_qkv_rope(*_projection(tape, i, h))
     out, lse = _attend(tape, i, q, k, v)
     if level >= Level.ATTENTION:
         kept = tape.attended[i] = tape.attended[i][: len(out)]
@@ -143,7 +146,7 @@ def _forward_layer(tape, i, layer, x):
     projected = linear(out.flatten(1), o_proj.weight, o_proj.bias)
     h, middle = _norm(layer.post_attention_layernorm, projected, _queries(tape, i, x))
     weight, bias = tape.backbone.gate_up(layer)
-    h, gate_up = _OPS.swiglu(h, weight, bias, level == Level.ALL)
+    h, gate_up = _swiglu(h, weight, bias, level == Level.ALL)
     if level == Level.ALL:
         tape.rest[i] = _Rest(q, k, v, middle, gate_up)
         return middle + linear(h, layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
@@ -176,7 +179,7 @@ def _backward_layer(tape, i, layer, grad):
     h, _ = _norm(layer.input_layernorm, hidden)
     projection = _projection(tape, i, h)
     rest = tape.rest.pop(i, None)
-    q, k, v = rest[:3] if rest else _OPS.lora_qkv_rope(*projection)
+    q, k, v = rest[:3] if rest else _lora_qkv_rope(*projection)
     if i in tape.attended:
         out, lse = tape.attended.pop(i).to(grad.device, non_blocking=True).view_as(q), tape.lse.pop(i)
     else:
@@ -190,14 +193,14 @@ def _backward_layer(tape, i, layer, grad):
         gate_up = grad.new_empty(0)  # the op computes it again
     weight, bias = tape.backbone.gate_up(layer)
     # Of `normed` the op takes the values only where there is no gate-up product, and else the shape.
-    dh = _OPS.swiglu_backward(linear(grad, mlp.down_proj.weight.t()), normed, weight, bias, gate_up)
+    dh = _swiglu_backward(linear(grad, mlp.down_proj.weight.t()), normed, weight, bias, gate_up)
     del gate_up, rest
     dmiddle = _norm_backward(layer.post_attention_layernorm, dh, grad, middle)
     dout = linear(dmiddle, attention.o_proj.weight.t()).view_as(out)
-    dq, dk, dv = _OPS.varlen_attention_backward(
+    dq, dk, dv = _varlen_attention_backward(
         dout, without_gradient(lse), q, k, v, out, lse, *_layout(tape, i), *_score(tape, i)
     )
-    dh, da, db = _OPS.lora_qkv_rope_backward(dq, dk, dv, *projection)
+    dh, da, db = _lora_qkv_rope_backward(dq, dk, dv, *projection)
     if len(dmiddle) < len(hidden):  # only some rows had queries; the others' stream ends here
         dmiddle = torch.zeros_like(hidden).index_copy_(0, tape.rows.out_rows, dmiddle)
     dx = _norm_backward(layer.input_layernorm, dh, dmiddle, hidden)
@@ -209,7 +212,7 @@ def _norm(module, x, residual=None):
 
 
 def _norm_backward(module, dy, dsum, total):
-    return _OPS.rms_norm_backward(dy, dsum, total, module.weight, module.variance_epsilon)
+    return _rms_norm_backward(dy, dsum, total, module.weight, module.variance_epsilon)
 
 
 def _is_last(tape, i):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bench.compare import assert_within_budget, make_inputs, to_float64
 from icae_fast.errors import BackendError
-from icae_fast.ops import REGISTRY, attention_backend, backend_of, set_attention_backend
+from icae_fast.ops import REGISTRY, _lengths, attention_backend, backend_of, set_attention_backend
 from icae_fast.ops._declare import has_triton, interpreted
 from icae_fast.ops._lengths import remember
 from icae_fast.ops.varlen_attention import backends, flash, ref, work_list
@@ -317,9 +317,11 @@ def test_lists_are_made_once_for_what_does_not_change():
     assert work_list.query_work(cu_q, cu_q, 16) is not first
     cu_q[1:] = torch.tensor([50, 51])
     assert len(work_list.query_work(cu_q, cu_k, 16)) == 5
-    entries = len(work_list._LISTS)
+    tables = _lengths.known(cu_k).tables
+    assert len(work_list.query_work(cu_k, cu_q, 16)) == 2
+    assert len(tables) == 1
     del cu_q
-    assert len(work_list._LISTS) == entries - 1
+    assert len(tables) == 0
 
 
 def test_lists_follow_the_device_of_the_rows():

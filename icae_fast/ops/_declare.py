@@ -173,6 +173,51 @@ def required_backend() -> str:
     return required
 
 
+class Op:
+    """An op, called past the dispatcher where that would only find the kernel on CUDA.
+
+    The way through the dispatcher, its autograd formula in Python and the kernel in Python costs the host about 20 us,
+    which a GPU's layer of a small model does not take. Without a graph nothing on that way matters, unless somebody
+    listens there: `torch.compile`, dispatch modes (as those of fake tensors and of counters), functorch, tracers,
+    profilers, which name ops, and subclasses of tensors.
+
+    Args:
+        name: under `torch.ops.icae_fast`; the first argument must be a tensor.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._kernel: Callable | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not args[0].is_cuda or torch.is_grad_enabled() or _listened_to(args):
+            return getattr(torch.ops.icae_fast, self.name)(*args)
+        if self._kernel is None:
+            self._kernel = self._find()
+        return self._kernel(*args)
+
+    def _find(self):
+        spec = REGISTRY[self.name]
+        if spec.gpu is None or not has_triton():
+            return getattr(torch.ops.icae_fast, self.name)
+        module, function = spec.gpu.launcher.split(":")
+        return getattr(importlib.import_module(module), function)
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, type(None)))
+
+
+def _listened_to(args: tuple) -> bool:
+    """Whether a call of an op does more than run its kernel."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, args))
+    )
+
+
 def _imported_when_called(path: str) -> Callable:
     """The function that `path` names. Triton takes most of a second to import, which no CPU user should wait for."""
     module, function = path.split(":")

@@ -12,6 +12,7 @@ A kernel is a `triton.jit` function under `@kernel(configs=...)`, and is launche
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -137,6 +138,7 @@ def load_row(pointer, columns, size):
     return tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
 
 
+@functools.cache
 def architecture(device: torch.device) -> int:
     """The compute capability of a GPU as one number, such as 90."""
     major, minor = torch.cuda.get_device_capability(device)

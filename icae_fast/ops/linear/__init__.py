@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops._declare import check_frozen
+from icae_fast.ops._declare import Op, check_frozen
 from icae_fast.ops.linear.spec import SPEC
 
 __all__ = ["SPEC", "linear"]
+
+_OP = Op("linear")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,4 +27,4 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         BackendError: weight or bias asks for a gradient, which no backend computes.
     """
     check_frozen("linear", weight=weight, bias=bias)
-    return torch.ops.icae_fast.linear(x, weight, bias)
+    return _OP(x, weight, bias)

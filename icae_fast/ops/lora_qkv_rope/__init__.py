@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops._declare import check_frozen
+from icae_fast.ops._declare import Op, check_frozen
 from icae_fast.ops.lora_qkv_rope.spec import BACKWARD_SPEC, SPEC
 
 __all__ = ["BACKWARD_SPEC", "SPEC", "lora_qkv_rope"]
+
+_OP = Op("lora_qkv_rope")
 
 
 def lora_qkv_rope(
@@ -62,7 +64,7 @@ def lora_qkv_rope(
     Source: Ge et al., arXiv 2307.06945, section 2; Hu et al., arXiv 2106.09685 (LoRA).
     """
     check_frozen("lora_qkv_rope", weight=weight, bias=bias, qk_norm=qk_norm)
-    return torch.ops.icae_fast.lora_qkv_rope(
+    return _OP(
         x, weight, bias, lora_a, lora_b, cos, sin, qk_norm, q_rows, dropout_seed,
         num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p,
     )  # fmt: skip

@@ -28,7 +28,7 @@ class Operands:
         self.q_width, self.kv_width = num_q_heads * self.head_dim, num_kv_heads * self.head_dim
         self.n_rows, self.d = x.shape
         self.n_queries = self.n_rows if q_rows is None else q_rows.shape[0]
-        self.scale, self.eps = lora_scale, norm_eps
+        self.scale, self.eps = float(lora_scale), float(norm_eps)  # nobody else may have made them so
         self.seed = dropout_seed if self.rank and dropout_p else None
         self.threshold = int(dropout_p * 2**32)
         self.keep_scale = 1.0 / (1.0 - dropout_p) if self.seed is not None else 1.0

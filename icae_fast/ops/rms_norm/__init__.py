@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops._declare import check_frozen
+from icae_fast.ops._declare import Op, check_frozen
 from icae_fast.ops.rms_norm.spec import BACKWARD_SPEC, SPEC
 
 __all__ = ["BACKWARD_SPEC", "SPEC", "rms_norm"]
+
+_OP = Op("rms_norm")
 
 
 def rms_norm(
@@ -36,5 +38,5 @@ def rms_norm(
     Source: Zhang and Sennrich, arXiv 1910.07467; `LlamaRMSNorm` of transformers.
     """
     check_frozen("rms_norm", weight=weight)
-    y, total = torch.ops.icae_fast.rms_norm(x, residual, weight, eps)
+    y, total = _OP(x, residual, weight, eps)
     return y, x if residual is None else total

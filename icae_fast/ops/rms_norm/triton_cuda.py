@@ -70,7 +70,7 @@ def rms_norm(x, residual, weight, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x.new_empty(0) if residual is None else torch.empty_like(y)
     _forward(
-        (x.shape[0],), x=x, residual=residual, weight=weight, y=y, total=total, d=x.shape[1], eps=eps,
+        (x.shape[0],), x=x, residual=residual, weight=weight, y=y, total=total, d=x.shape[1], eps=float(eps),
         x_stride=x.stride(0), residual_stride=0 if residual is None else residual.stride(0),
     )  # fmt: skip
     return y, total
@@ -81,7 +81,7 @@ def rms_norm_backward(dy, dsum, total, weight, eps):
     dy, dsum, total = unit_stride(dy), dsum if dsum is None else unit_stride(dsum), unit_stride(total)
     dx = torch.empty_like(total, memory_format=torch.contiguous_format)
     _backward(
-        (total.shape[0],), dy=dy, dsum=dsum, total=total, weight=weight, dx=dx, d=total.shape[1], eps=eps,
+        (total.shape[0],), dy=dy, dsum=dsum, total=total, weight=weight, dx=dx, d=total.shape[1], eps=float(eps),
         dy_stride=dy.stride(0), dsum_stride=0 if dsum is None else dsum.stride(0), total_stride=total.stride(0),
     )  # fmt: skip
     return dx

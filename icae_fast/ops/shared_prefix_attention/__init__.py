@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from icae_fast.ops._declare import check_frozen
+from icae_fast.ops._declare import Op, check_frozen
 from icae_fast.ops.shared_prefix_attention.spec import SPEC
 
 __all__ = ["SPEC", "shared_prefix_attention"]
+
+_OP = Op("shared_prefix_attention")
 
 
 def shared_prefix_attention(
@@ -63,6 +65,6 @@ def shared_prefix_attention(
     """
     check_frozen("shared_prefix_attention", q=q, k=k, v=v)
     rows = [i for pair in prefix_rows for i in pair]
-    return torch.ops.icae_fast.shared_prefix_attention(
+    return _OP(
         q, k, v, cu_seqlens_q, tail_starts, tail_lengths, list(prefix_keys), list(prefix_values), rows, scale, window
     )

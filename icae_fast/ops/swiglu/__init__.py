@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from icae_fast.ops._declare import check_frozen
+from icae_fast.ops._declare import Op, check_frozen
 from icae_fast.ops.swiglu.spec import BACKWARD_SPEC, SPEC
 
 __all__ = ["BACKWARD_SPEC", "SPEC", "swiglu"]
+
+_OP = Op("swiglu")
 
 
 def swiglu(
@@ -36,4 +38,4 @@ def swiglu(
     """
     check_frozen("swiglu", weight=weight, bias=bias)
     keep = torch.is_grad_enabled() and x.requires_grad and not recompute
-    return torch.ops.icae_fast.swiglu(x, weight, bias, keep)[0]
+    return _OP(x, weight, bias, keep)[0]

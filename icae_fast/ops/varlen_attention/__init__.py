@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from icae_fast.ops._declare import Op
 from icae_fast.ops.varlen_attention.backends import attention_backend, set_attention_backend
 from icae_fast.ops.varlen_attention.spec import BACKWARD_SPEC, SPEC
 
 __all__ = ["BACKWARD_SPEC", "SPEC", "attention_backend", "set_attention_backend", "varlen_attention"]
+
+_OP = Op("varlen_attention")
 
 
 def varlen_attention(
@@ -47,6 +50,4 @@ def varlen_attention(
 
     Source: Dao, arXiv 2307.08691 (FlashAttention-2); varlen arguments as in the flash-attn package.
     """
-    return torch.ops.icae_fast.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window
-    )
+    return _OP(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window)

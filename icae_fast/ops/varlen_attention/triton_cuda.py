@@ -6,8 +6,6 @@ nearly empty and keys are read once.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ import triton.language as tl
 from icae_fast.errors import BackendError
 from icae_fast.ops._declare import GPU_DTYPES
 from icae_fast.ops._layout import power_of_2, unit_stride
-from icae_fast.ops._lengths import on_host
+from icae_fast.ops._lengths import known
 from icae_fast.ops._triton import kernel, target
 from icae_fast.ops.varlen_attention import tilings
 from icae_fast.ops.varlen_attention.triton_cuda_tiles import (
@@ -118,14 +116,14 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_
     (tokens, heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
     block, pack = query_block(q, group, cu_seqlens_q)
     work = query_work(cu_seqlens_q, cu_seqlens_k, block, pack)
-    whole = on_host(cu_seqlens_q)[-1] == tokens
+    whole = known(cu_seqlens_q).values[-1] == tokens
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if whole else q.new_zeros(q.shape)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
     if not whole:
         lse.fill_(float("-inf"))
     _forward(
         (work.shape[0] * (heads // pack),), q=q, k=k, v=v, out=out, lse=lse, work=work, used=seqused_k,
-        heads=heads, group=group, tokens=tokens, scale=scale, window=binding(window, cu_seqlens_k),
+        heads=heads, group=group, tokens=tokens, scale=float(scale), window=binding(window, cu_seqlens_k),
         q_t=q.stride(0), q_h=q.stride(1), k_t=k.stride(0), k_h=k.stride(1), v_t=v.stride(0), v_h=v.stride(1),
         HEAD_DIM=head_dim, D=tilings.padded(head_dim), PACK=pack, BLOCK_M=block,
     )  # fmt: skip
@@ -134,7 +132,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_
 
 def query_block(q, group, cu_seqlens_q):
     """How many queries a block has, and for how many heads each of them."""
-    longest = max((b - a for a, b in pairwise(on_host(cu_seqlens_q))), default=0)
+    longest = known(cu_seqlens_q).longest
     pack = group if longest <= _PACKED_QUERIES else 1
     largest = tilings.largest_query_block(target(q.device), q.shape[2], q.dtype)
     return max(16, min(largest, power_of_2(max(longest, 1) * pack))), pack
@@ -142,8 +140,7 @@ def query_block(q, group, cu_seqlens_q):
 
 def binding(window, cu_seqlens_k):
     """The window, None where no row is so long that it leaves out a key."""
-    longest = max((b - a for a, b in pairwise(on_host(cu_seqlens_k))), default=0)
-    return window if 0 < window < longest else None
+    return window if 0 < window < known(cu_seqlens_k).longest else None
 
 
 def check(q, k, v):

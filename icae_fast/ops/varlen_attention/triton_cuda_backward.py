@@ -187,6 +187,7 @@ def varlen_attention_backward(
 ):
     """See `icae_fast.ops.varlen_attention.ref`."""
     check(q, k, v)
+    scale = float(scale)
     dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
     dlse, out, lse = (t.contiguous() for t in (dlse, out, lse))
     (tokens, heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]

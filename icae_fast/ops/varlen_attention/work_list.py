@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from icae_fast.ops._layout import upload
-from icae_fast.ops._lengths import on_host
+from icae_fast.ops._lengths import known
 
 # Columns of a work list: the row, the block's first query or key within it, where the row's queries and keys begin
 # in their tensors, and how many it has.
 COLUMNS = ("row", "first", "q_begin", "q_len", "k_begin", "k_len")
-
-# cu_seqlens_q -> cu_seqlens_k -> (their values, the lists made of them); gone with the tensors. All layers of a
-# batch ask for the same.
-_LISTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def query_work(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, block: int, pack: int = 1) -> torch.Tensor:
@@ -36,13 +31,14 @@ def key_work(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, block: int)
 
 
 def _memoised(cu_seqlens_q, cu_seqlens_k, wanted):
-    values = on_host(cu_seqlens_q), on_host(cu_seqlens_k)
-    of_q = _LISTS.setdefault(cu_seqlens_q, WeakIdKeyDictionary())
-    known, lists = of_q.get(cu_seqlens_k, (None, None))
-    if known is None or any(a is not b for a, b in zip(known, values, strict=True)):  # written to in between
-        of_q[cu_seqlens_k] = values, (lists := {})
+    # Made once for all layers of a batch, and gone with the tensors or what they held.
+    of_q = known(cu_seqlens_q)
+    of_k = of_q if cu_seqlens_k is cu_seqlens_q else known(cu_seqlens_k)
+    lists = of_q.tables.get(of_k)
+    if lists is None:
+        lists = of_q.tables[of_k] = {}
     if wanted not in lists:
-        lists[wanted] = upload(blocks(*values, *wanted), cu_seqlens_q.device)
+        lists[wanted] = upload(blocks(of_q.values, of_k.values, *wanted), cu_seqlens_q.device)
     return lists[wanted]
 
 
