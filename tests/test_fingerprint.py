@@ -4,13 +4,18 @@ import pytest
 import torch
 
 from icae_fast.ops import EXTENSION_ERROR, fingerprint
+from icae_fast.ops._declare import interpreted
 from icae_fast.ops.fingerprint import _fingerprint_torch
 
 SIZES = (1, 7, 64, 1000, 70_001)
 
 
-@pytest.fixture(params=["cpp", "torch"])
+@pytest.fixture(params=["cpp", "torch", "triton"])
 def digest(request):
+    if request.param == "triton":
+        if not interpreted():
+            pytest.skip("Triton's interpreter is not asked for")
+        return pytest.importorskip("icae_fast.ops.triton_cuda_fingerprint").fingerprint
     if request.param == "cpp" and EXTENSION_ERROR is not None:
         pytest.skip("the C++ kernels are not there")
     return fingerprint if request.param == "cpp" else _fingerprint_torch

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from triton.runtime import driver
 from triton_stub import Driver, Launcher
 
@@ -15,8 +17,6 @@ from icae_fast.errors import BackendError
 from icae_fast.ops import _triton
 from icae_fast.ops._triton import INTERPRETED, Kernel
 from icae_fast.ops.rms_norm import triton_cuda as rms_norm
-
-tl = triton.language
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
 
@@ -27,7 +27,7 @@ def _configs(arch, arguments):
 
 
 @triton.jit
-def _function(x, y, n, kind, other, scale, NAME: tl.constexpr, BLOCK: tl.constexpr, EXTRA: tl.constexpr):
+def _function(x, y, n, kind, other, scale, NAME: tl.constexpr, BLOCK: tl.constexpr, EXTRA: tl.constexpr):  # noqa: N803
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < n).to(tl.float32) * scale
     if other is not None:
@@ -93,7 +93,8 @@ def test_the_same_kernel_grid_stream_and_arguments(gpu, kernel, monkeypatch):
     for arguments in made + made[::-1]:
         slow = launches(kernel, grid, arguments, gpu, fast=False, monkeypatch=monkeypatch)
         fast = launches(kernel, grid, arguments, gpu, fast=True, monkeypatch=monkeypatch)
-        assert slow == fast and len(slow) == 1, arguments
+        assert len(slow) == 1
+        assert slow == fast, arguments
     assert len(kernel._cases.known) == known <= len(made)
 
 

@@ -1,5 +1,7 @@
 """A driver for Triton that compiles for sm_90 as on a GPU and launches nothing, so that both ways to a launch run."""
 
+from typing import ClassVar
+
 from triton.backends.compiler import GPUTarget
 
 CPU = -1  # what tensors of the CPU give as their device's number
@@ -8,7 +10,7 @@ CPU = -1  # what tensors of the CPU give as their device's number
 class Launcher:
     """Stands for what hands a compiled kernel to the GPU: writes down what it was called with."""
 
-    calls: list = []
+    calls: ClassVar[list] = []
 
     def __init__(self, source, metadata):
         self.source = source

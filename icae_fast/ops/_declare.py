@@ -131,7 +131,7 @@ def declare(spec: OpSpec) -> OpSpec:
             )
     if spec.gpu is not None and has_triton():
         for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
-            _LIBRARIES[NAMESPACE].impl(spec.name, _imported_when_called(spec.gpu.launcher), key)
+            _LIBRARIES[NAMESPACE].impl(spec.name, imported_when_called(spec.gpu.launcher), key)
     REGISTRY[spec.name] = spec
     return spec
 
@@ -218,7 +218,7 @@ def _listened_to(args: tuple) -> bool:
     )
 
 
-def _imported_when_called(path: str) -> Callable:
+def imported_when_called(path: str) -> Callable:
     """The function that `path` names. Triton takes most of a second to import, which no CPU user should wait for."""
     module, function = path.split(":")
 

@@ -1,7 +1,8 @@
 """Has a weight changed? A 64-bit fingerprint of the bytes of tensors, in one pass over memory.
 
 Writes through `.data` bump no version counter, so whoever keeps something computed from weights has to look at the
-weights themselves. The number means nothing outside of this process: C++ and plain torch compute different ones.
+weights themselves. The number means nothing outside of this process: C++, Triton and plain torch compute different
+ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import Library
 
-from icae_fast.ops._declare import NAMESPACE
+from icae_fast.ops._declare import NAMESPACE, has_triton, imported_when_called, interpreted
 
 _ROW = 1024
 _MULTIPLIER = 0x1E3779B97F4A7C15  # odd: multiplication loses nothing
@@ -22,8 +23,8 @@ _MULTIPLIER = 0x1E3779B97F4A7C15  # odd: multiplication loses nothing
 def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
     """A 64-bit number that is another one when the tensors' bytes, sizes in bytes or order are others.
 
-    A single changed word (64 bits in C++, 32 in plain torch) is always seen. Several changes cancel as often as
-    random numbers are equal, once in 2 ** 64 and about 2 ** 32 cases: each word counts by its place, so that a
+    A single changed word (64 bits in C++, 32 in plain torch and Triton) is always seen. Several changes cancel as often
+    as random numbers are equal, once in 2 ** 64 and about 2 ** 32 cases: each word counts by its place, so that a
     permutation is a change, and down to its sign bit.
 
     Args:
@@ -61,3 +62,6 @@ def _factors(n: int, device: torch.device) -> torch.Tensor:
 _LIBRARY = Library(NAMESPACE, "FRAGMENT")
 _LIBRARY.define("fingerprint(Tensor[] tensors) -> int")
 _LIBRARY.impl("fingerprint", _fingerprint_torch, "CompositeExplicitAutograd")
+if has_triton():
+    for _key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
+        _LIBRARY.impl("fingerprint", imported_when_called("icae_fast.ops.triton_cuda_fingerprint:fingerprint"), _key)
