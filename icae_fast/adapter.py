@@ -103,13 +103,9 @@ class LoRAAdapter(nn.Module):
         drop = dropout and self.training and self.dropout_p > 0
         device = self.layers[0]["q_A"].device
         seeds = torch.randint(2**62, (len(self.layers),)).to(device) if drop else [None] * len(self.layers)
-        return [
-            PackedLoRA(
-                a=torch.cat((layer["q_A"], layer["v_A"])).to(dtype),
-                b=torch.cat((layer["q_B"], layer["v_B"])).to(dtype),
-                scale=self.scale,
-                dropout_p=self.dropout_p if drop else 0.0,
-                dropout_seed=seed,
-            )
-            for layer, seed in zip(self.layers, seeds, strict=True)
-        ]
+        # Of all layers at a time: four launches a layer would take a GPU longer than their work.
+        of_a, of_b = ([layer[f"{p}_{f}"] for layer in self.layers for p in PROJECTIONS] for f in FACTORS)
+        rows_a, rows_b = (sum(map(len, of[: len(PROJECTIONS)])) for of in (of_a, of_b))
+        packed_a, packed_b = torch.cat(of_a).to(dtype).split(rows_a), torch.cat(of_b).to(dtype).split(rows_b)
+        p = self.dropout_p if drop else 0.0
+        return [PackedLoRA(a, b, self.scale, p, seed) for a, b, seed in zip(packed_a, packed_b, seeds, strict=True)]

@@ -24,6 +24,7 @@ AdapterMode = Literal["auto", "fused", "merged"]
 MEMORY_SHARE = 0.25  # of the memory that is available, the most that "auto" takes for second weights
 PAYS = 0.95  # of the time of the fused projection; less of a gain is not worth the memory
 _MOST_ROWS = 512
+_GPU_ROWS = 8192  # of fewer a launch takes longer than its work, and it is launches that would be compared
 _ROUNDS = 6
 _SECONDS = 0.3  # after which two rounds are enough
 
@@ -113,7 +114,7 @@ def merged_bytes(icae: ICAE) -> int:
 def merging_pays(icae: ICAE) -> bool:
     """Is the projection with merged weights clearly the faster one? Timed once a process for sizes like these."""
     b, config = icae.backbone, icae.config
-    rows = min(config.max_span_tokens + config.memory_size, _MOST_ROWS)
+    rows = min(config.max_span_tokens + config.memory_size, _MOST_ROWS) if icae.device.type != "cuda" else _GPU_ROWS
     with _TIMING:
         return _timed(
             rows, b.hidden_size, b.num_q_heads, b.num_kv_heads, b.head_dim, config.lora_rank, icae.dtype, icae.device,
