@@ -223,7 +223,7 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
                     "lower token_budget or compress fewer documents at once"
                 ) from error
             raise
-        if not all(bool(torch.isfinite(s).all()) for s in slots):
+        if not bool(torch.isfinite(torch.cat(slots)).all()):  # waiting for a GPU once
             raise NonFiniteError(self.describe_non_finite("the memory slots"))
         return [Memory(s, len(r), tuple(span_lengths(len(r), self.config))) for s, r in zip(slots, rows, strict=True)]
 
