@@ -26,6 +26,7 @@ from bench.machine import REPOSITORY, describe_machine, machine_slug
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(REPOSITORY / ".cache" / "triton"))
 NO_GPU = 3
+_JOBS = min(12, os.cpu_count() or 1)  # each has half a GB of the GPU for itself
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,14 @@ class Setting:
     Args:
         device: "cuda", or "cpu" to try the code itself.
         small: small models and few rounds.
+        random: SmolLM2's shape with random weights, so that its package need not be there.
+        jobs: processes that check ops.
     """
 
     device: str = "cuda"
     small: bool = False
+    random: bool = False
+    jobs: int = 1
 
     @property
     def rounds(self) -> int:
@@ -123,12 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small models, one round")
     parser.add_argument("--only", default="", help="part of a part's name")
+    parser.add_argument("--random", action="store_true", help="SmolLM2's shape with random weights")
+    parser.add_argument("--jobs", type=int, default=_JOBS, help="processes that check ops (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path(), help="where the folder is made")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("There is no GPU here that torch can use; run this on a machine with an NVIDIA GPU.", file=sys.stderr)
         return NO_GPU
-    setting = Setting(options.device, options.small)
+    setting = Setting(options.device, options.small, options.random, 1 if options.small else max(1, options.jobs))
     folder = options.output / f"gpu-check-{machine_slug(describe_machine(setting.device))}"
     well = check(setting, folder, options.only)
     print(f"{'All parts are well.' if well else 'Some parts failed.'} Please send back the folder {folder}.")

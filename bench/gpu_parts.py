@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,31 +23,53 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def ops(setting: Setting) -> dict[str, Any]:
     """Every op in every dtype over all samples of its spec, within the error budget."""
-    rows, failures = [], []
-    for spec in REGISTRY.values():
-        samples = list(spec.samples)
-        for name, dtype in _dtypes(spec, setting):
-            wrong = [w for s in samples if (w := _complaint(spec, make_inputs(s, dtype, setting.device), setting, s.name))]  # noqa: E501  # fmt: skip
-            rows.append(_row(spec, name, setting, len(samples), len(wrong)))
-            failures += [f"{name}: {w}" for w in wrong]
-    return {"rows": rows, "failures": failures}
+    return _all(_samples, REGISTRY, setting)
 
 
 def ops_at_real_sizes(setting: Setting) -> dict[str, Any]:
     """Every op at the shapes of `bench.paper_shapes`, with random values."""
-    rows, failures = [], []
-    listed = [c for c in calls() if not setting.small or (c.op, c.name) == ("rms_norm", "smollm2-135m encode")]
-    for op in dict.fromkeys(c.op for c in listed):
-        own = [c for c in listed if c.op == op]
-        for name, dtype in _dtypes(REGISTRY[op], setting):
-            wrong = []
-            for call in own:
-                arguments = _real_arguments(call, dtype, setting.device)
-                wrong.append(_complaint(REGISTRY[op], arguments, setting, call.name))
-            wrong = [w for w in wrong if w]
-            rows.append(_row(REGISTRY[op], name, setting, len(own), len(wrong)))
-            failures += [f"{name}: {w}" for w in wrong]
-    return {"rows": rows, "failures": failures}
+    return _all(_real_sizes, dict.fromkeys(c.op for c in _calls(setting)), setting)
+
+
+def _all(check, names, setting):
+    """The rows of `check` for each op and dtype, in processes of their own where there are many.
+
+    What takes the time is Triton's compiler: one after the other, an H200's machine was not through after a quarter of
+    an hour; 13 processes took two minutes and a half.
+    """
+    tasks = [(name, dtype, setting) for name in names for dtype, _ in _dtypes(REGISTRY[name], setting)]
+    if setting.jobs == 1:
+        found = [check(*task) for task in tasks]
+    else:
+        with multiprocessing.get_context("spawn").Pool(setting.jobs) as pool:  # a forked one could not use the GPU
+            found = pool.starmap(check, tasks, chunksize=1)
+    return {"rows": [row for row, _ in found], "failures": [w for _, wrong in found for w in wrong]}
+
+
+def _samples(name: str, dtype: str, setting: Setting) -> tuple[dict[str, Any], list[str]]:
+    """The row of an op in a dtype over the samples of its spec, and what is wrong."""
+    spec = REGISTRY[name]
+    cases = ((s.name, lambda s=s: make_inputs(s, DTYPES[dtype], setting.device)) for s in spec.samples)
+    return _checked(spec, dtype, setting, cases)
+
+
+def _real_sizes(name: str, dtype: str, setting: Setting) -> tuple[dict[str, Any], list[str]]:
+    """The same at the shapes of `bench.paper_shapes`."""
+    own = [c for c in _calls(setting) if c.op == name]
+    cases = ((c.name, lambda c=c: _real_arguments(c, DTYPES[dtype], setting.device)) for c in own)
+    return _checked(REGISTRY[name], dtype, setting, cases)
+
+
+def _checked(spec, dtype, setting, cases):
+    found = [_complaint(spec, make, setting, name) for name, make in cases]
+    wrong = [f"{dtype}: {w}" for w in found if w]
+    backend = backend_of(spec.name, setting.device)
+    row = {"op": spec.name, "backend": backend, "dtype": dtype, "samples": len(found), "failed": len(wrong)}
+    return row, wrong
+
+
+def _calls(setting):
+    return [c for c in calls() if not setting.small or (c.op, c.name) == ("rms_norm", "smollm2-135m encode")]
 
 
 def _dtypes(spec: OpSpec, setting: Setting) -> Iterator[tuple[str, torch.dtype]]:
@@ -54,16 +77,11 @@ def _dtypes(spec: OpSpec, setting: Setting) -> Iterator[tuple[str, torch.dtype]]
     return ((name, dtype) for name, dtype in DTYPES.items() if dtype in served)
 
 
-def _row(spec, dtype, setting, samples, failed):
-    backend = backend_of(spec.name, setting.device)
-    return {"op": spec.name, "backend": backend, "dtype": dtype, "samples": samples, "failed": failed}
-
-
-def _complaint(spec, inputs, setting, sample) -> str | None:
-    """What is wrong with an op's results, None if nothing is."""
+def _complaint(spec, make, setting, sample) -> str | None:
+    """What is wrong with an op's results for the arguments that `make` gives, None if nothing is."""
     backend = backend_of(spec.name, setting.device)
     try:
-        check_op(spec, backend, inputs)
+        check_op(spec, backend, make())
     except Exception as error:  # one sample's failure says nothing about the next one
         lines = str(error).strip().splitlines()
         return f"{spec.name}, sample {sample!r}: {type(error).__name__}: {lines[0] if lines else ''}"

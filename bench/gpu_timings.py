@@ -39,7 +39,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     if setting.small:
         yield Case("tiny", "fp32", 2, 32, memory_size=8, rank=8, new_tokens=4, prompts=2)
         return
-    yield Case("smollm2-135m", "bf16", 8, 512, new_tokens=128, prompts=8)
+    smollm2 = "smollm2-135m-random" if setting.random else "smollm2-135m"
+    yield Case(smollm2, "bf16", 8, 512, new_tokens=128, prompts=8)
     yield Case("llama-1b", "bf16", 8, 512, new_tokens=128, prompts=8)
     if setting.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < LARGE_BYTES:
         return

@@ -58,6 +58,7 @@ MODELS = {
     for shape in (
         ModelShape("tiny", 64, 3, 4, 2, 16, 128, 512),
         ModelShape("smollm2-135m", 576, 30, 9, 3, 64, 1536, 49152, embedded=True),
+        ModelShape("smollm2-135m-random", 576, 30, 9, 3, 64, 1536, 49152),
         ModelShape("llama-1b", 2048, 16, 32, 8, 64, 8192, 32000),
         ModelShape("llama2-7b", 4096, 32, 32, 32, 128, 11008, 32000),
         ModelShape("qwen3-0.6b", 1024, 28, 16, 8, 128, 3072, 151936),

@@ -41,8 +41,12 @@ _ADAPTER_HELP = (
 )
 Adapter = Annotated[str | None, typer.Option(help=_ADAPTER_HELP)]
 Model = Annotated[str, typer.Option(help="Base model: a path, a hub id, or the embedded SmolLM2.")]
-MemorySize = Annotated[int | None, typer.Option(help="Slots a span: gives an untrained adapter, by default of 128.")]
-Rate = Annotated[int | None, typer.Option(help="Context tokens a slot: gives an untrained adapter, by default of 4.")]
+_MEMORY_SIZE_HELP = "Slots a span: gives an untrained adapter, by default of 128; not with --adapter."
+MemorySize = Annotated[int | None, typer.Option(help=_MEMORY_SIZE_HELP)]
+_RATE_HELP = (
+    "Context tokens a slot, in place of the adapter's own; without --adapter, gives an untrained one, by default of 4."
+)
+Rate = Annotated[int | None, typer.Option(help=_RATE_HELP)]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else on stdout.")]
 MemoryName = Annotated[str, typer.Argument(help="A memory file, or with --store a key.")]
@@ -81,8 +85,8 @@ def main_of(command: str, argv: Sequence[str] | None = None) -> None:
 def load(adapter: str | None, model: str, memory_size: int | None, rate: int | None, dtype: str) -> Any:
     """The ICAE that the options ask for.
 
-    Without an adapter and sizes, that is the one that comes with the package for this model; else an untrained one, the
-    same in every call.
+    Without an adapter and sizes, that is the one that comes with the package for this model; without an adapter, an
+    untrained one of these sizes, the same in every call.
     """
     import torch
 
@@ -94,8 +98,10 @@ def load(adapter: str | None, model: str, memory_size: int | None, rate: int | N
     if adapter is None and memory_size is None and rate is None and (default := default_adapter(model)):
         adapter = default[0]
     if adapter is not None:
+        if memory_size is not None:
+            raise InvalidInputError("--memory-size is for untrained adapters; a saved one has its own: leave it out")
         base = None if model == EMBEDDED_NAME else model
-        return ICAE.from_pretrained(adapter, base_model=base, dtype=torch_dtype)
+        return ICAE.from_pretrained(adapter, base_model=base, dtype=torch_dtype, compression_rate=rate)
     stderr.print(UNTRAINED, style="yellow")
     base, tokenizer = load_base_model(model, ICAEConfig(), torch_dtype)
     torch.manual_seed(0)
@@ -125,7 +131,8 @@ def load_memory_for(
 ) -> tuple[Any, Any]:
     """The ICAE that made a memory, and the memory: a file, or a key in a store, with `kv` as in `MemoryStore.get`."""
     from icae_fast import MemoryStore
-    from icae_fast.hub import default_adapter
+    from icae_fast.checkpoints import read_header
+    from icae_fast.hub import default_adapter, resolve_adapter_folder
     from icae_fast.memory_file import load_memory, read_memory_header
 
     if store is None:
@@ -133,11 +140,12 @@ def load_memory_for(
     else:
         with MemoryStore(store, create=False) as opened:
             header = opened.header(memory)
-    sizes = header["config"]["memory_size"], header["config"]["compression_rate"]
+    memory_size, rate = header["config"]["memory_size"], header["config"]["compression_rate"]
     default = default_adapter(model)
-    if default is not None and sizes == (default[1].memory_size, default[1].compression_rate):
-        sizes = None, None  # which asks for it
-    icae = load(adapter, model, *sizes, dtype)
+    if adapter is None and default is not None:
+        shipped = read_header(resolve_adapter_folder(default[0]))[1]
+        adapter = default[0] if shipped["adapter_hash"] == header["adapter_hash"] else None
+    icae = load(adapter, model, None if adapter else memory_size, rate, dtype)
     if store is None:
         return icae, load_memory(memory, icae)
     with MemoryStore(store, icae, create=False) as opened:

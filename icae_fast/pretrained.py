@@ -48,6 +48,7 @@ class PretrainedMixin:
         dtype: torch.dtype = torch.bfloat16,
         tokenizer: Any = None,
         revision: str | None = None,
+        compression_rate: int | None = None,
     ) -> ICAE:
         """Load a saved adapter, with the base model that it names unless one is given.
 
@@ -58,13 +59,18 @@ class PretrainedMixin:
             dtype: of a base model that is loaded here.
             tokenizer: None for the base model's own, where it can be found.
             revision: of the adapter on the hub.
+            compression_rate: context tokens a slot, and so spans of k times as many tokens; None for the adapter's own.
+                Good for what it was trained at: "smollm2-135m" for 2, its own, and 4.
 
         Raises:
+            ConfigError: a compression rate below 1, or spans that do not fit the base model's positions.
             CheckpointError: no adapter there, or a damaged, incomplete or misshaped one.
             BaseModelMismatchError: the base model is not the one that the adapter was trained on.
         """
         folder = resolve_adapter_folder(path, revision)
         config, header = checkpoints.read_header(folder)
+        if compression_rate is not None:
+            config = config.replace(compression_rate=compression_rate)
         model, tokenizer = load_base_model(base_model, config, dtype, tokenizer)
         checkpoints.check_base(model, header["base"], str(path))
         icae = cls(model, config, tokenizer)

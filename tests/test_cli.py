@@ -26,6 +26,20 @@ def test_the_packages_adapter_is_the_default(run, text_file, tmp_path):
         assert (code, err.strip()) == (0, "")
 
 
+def test_a_saved_adapter_takes_another_rate(run, text_file, tmp_path):
+    """Its memories find it again by its hash, whatever their rate."""
+    code, out, _ = run("compress", text_file, "--adapter", "smollm2-135m", "--rate", 4, "--json")
+    (memory,) = json.loads(out)
+    assert code == 0
+    assert memory["slots"] == 32 * len(memory["spans"])
+    assert 64 < max(memory["spans"]) <= 128
+    code, _, err = run("restore", tmp_path / "note.txt.icae", "--max-new-tokens", 4)
+    assert (code, err.strip()) == (0, "")
+    code, _, err = run("compress", text_file, "--adapter", "smollm2-135m", "--memory-size", 16)
+    assert code == 2
+    assert "--memory-size is for untrained adapters" in err
+
+
 def test_compress_restore_ask(run, text_file, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("A second, shorter text.")

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("peft", reason="the baseline needs peft")
 
-from bench import gpu_check, machine
+from bench import gpu_check, gpu_parts, machine
 from bench.gpu_report import report
 
 
@@ -44,6 +44,13 @@ def test_each_part_runs_at_small_sizes(part, tmp_path):
     assert result["parts"]
     assert all(part["ok"] for part in result["parts"].values())
     assert "All parts are well." in (folder / "report.md").read_text()
+
+
+def test_processes_find_what_one_finds():
+    settings = [gpu_check.Setting("cpu", small=True, jobs=jobs) for jobs in (1, 2)]
+    one, two = (gpu_parts.ops_at_real_sizes(setting) for setting in settings)
+    assert one == two
+    assert {row["op"] for row in one["rows"]} == {"rms_norm"}
 
 
 def test_a_part_that_raises_is_written_down_and_the_rest_goes_on(tmp_path, monkeypatch):

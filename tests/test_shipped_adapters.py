@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from icae_fast import ICAE, hub
 from icae_fast.checkpoints import TENSORS_FILE
-from icae_fast.errors import CheckpointError
+from icae_fast.errors import CheckpointError, ConfigError
 from training.objectives import autoencoding_sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +45,17 @@ def test_an_adapter_of_the_package_is_loaded_by_its_name(icae, make_base, tmp_pa
     again = ICAE.from_pretrained("tiny", base_model=make_base())
     ids = random_ids(30)
     assert torch.equal(again.compress(ids)[0].slots, icae.compress(ids)[0].slots)
+
+
+def test_an_adapter_is_loaded_for_another_rate(icae, make_base, tmp_path, random_ids):
+    icae.save_pretrained(tmp_path)
+    k, rate, ids = icae.config.memory_size, icae.config.compression_rate, random_ids(40)
+    longer = ICAE.from_pretrained(tmp_path, base_model=make_base(), compression_rate=2 * rate)
+    assert longer.config == icae.config.replace(compression_rate=2 * rate)
+    assert longer.adapter_hash() == icae.adapter_hash()
+    assert len(longer.compress(ids)[0].span_lengths) == -(-40 // (2 * rate * k))
+    with pytest.raises(ConfigError, match="compression_rate is 0"):
+        ICAE.from_pretrained(tmp_path, base_model=make_base(), compression_rate=0)
 
 
 def test_a_folder_of_that_name_comes_first(icae, make_base, tmp_path, monkeypatch):

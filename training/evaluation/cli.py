@@ -32,7 +32,7 @@ def eval_command(
     samples: Annotated[int, typer.Option(min=1, help="Passages for each row of a table, and prompts of --pwc.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     memory_size: Annotated[int | None, typer.Option(help="Slots a span: measures an untrained adapter, by default of 128.")] = None,  # noqa: E501
-    rate: Annotated[int | None, typer.Option(help="Context tokens a slot: measures an untrained adapter, by default of 4.")] = None,  # noqa: E501
+    rate: Annotated[int | None, typer.Option(help="Context tokens a slot, in place of the adapters' own; without --adapter, measures an untrained one, by default of 4.")] = None,  # noqa: E501
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     pwc: Annotated[list[str] | None, typer.Option(help='Rows of "input", "prompt" and "answer", .jsonl or .parquet, to answer; may be given several times.')] = None,  # noqa: E501
     contestants: Annotated[str, typer.Option(help="What is read to answer them, separated by commas.")] = "slots,full,truncated,summary",  # noqa: E501
@@ -120,7 +120,9 @@ def _load_subjects(specs: list[Any], model: str, memory_size: int | None, rate: 
     if not specs and memory_size is None and rate is None and (default := default_adapter(model)):
         specs = [parse_subject(default[0])]
     if specs:
-        return load_subjects(specs, None if model == EMBEDDED_NAME else model, dtype)
+        if memory_size is not None:
+            raise InvalidInputError("--memory-size is for untrained adapters; a saved one has its own: leave it out")
+        return load_subjects(specs, None if model == EMBEDDED_NAME else model, dtype, rate)
     return [Subject("untrained", load(None, model, memory_size, rate, dtype))]
 
 

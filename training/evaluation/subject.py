@@ -130,13 +130,16 @@ def parse_subject(text: str) -> SubjectSpec:
     return SubjectSpec(name, adapter, model or None)
 
 
-def load_subjects(specs: Sequence[SubjectSpec], model: str | None, dtype: str) -> list[Subject]:
+def load_subjects(
+    specs: Sequence[SubjectSpec], model: str | None, dtype: str, rate: int | None = None
+) -> list[Subject]:
     """Adapters with their base models; those that name the same base model share it.
 
     Args:
         specs: at least one.
         model: base model of those that do not give one, None for the one that the adapter names.
         dtype: "bfloat16" or "float32".
+        rate: context tokens a slot, None for each adapter's own.
 
     Raises:
         InvalidInputError: two have one name, or an unknown dtype.
@@ -152,7 +155,7 @@ def load_subjects(specs: Sequence[SubjectSpec], model: str | None, dtype: str) -
         base = spec.model or model or read_header(folder)[0].base_model
         known = bases.get(base)
         given = (base, None) if known is None else (known.base_model, known.tokenizer)
-        icae = ICAE.from_pretrained(folder, given[0], parse_dtype(dtype), given[1])
+        icae = ICAE.from_pretrained(folder, given[0], parse_dtype(dtype), given[1], compression_rate=rate)
         bases.setdefault(base, icae)
         subjects.append(Subject(spec.name, icae))
     return subjects
