@@ -66,7 +66,7 @@ def adapter_curves(result: dict[str, Any], path: Path) -> None:
 
     Args:
         result: its `runs`: each has a `name`, `points` and `held_out`, both lists of (core hours, accuracy), and
-            `failed`, which says that nothing was kept of it.
+            `failed`, which says that nothing was kept of it; `xlabel` and `ylabel` where they are others.
         path: without an ending; `.png` and `.svg` are written.
     """
     with _figure(path) as axes:
@@ -77,8 +77,8 @@ def adapter_curves(result: dict[str, Any], path: Path) -> None:
             (line,) = axes.plot(*zip(*run["points"], strict=True), label=run["name"], **style)
             if run["held_out"]:
                 axes.plot(*zip(*run["held_out"], strict=True), "o", color=line.get_color(), markersize=4)
-        axes.set_xlabel("core hours since the run began")
-        axes.set_ylabel("accuracy (dots: held-out text)")
+        axes.set_xlabel(result.get("xlabel", "core hours since the run began"))
+        axes.set_ylabel(result.get("ylabel", "accuracy (dots: held-out text)"))
         axes.set_ylim(0, 1)
         axes.set_title(result["title"], fontsize=11)
         axes.grid(True, alpha=0.3)

@@ -23,6 +23,7 @@ STAGES = st.builds(
     max_tokens=st.integers(8, 64),
     min_tokens=st.none() | st.integers(1, 8),
     memory_sizes=st.lists(st.integers(1, 8), max_size=3).map(tuple),
+    wrong_tokens=st.floats(0, 1),
 )
 
 
@@ -95,6 +96,8 @@ def test_growing_begins_with_a_warm_start():
         ({"objectives": {"ae": 1, "warm": 1}}, "a stage of its own"),
         ({"memory_sizes": 4}, "memory_sizes is 4"),
         ({"memory_sizes": [0]}, "entry of memory_sizes is 0"),
+        ({"wrong_tokens": 1.5}, "wrong_tokens is 1.5; it must be a number from 0 to 1"),
+        ({"wrong_tokens": "0.1"}, "wrong_tokens is '0.1'"),
         ({"max_token": 4}, "did you mean max_tokens"),
         ({"rounds": 4}, "unknown field rounds"),
     ],

@@ -4,6 +4,7 @@ import itertools
 import pickle
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from icae_fast.errors import ConfigError
 from training.curriculum import Stage
-from training.objectives import draw_window
+from training.objectives import autoencoding_sample, continuation_sample, draw_window, with_wrong_tokens
 from training.rows import Row
 from training.samples import InstructionDraw, PretrainingDraw, SampleLayout
 from training.tally import Tally
@@ -71,6 +72,32 @@ def test_windows_of_a_document(tiny_icae, n, a, b, objectives, windows, spans, t
             assert sample.objective == "ae"
             assert [label for label in sample.labels if label != -100] == [*context, EOS]
         assert "lm" in objectives or n <= len(context) or len(context) >= min(a, b, SPAN)
+
+
+@given(st.integers(1, 80), st.floats(0, 1), st.integers(0, 2**32))
+def test_wrong_tokens_are_read_and_not_learned(tiny_icae, n, most, seed):
+    ids = list(range(20, 20 + n))
+    sample = autoencoding_sample(tiny_icae, ids)
+    wrong = with_wrong_tokens(sample, most, random.Random(seed))
+    assert replace(wrong, prompt_answer_ids=sample.prompt_answer_ids) == sample
+    first = len(sample.prompt_answer_ids) - n - 1
+    assert wrong.prompt_answer_ids[:first] == sample.prompt_answer_ids[:first]
+    assert wrong.prompt_answer_ids[-1] == EOS
+    assert set(wrong.prompt_answer_ids[first:-1]) <= set(ids)
+    assert wrong == sample or most > 0
+    continued = continuation_sample(tiny_icae, ids, ids)
+    assert with_wrong_tokens(continued, 1.0, random.Random(seed)) == continued
+
+
+def test_half_of_the_most_tokens_are_wrong(tiny_icae):
+    sample, rng = autoencoding_sample(tiny_icae, list(range(20, 84))), random.Random(0)
+    changed = [
+        sum(a != b for a, b in zip(s.prompt_answer_ids, sample.prompt_answer_ids, strict=True)) / 64
+        for s in (with_wrong_tokens(sample, 0.4, rng) for _ in range(200))
+    ]
+    assert 0.15 < sum(changed) / 200 < 0.21  # a token may be replaced by itself
+    assert max(changed) > 0.3
+    assert min(changed) < 0.05
 
 
 def test_windows_are_within_their_text():

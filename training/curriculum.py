@@ -38,6 +38,8 @@ class Stage:
         min_tokens: context lengths are drawn from `min_tokens` to `max_tokens`, both included; None: all `max_tokens`.
         memory_sizes: numbers of slots a span, one of which is drawn for each micro-batch (the first k' of the
             adapter's k memory tokens); `()` is the adapter's k.
+        wrong_tokens: 0 to 1, the most of what the decoder reads of a text to restore that is replaced by other tokens;
+            see `training.objectives.with_wrong_tokens`. Nothing is in evaluation.
         learning_rate: in place of the run's; where any stage has one, the schedule (warm-up, decay) runs over each
             stage by itself, see `training.schedule`.
         token_lr_factor: in place of the run's; it, too, has stages scheduled one by one.
@@ -51,6 +53,7 @@ class Stage:
     max_tokens: int
     min_tokens: int | None = None
     memory_sizes: tuple[int, ...] = ()
+    wrong_tokens: float = 0.0
     learning_rate: float | None = None
     token_lr_factor: float | None = None
 
@@ -66,6 +69,8 @@ class Stage:
             value = getattr(self, name)
             if value is not None and not _is_positive(value):
                 raise ConfigError(f"{name} is {value!r}; it must be a number over 0 (or leave it out)")
+        if not _is_share(self.wrong_tokens):
+            raise ConfigError(f"wrong_tokens is {self.wrong_tokens!r}; it must be a number from 0 to 1")
         sizes = self.memory_sizes
         if isinstance(sizes, (str, Mapping)) or not isinstance(sizes, Sequence):
             raise ConfigError(f"memory_sizes is {sizes!r}; give a list of slot numbers, or an empty one for the k")
@@ -263,6 +268,10 @@ def check_keys(what: str, values: Mapping[str, Any], known: Sequence[str], requi
 def _check_count(name: str, value: Any) -> None:
     if not is_int(value) or value < 1:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _is_share(value):
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= 1
 
 
 def _is_positive(value: Any) -> bool:

@@ -203,8 +203,11 @@ class BatchStream(IterableDataset):
         mine = packing.share(window.steps[s], costs, self.rank, self.world_size)
         for m in range(self._state["micro_batches"], len(mine)):
             place, chosen = mine[m]
-            size = window.stage.draw_memory_size(random.Random(f"{self.seed}:{number}:{place}"))
+            stage, rng = window.stage, random.Random(f"{self.seed}:{number}:{place}")
+            size = stage.draw_memory_size(rng)
             samples = [window.drafts[i].build() for i in chosen]
+            if stage.wrong_tokens:
+                samples = [with_wrong_tokens(sample, stage.wrong_tokens, rng) for sample in samples]
             if size is not None:
                 samples = [with_memory_size(self.draw.layout, sample, size) for sample in samples]
             self._advance(window, s, m, len(mine), tally)
