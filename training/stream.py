@@ -17,7 +17,7 @@ from icae_fast.errors import ConfigError, DataError
 from icae_fast.spans import micro_batches
 from training import packing
 from training.curriculum import Curriculum, Stage
-from training.objectives import Sample, with_memory_size
+from training.objectives import Sample, with_memory_size, with_wrong_tokens
 from training.rows import MappedSource, StreamedSource
 from training.samples import SKIPPED, Draw
 from training.tally import Tally
