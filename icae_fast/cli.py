@@ -231,13 +231,18 @@ def _memory_table(first: str, rows: list[dict[str, Any]]) -> Table:
 @app.command()
 def restore(
     memory: MemoryName,
+    by_span: Annotated[bool, typer.Option("--by-span", help="Restore each span from its own slots, for texts of more spans than the adapter was trained with.")] = False,  # noqa: E501
     max_new_tokens: NewTokens = None, store: Store = None, adapter: Adapter = None, model: Model = EMBEDDED_NAME,
     dtype: Dtype = "bfloat16", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write out the text that a memory holds."""
     icae, loaded = load_memory_for(memory, store, adapter, model, dtype)
-    streamer = None if as_json else _streamer(icae)
-    text = icae.restore(loaded, max_new_tokens=max_new_tokens, streamer=streamer)
+    if by_span:  # the limit is of each span
+        text = icae.restore_by_span(loaded, max_new_tokens=max_new_tokens)
+    else:
+        text = icae.restore(loaded, max_new_tokens=max_new_tokens, streamer=None if as_json else _streamer(icae))
+    if by_span and not as_json:
+        print(text)
     if as_json:
         print(json.dumps({"memory": memory, "text": text} | describe(loaded)))
 

@@ -44,6 +44,11 @@ class Memory:
         """Bytes of the slots."""
         return self.slots.nbytes
 
+    def spans(self) -> list[Memory]:
+        """The memory of each span by itself, in order; the slots are views of these."""
+        parts = self.slots.split(self.memory_size)
+        return [Memory(part, n, (n,)) for part, n in zip(parts, self.span_lengths, strict=True)]
+
     def to(self, *args, **kwargs) -> Memory:
         """A copy with the slots moved or cast by `torch.Tensor.to`."""
         return Memory(self.slots.to(*args, **kwargs), self.n_source_tokens, self.span_lengths)

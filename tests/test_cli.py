@@ -21,7 +21,7 @@ def test_the_packages_adapter_is_the_default(run, text_file, tmp_path):
     code, out, err = run("compress", text_file, "--json")
     assert (code, err.strip()) == (0, "")
     assert json.loads(out)[0]["slots"] == 32 * len(json.loads(out)[0]["spans"])
-    for command in (["restore"], ["ask", "Who kept the light?"]):
+    for command in (["restore"], ["restore", "--by-span"], ["ask", "Who kept the light?"]):
         code, out, err = run(command[0], tmp_path / "note.txt.icae", *command[1:], "--max-new-tokens", 4)
         assert (code, err.strip()) == (0, "")
 

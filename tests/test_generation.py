@@ -181,6 +181,30 @@ def test_restoring_many_equals_one_by_one(icae, random_ids):
     assert icae.restore(memories[:1], 5, return_ids=True) == [one_by_one[0][:5]]
 
 
+def test_restoring_by_span_restores_each_span_as_a_context(icae, random_ids):
+    rows = [random_ids(n, seed=n) for n in (40, 7)]
+    memories = icae.compress(rows)
+    assert len(memories[0].span_lengths) > 1
+    spans = [list(ids.split(m.span_lengths)) for ids, m in zip(rows, memories, strict=True)]
+    for m, own in zip(memories, spans, strict=True):
+        assert [x.span_lengths for x in m.spans()] == [(len(ids),) for ids in own]
+        assert torch.equal(torch.cat([x.slots for x in m.spans()]), m.slots)
+    free = [[icae.restore(icae.compress(ids)[0], return_ids=True) for ids in own] for own in spans]
+    cut = [
+        [i for ids, w in zip(own, f, strict=True) for i in w[: len(ids)]] for own, f in zip(spans, free, strict=True)
+    ]
+    assert icae.restore_by_span(memories, return_ids=True) == cut
+    assert icae.restore_by_span(memories[0], return_ids=True) == cut[0]
+    assert icae.restore_by_span(memories[0], return_ids=True, max_new_tokens=2) == [i for f in free[0] for i in f[:2]]
+    eos = icae.base_model.generation_config.eos_token_id = free[0][1][3]  # ends one span early, and is not written
+    expected = [
+        w[: min(len(ids), w.index(eos) if eos in w else len(ids))] for ids, w in zip(spans[0], free[0], strict=True)
+    ]
+    assert icae.restore_by_span(memories[0], return_ids=True) == [i for w in expected for i in w]
+    with pytest.raises(TokenizerMismatchError):
+        icae.restore_by_span(memories[0])
+
+
 def test_the_penalty_sees_the_prompt_and_what_was_generated(icae, memory):
     """Token by token what the training forward's logits, penalised, have as their best."""
     prompt, penalty = [5, 6, 7, 8], 2.0
@@ -246,6 +270,9 @@ def test_text_comes_back_without_special_tokens(make_icae, make_tokenizer, rando
     assert texts == [" ".join(f"w{i}" for i in row if i > 2) for row in ids]
     assert icae.restore(memory, max_new_tokens=3) == icae.tokenizer.decode(
         icae.restore(memory, max_new_tokens=3, return_ids=True), skip_special_tokens=True
+    )
+    assert icae.restore_by_span(memory) == icae.tokenizer.decode(
+        icae.restore_by_span(memory, return_ids=True), skip_special_tokens=True
     )
 
 
