@@ -1,6 +1,6 @@
 """`make demo`: a real language model reads a compressed document.
 
-Compresses `harrow_point.txt` with the adapter that comes with the package, restores its beginning passage by passage,
+Compresses `harrow_point.txt` with the adapter that comes with the package, restores it passage by passage,
 asks two questions about it, and times four ways to read it.
 """
 
@@ -16,13 +16,13 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from bench.latency import latency_table, render
-from icae_fast import ICAE, backend_of
+from icae_fast import ICAE, Memory, backend_of
 from training.evaluation.differences import word_runs
 
 HERE = Path(__file__).parent
 ADAPTER = "smollm2-135m"
 QUESTIONS = ("When was the lighthouse built?", "Why was a light wanted?")
-RESTORED_SPANS = 4
+SHOWN_SPANS = 4
 
 console = Console(highlight=False)
 
@@ -49,7 +49,7 @@ def main() -> None:
     console.print(f"ratio        {memory.compression_ratio:.2f} tokens a slot")
     console.print(f"memory       {memory.nbytes:,} bytes (the text's KV cache would be {raw:,})")
 
-    restore(icae, document)
+    restore(icae, document, memory)
     ask(icae, document)
 
     console.rule("latency")
@@ -59,22 +59,28 @@ def main() -> None:
     console.print(render(result))
 
 
-def restore(icae: ICAE, document: list[int]) -> None:
-    """Restore the document's first spans, each from its own slots, and show what is not as it was."""
-    length, k = icae.config.max_span_tokens, icae.config.memory_size
-    console.rule(f"restore ({RESTORED_SPANS} passages of {length} tokens from {k} slots each)")
-    spans = [document[i * length : (i + 1) * length] for i in range(RESTORED_SPANS)]
-    memories = icae.compress([torch.tensor(span) for span in spans])
+def restore(icae: ICAE, document: list[int], memory: Memory) -> None:
+    """Restore the document span by span, each from its own slots, and show what is not as it was in the first ones."""
+    spans = torch.tensor(document).split(memory.span_lengths)
+    console.rule(
+        f"restore ({len(spans)} passages of up to {max(map(len, spans))} tokens, from {memory.memory_size} slots each)"
+    )
     n_right = n_words = 0
-    for span, restored in zip(spans, icae.restore(memories), strict=True):
+    with console.status("restoring"):
+        texts = icae.restore(memory.spans())
+    for i, (span, restored) in enumerate(zip(spans, texts, strict=True)):
         before, after = Text("text      ", style="dim"), Text("restored  ", style="dim")
         for equal, original, found in word_runs(icae.tokenizer.decode(span).split(), restored.split()):
             n_words += len(original)
             n_right += len(original) * equal
             before.append("".join(f"{word} " for word in original), style="not dim" if equal else "not dim strike")
             after.append("".join(f"{word} " for word in found), style="not dim" if equal else "not dim bold yellow")
-        console.print(before, after, sep="\n", end="\n\n")
-    console.print(f"{n_right} of {n_words} words came back in their places; the others are struck out or yellow.")
+        if i < SHOWN_SPANS:
+            console.print(before, after, sep="\n", end="\n\n")
+    console.print(
+        f"These are the first {SHOWN_SPANS}, with what is wrong struck out and yellow. Of all passages, {n_right} of "
+        f"{n_words} words came back in their places."
+    )
 
 
 def ask(icae: ICAE, document: list[int]) -> None:

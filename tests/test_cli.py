@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from icae_fast import ICAE, ICAEConfig, MemoryStore
+from icae_fast import ICAE, ICAEConfig, MemoryStore, embedded
 from icae_fast.memory_file import load_memory
 
 
@@ -18,6 +18,7 @@ def text_file(tmp_path):
 
 
 def test_the_packages_adapter_is_the_default(run, text_file, tmp_path):
+    embedded.smollm2_folder()  # the first conversion of a machine shows its progress
     code, out, err = run("compress", text_file, "--json")
     assert (code, err.strip()) == (0, "")
     assert json.loads(out)[0]["slots"] == 32 * len(json.loads(out)[0]["spans"])
