@@ -25,7 +25,7 @@ test: $(VENV)/.installed lint
 test-triton: $(VENV)/.installed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal \
 		tests/test_golden.py tests/test_ops.py tests/test_lora_qkv_rope_triton.py tests/test_attention_backends.py \
-		tests/test_shared_prefix_plan.py
+		tests/test_shared_prefix_plan.py tests/test_fingerprint.py
 
 # The op and argument tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a build of their own
 # and under every instruction set that this CPU can run: each has its own code for tails and masks, and the masked
