@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from icae_fast import ICAE, ICAEConfig, MemoryStore, embedded
+from icae_fast import ICAE, ICAEConfig, MemoryStore
 from icae_fast.memory_file import load_memory
 
 
@@ -17,8 +17,8 @@ def text_file(tmp_path):
     return path
 
 
+@pytest.mark.usefixtures("smollm2_bf16")  # converts SmolLM2 where nobody has, which shows its progress
 def test_the_packages_adapter_is_the_default(run, text_file, tmp_path):
-    embedded.smollm2_folder()  # the first conversion of a machine shows its progress
     code, out, err = run("compress", text_file, "--json")
     assert (code, err.strip()) == (0, "")
     assert json.loads(out)[0]["slots"] == 32 * len(json.loads(out)[0]["spans"])
@@ -27,6 +27,7 @@ def test_the_packages_adapter_is_the_default(run, text_file, tmp_path):
         assert (code, err.strip()) == (0, "")
 
 
+@pytest.mark.usefixtures("smollm2_bf16")
 def test_a_saved_adapter_takes_another_rate(run, text_file, tmp_path):
     """Its memories find it again by its hash, whatever their rate."""
     code, out, _ = run("compress", text_file, "--adapter", "smollm2-135m", "--rate", 4, "--json")
