@@ -98,8 +98,7 @@ def load(adapter: str | None, model: str, memory_size: int | None, rate: int | N
     if adapter is None and memory_size is None and rate is None and (default := default_adapter(model)):
         adapter = default[0]
     if adapter is not None:
-        if memory_size is not None:
-            raise InvalidInputError("--memory-size is for untrained adapters; a saved one has its own: leave it out")
+        refuse_memory_size(memory_size)
         base = None if model == EMBEDDED_NAME else model
         return ICAE.from_pretrained(adapter, base_model=base, dtype=torch_dtype, compression_rate=rate)
     stderr.print(UNTRAINED, style="yellow")
@@ -108,6 +107,12 @@ def load(adapter: str | None, model: str, memory_size: int | None, rate: int | N
     sizes = {"memory_size": memory_size, "compression_rate": rate}
     config = ICAEConfig(**{name: value for name, value in sizes.items() if value is not None})
     return ICAE.from_base(base, config, tokenizer).eval()
+
+
+def refuse_memory_size(memory_size: int | None) -> None:
+    """Raise where a number of slots is given beside a saved adapter."""
+    if memory_size is not None:
+        raise InvalidInputError("--memory-size is for untrained adapters; a saved one has its own: leave it out")
 
 
 def quieten_loading() -> None:
@@ -239,10 +244,10 @@ def restore(
     icae, loaded = load_memory_for(memory, store, adapter, model, dtype)
     if by_span:  # the limit is of each span
         text = icae.restore_by_span(loaded, max_new_tokens=max_new_tokens)
+        if not as_json:
+            print(text)
     else:
         text = icae.restore(loaded, max_new_tokens=max_new_tokens, streamer=None if as_json else _streamer(icae))
-    if by_span and not as_json:
-        print(text)
     if as_json:
         print(json.dumps({"memory": memory, "text": text} | describe(loaded)))
 

@@ -270,7 +270,7 @@ def _check_count(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
-def _is_share(value):
+def _is_share(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= 1
 
 

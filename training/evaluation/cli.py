@@ -112,7 +112,7 @@ def _make_folder(output: Path) -> None:
 
 
 def _load_subjects(specs: list[Any], model: str, memory_size: int | None, rate: int | None, dtype: str) -> list[Any]:
-    from icae_fast.cli import load, quieten_loading
+    from icae_fast.cli import load, quieten_loading, refuse_memory_size
     from icae_fast.hub import default_adapter
     from training.evaluation.subject import Subject, load_subjects, parse_subject
 
@@ -120,8 +120,7 @@ def _load_subjects(specs: list[Any], model: str, memory_size: int | None, rate: 
     if not specs and memory_size is None and rate is None and (default := default_adapter(model)):
         specs = [parse_subject(default[0])]
     if specs:
-        if memory_size is not None:
-            raise InvalidInputError("--memory-size is for untrained adapters; a saved one has its own: leave it out")
+        refuse_memory_size(memory_size)
         return load_subjects(specs, None if model == EMBEDDED_NAME else model, dtype, rate)
     return [Subject("untrained", load(None, model, memory_size, rate, dtype))]
 
