@@ -68,30 +68,36 @@ static const T* row_of(const Strided& x, int64_t row, int64_t head) {
   return static_cast<const T*>(x.data) + row * x.row + head * x.head;
 }
 
+// Keys from `first` to `last`, or to the end of the padded row, of which `first` is a multiple of kPackedKeys.
 template <class T>
-static void pack_keys(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, bool backward,
-                      void* packed) {
+static void pack_keys(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, int64_t first,
+                      int64_t last, bool backward, void* packed) {
   using P = Product<T>;
   const PackedKeys<T> to(in, row, kv_head, backward, packed);
-  const int64_t width = to.width(in), n = row.n_keys, padded = row.padded_keys();
+  const int64_t width = to.width(in), padded = row.padded_keys(), end = at_most(last, padded);
+  const int64_t n = at_least(0, at_most(row.n_keys, end) - first);
   const T* k = row_of<T>(in.k, row.k_begin, kv_head);
   const T* v = row_of<T>(in.v, row.k_begin, kv_head);
   const auto by_steps = [&](const T* from, int64_t stride, typename P::E* out) {
     const auto row_at = [=](int64_t r) { return from + r * stride; };
     if constexpr (P::kTiles) {
-      pack_columns(row_at, n, in.head_dim, out, width, padded);
+      pack_columns(row_at, first, end, row.n_keys, in.head_dim, out, width, padded);
 #if defined(ICAE_AVX512)
     } else if constexpr (P::kPair == 2) {
-      pack_column_blocks(row_at, n, in.head_dim, out, width, padded);
+      pack_column_blocks(row_at, first, end, row.n_keys, in.head_dim, out, width, padded);
 #endif
     } else {
-      pack_steps<P, T>(row_at, n, in.head_dim, out, width, padded);
+      const auto part = [=](int64_t r) { return from + (first + r) * stride; };
+      pack_steps<P, T>(part, n, in.head_dim, out + first * width, width, end - first);
     }
   };
-  pack_rows(k, in.k.row, n, in.head_dim, to.k_rows, width, padded);
+  const auto by_rows = [&](const T* from, int64_t stride, typename P::E* out) {
+    pack_rows(from + first * stride, stride, n, in.head_dim, out + first * width, width, end - first);
+  };
+  by_rows(k, in.k.row, to.k_rows);
   if (backward && P::kPair == 2) {
     by_steps(k, in.k.row, to.k_steps);
-    pack_rows(v, in.v.row, n, in.head_dim, to.v_rows, width, padded);
+    by_rows(v, in.v.row, to.v_rows);
   } else {
     by_steps(v, in.v.row, to.v_steps);
   }

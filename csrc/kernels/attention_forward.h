@@ -11,6 +11,7 @@
 //
 // With AMX tiles, a tile of scores is computed at once and read back block by block; all else is the same.
 constexpr int kSlack = 8;
+constexpr int64_t kLanesAhead = 2;  // asked for with every block of keys
 // P^T in bf16 takes 12 KiB of the first-level cache, O^T another 12 at head_dim 64. AMX needs larger products, and
 // CPUs with it have 2 MiB of second-level cache.
 #if defined(ICAE_AMX)
@@ -26,6 +27,52 @@ struct Softmax {
   C shift[kLanes], slack[kLanes], sum[kLanes];
 };
 
+// Where a tile's rows of q are, and those of the output.
+template <class T>
+struct TileRows {
+  const AttentionInput& in;
+  const AttentionRow& row;
+  const AttentionOutput& to;
+  const Tile& tile;
+
+  const T* q(int64_t lane) const { return row_of<T>(in.q, row.q_begin + tile.position(lane), tile.head(lane)); }
+  template <class O>
+  O* out(int64_t lane) const {
+    const int64_t query = row.q_begin + tile.position(lane) - to.first;
+    return static_cast<O*>(to.out) + (query * in.q_heads + tile.head(lane)) * in.head_dim;
+  }
+};
+
+// Rows of q and of the output of a tile that comes soon, asked for into the second-level cache: they lie too far
+// apart for the CPU to foresee, and one miss after the other took a tenth of the time at 4 x 640 tokens (AVX-512).
+// A few lanes' at a time, between products: all at once waited for one another.
+template <class T>
+struct RowsAhead {
+  const char *q[kLanes], *out[kLanes];
+  int64_t lanes = 0, next = 0, q_bytes = 0, out_bytes = 0;
+
+  void plan(const AttentionInput& in, const NextTile& soon, const AttentionOutput& to) {
+    lanes = next = 0;
+    if (soon.row == nullptr) return;
+    const Tile tile(in, *soon.row, soon.kv_head, soon.tile);
+    const TileRows<T> rows{in, *soon.row, to, tile};
+    lanes = tile.lanes();
+    q_bytes = in.head_dim * sizeof(T);
+    out_bytes = in.head_dim * (to.partial ? sizeof(typename Elem<T>::C) : sizeof(T));
+    for (int64_t l = 0; l < lanes; ++l) {
+      q[l] = reinterpret_cast<const char*>(rows.q(l));
+      out[l] = to.partial ? reinterpret_cast<const char*>(rows.template out<typename Elem<T>::C>(l))
+                          : reinterpret_cast<const char*>(rows.template out<T>(l));
+    }
+  }
+  ICAE_FORCED void ask(int64_t n) {
+    for (const int64_t end = at_most(lanes, next + n); next < end; ++next) {
+      for (int64_t byte = 0; byte < q_bytes; byte += 64) __builtin_prefetch(q[next] + byte, 0, 2);
+      for (int64_t byte = 0; byte < out_bytes; byte += 64) __builtin_prefetch(out[next] + byte, 1, 2);
+    }
+  }
+};
+
 template <class T>
 struct ForwardScratch {
   using P = Product<T>;
@@ -37,6 +84,7 @@ struct ForwardScratch {
   C* s;  // with tiles: (kForwardKeys, kLanes)
   Softmax<C>* softmax;
   KeyRange<C>* range;
+  RowsAhead<T>* ahead;
 
   ForwardScratch(const AttentionInput& in, Arena arena, int64_t* bytes = nullptr) {
     q = arena.take<E>(PackedKeys<T>::width(in) * kLanes);
@@ -45,6 +93,7 @@ struct ForwardScratch {
     s = arena.take<C>(P::kTiles ? kForwardKeys * kLanes : 0);
     softmax = arena.take<Softmax<C>>(1);
     range = arena.take<KeyRange<C>>(1);
+    ahead = arena.take<RowsAhead<T>>(1);
     if (bytes != nullptr) *bytes = arena.used;
   }
 };
@@ -211,6 +260,7 @@ struct LaneGroup {
   void attend(int64_t end) {
     if constexpr (P::kTiles) score_by_tiles(end);
     for (int64_t key = tile; key < end; key += kBlockRows) {
+      t.ahead->ask(kLanesAhead);
       t.range->cut(key, key + kBlockRows) ? weigh<true>(key) : weigh<false>(key);
     }
     add_values(end);
@@ -224,51 +274,21 @@ static void store_lse(const AttentionInput& in, const AttentionRow& row, const T
   using C = typename Elem<T>::C;
   Softmax<C>& softmax = *t.softmax;
   const C scale = C(exponent_scale(in.scale) * 0.6931471805599453);
-  for (int64_t l = 0; l < tile.lanes(); ++l) {
-    const C total = softmax.sum[l];
-    static_cast<C*>(to.lse)[tile.head(l) * to.n + row.q_begin + tile.position(l) - to.first] =
-        total == 0 ? -kInfinity<C> : softmax.shift[l] * scale + log_of(total);
-  }
   for (int64_t l = 0; l < kLanes; l += Vec<C>::kWidth) {
     const V<C> total = load(softmax.sum + l);
+    const V<C> lse = load(softmax.shift + l) * scale + log_of(total);
+    store(softmax.shift + l, total == V<C>{} ? set1(-kInfinity<C>) : lse);
     store(softmax.sum + l, total == V<C>{} ? V<C>{} : C(1) / total);
   }
-}
-
-// Where a tile's rows of q are, and those of the output.
-template <class T>
-struct TileRows {
-  const AttentionInput& in;
-  const AttentionRow& row;
-  const AttentionOutput& to;
-  const Tile& tile;
-
-  const T* q(int64_t lane) const { return row_of<T>(in.q, row.q_begin + tile.position(lane), tile.head(lane)); }
-  template <class O>
-  O* out(int64_t lane) const {
-    const int64_t query = row.q_begin + tile.position(lane) - to.first;
-    return static_cast<O*>(to.out) + (query * in.q_heads + tile.head(lane)) * in.head_dim;
-  }
-};
-
-// Asks for the rows of a tile that comes soon, into the second-level cache: they lie too far apart for the CPU to
-// foresee, and one miss after the other took a tenth of the time at 4 x 640 tokens (AVX-512).
-template <class T>
-static void prefetch_tile(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, int64_t tile_index,
-                          const AttentionOutput& to) {
-  const Tile tile(in, row, kv_head, tile_index);
-  const TileRows<T> rows{in, row, to, tile};
   for (int64_t l = 0; l < tile.lanes(); ++l) {
-    for (int64_t d = 0; d < in.head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(rows.q(l) + d, 0, 2);
-      __builtin_prefetch(rows.template out<T>(l) + d, 1, 2);
-    }
+    static_cast<C*>(to.lse)[tile.head(l) * to.n + row.q_begin + tile.position(l) - to.first] = softmax.shift[l];
   }
 }
 
 template <class T>
 static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows, int64_t n_rows, int64_t kv_head,
-                         int64_t tile_index, const void* packed, void* scratch, const AttentionOutput& to) {
+                         int64_t tile_index, const NextTile& soon, const void* packed, void* scratch,
+                         const AttentionOutput& to) {
   using P = Product<T>;
   using C = typename P::C;
   const AttentionRow& row = key_rows[0];
@@ -277,6 +297,7 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
   const TileUse<P> use;
   const TileRows<T> rows{in, row, to, tile};
   const int64_t lanes = tile.lanes(), size = PackedKeys<T>::width(in);
+  t.ahead->plan(in, soon, to);
   pack_transposed<P, T>([&](int64_t l) { return rows.q(l); }, lanes, in.head_dim, in.scale < 0, t.q);
   if constexpr (P::kTiles) clear_past<P>(t.q, in.head_dim, size);
   for (int64_t l = 0; l < kLanes; ++l) {
@@ -314,6 +335,7 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
     }
     for (int64_t d = 0; d < size && !started; ++d) clear(t.o + d * kLanes + lane, width * Vec<C>::kWidth);
   });
+  t.ahead->ask(kLanes);  // of those that are left
   store_lse(in, row, tile, t, to);
   if (to.partial) {
     store_transposed<C>(t.o, t.softmax->sum, lanes, in.head_dim,

@@ -277,12 +277,13 @@ static inline void pack_steps(Row row, int64_t n, int64_t dim, typename P::E* to
   }
 }
 
-// n rows transposed, as A of a product by tiles: pieces of kColumnTile columns, (width, columns) by rows each, with
-// zeros up to `width` rows and `padded` columns.
+// Rows `first` to `last` of n rows transposed, as A of a product by tiles: pieces of kColumnTile columns, (width,
+// columns) by rows each, with zeros up to `width` rows and `padded` columns.
 template <class Row>
-static inline void pack_columns(Row row, int64_t n, int64_t dim, bf16* to, int64_t width, int64_t padded) {
+static inline void pack_columns(Row row, int64_t first, int64_t last, int64_t n, int64_t dim, bf16* to,
+                                int64_t width, int64_t padded) {
 #if defined(ICAE_AVX512)
-  for (int64_t r = 0; r < padded; r += 32) {
+  for (int64_t r = first; r < last; r += 32) {
     const int64_t piece = r / kColumnTile * kColumnTile, columns = at_most(kColumnTile, padded - piece);
     for (int64_t d = 0; d < width; d += 16) {
       const int64_t bytes = at_least(0, at_most(16, dim - d)) * static_cast<int64_t>(sizeof(bf16));
@@ -299,19 +300,20 @@ static inline void pack_columns(Row row, int64_t n, int64_t dim, bf16* to, int64
 }
 
 #if defined(ICAE_AVX512)
-// X^T in blocks of kBlockRows columns of X: (width / kBlockRows, padded / 2, kBlockRows, 2). One block after the
-// other is multiplied, and so reads its part of the first-level cache from end to end.
+// Rows `first` to `last` of X^T in blocks of kBlockRows columns of X: (width / kBlockRows, padded / 2, kBlockRows,
+// 2). One block after the other is multiplied, and so reads its part of the first-level cache from end to end.
 template <class Row>
-static inline void pack_column_blocks(Row row, int64_t n, int64_t dim, bf16* to, int64_t width, int64_t padded) {
+static inline void pack_column_blocks(Row row, int64_t first, int64_t last, int64_t n, int64_t dim, bf16* to,
+                                      int64_t width, int64_t padded) {
   static_assert(kBlockRows == 8, "a vector of pairs is two blocks");
   const int64_t block = kBlockRows * padded;
-  for (int64_t r = 0; r < padded; r += 2) {
+  for (int64_t r = first; r < last; r += 2) {
     bf16* const step = to + r * kBlockRows;
     const auto put = [&](int64_t d, __m512i pairs) {
-      bf16* const first = step + d / kBlockRows * block;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(pairs));
+      bf16* const out = step + d / kBlockRows * block;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(pairs));
       if (d + kBlockRows < width) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + block), _mm512_extracti64x4_epi64(pairs, 1));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + block), _mm512_extracti64x4_epi64(pairs, 1));
       }
     };
     if (r < n) {

@@ -25,6 +25,8 @@ constexpr int64_t kLanes = 48;
 // Packed keys of a row, and packed head dimensions, are padded with zeros to a multiple of this or more: no
 // micro-kernel has more rows.
 constexpr int64_t kPad = 8;
+// Keys that a task packs, a multiple of all tiles of keys.
+constexpr int64_t kPackedKeys = 256;
 // With this many lanes or fewer in a row, packing its keys costs more than it saves: at 32 rows of 300 keys, groups
 // of 3 heads of 64, bf16, one thread with AVX-512, 3 lanes take 1.9 ms and packed 7.4, 12 lanes 3.9 and 7.6, 15
 // lanes 6.7 and 7.5.
@@ -85,6 +87,12 @@ struct AttentionGradient {
   int64_t partial_keys;    // of all rows and slices together, for one key/value head
 };
 
+// The tile of queries that the same thread is likely to take soon, if there is one.
+struct NextTile {
+  const AttentionRow* row = nullptr;
+  int64_t kv_head = 0, tile = 0;
+};
+
 struct AttentionKernels {
   int64_t key_pad;  // what packed keys of a row are padded to a multiple of
   // Bytes of packed keys and values for all key/value heads, and of one thread's scratch.
@@ -92,17 +100,18 @@ struct AttentionKernels {
   int64_t (*scratch_bytes)(const AttentionInput&, bool backward);
   int64_t (*partial_bytes)(const AttentionInput&, const AttentionGradient&);
 
-  void (*pack)(const AttentionInput&, const AttentionRow&, int64_t kv_head, bool backward, void* packed);
-  // Attends to the keys of `n_rows` rows, one after the other, all of the same queries.
+  // Keys from `first`, a multiple of kPackedKeys, to `last` or the end of the row.
+  void (*pack)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t first, int64_t last,
+               bool backward, void* packed);
+  // Attends to the keys of `n_rows` rows, one after the other, all of the same queries, and asks for the next
+  // tile's rows of q and of the output meanwhile.
   void (*tile)(const AttentionInput&, const AttentionRow* rows, int64_t n_rows, int64_t kv_head, int64_t tile,
-               const void* packed, void* scratch, const AttentionOutput&);
-  // Asks for the rows of q and of the output of a tile that comes next but one or so.
-  void (*prefetch)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t tile,
-                   const AttentionOutput&);
+               const NextTile&, const void* packed, void* scratch, const AttentionOutput&);
   void (*few)(const AttentionInput&, const AttentionRow&, int64_t kv_head, void* scratch, const AttentionOutput&);
   void (*slice)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t slice, const void* packed,
                 void* scratch, const AttentionGradient&);
-  void (*sum_slices)(const AttentionInput&, const AttentionRow&, int64_t kv_head, const AttentionGradient&);
+  void (*sum_slices)(const AttentionInput&, const AttentionRow&, int64_t kv_head, int64_t first, int64_t last,
+                     const AttentionGradient&);
 };
 
 // ---- heads: q/k norm, RoPE, dropout --------------------------------------------------------------------------

@@ -45,7 +45,6 @@ constexpr AttentionKernels attention_kernels() {
           partial_bytes<T>,
           pack_keys<T>,
           forward_tile<T>,
-          prefetch_tile<T>,
           forward_few<T>,
           backward_slice<T>,
           sum_slices<T>};

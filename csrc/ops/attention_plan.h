@@ -39,4 +39,18 @@ struct AttentionTask {
   int64_t kv_head, part;
 };
 
+// Tasks of kPackedKeys keys each, for the rows that `takes` says: a whole row of each head is too much for a task,
+// three heads would leave one of two threads waiting.
+template <class F>
+std::vector<AttentionTask> tasks_by_keys(const AttentionPlan& plan, const F& takes) {
+  std::vector<AttentionTask> tasks;
+  for (const auto& row : plan.rows) {
+    if (!takes(row)) continue;
+    for (int64_t h = 0; h < plan.input.kv_heads; ++h) {
+      for (int64_t key = 0; key < row.padded_keys(); key += kPackedKeys) tasks.push_back({&row, h, key});
+    }
+  }
+  return tasks;
+}
+
 }  // namespace icae_fast

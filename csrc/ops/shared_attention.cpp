@@ -137,7 +137,8 @@ AttentionInput SharedAttention::input(const SharedTensors& tensors, int64_t segm
 
 void SharedAttention::pack(int64_t task, const SharedTensors& tensors) {
   const auto& keys = runs_[packs_[task].run].keys[packs_[task].keys];
-  kernels_.pack(input(tensors, keys.segment), keys.row, packs_[task].kv_head, false, packed_.mutable_data_ptr());
+  kernels_.pack(input(tensors, keys.segment), keys.row, packs_[task].kv_head, 0, keys.row.padded_keys(), false,
+                packed_.mutable_data_ptr());
 }
 
 void SharedAttention::attend(int64_t task, const SharedTensors& tensors, void* scratch) const {
@@ -148,7 +149,7 @@ void SharedAttention::attend(int64_t task, const SharedTensors& tensors, void* s
   std::vector<AttentionRow> rows;
   for (const auto& k : run.keys) rows.push_back(k.row);
   kernels_.tile(in, rows.data(), static_cast<int64_t>(rows.size()), tasks_[task].kv_head, tasks_[task].tile,
-                packed_.const_data_ptr(), scratch, to);
+                NextTile{}, packed_.const_data_ptr(), scratch, to);
 }
 
 }  // namespace icae_fast

@@ -19,13 +19,10 @@ bool is_few(const AttentionPlan& plan, const AttentionRow& row) {
 }
 
 void pack_rows(const AttentionPlan& plan, const AttentionKernels& kernels, void* packed) {
-  std::vector<AttentionTask> tasks;
-  for (const auto& row : plan.rows) {
-    if (is_few(plan, row)) continue;
-    for (int64_t h = 0; h < plan.input.kv_heads; ++h) tasks.push_back({&row, h, 0});
-  }
+  const auto tasks = tasks_by_keys(plan, [&](const AttentionRow& row) { return !is_few(plan, row); });
   for_each_task(tasks.size(), [&](int64_t i, int64_t) {
-    kernels.pack(plan.input, *tasks[i].row, tasks[i].kv_head, false, packed);
+    const auto& [row, kv_head, key] = tasks[i];
+    kernels.pack(plan.input, *row, kv_head, key, key + kPackedKeys, false, packed);
   });
 }
 
@@ -49,11 +46,11 @@ void attend(const AttentionPlan& plan, const AttentionKernels& kernels, const vo
     if (is_few(plan, *row)) {
       kernels.few(in, *row, kv_head, base + worker * bytes, to);
     } else {
-      // What this thread will likely take next: its rows lie too far apart for the CPU to foresee.
+      NextTile soon;
       if (const size_t next = i + workers; next < tasks.size() && !is_few(plan, *tasks[next].row)) {
-        kernels.prefetch(in, *tasks[next].row, tasks[next].kv_head, tasks[next].part, to);
+        soon = {tasks[next].row, tasks[next].kv_head, tasks[next].part};
       }
-      kernels.tile(in, row, 1, kv_head, part, packed, base + worker * bytes, to);
+      kernels.tile(in, row, 1, kv_head, part, soon, packed, base + worker * bytes, to);
     }
   });
 }

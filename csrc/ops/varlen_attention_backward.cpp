@@ -3,7 +3,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <queue>
 #include <tuple>
+#include <vector>
 
 #include "../common/checks.h"
 #include "../common/parallel.h"
@@ -14,18 +19,69 @@ namespace {
 
 constexpr const char* kOp = "varlen_attention_backward";
 
-// Cuts rows into slices so that no task is more than a quarter of a thread's share of the work. Each slice costs
-// the memory of the row's dk and dv in fp32, hence the upper limit.
+// Queries times keys of a row and key/value head, as the causal mask leaves them.
+double work_of(const AttentionRow& row) {
+  const double queries = double(row.n_queries);
+  return queries * double(row.n_keys) - (queries < double(row.n_keys) ? queries * queries / 2 : 0);
+}
+
+// What a slice does: its share of the row's work, and its own sums of dk and dv, made zero and added to the
+// others', which take as long as kSumCost queries.
+double work_of_slice(const AttentionRow& row) {
+  constexpr double kSumCost = 2;
+  return work_of(row) / double(row.n_slices) + kSumCost * double(row.n_keys);
+}
+
+// Cuts rows into slices of at most `share` of work. Each costs the memory of the row's dk and dv in fp32, hence the
+// upper limit.
+void cut(AttentionPlan& plan, double share) {
+  constexpr int64_t kMostSlices = 32;
+  for (auto& row : plan.rows) {
+    const int64_t limit = at_most(kMostSlices, row.n_tiles(plan.input));
+    row.n_slices = at_most(static_cast<int64_t>(work_of(row) / std::max(1.0, share)) + 1, limit);
+  }
+}
+
+// How long the slices take on so many threads that each take the next one when they are done with one; threads are
+// held up by others, the longer the larger the last slice is.
+double time_of(const AttentionPlan& plan, int64_t threads) {
+  constexpr double kHeldUp = 0.05;
+  std::priority_queue<double, std::vector<double>, std::greater<double>> ends;
+  for (int64_t i = 0; i < threads; ++i) ends.push(0);
+  double last = 0, largest = 0;
+  for (const auto& row : plan.rows) {
+    const double work = work_of_slice(row);
+    if (row.n_slices > 0) largest = std::max(largest, work);
+    for (int64_t i = 0; i < row.n_slices * plan.input.kv_heads; ++i) {
+      const double end = ends.top() + work;
+      ends.pop();
+      ends.push(end);
+      last = std::max(last, end);
+    }
+  }
+  return last + kHeldUp * largest;
+}
+
+// Cuts rows so that the threads end together: three slices for each of three heads kept two threads at 90 %.
 int64_t plan_slices(AttentionPlan& plan) {
-  constexpr int64_t kTasksPerThread = 4, kMostSlices = 32;
+  constexpr int64_t kMostTasksPerThread = 8;
+  const int64_t threads = at::get_num_threads();
   double work = 0;
-  for (const auto& row : plan.rows) work += double(row.n_queries) * double(row.n_keys);
-  const double share = work * double(plan.input.kv_heads) / double(kTasksPerThread * at::get_num_threads());
+  for (const auto& row : plan.rows) work += work_of(row) * double(plan.input.kv_heads);
+  const auto share = [&](int64_t tasks) { return work / double(tasks * threads); };
+  int64_t best = 1;
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t tasks = 1; tasks <= kMostTasksPerThread; ++tasks) {
+    cut(plan, share(tasks));
+    const double time = time_of(plan, threads);
+    if (time < least) {
+      least = time;
+      best = tasks;
+    }
+  }
+  cut(plan, share(best));
   int64_t keys = 0;
   for (auto& row : plan.rows) {
-    const double slices = double(row.n_queries) * double(row.n_keys) / at_least(1, static_cast<int64_t>(share));
-    const int64_t limit = at_most(kMostSlices, row.n_tiles(plan.input));
-    row.n_slices = at_most(static_cast<int64_t>(slices) + 1, limit);
     row.partial_begin = keys;
     keys += row.n_slices * row.padded_keys();
   }
@@ -34,10 +90,10 @@ int64_t plan_slices(AttentionPlan& plan) {
 
 void differentiate(const AttentionPlan& plan, const AttentionKernels& kernels, AttentionGradient& g) {
   const auto& in = plan.input;
-  std::vector<AttentionTask> heads, slices;
+  const auto parts = tasks_by_keys(plan, [](const AttentionRow&) { return true; });
+  std::vector<AttentionTask> slices;
   for (const auto& row : plan.rows) {
     for (int64_t h = 0; h < in.kv_heads; ++h) {
-      heads.push_back({&row, h, 0});
       for (int64_t slice = 0; slice < row.n_slices; ++slice) slices.push_back({&row, h, slice});
     }
   }
@@ -48,16 +104,18 @@ void differentiate(const AttentionPlan& plan, const AttentionKernels& kernels, A
   char* const base = static_cast<char*>(scratch.mutable_data_ptr());
   void* const keys = packed.mutable_data_ptr();
   g.partial = partial.mutable_data_ptr();
-  for_each_task(heads.size(), [&](int64_t i, int64_t) {
-    const auto& task = heads[i];
-    if (task.row->n_slices > 0) kernels.pack(in, *task.row, task.kv_head, true, keys);
+  for_each_task(parts.size(), [&](int64_t i, int64_t) {
+    const auto& [row, kv_head, key] = parts[i];
+    if (row->n_slices > 0) kernels.pack(in, *row, kv_head, key, key + kPackedKeys, true, keys);
   });
   for_each_task(slices.size(), [&](int64_t i, int64_t worker) {
     const auto& task = slices[i];
     kernels.slice(in, *task.row, task.kv_head, task.part, keys, base + worker * bytes, g);
   });
-  for_each_task(heads.size(),
-                [&](int64_t i, int64_t) { kernels.sum_slices(in, *heads[i].row, heads[i].kv_head, g); });
+  for_each_task(parts.size(), [&](int64_t i, int64_t) {
+    const auto& [row, kv_head, key] = parts[i];
+    kernels.sum_slices(in, *row, kv_head, key, key + kPackedKeys, g);
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward_cpu(
