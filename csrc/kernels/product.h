@@ -250,7 +250,7 @@ static inline void pack_rows(const T* from, int64_t from_row, int64_t n, int64_t
                              int64_t padded) {
   for (int64_t r = 0; r < n; ++r) {
     convert_row(from + r * from_row, dim, to + r * width);
-    clear(to + r * width + dim, width - dim);
+    if (width > dim) clear(to + r * width + dim, width - dim);
   }
   clear(to + n * width, (padded - n) * width);
 }
