@@ -29,16 +29,16 @@ class Phases {
    public:
     explicit Worker(Phases& phases) : phases_(phases) {}
 
-    // Runs f(task) for the tasks of the next phase that this thread takes; `before()` first, if it takes any. Then,
-    // until all are done, `idle(task)` again and again with the task of the phase after this one that this thread
-    // will begin with (there may be none of that number); it says whether there was something to do. What the phase
-    // wrote is seen by all who return from it, and where a task raises all of them do.
+    // Runs f(task) for the tasks of the next phase that this thread takes; `before(task)` first, if it takes any.
+    // Then, until all are done, `idle(task)` again and again with the task of the phase after this one that this
+    // thread will begin with (there may be none of that number); it says whether there was something to do. What
+    // the phase wrote is seen by all who return from it, and where a task raises all of them do.
     template <class Before, class F, class Idle>
     void run(int64_t tasks, const Before& before, const F& f, Idle idle) {
       auto &now = phases_.phases_[phase_++], &then = phases_.phases_[phase_];
       int64_t task = first_ < 0 ? now.next++ : first_, mine = 0;
       try {
-        if (task < tasks) before();
+        if (task < tasks) before(task);
         for (; task < tasks; task = now.next++, ++mine) f(task);
       } catch (...) {
         phases_.fail(std::current_exception());

@@ -136,11 +136,12 @@ struct KeyRange {
   int64_t begin, end;          // what any lane reads
   int64_t all_begin, all_end;  // what every lane reads
 
-  void set(const AttentionInput& in, const AttentionRow& row, const Tile& tile) {
+  // Of the tile's lanes, and of the others that a kernel reads, which then read nothing.
+  void set(const AttentionInput& in, const AttentionRow& row, const Tile& tile, int64_t filled = kLanes) {
     const int64_t lanes = tile.lanes();
     begin = all_end = row.n_keys;
     end = all_begin = 0;
-    for (int64_t l = 0; l < kLanes; ++l) {
+    for (int64_t l = 0; l < filled; ++l) {
       const int64_t after = l < lanes ? row.position(tile.position(l)) + 1 : 0;
       high[l] = at_least(0, at_most(after, row.n_keys));
       low[l] = in.window == 0 ? 0 : at_least(0, after - in.window);

@@ -211,7 +211,7 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
   const FewScratch<T> t(in, Arena{static_cast<char*>(scratch)});
   const int64_t lanes = tile.lanes(), width = t.width(in), dim = in.head_dim;
   KeyRange<C> range;
-  range.set(in, row, tile);
+  range.set(in, row, tile, lanes);
   C max[kFewLanes], total[kFewLanes] = {}, factor[kFewLanes];
   prefetch_keys(row_of<T>(in.k, row.k_begin + range.begin, kv_head), in.k.row,
                 at_most(kKeys, range.end - range.begin), dim);
@@ -219,10 +219,10 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
   kFewPairs<T> ? clear(t.narrow_q, kFewLanes * width) : clear(t.q, kFewLanes * width);
   for (int64_t l = 0; l < lanes; ++l) {
     const T* q = row_of<T>(in.q, row.q_begin + tile.position(l), tile.head(l));
-    for (int64_t d = 0; d < dim; ++d) {
-      const C value = in.scale < 0 ? -to_compute(q[d]) : to_compute(q[d]);
-      kFewPairs<T> ? assign(t.narrow_q + l * width + d, value) : assign(t.q + l * width + d, value);
-    }
+    in_parts<Vec<C>::kWidth>(dim, [&](int64_t d, int64_t n) {
+      const V<C> value = in.scale < 0 ? -get(q + d, n) : get(q + d, n);
+      kFewPairs<T> ? put(t.narrow_q + l * width + d, value, n) : put(t.q + l * width + d, value, n);
+    });
     max[l] = -kInfinity<C>;
   }
   const C c = C(exponent_scale(in.scale));
@@ -250,10 +250,10 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
             : C(max[l] * (exponent_scale(in.scale) / 1.4426950408889634) + __builtin_log(double(total[l])));
     const C inverse = total[l] == 0 ? C(0) : 1 / total[l];
     const int64_t at = (query * in.q_heads + tile.head(l)) * dim;
-    for (int64_t d = 0; d < dim; ++d) {
-      const C o = t.o[l * width + d] * inverse;
-      to.partial ? assign(static_cast<C*>(to.out) + at + d, o) : assign(static_cast<T*>(to.out) + at + d, o);
-    }
+    in_parts<Vec<C>::kWidth>(dim, [&](int64_t d, int64_t n) {
+      const V<C> o = get(t.o + l * width + d, n) * inverse;
+      to.partial ? put(static_cast<C*>(to.out) + at + d, o, n) : put(static_cast<T*>(to.out) + at + d, o, n);
+    });
   }
 }
 

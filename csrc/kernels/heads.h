@@ -12,23 +12,6 @@ static Rotation<typename Elem<T>::C> rotation_of(const HeadsPass& p, int64_t row
   return {static_cast<const C*>(p.cos) + at, static_cast<const C*>(p.sin) + at};
 }
 
-// Calls `f(d, n)` for parts of n elements, of a vector's width but for the last.
-template <int W, class F>
-ICAE_INLINE void in_parts(int64_t size, F f) {
-  int64_t d = 0;
-  for (; d + W <= size; d += W) f(d, int64_t{W});
-  if (d < size) f(d, size - d);
-}
-
-template <class T>
-ICAE_INLINE V<typename Elem<T>::C> get(const T* p, int64_t n) {
-  return n == Vec<typename Elem<T>::C>::kWidth ? load(p) : load_n(p, n);
-}
-template <class T>
-ICAE_INLINE void put(T* p, V<typename Elem<T>::C> v, int64_t n) {
-  n == Vec<typename Elem<T>::C>::kWidth ? store(p, v) : store_n(p, v, n);
-}
-
 // 1 / sqrt(mean(y^2) + eps)
 template <class T>
 ICAE_INLINE typename Elem<T>::C inverse_rms(const T* y, int64_t dim, double eps) {

@@ -327,3 +327,20 @@ template <class C, int degree>
 ICAE_INLINE V<C> exp_of_negative(V<C> x) {
   return exp2<C, degree>(vmin(set1(C(Vec<C>::kBias - 1)), x * C(-1.4426950408889634)));
 }
+
+// Calls `f(d, n)` for parts of n elements, of a vector's width but for the last.
+template <int W, class F>
+ICAE_INLINE void in_parts(int64_t size, F f) {
+  int64_t d = 0;
+  for (; d + W <= size; d += W) f(d, int64_t{W});
+  if (d < size) f(d, size - d);
+}
+
+template <class T>
+ICAE_INLINE V<typename Elem<T>::C> get(const T* p, int64_t n) {
+  return n == Vec<typename Elem<T>::C>::kWidth ? load(p) : load_n(p, n);
+}
+template <class T>
+ICAE_INLINE void put(T* p, V<typename Elem<T>::C> v, int64_t n) {
+  n == Vec<typename Elem<T>::C>::kWidth ? store(p, v) : store_n(p, v, n);
+}

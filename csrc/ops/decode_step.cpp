@@ -14,6 +14,10 @@ namespace {
 
 // Phases of a layer at most: four products, RoPE, packing keys, attention.
 constexpr int64_t kParts = 7;
+// With so few rows each thread turns all queries itself, since handing them over takes longer.
+constexpr int64_t kRowsTurnedAlone = 4;
+// Bytes of weights that a thread asks for before it makes the vector that they are multiplied with.
+constexpr int64_t kAskedBefore = 4 << 10;
 
 // Keys of one layer of a (layers, tokens, heads, head_dim) tensor.
 Strided of_layer(const at::Tensor& t, int64_t layer) {
@@ -39,14 +43,15 @@ class Step {
     logits = at::empty({a.rows(), a.head.size(0)}, wide);
     stream_ = at::empty({a.rows(), a.hidden()}, wide);
     projected_ = at::empty({a.rows(), (a.q_heads + 2 * a.kv_heads) * a.head_dim()}, wide);
-    q_ = at::empty({a.rows(), a.q_heads, a.head_dim()}, narrow);
+    turns_alone_ = a.rows() <= kRowsTurnedAlone && attention_.pack_tasks() == 0;
+    queries_ = at::empty({turns_alone_ ? workers_ : 1, a.rows() * a.q_heads * a.head_dim()}, narrow);
     int64_t most = 1;
     for (int64_t i = 0; i < a.layers(); ++i) most = at_least(most, matrix(i, kDown).size(1));
     gated_ = at::empty({a.rows(), most}, narrow);
     inputs_ = at::empty({workers_, a.rows() * at_least(a.hidden(), a.q_heads * a.head_dim())}, narrow);
     scratch_ = at::empty({workers_, attention_.scratch_bytes()}, at::kByte);
     for (int64_t i = 0; i < a.layers(); ++i) {
-      SharedTensors t{strided(q_), of_layer(a.tail_keys, i), of_layer(a.tail_values, i), {}, {}, a.windows[i]};
+      SharedTensors t{of_layer(a.tail_keys, i), of_layer(a.tail_values, i), {}, {}, a.windows[i]};
       for (size_t s = 0; s < a.prefix_keys.size(); ++s) {
         t.keys.push_back(of_layer(a.prefix_keys[s], i));
         t.values.push_back(of_layer(a.prefix_values[s], i));
@@ -72,7 +77,8 @@ class Step {
       const int64_t id = workers++;
       Phases::Worker worker(phases_);
       char* const x = row(inputs_, id);
-      for (int64_t i = 0; i < a_.layers(); ++i) layer(worker, i, x, row(scratch_, id));
+      const Strided q{row(queries_, turns_alone_ ? id : 0), a_.q_heads * a_.head_dim(), a_.head_dim()};
+      for (int64_t i = 0; i < a_.layers(); ++i) layer(worker, i, x, q, row(scratch_, id));
       project(worker, products_.size() - 1, x, [&] { norm(a_.norms[2 * a_.layers()], x); });
     });
   }
@@ -142,32 +148,55 @@ class Step {
     products_.push_back({p, std::move(bounds), row_bytes});
   }
 
-  void layer(Phases::Worker& worker, int64_t i, char* x, char* scratch) {
+  void layer(Phases::Worker& worker, int64_t i, char* x, const Strided& q, char* scratch) {
     const size_t first = i * kMatrices;
     const auto& tensors = tensors_[i];
-    const auto nothing = [] {};
+    const auto nothing = [](int64_t) {};
+    const auto attend = [&](int64_t t) { attention_.attend(t, q, tensors, scratch); };
     Ahead rest(nullptr), output(&products_[first + kOut]);
-    project(worker, first + kQKV, x, [&] { norm(a_.norms[2 * i], x); });
-    worker.run(a_.rows(), nothing, [&](int64_t r) { turn(i, r); }, rest);
-    if (attention_.pack_tasks() > 0) {
-      worker.run(attention_.pack_tasks(), nothing, [&](int64_t t) { attention_.pack(t, tensors); }, rest);
+    const auto norm_before = [&] { norm(a_.norms[2 * i], x); };
+    if (turns_alone_) {
+      int64_t key = 0;
+      project(worker, first + kQKV, x, norm_before,
+              [&, key](int64_t t) mutable { return attention_.ask_for(t, key++, tensors); });
+      worker.run(
+          attention_.tasks(), [&](int64_t) { turn_queries(i, q); },
+          [&](int64_t t) {
+            if (attention_.tail_of(t) >= 0) turn_key(i, attention_.tail_of(t), attention_.kv_head_of(t));
+            attend(t);
+          },
+          output);
+    } else {
+      project(worker, first + kQKV, x, norm_before, rest);
+      worker.run(a_.rows(), nothing, [&](int64_t r) { turn(i, r, q); }, rest);
+      if (attention_.pack_tasks() > 0) {
+        worker.run(attention_.pack_tasks(), nothing, [&](int64_t t) { attention_.pack(t, tensors); }, rest);
+      }
+      worker.run(attention_.tasks(), nothing, attend, output);
     }
-    worker.run(attention_.tasks(), nothing, [&](int64_t t) { attention_.attend(t, tensors, scratch); }, output);
     project(worker, first + kOut, x, [&] { merge(x); });
     project(worker, first + kGateUp, x, [&] { norm(a_.norms[2 * i + 1], x); });
-    project(worker, first + kDown, nullptr, nothing);
+    project(worker, first + kDown, nullptr, [] {});
   }
 
-  // y (+)= x W^T, where `before` makes x, which is not the product's own where it is given.
-  template <class Before>
-  void project(Phases::Worker& worker, size_t index, const void* x, const Before& before) {
+  // y (+)= x W^T, where `before` makes x, which is not the product's own where it is given; `idle` as of `run`.
+  template <class Before, class Idle>
+  void project(Phases::Worker& worker, size_t index, const void* x, const Before& before, const Idle& idle) {
     const Product& product = products_[index];
     StreamedProduct p = product.p;
     if (x != nullptr) p.x = x;
-    const bool follows = index + 1 < products_.size() && index % kMatrices != kQKV;
+    const auto begin = [&](int64_t task) {
+      product.ask_for(task, 0, kAskedBefore);
+      before();
+    };
     worker.run(
-        product.tasks(), before, [&](int64_t t) { kernels_.product(p, product.bounds[t], product.bounds[t + 1]); },
-        Ahead(follows ? &product + 1 : nullptr));
+        product.tasks(), begin, [&](int64_t t) { kernels_.product(p, product.bounds[t], product.bounds[t + 1]); },
+        idle);
+  }
+  // The same where another product follows.
+  template <class Before>
+  void project(Phases::Worker& worker, size_t index, const void* x, const Before& before) {
+    project(worker, index, x, before, Ahead(index + 1 < products_.size() ? &products_[index + 1] : nullptr));
   }
 
   void norm(const at::Tensor& weight, char* x) const {
@@ -184,23 +213,30 @@ class Step {
   }
 
   // Norm and RoPE of a row's heads; its key and value go into the cache.
-  void turn(int64_t i, int64_t r) const {
-    const int64_t dim = a_.head_dim(), place = tails_[r].k_begin + tails_[r].n_keys - 1;
-    const std::optional<at::Tensor> norms = a_.qk_norms[i];
-    const char* norm = norms.has_value() ? row(*norms, 0) : nullptr;
-    const char* y = row(projected_, r);
-    for (int64_t h = 0; h < a_.q_heads + 2 * a_.kv_heads; ++h, y += dim * wide_) {
-      const int64_t k = h - a_.q_heads, v = k - a_.kv_heads;
-      if (v >= 0) {
-        kernels_.head(y, nullptr, 0, nullptr, nullptr, dim, cached(a_.tail_values, i, place, v));
-      } else if (k >= 0) {
-        kernels_.head(y, norm == nullptr ? nullptr : norm + dim * size_, a_.eps, row(a_.cos, r), row(a_.sin, r),
-                      dim, cached(a_.tail_keys, i, place, k));
-      } else {
-        kernels_.head(y, norm, a_.eps, row(a_.cos, r), row(a_.sin, r), dim, at(q_, (r * a_.q_heads + h) * dim));
-      }
+  void turn(int64_t i, int64_t r, const Strided& q) const {
+    for (int64_t h = 0; h < a_.q_heads; ++h) turn_query(i, r, h, q);
+    for (int64_t h = 0; h < a_.kv_heads; ++h) turn_key(i, r, h);
+  }
+  void turn_queries(int64_t i, const Strided& q) const {
+    for (int64_t r = 0; r < a_.rows(); ++r) {
+      for (int64_t h = 0; h < a_.q_heads; ++h) turn_query(i, r, h, q);
     }
   }
+  void turn_query(int64_t i, int64_t r, int64_t h, const Strided& q) const {
+    const std::optional<at::Tensor> norms = a_.qk_norms[i];
+    char* const to = static_cast<char*>(const_cast<void*>(q.data)) + (r * q.row + h * q.head) * size_;
+    turn_head(r, h, norms.has_value() ? row(*norms, 0) : nullptr, to);
+  }
+  void turn_key(int64_t i, int64_t r, int64_t h) const {
+    const int64_t dim = a_.head_dim(), place = tails_[r].k_begin + tails_[r].n_keys - 1, k = a_.q_heads + h;
+    const std::optional<at::Tensor> norms = a_.qk_norms[i];
+    turn_head(r, k, norms.has_value() ? row(*norms, 0) + dim * size_ : nullptr, cached(a_.tail_keys, i, place, h));
+    kernels_.head(head(r, k + a_.kv_heads), nullptr, 0, nullptr, nullptr, dim, cached(a_.tail_values, i, place, h));
+  }
+  void turn_head(int64_t r, int64_t h, const char* norm, char* to) const {
+    kernels_.head(head(r, h), norm, a_.eps, row(a_.cos, r), row(a_.sin, r), a_.head_dim(), to);
+  }
+  const char* head(int64_t r, int64_t h) const { return row(projected_, r) + h * a_.head_dim() * wide_; }
 
   static char* cached(const at::Tensor& t, int64_t layer, int64_t place, int64_t head) {
     return at(t, layer * t.stride(0) + place * t.stride(1) + head * t.stride(2));
@@ -216,7 +252,8 @@ class Step {
   SharedAttention attention_;
   Phases phases_;
   std::vector<Product> products_;
-  at::Tensor stream_, projected_, q_, gated_, inputs_, scratch_;  // the last two a row a worker
+  bool turns_alone_;
+  at::Tensor stream_, projected_, queries_, gated_, inputs_, scratch_;  // the last two a row a worker
   std::vector<SharedTensors> tensors_;
 };
 

@@ -37,6 +37,9 @@ SharedAttention::SharedAttention(const AttentionKernels& kernels, Dtype dtype, i
                                  int64_t head_dim, double scale, std::vector<PrefixSegment> segments,
                                  std::vector<TailRow> tails, bool split)
     : kernels_(kernels),
+      element_bytes_(dtype == Dtype::Double  ? 8
+                     : dtype == Dtype::Float ? 4
+                                             : 2),
       compute_bytes_(dtype == Dtype::Double ? 8 : 4),
       segments_(std::move(segments)),
       tails_(std::move(tails)),
@@ -89,7 +92,7 @@ void SharedAttention::add_run(int64_t row_begin, int64_t row_end, const std::vec
     return;
   }
   const int64_t index = static_cast<int64_t>(runs_.size());
-  runs_.push_back({q_begin, n_queries, keys, few, nullptr, nullptr});
+  runs_.push_back({q_begin, n_queries, keys, few, keys[0].segment == kTail ? row_begin : -1, nullptr, nullptr});
   for (int64_t r = row_begin; r < row_end; ++r) parts_[r].push_back(index);
   int64_t tiles = 1;
   for (size_t k = 0; k < keys.size(); ++k) {
@@ -126,9 +129,9 @@ void SharedAttention::reserve() {
   }
 }
 
-AttentionInput SharedAttention::input(const SharedTensors& tensors, int64_t segment) const {
+AttentionInput SharedAttention::input(const Strided& q, const SharedTensors& tensors, int64_t segment) const {
   AttentionInput in = base_;
-  in.q = tensors.q;
+  in.q = q;
   in.k = segment == kTail ? tensors.tail_k : tensors.keys[segment];
   in.v = segment == kTail ? tensors.tail_v : tensors.values[segment];
   in.window = tensors.window;
@@ -137,14 +140,29 @@ AttentionInput SharedAttention::input(const SharedTensors& tensors, int64_t segm
 
 void SharedAttention::pack(int64_t task, const SharedTensors& tensors) {
   const auto& keys = runs_[packs_[task].run].keys[packs_[task].keys];
-  kernels_.pack(input(tensors, keys.segment), keys.row, packs_[task].kv_head, 0, keys.row.padded_keys(), false,
+  kernels_.pack(input({}, tensors, keys.segment), keys.row, packs_[task].kv_head, 0, keys.row.padded_keys(), false,
                 packed_.mutable_data_ptr());
 }
 
-void SharedAttention::attend(int64_t task, const SharedTensors& tensors, void* scratch) const {
+bool SharedAttention::ask_for(int64_t task, int64_t key, const SharedTensors& tensors) const {
+  if (task >= tasks()) return false;
+  const auto& run = runs_[tasks_[task].run];
+  const auto& row = run.keys[0].row;
+  if (!run.few || key >= row.n_keys) return false;
+  const auto in = input({}, tensors, run.keys[0].segment);
+  const int64_t bytes = in.head_dim * element_bytes_;
+  for (const Strided& x : {in.k, in.v}) {
+    const int64_t element = (row.k_begin + key) * x.row + tasks_[task].kv_head * x.head;
+    const char* const from = static_cast<const char*>(x.data) + element * element_bytes_;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
+  return true;
+}
+
+void SharedAttention::attend(int64_t task, const Strided& q, const SharedTensors& tensors, void* scratch) const {
   const auto& run = runs_[tasks_[task].run];
   const AttentionOutput to{run.out, run.lse, run.q_begin, run.n_queries, true};
-  const auto in = input(tensors, run.keys[0].segment);
+  const auto in = input(q, tensors, run.keys[0].segment);
   if (run.few) return kernels_.few(in, run.keys[0].row, tasks_[task].kv_head, scratch, to);
   std::vector<AttentionRow> rows;
   for (const auto& k : run.keys) rows.push_back(k.row);

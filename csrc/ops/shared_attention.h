@@ -29,9 +29,9 @@ struct TailRow {
 std::vector<PrefixSegment> place_segments(const char* op, const std::vector<int64_t>& lengths, at::IntArrayRef rows,
                                           std::vector<TailRow>& tails);
 
-// Where one layer's tensors are.
+// Where one layer's keys and values are.
 struct SharedTensors {
-  Strided q, tail_k, tail_v;
+  Strided tail_k, tail_v;
   std::vector<Strided> keys, values;  // of the segments
   int64_t window;
 };
@@ -48,7 +48,12 @@ class SharedAttention {
   int64_t pack_tasks() const { return static_cast<int64_t>(packs_.size()); }
   void pack(int64_t task, const SharedTensors& tensors);
   int64_t tasks() const { return static_cast<int64_t>(tasks_.size()); }
-  void attend(int64_t task, const SharedTensors& tensors, void* scratch) const;
+  void attend(int64_t task, const Strided& q, const SharedTensors& tensors, void* scratch) const;
+  // The row whose own keys a task reads, or -1, and the key/value head.
+  int64_t tail_of(int64_t task) const { return runs_[tasks_[task].run].tail; }
+  int64_t kv_head_of(int64_t task) const { return tasks_[task].kv_head; }
+  // Asks for a key and its value that a task will read where they lie; false if it has no key of that number.
+  bool ask_for(int64_t task, int64_t key, const SharedTensors& tensors) const;
   // Heads of a query from all its parts: `to` is (q_heads, head_dim).
   template <class Merge>
   void merge(int64_t row, int64_t query, Merge merge, char* to, int64_t head_bytes) const {
@@ -78,6 +83,7 @@ class SharedAttention {
     int64_t q_begin, n_queries;
     std::vector<Keys> keys;
     bool few;
+    int64_t tail;  // the row, where the keys are its own, or -1
     char *out, *lse;
   };
   struct Task {
@@ -88,12 +94,12 @@ class SharedAttention {
   };
 
   void add_run(int64_t row_begin, int64_t row_end, const std::vector<Keys>& keys);
-  AttentionInput input(const SharedTensors& tensors, int64_t segment) const;
+  AttentionInput input(const Strided& q, const SharedTensors& tensors, int64_t segment) const;
   void reserve();
 
   const AttentionKernels& kernels_;
   AttentionInput base_{};
-  int64_t compute_bytes_;
+  int64_t element_bytes_, compute_bytes_;
   std::vector<PrefixSegment> segments_;
   std::vector<TailRow> tails_;
   std::vector<int32_t> positions_;  // of every query

@@ -61,7 +61,7 @@ at::Tensor shared_prefix_attention_cpu(const at::Tensor& q_in, const at::Tensor&
               " query heads are no multiple of ", kv_heads, " key/value heads");
   const auto q = with_unit_stride(q_in), k = with_unit_stride(k_in), v = with_unit_stride(v_in);
   std::vector<at::Tensor> kept;  // strided() points into them
-  SharedTensors tensors{strided(q), strided(k), strided(v), {}, {}, window};
+  SharedTensors tensors{strided(k), strided(v), {}, {}, window};
   std::vector<int64_t> lengths;
   for (size_t s = 0; s < prefix_keys.size(); ++s) {
     check_keys(prefix_keys[s], prefix_values[s], q, "a prefix's keys and values");
@@ -83,7 +83,9 @@ at::Tensor shared_prefix_attention_cpu(const at::Tensor& q_in, const at::Tensor&
   const int64_t bytes = plan.scratch_bytes();
   const auto scratch = at::empty({max_workers(plan.tasks()) * bytes}, at::kByte);
   char* const base = static_cast<char*>(scratch.mutable_data_ptr());
-  for_each_task(plan.tasks(), [&](int64_t i, int64_t worker) { plan.attend(i, tensors, base + worker * bytes); });
+  const Strided queries = strided(q);
+  for_each_task(plan.tasks(),
+                [&](int64_t i, int64_t worker) { plan.attend(i, queries, tensors, base + worker * bytes); });
   const int64_t head_bytes = q.size(2) * q.element_size();
   char* const to = static_cast<char*>(out.mutable_data_ptr());
   for_rows(static_cast<int64_t>(tails.size()), q.size(1) * q.size(2), [&](int64_t begin, int64_t end) {
