@@ -8,6 +8,9 @@ WORKLOAD ?= real
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # With fewer jobs a small machine does not run out of memory in the compiler.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# For tests that run in one process a core, each with threads of its own: threads that wait must not keep the others'
+# from running. Two sanitized sets at once took 205 s with OpenMP's own choice, and take 54 s.
+SHARING := OMP_WAIT_POLICY=passive
 
 .PHONY: demo test test-triton sanitize bench bench-encode bench-decode bench-train bench-check kernels-check kernels-paper gpu-check lint format readme clean
 
@@ -15,8 +18,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed lint
-	ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal
-	ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q -n $(MAX_JOBS) tests/test_golden.py tests/test_modeling.py tests/test_models.py \
+	$(SHARING) ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal
+	$(SHARING) ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q -n $(MAX_JOBS) tests/test_golden.py tests/test_modeling.py tests/test_models.py \
 		tests/test_adapter_mode.py tests/test_fingerprint.py
 	$(MAKE) test-triton bench-check
 
@@ -30,8 +33,8 @@ test-triton: $(VENV)/.installed
 # The op and argument tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a build of their own
 # and under every instruction set that this CPU can run: each has its own code for tails and masks, and the masked
 # loads of AVX-512, which GCC does not check, have their plain loops in the others. Left out is
-# what runs no other kernel code: opcheck and torch.compile, and the tests of setup.py and of the choice of a set. A
-# set takes half a minute, the build one and a half. AMX is emulated where there is none (csrc/README.md).
+# what runs no other kernel code: opcheck and torch.compile, and the tests of setup.py and of the choice of a set. Two
+# sets at a time take a minute, the build as long. AMX is emulated where there is none (csrc/README.md).
 # --force: setuptools does not see changed flags; Ninja does, and compiles no more than it must.
 # --capture=sys: pytest's capture of file descriptors would swallow the report of a process that ends.
 # detect_leaks=0: CPython and torch never free what lives as long as the process.
@@ -43,7 +46,7 @@ sanitize: $(VENV)/.installed
 		--build-lib $(SANITIZED)/lib
 	set -e; isas=$$($(BIN)/python -c "from icae_fast import _C; runs = _C.runnable_isas(); \
 		print(*runs, *['amx'] * ('avx512' in runs and 'amx' not in runs))"); \
-	printf '%s\n' $$isas | xargs -P $(MAX_JOBS) -I {} env \
+	printf '%s\n' $$isas | xargs -P $(MAX_JOBS) -I {} env $(SHARING) \
 		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA={} ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider -o pythonpath=$(SANITIZED)/lib \
@@ -52,7 +55,7 @@ sanitize: $(VENV)/.installed
 
 # Every benchmark once, at small sizes and untimed, so that none can rot.
 bench-check: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n $(MAX_JOBS) bench --benchmark-disable
+	$(SHARING) $(BIN)/python -m pytest -q -n $(MAX_JOBS) bench --benchmark-disable
 
 # The real sizes, interleaved; writes docs/results and the README's tables. Leave the machine alone meanwhile.
 bench: $(VENV)/.installed

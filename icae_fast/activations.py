@@ -36,7 +36,7 @@ class ActivationBudget:
         ConfigError: bytes is negative, or span_tokens under 1.
     """
 
-    bytes: int | None = 576 * MIB
+    bytes: int | None = 512 * MIB
     span_tokens: int | None = None
     offload: bool = False
 
