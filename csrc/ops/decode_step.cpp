@@ -156,9 +156,8 @@ class Step {
     Ahead rest(nullptr), output(&products_[first + kOut]);
     const auto norm_before = [&] { norm(a_.norms[2 * i], x); };
     if (turns_alone_) {
-      int64_t key = 0;
       project(worker, first + kQKV, x, norm_before,
-              [&, key](int64_t t) mutable { return attention_.ask_for(t, key++, tensors); });
+              [&, key = int64_t{0}](int64_t t) mutable { return attention_.ask_for(t, key++, tensors); });
       worker.run(
           attention_.tasks(), [&](int64_t) { turn_queries(i, q); },
           [&](int64_t t) {

@@ -25,8 +25,8 @@ double work_of(const AttentionRow& row) {
   return queries * double(row.n_keys) - (queries < double(row.n_keys) ? queries * queries / 2 : 0);
 }
 
-// What a slice does: its share of the row's work, and its own sums of dk and dv, made zero and added to the
-// others', which take as long as kSumCost queries.
+// What a slice does: its share of the row's work, and its own sums of dk and dv, written and added to the others',
+// which take as long as kSumCost queries.
 double work_of_slice(const AttentionRow& row) {
   constexpr double kSumCost = 2;
   return work_of(row) / double(row.n_slices) + kSumCost * double(row.n_keys);
