@@ -64,6 +64,25 @@ def head_loss(
     return _HeadLoss.apply(hidden, weight, targets, bias, teacher_hidden, alpha, temperature, chunk_rows)
 
 
+@torch.no_grad()
+def head_argmax(
+    hidden: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, chunk_rows: int = CHUNK_ROWS
+) -> torch.Tensor:
+    """The id with the highest logit of each row, `argmax_v (W h_i + b)_v`, never holding more than a few rows' logits.
+
+    Args:
+        hidden: (n, d) final-normed hidden states h.
+        weight: (V, d) of the head.
+        bias: (V,) or None.
+        chunk_rows: rows whose logits are held at a time.
+
+    Returns:
+        (n,) int64.
+    """
+    parts = [F.linear(rows, weight, bias).argmax(1) for rows in hidden.split(chunk_rows)]
+    return torch.cat(parts) if parts else hidden.new_empty(0, dtype=torch.int64)
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, teacher_hidden, alpha, temperature, chunk_rows):

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from icae_fast.activations import ActivationBudget
 from icae_fast.errors import ContextTooLongError, InvalidInputError
-from icae_fast.head_loss import head_loss
+from icae_fast.head_loss import head_argmax, head_loss
 from icae_fast.spans import PackedRows, cumulative, pack_ends
 from icae_fast.training_step import TrainingStep
 
@@ -88,6 +88,28 @@ def token_losses(
     slots: Sequence[torch.Tensor] | None = None,
 ) -> TokenLosses:
     """See `ICAE.token_losses`."""
+    hidden, targets, row_of = _scored_hidden(icae, contexts, prompts, labels, budget, memory_size, slots)
+    return TokenLosses(*_head_losses(hidden, icae.base_model.lm_head, targets, teacher), row_of)
+
+
+@torch.no_grad()
+def token_guesses(
+    icae: ICAE,
+    contexts: Sequence[torch.Tensor],
+    prompts: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    budget: ActivationBudget,
+    memory_size: int | None = None,
+    slots: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """See `ICAE.token_guesses`."""
+    hidden, _, _ = _scored_hidden(icae, contexts, prompts, labels, budget, memory_size, slots)
+    head = icae.base_model.lm_head
+    return head_argmax(hidden, head.weight, bias=head.bias)
+
+
+def _scored_hidden(icae, contexts, prompts, labels, budget, memory_size, slots):
+    """The decoder's final hidden states that predict a label, those labels, and the row of each."""
     contexts = _contexts(icae, _integer_rows(contexts, "contexts"))
     prompts = _integer_rows(prompts, "prompts")
     targets = _targets(labels, prompts, icae.vocabulary.n_base)
@@ -100,8 +122,7 @@ def token_losses(
     row_of = torch.arange(len(prompts)).repeat_interleave(rows.cu_seqlens_out.diff())
     if len(scored) < len(row_of):
         hidden, row_of = hidden[scored.to(icae.device)], row_of[scored]
-    head, targets = icae.base_model.lm_head, targets[targets != IGNORE].to(icae.device)
-    return TokenLosses(*_head_losses(hidden, head, targets, teacher), row_of)
+    return hidden, targets[targets != IGNORE].to(icae.device), row_of
 
 
 def _head_losses(hidden, head, targets, teacher):

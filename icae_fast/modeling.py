@@ -18,7 +18,7 @@ from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.generation import GenerationMixin
 from icae_fast.inputs import Context, Vocabulary, as_list, check_tokenizer, to_ids
 from icae_fast.kv_tree import SlotKVTree
-from icae_fast.loss import Teacher, TokenLosses, decoder_forward, token_losses
+from icae_fast.loss import Teacher, TokenLosses, decoder_forward, token_guesses, token_losses
 from icae_fast.memory import Memory, check_memory
 from icae_fast.pretrained import PretrainedMixin
 from icae_fast.slot_kv import SlotKVMixin
@@ -337,3 +337,25 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
             ContextTooLongError: a row is longer than `max_positions`.
         """
         return token_losses(self, contexts, prompts, labels, budget, memory_size, teacher, slots)
+
+    def token_guesses(
+        self,
+        contexts: Sequence[torch.Tensor],
+        prompts: Sequence[torch.Tensor],
+        labels: Sequence[torch.Tensor],
+        budget: ActivationBudget = ACTIVATION_BUDGET,
+        memory_size: int | None = None,
+        slots: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """What the decoder holds most likely in place of each labelled token, having read the right ones before it.
+
+        Args:
+            contexts, prompts, labels, budget, memory_size, slots: as for `token_losses`.
+
+        Returns:
+            (n,) int64 ids, in the order of its losses, without a graph.
+
+        Raises:
+            InvalidInputError, ContextTooLongError: see `token_losses`.
+        """
+        return token_guesses(self, contexts, prompts, labels, budget, memory_size, slots)

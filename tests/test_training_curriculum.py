@@ -24,6 +24,7 @@ STAGES = st.builds(
     min_tokens=st.none() | st.integers(1, 8),
     memory_sizes=st.lists(st.integers(1, 8), max_size=3).map(tuple),
     wrong_tokens=st.floats(0, 1),
+    own_tokens=st.floats(0, 1),
 )
 
 
@@ -98,6 +99,7 @@ def test_growing_begins_with_a_warm_start():
         ({"memory_sizes": [0]}, "entry of memory_sizes is 0"),
         ({"wrong_tokens": 1.5}, "wrong_tokens is 1.5; it must be a number from 0 to 1"),
         ({"wrong_tokens": "0.1"}, "wrong_tokens is '0.1'"),
+        ({"own_tokens": -0.1}, "own_tokens is -0.1; it must be a number from 0 to 1"),
         ({"max_token": 4}, "did you mean max_tokens"),
         ({"rounds": 4}, "unknown field rounds"),
     ],

@@ -12,8 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icae_fast.errors import ConfigError
+from training.batch import pack
 from training.curriculum import Stage
-from training.objectives import autoencoding_sample, continuation_sample, draw_window, with_wrong_tokens
+from training.objectives import (
+    autoencoding_sample,
+    continuation_sample,
+    draw_window,
+    with_memory_size,
+    with_own_tokens,
+    with_wrong_tokens,
+)
 from training.rows import Row
 from training.samples import InstructionDraw, PretrainingDraw, SampleLayout
 from training.tally import Tally
@@ -98,6 +106,34 @@ def test_half_of_the_most_tokens_are_wrong(tiny_icae):
     assert 0.15 < sum(changed) / 200 < 0.21  # a token may be replaced by itself
     assert max(changed) > 0.3
     assert min(changed) < 0.05
+
+
+@given(st.integers(1, 60), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2**32), st.sampled_from([1, K]))
+def test_own_tokens_are_of_the_text(tiny_icae, n, probability, seed, k):
+    ids = list(range(20, 20 + n))
+    sample = autoencoding_sample(tiny_icae, ids)
+    own = with_own_tokens(sample, probability, random.Random(seed))
+    assert replace(own, own_tokens=()) == sample
+    own = with_memory_size(tiny_icae, own, k)
+    first = len(own.prompt_answer_ids) - n - 1
+    assert len(own.own_tokens) == len(own.prompt_answer_ids)
+    assert not any(own.own_tokens[:first])
+    assert not own.own_tokens[-1]
+    assert probability > 0 or not any(own.own_tokens)
+    continued = with_own_tokens(continuation_sample(tiny_icae, ids, ids), 1.0, random.Random(seed))
+    assert not any(continued.own_tokens)
+    batch = pack([own, continuation_sample(tiny_icae, ids, ids), continued])
+    assert batch["own_tokens"].nonzero()[:, 0].tolist() == [i for i, mark in enumerate(own.own_tokens) if mark]
+    assert len(batch["own_tokens"]) == len(batch["prompt_answer_ids"])
+    assert "own_tokens" not in pack([sample])
+
+
+def test_four_in_five_tokens_are_the_decoders_own(tiny_icae):
+    sample, rng = autoencoding_sample(tiny_icae, list(range(20, 84))), random.Random(0)
+    shares = [sum(with_own_tokens(sample, 0.5, rng).own_tokens) / 64 for _ in range(200)]
+    some = [share for share in shares if share]
+    assert 80 < len(some) < 120
+    assert 0.77 < sum(some) / len(some) < 0.83
 
 
 def test_windows_are_within_their_text():

@@ -24,7 +24,7 @@ from training.stream import BatchStream, held_out
 
 STAGES = Curriculum([
     Stage(3, {"warm": 1}, 8),
-    Stage(4, {"ae": 1, "lm": 1}, 24, 10, memory_sizes=(1, 2, 4), wrong_tokens=0.3),
+    Stage(4, {"ae": 1, "lm": 1}, 24, 10, memory_sizes=(1, 2, 4), wrong_tokens=0.3, own_tokens=0.5),
     Stage(1, {"ae": 2, "lm": 1}, 48, 20),
 ])  # fmt: skip
 PLAIN = Curriculum([Stage(1, {"ae": 1, "lm": 1}, 32, 8)])

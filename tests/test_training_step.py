@@ -1,5 +1,8 @@
 """A training step's losses and gradients are those of the plain way, whatever is kept and whatever runs again."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +14,13 @@ from icae_fast.layer_tape import Level, kept_bytes
 from icae_fast.training_step import TrainingStep
 from training.batch import pack
 from training.model import TrainingModel
-from training.objectives import autoencoding_sample, continuation_sample, instruction_sample
+from training.objectives import (
+    autoencoding_sample,
+    continuation_sample,
+    instruction_sample,
+    with_memory_size,
+    with_own_tokens,
+)
 
 # No budget, some at which parts of the tiny models are kept, and more than enough.
 BUDGETS = [
@@ -105,6 +114,49 @@ def test_losses_are_those_of_the_reference_s_forward(make_icae, sink_token):
         )
     ]
     assert torch.equal(found.correct, torch.cat(right))
+
+
+def test_guesses_are_the_highest_logits(make_icae):
+    icae = make_icae(sink_token="bos").eval()
+    samples = samples_of(icae)
+    contexts, prompts, labels = (
+        [torch.tensor(getattr(s, name)) for s in samples] for name in ("input_ids", "prompt_answer_ids", "labels")
+    )
+    logits = icae(contexts, prompts)["logits"]
+    expected = [row[: len(own) - 1][own[1:] != -100].argmax(1) for row, own in zip(logits, labels, strict=True)]
+    guesses = icae.token_guesses(contexts, prompts, labels)
+    assert torch.equal(guesses, torch.cat(expected))
+    given = icae.token_guesses(contexts, prompts, labels, slots=icae.encode(contexts))
+    assert torch.equal(given, guesses)
+    targets = torch.cat([own[1:][own[1:] != -100] for own in labels])
+    assert torch.equal(icae.token_losses(contexts, prompts, labels).correct, guesses == targets)
+
+
+@pytest.mark.parametrize("memory_size", [None, 2])
+def test_own_guesses_are_read_in_place_of_the_text(make_icae, memory_size):
+    icae = make_icae(lora_dropout=0.0)
+    model = TrainingModel(icae).train()
+    samples = [with_own_tokens(s, 1.0, random.Random(5)) for s in samples_of(icae)]
+    if memory_size:
+        samples = [with_memory_size(icae, s, memory_size) for s in samples]
+    contexts, prompts, labels = (
+        [torch.tensor(getattr(s, name)) for s in samples] for name in ("input_ids", "prompt_answer_ids", "labels")
+    )
+    guesses = icae.token_guesses(contexts, prompts, labels, memory_size=memory_size)
+    restored = samples[0]
+    first, ids = len(restored.prompt_answer_ids) - restored.n_labels, list(restored.prompt_answer_ids)
+    for i, mark in enumerate(restored.own_tokens):
+        if mark and int(guesses[i - first]) not in icae.eos_token_ids:
+            ids[i] = int(guesses[i - first])
+    assert ids != restored.prompt_answer_ids
+    by_hand = [replace(s, own_tokens=()) for s in (replace(restored, prompt_answer_ids=ids), *samples[1:])]
+    found, expected = (model(**pack(s), memory_size=memory_size) for s in (samples, by_hand))
+    assert torch.equal(found["sums"], expected["sums"])
+    found["loss"].backward()
+    mine = gradients(icae)
+    icae.zero_grad()
+    expected["loss"].backward()
+    assert_same(mine, gradients(icae))
 
 
 def test_labels_with_gaps(make_icae):

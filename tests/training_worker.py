@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from icae_fast import ICAE, ICAEConfig
 from training.batch import pack
 from training.curriculum import Curriculum, Stage
 from training.model import TrainingModel
-from training.objectives import Sample, autoencoding_sample, continuation_sample
+from training.objectives import Sample, autoencoding_sample, continuation_sample, with_own_tokens
 from training.stream import MicroBatch
 from training.trainer import ICAETrainer
 
@@ -46,11 +47,12 @@ def make_icae(**fields) -> ICAE:
 
 
 def make_sample(icae: ICAE, i: int) -> Sample:
-    """Sample number i: autoencoding or continuation of up to three spans."""
+    """Sample number i: autoencoding or continuation of up to three spans; from the second step on with own guesses."""
     draw = torch.Generator().manual_seed(i)
     ids = torch.randint(3, icae.vocabulary.n_base, (5 + 7 * (i % 3) + 12,), generator=draw).tolist()
     sample = continuation_sample(icae, ids[:-12], ids[-12:]) if i % 2 else autoencoding_sample(icae, ids[:-12])
-    return replace(sample, origin=f"rows.jsonl:{i}")
+    sample = replace(sample, origin=f"rows.jsonl:{i}")
+    return sample if i < 8 else with_own_tokens(sample, 0.5, random.Random(i))
 
 
 class CountingStream(torch.utils.data.IterableDataset):

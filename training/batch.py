@@ -22,7 +22,8 @@ def pack(samples: Sequence[Sample]) -> Batch:
     Returns:
         `context_ids` (C,), `prompt_answer_ids` (P,) and `labels` (P,) of all rows one behind the other;
         `context_lengths`, `prompt_lengths` and `objectives` (B,), the last as indices into
-        `training.objectives.OBJECTIVES`; all int64. `origins`: a string for each row.
+        `training.objectives.OBJECTIVES`; all int64. `origins`: a string for each row. `own_tokens` (P,) bool, where
+        samples have them.
 
     Raises:
         InvalidInputError: there is no sample.
@@ -33,7 +34,11 @@ def pack(samples: Sequence[Sample]) -> Batch:
     def packed(rows):
         return torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
 
-    return {
+    own = {}
+    if any(s.own_tokens for s in samples):
+        marks = (s.own_tokens or [False] * len(s.prompt_answer_ids) for s in samples)
+        own = {"own_tokens": torch.tensor(list(chain.from_iterable(marks)))}
+    return own | {
         "context_ids": packed(s.input_ids for s in samples),
         "context_lengths": torch.tensor([len(s.input_ids) for s in samples]),
         "prompt_answer_ids": packed(s.prompt_answer_ids for s in samples),

@@ -40,6 +40,8 @@ class Stage:
             adapter's k memory tokens); `()` is the adapter's k.
         wrong_tokens: 0 to 1, the most of what the decoder reads of a text to restore that is replaced by other tokens;
             see `training.objectives.with_wrong_tokens`. Nothing is in evaluation.
+        own_tokens: 0 to 1, the share of samples that restore a text in which the decoder reads its own guesses; see
+            `training.objectives.with_own_tokens`. Over 0, a step runs encoder and decoder once more, forwards.
         learning_rate: in place of the run's; where any stage has one, the schedule (warm-up, decay) runs over each
             stage by itself, see `training.schedule`.
         token_lr_factor: in place of the run's; it, too, has stages scheduled one by one.
@@ -54,6 +56,7 @@ class Stage:
     min_tokens: int | None = None
     memory_sizes: tuple[int, ...] = ()
     wrong_tokens: float = 0.0
+    own_tokens: float = 0.0
     learning_rate: float | None = None
     token_lr_factor: float | None = None
 
@@ -69,8 +72,9 @@ class Stage:
             value = getattr(self, name)
             if value is not None and not _is_positive(value):
                 raise ConfigError(f"{name} is {value!r}; it must be a number over 0 (or leave it out)")
-        if not _is_share(self.wrong_tokens):
-            raise ConfigError(f"wrong_tokens is {self.wrong_tokens!r}; it must be a number from 0 to 1")
+        for name in ("wrong_tokens", "own_tokens"):
+            if not _is_share(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a number from 0 to 1")
         sizes = self.memory_sizes
         if isinstance(sizes, (str, Mapping)) or not isinstance(sizes, Sequence):
             raise ConfigError(f"memory_sizes is {sizes!r}; give a list of slot numbers, or an empty one for the k")

@@ -9,7 +9,7 @@ from torch import nn
 
 from icae_fast import ICAE
 from icae_fast.activations import ActivationBudget
-from icae_fast.loss import Teacher
+from icae_fast.loss import IGNORE, Teacher
 from icae_fast.spans import slots_per_span
 from icae_fast.training_step import TrainingStep
 from training.batch import Batch
@@ -60,6 +60,7 @@ class TrainingModel(nn.Module):
         num_items_in_batch: int | torch.Tensor | None = None,
         memory_size: int | None = None,
         alone: str | None = None,
+        own_tokens: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """The loss of a batch.
 
@@ -73,6 +74,8 @@ class TrainingModel(nn.Module):
             memory_size: slots a span, the first k' of the k.
             alone: "warm" for the encoder-only loss of `training.warm_start` instead, summed over slots; "code" for
                 slots by `code`, without an encoder.
+            own_tokens: see `training.batch.pack`; what the decoder guesses there, having read the right tokens before,
+                is found by a forward without a graph, and read in place of the right ones. EOS is never read.
 
         Returns:
             `loss` () fp32; and detached, for each of `NAMES`, (5,): `sums` of the losses, `counts` of the labelled
@@ -97,6 +100,8 @@ class TrainingModel(nn.Module):
                 "origins": origins or [""] * len(context_lengths),
             }  # fmt: skip
             teacher, without = self._teacher(batch)
+        if own_tokens is not None:
+            prompts = self._with_guesses(contexts, prompts, targets, own_tokens.cpu(), memory_size, slots)
         scored = self.icae.token_losses(contexts, prompts, targets, self.budget, memory_size, teacher, slots)
         objective = objectives.cpu()[scored.rows].to(scored.losses.device)
         if alone:
@@ -113,6 +118,17 @@ class TrainingModel(nn.Module):
             "correct": by_objective(scored.correct.to(losses)),
             "without_teacher": without,
         }
+
+    @torch.no_grad()
+    def _with_guesses(self, contexts, prompts, targets, own, memory_size, slots):
+        """The prompts, with the decoder's guesses where `own` (P,) asks for them."""
+        guesses = self.icae.token_guesses(contexts, prompts, targets, self.budget, memory_size, slots).cpu()
+        ids, labels, lengths = torch.cat(prompts), torch.cat(targets), [len(p) for p in prompts]
+        labelled = labels != IGNORE
+        labelled[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = False  # nothing predicts a row's first token
+        read = ids.masked_scatter(labelled, guesses)
+        ends = torch.isin(read, torch.tensor(self.icae.eos_token_ids))
+        return torch.where(own & labelled & ~ends, read, ids).split(lengths)
 
     def _teacher(self, batch: Batch) -> tuple[Teacher, int]:
         """The teacher of a batch, and how many rows were too long for one."""

@@ -17,7 +17,7 @@ from icae_fast.errors import ConfigError, DataError
 from icae_fast.spans import micro_batches
 from training import packing
 from training.curriculum import Curriculum, Stage
-from training.objectives import Sample, with_memory_size, with_wrong_tokens
+from training.objectives import Sample, with_memory_size, with_own_tokens, with_wrong_tokens
 from training.rows import MappedSource, StreamedSource
 from training.samples import SKIPPED, Draw
 from training.tally import Tally
@@ -208,6 +208,8 @@ class BatchStream(IterableDataset):
             samples = [window.drafts[i].build() for i in chosen]
             if stage.wrong_tokens:
                 samples = [with_wrong_tokens(sample, stage.wrong_tokens, rng) for sample in samples]
+            if stage.own_tokens:
+                samples = [with_own_tokens(sample, stage.own_tokens, rng) for sample in samples]
             if size is not None:
                 samples = [with_memory_size(self.draw.layout, sample, size) for sample in samples]
             self._advance(window, s, m, len(mine), tally)
