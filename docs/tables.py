@@ -175,11 +175,10 @@ def _slots(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        name = f"trained for {row['trained_steps']} steps" if row["trained_steps"] else "new"
         loss, error = row["loss"], row["slot_error"]
         cells = [f"{loss['own']:.4f}", *(f"{loss[n]:.4f} ({error[n]:.2%})" for n in ("bfloat16", "int8"))]
         cells.append(f"{row['loss_from_others']:.4f}")
-        lines.append(f"| {name} | {row['tokens']} into {row['slots']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['adapter']} | {row['tokens']} into {row['slots']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
