@@ -171,6 +171,10 @@ def test_several_spans_and_what_does_not_fit(subject, bench):
     assert [row["spans"] for row in result.rows] == [1, 4]
     assert result.rows[0]["bleu"] is not None
     assert result.rows[1]["ppl_text"] is None  # 128 + 128 tokens
+    several, icae = result.samples[-1], subject.icae
+    assert (several["tokens"], several["original"] != several["restored_by_span"]) == (128, True)
+    ids = icae.tokenizer(several["original"], add_special_tokens=False)["input_ids"]
+    assert several["restored_by_span"] == icae.restore_by_span(icae.compress(torch.tensor(ids))[0])
     skipped = " ".join(result.facts["skipped"])
     assert "golden, 16 spans: " in skipped
     assert "golden, 64 spans: none of the texts has" in skipped

@@ -51,13 +51,16 @@ class Scores:
         return cls(*(sum(getattr(s, name) for s in listed) for name in ("loss", "correct", "count")))
 
 
-def restored_ids(subject: Subject, rows: Sequence[list[int]], bench: Workbench) -> list[list[int]]:
+def restored_ids(
+    subject: Subject, rows: Sequence[list[int]], bench: Workbench, by_span: bool = False
+) -> list[list[int]]:
     """Contexts compressed and written out greedily from their slots alone, without what ends them.
 
     Args:
         subject: whose decoder writes.
         rows: ids of contexts.
         bench: keeps what was written.
+        by_span: each span behind its own slots alone, see `ICAE.restore_by_span`; else behind all of them.
 
     Raises:
         ContextTooLongError: the slots leave no position to write at.
@@ -65,11 +68,13 @@ def restored_ids(subject: Subject, rows: Sequence[list[int]], bench: Workbench) 
     icae = subject.icae
 
     def run(batch: Sequence[list[int]]) -> list[list[int]]:
-        written = icae.restore(icae.compress(list(batch)), return_ids=True)
+        restore = icae.restore_by_span if by_span else icae.restore
+        written = restore(icae.compress(list(batch)), return_ids=True)
         icae.clear_kv()  # nothing is read twice
         return [[int(i) for i in ids if int(i) not in icae.eos_token_ids] for ids in written]
 
-    keys = [subject.key(row, "restored") for row in rows]
+    what = "restored by span" if by_span else "restored"
+    keys = [subject.key(row, what) for row in rows]
     costs = [subject.n_slots(len(row)) + len(row) for row in rows]  # of decoding: it takes the time
     return bench.compute(f"{subject.name}: restoring", rows, keys, costs, run)
 

@@ -9,8 +9,8 @@ from training.evaluation.continuation import (
     CONTINUATION_TOKENS,
     continuation_row,
 )
-from training.evaluation.measures import bleu_signature
-from training.evaluation.reading import Scores, restoration_scores
+from training.evaluation.measures import bleu_signature, corpus_bleu
+from training.evaluation.reading import Scores, restoration_scores, restored_ids
 from training.evaluation.restoration import restoration_row
 from training.evaluation.result import Plot, Result
 from training.evaluation.subject import Subject
@@ -22,11 +22,13 @@ WRITTEN_TOKENS = 2048  # of the longest contexts that are written out: more woul
 _WRITTEN = {
     "bleu": "BLEU-4 of the restored contexts as one corpus, 0 to 1",
     "prefix_median": "median share of these before their first wrong token",
+    "bleu_by_span": "BLEU-4 of the same contexts, where each span is restored from its own slots alone",
 }
 _FORCED = {
     "accuracy": "token accuracy of restoring under teacher forcing",
     "loss": "cross-entropy of restoring under teacher forcing, nats a token",
 }
+_HEADLINE = ("subject", "spans", "slots", "ppl_text", "ppl_slots", "ppl_truncated", "bleu", "bleu_by_span", "accuracy")
 
 
 def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence[int] = SPANS) -> Result:
@@ -62,6 +64,7 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
         {"continuation_tokens": CONTINUATION_TOKENS, "bleu": bleu_signature(), "skipped": found.skipped},
         [
             "Compare ppl_slots with ppl_truncated: the decoder has as many positions before the continuation in both.",
+            "bleu is of contexts written from all slots at once, bleu_by_span span by span (`ICAE.restore_by_span`).",
             "Contexts of several spans are fewer, so that all rows take about as long, and those of more than "
             f"{WRITTEN_TOKENS:,} tokens are not written out.",
         ],
@@ -72,7 +75,7 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
             Plot("line", "spans", "bleu", "subject", x_log=True, y_label="BLEU of all spans restored", y_max=1),
         ],
         found.samples,
-        headline=("subject", "spans", "slots", "ppl_text", "ppl_slots", "ppl_truncated", "bleu", "accuracy"),
+        headline=_HEADLINE,
     )
 
 
@@ -82,6 +85,12 @@ def _add_restoration(row, samples, subject, excerpts, bench):
     row |= {"accuracy": scores.accuracy, "loss": scores.mean_loss}
     if row["context"] <= WRITTEN_TOKENS:
         restored, records = restoration_row(subject, excerpts, bench)
+        decode = subject.icae.tokenizer.decode
+        by_span = [
+            decode(ids, skip_special_tokens=True)
+            for ids in restored_ids(subject, [e.ids for e in excerpts], bench, by_span=True)
+        ]
+        restored["bleu_by_span"] = corpus_bleu(by_span, [record["original"] for record in records])
         row |= {name: restored[name] for name in _WRITTEN}
-        for sample, record in zip(samples, records, strict=True):
-            sample |= record
+        for sample, record, text in zip(samples, records, by_span, strict=True):
+            sample |= record | {"restored_by_span": text}
