@@ -72,7 +72,8 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
             Plot(
                 "line", "spans", "over_truncated", "subject", x_log=True, y_label="gain over raw tokens, nats a token"
             ),
-            Plot("line", "spans", "bleu", "subject", x_log=True, y_label="BLEU of all spans restored", y_max=1),
+            Plot("line", "spans", "bleu", "subject", x_log=True, y_label="BLEU, all spans restored at once", y_max=1),
+            Plot("line", "spans", "bleu_by_span", "subject", x_log=True, y_label="BLEU, span by span", y_max=1),
         ],
         found.samples,
         headline=_HEADLINE,
