@@ -51,8 +51,7 @@ def make_sample(icae: ICAE, i: int) -> Sample:
     draw = torch.Generator().manual_seed(i)
     ids = torch.randint(3, icae.vocabulary.n_base, (5 + 7 * (i % 3) + 12,), generator=draw).tolist()
     sample = continuation_sample(icae, ids[:-12], ids[-12:]) if i % 2 else autoencoding_sample(icae, ids[:-12])
-    sample = replace(sample, origin=f"rows.jsonl:{i}")
-    return sample if i < 8 else with_own_tokens(sample, 0.5, random.Random(i))
+    return with_own_tokens(replace(sample, origin=f"rows.jsonl:{i}"), 0.5 if i >= 8 else 0.0, random.Random(i))
 
 
 class CountingStream(torch.utils.data.IterableDataset):

@@ -75,7 +75,8 @@ class TrainingModel(nn.Module):
             alone: "warm" for the encoder-only loss of `training.warm_start` instead, summed over slots; "code" for
                 slots by `code`, without an encoder.
             own_tokens: see `training.batch.pack`; what the decoder guesses there, having read the right tokens before,
-                is found by a forward without a graph, and read in place of the right ones. EOS is never read.
+                is found by a forward without a graph, and read in place of the right ones. EOS is never read. Where the
+                base model is sharded, the batches of all processes have it or none has, as they run as many forwards.
 
         Returns:
             `loss` () fp32; and detached, for each of `NAMES`, (5,): `sums` of the losses, `counts` of the labelled

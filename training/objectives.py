@@ -262,7 +262,7 @@ def with_memory_size(icae: Layout, sample: Sample, memory_size: int) -> Sample:
 
     return replace(
         sample, prompt_answer_ids=kept(sample.prompt_answer_ids), labels=kept(sample.labels),
-        own_tokens=kept(sample.own_tokens),
+        own_tokens=kept(sample.own_tokens) or (),
     )  # fmt: skip
 
 

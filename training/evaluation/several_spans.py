@@ -28,7 +28,7 @@ _FORCED = {
     "accuracy": "token accuracy of restoring under teacher forcing",
     "loss": "cross-entropy of restoring under teacher forcing, nats a token",
 }
-_HEADLINE = ("subject", "spans", "slots", "ppl_text", "ppl_slots", "ppl_truncated", "bleu", "bleu_by_span", "accuracy")
+_HEADLINE = ("subject", "spans", "slots", "ppl_text", "ppl_slots", "ppl_truncated", "bleu", "bleu_by_span")
 
 
 def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence[int] = SPANS) -> Result:
