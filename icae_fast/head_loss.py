@@ -79,8 +79,7 @@ def head_argmax(
     Returns:
         (n,) int64.
     """
-    parts = [F.linear(rows, weight, bias).argmax(1) for rows in hidden.split(chunk_rows)]
-    return torch.cat(parts) if parts else hidden.new_empty(0, dtype=torch.int64)
+    return torch.cat([F.linear(rows, weight, bias).argmax(1) for rows in hidden.split(chunk_rows)])
 
 
 class _HeadLoss(torch.autograd.Function):

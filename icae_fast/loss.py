@@ -98,12 +98,12 @@ def token_guesses(
     contexts: Sequence[torch.Tensor],
     prompts: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
-    budget: ActivationBudget,
     memory_size: int | None = None,
     slots: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """See `ICAE.token_guesses`."""
-    hidden, _, _ = _scored_hidden(icae, contexts, prompts, labels, budget, memory_size, slots)
+    # Without a graph nothing is kept, whatever the budget.
+    hidden, _, _ = _scored_hidden(icae, contexts, prompts, labels, ActivationBudget(), memory_size, slots)
     head = icae.base_model.lm_head
     return head_argmax(hidden, head.weight, bias=head.bias)
 

@@ -343,14 +343,13 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         contexts: Sequence[torch.Tensor],
         prompts: Sequence[torch.Tensor],
         labels: Sequence[torch.Tensor],
-        budget: ActivationBudget = ACTIVATION_BUDGET,
         memory_size: int | None = None,
         slots: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """What the decoder holds most likely in place of each labelled token, having read the right ones before it.
 
         Args:
-            contexts, prompts, labels, budget, memory_size, slots: as for `token_losses`.
+            contexts, prompts, labels, memory_size, slots: as for `token_losses`.
 
         Returns:
             (n,) int64 ids, in the order of its losses, without a graph.
@@ -358,4 +357,4 @@ class ICAE(PretrainedMixin, AdapterModeMixin, GenerationMixin, SlotKVMixin, nn.M
         Raises:
             InvalidInputError, ContextTooLongError: see `token_losses`.
         """
-        return token_guesses(self, contexts, prompts, labels, budget, memory_size, slots)
+        return token_guesses(self, contexts, prompts, labels, memory_size, slots)

@@ -40,12 +40,16 @@ def gradients(icae):
     return {name: None if p.grad is None else p.grad.clone() for name, p in icae.named_parameters() if p.requires_grad}
 
 
+def rows_of(samples):
+    """Contexts, prompts and labels of samples."""
+    return [[torch.tensor(getattr(s, name)) for s in samples] for name in ("input_ids", "prompt_answer_ids", "labels")]
+
+
 def step(icae, samples, budget, seed=3):
     """(losses, gradients) of one step; the seed decides on dropout."""
     icae.zero_grad()
     torch.manual_seed(seed)
-    rows = [[torch.tensor(getattr(s, name)) for s in samples] for name in ("input_ids", "prompt_answer_ids", "labels")]
-    found = icae.token_losses(*rows, budget)
+    found = icae.token_losses(*rows_of(samples), budget)
     found.losses.mean().backward()
     return found, gradients(icae)
 
@@ -119,9 +123,7 @@ def test_losses_are_those_of_the_reference_s_forward(make_icae, sink_token):
 def test_guesses_are_the_highest_logits(make_icae):
     icae = make_icae(sink_token="bos").eval()
     samples = samples_of(icae)
-    contexts, prompts, labels = (
-        [torch.tensor(getattr(s, name)) for s in samples] for name in ("input_ids", "prompt_answer_ids", "labels")
-    )
+    contexts, prompts, labels = rows_of(samples)
     logits = icae(contexts, prompts)["logits"]
     expected = [row[: len(own) - 1][own[1:] != -100].argmax(1) for row, own in zip(logits, labels, strict=True)]
     guesses = icae.token_guesses(contexts, prompts, labels)
@@ -139,9 +141,7 @@ def test_own_guesses_are_read_in_place_of_the_text(make_icae, memory_size):
     samples = [with_own_tokens(s, 1.0, random.Random(5)) for s in samples_of(icae)]
     if memory_size:
         samples = [with_memory_size(icae, s, memory_size) for s in samples]
-    contexts, prompts, labels = (
-        [torch.tensor(getattr(s, name)) for s in samples] for name in ("input_ids", "prompt_answer_ids", "labels")
-    )
+    contexts, prompts, labels = rows_of(samples)
     guesses = icae.token_guesses(contexts, prompts, labels, memory_size=memory_size)
     restored = samples[0]
     first, ids = len(restored.prompt_answer_ids) - restored.n_labels, list(restored.prompt_answer_ids)

@@ -123,7 +123,7 @@ class TrainingModel(nn.Module):
     @torch.no_grad()
     def _with_guesses(self, contexts, prompts, targets, own, memory_size, slots):
         """The prompts, with the decoder's guesses where `own` (P,) asks for them."""
-        guesses = self.icae.token_guesses(contexts, prompts, targets, self.budget, memory_size, slots).cpu()
+        guesses = self.icae.token_guesses(contexts, prompts, targets, memory_size, slots).cpu()
         ids, labels, lengths = torch.cat(prompts), torch.cat(targets), [len(p) for p in prompts]
         labelled = labels != IGNORE
         labelled[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = False  # nothing predicts a row's first token

@@ -82,14 +82,14 @@ def several_spans(subjects: Sequence[Subject], bench: Workbench, spans: Sequence
 
 def _add_restoration(row, samples, subject, excerpts, bench):
     """Adds to a row and its samples what restoring the contexts gives."""
-    scores = Scores.total(restoration_scores(subject, [e.ids for e in excerpts], bench))
+    contexts = [e.ids for e in excerpts]
+    scores = Scores.total(restoration_scores(subject, contexts, bench))
     row |= {"accuracy": scores.accuracy, "loss": scores.mean_loss}
     if row["context"] <= WRITTEN_TOKENS:
         restored, records = restoration_row(subject, excerpts, bench)
         decode = subject.icae.tokenizer.decode
         by_span = [
-            decode(ids, skip_special_tokens=True)
-            for ids in restored_ids(subject, [e.ids for e in excerpts], bench, by_span=True)
+            decode(ids, skip_special_tokens=True) for ids in restored_ids(subject, contexts, bench, by_span=True)
         ]
         restored["bleu_by_span"] = corpus_bleu(by_span, [record["original"] for record in records])
         row |= {name: restored[name] for name in _WRITTEN}
