@@ -64,8 +64,8 @@ def _git() -> dict[str, Any]:
         # An installed copy may lie below somebody else's repository, whose commit would say nothing about it.
         if Path(run("rev-parse", "--show-toplevel")).resolve() != REPOSITORY.resolve():
             return {"commit": None, "dirty": None}
-        # Results are rewritten by the run itself, and do not change what is measured.
-        changes = run("status", "--porcelain", "--", ".", ":(exclude)docs/results")
+        # Results and the tables made of them are rewritten by the run itself, and do not change what is measured.
+        changes = run("status", "--porcelain", "--", ".", ":(exclude)docs", ":(exclude)README.md")
         return {"commit": run("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}

@@ -10,6 +10,7 @@ from bench.compare import as_tuple, check_op, make_inputs, to_float64
 from icae_fast.errors import BackendError
 from icae_fast.ops import REGISTRY, backend_of, backends, call_backend, lora_qkv_rope
 from icae_fast.ops._declare import interpreted
+from icae_fast.spans import cumulative
 
 CASES = [
     pytest.param(spec, backend, sample, id=f"{spec.name}-{backend}-{sample.name}")
@@ -116,6 +117,25 @@ def test_varlen_attention_equals_a_loop_over_rows():
         alone = inputs | {n: inputs[n][start:end] for n in "qkv"}
         alone["cu_seqlens_q"] = alone["cu_seqlens_k"] = torch.tensor([0, end - start], dtype=torch.int32)
         torch.testing.assert_close(torch.ops.icae_fast.varlen_attention(**alone)[0], packed[start:end])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_rows_whose_keys_are_packed_one_after_the_other_equal_rows_alone(dtype, one_thread):
+    """More keys than the C++ kernel packs at once, between rows whose keys it packs not at all."""
+    lengths, kv_heads, dim = [1, 2300, 3, 1200, 900, 0, 1, 2500, 2], 2, 64
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), h, dim, generator=g).to(dtype) for h in (2 * kv_heads, kv_heads, kv_heads))
+
+    def attend(q, k, v, lengths):
+        cu = cumulative(lengths)
+        return torch.ops.icae_fast.varlen_attention(q, k, v, cu, cu, None, max(lengths), max(lengths), 0.125, 0)
+
+    out, lse = attend(q, k, v, lengths)
+    for start, end in itertools.pairwise(cumulative(lengths).tolist()):
+        if end > start:
+            alone, alone_lse = attend(q[start:end], k[start:end], v[start:end], [end - start])
+            assert torch.equal(out[start:end], alone)
+            assert torch.equal(lse[:, start:end], alone_lse)
 
 
 def test_dropout_drops_its_share_and_depends_on_the_seed_alone():

@@ -3,7 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <limits>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "../kernels/table.h"
@@ -23,13 +25,22 @@ struct AttentionPlan {
                 const at::Tensor& cu_seqlens_k, const std::optional<at::Tensor>& seqused_k, double scale,
                 int64_t window);
 
-  // Reserves packed keys for the rows that `packs` says are packed.
+  // Reserves packed keys for the rows that `packs` says are packed, from row `first` on: for as many as `bytes`
+  // hold together, and for one at least. Gives the row after the last one of them.
   template <class F>
-  void reserve_packed(const F& packs) {
-    for (auto& row : rows) {
-      row.packed_begin = input.packed_keys;
-      if (packs(row)) input.packed_keys += row.padded_keys();
+  size_t reserve_packed(const F& packs, size_t first = 0, int64_t bytes = std::numeric_limits<int64_t>::max()) {
+    input.packed_keys = 0;
+    for (size_t i = first; i < rows.size(); ++i) {
+      auto& row = rows[i];
+      const int64_t begin = row.packed_begin = input.packed_keys;
+      if (!packs(row)) continue;
+      input.packed_keys += row.padded_keys();
+      if (begin > 0 && kernels->packed_bytes(input, false) > bytes) {
+        input.packed_keys = begin;
+        return i;
+      }
     }
+    return rows.size();
   }
 };
 
@@ -39,12 +50,13 @@ struct AttentionTask {
   int64_t kv_head, part;
 };
 
-// Tasks of kPackedKeys keys each, for the rows that `takes` says: a whole row of each head is too much for a task,
-// three heads would leave one of two threads waiting.
+// Tasks of kPackedKeys keys each, for those of some rows that `takes` says: a whole row of each head is too much
+// for a task, three heads would leave one of two threads waiting.
 template <class F>
-std::vector<AttentionTask> tasks_by_keys(const AttentionPlan& plan, const F& takes) {
+std::vector<AttentionTask> tasks_by_keys(const AttentionPlan& plan, std::span<const AttentionRow> rows,
+                                         const F& takes) {
   std::vector<AttentionTask> tasks;
-  for (const auto& row : plan.rows) {
+  for (const auto& row : rows) {
     if (!takes(row)) continue;
     for (int64_t h = 0; h < plan.input.kv_heads; ++h) {
       for (int64_t key = 0; key < row.padded_keys(); key += kPackedKeys) tasks.push_back({&row, h, key});

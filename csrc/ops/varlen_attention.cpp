@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <span>
 #include <tuple>
 
 #include "../common/checks.h"
@@ -13,24 +14,31 @@
 namespace icae_fast {
 namespace {
 
+// Packed keys and values of so many bytes for each thread are used up before others are packed, so that they stay
+// in the second-level caches, and take no more memory with more rows: 1 to 2 % less time at 8 x 640 and 64 x 256
+// tokens than with all rows packed at once (AVX-512, two threads).
+constexpr int64_t kPackedBytes = 512 << 10;
+
 // Rows whose keys are read where they lie: decoding, and rows with next to no queries.
 bool is_few(const AttentionPlan& plan, const AttentionRow& row) {
   return row.n_queries * plan.input.group() <= kFewLanes;
 }
 
-void pack_rows(const AttentionPlan& plan, const AttentionKernels& kernels, void* packed) {
-  const auto tasks = tasks_by_keys(plan, [&](const AttentionRow& row) { return !is_few(plan, row); });
+using Rows = std::span<const AttentionRow>;
+
+void pack_rows(const AttentionPlan& plan, Rows rows, void* packed) {
+  const auto tasks = tasks_by_keys(plan, rows, [&](const AttentionRow& row) { return !is_few(plan, row); });
   for_each_task(tasks.size(), [&](int64_t i, int64_t) {
     const auto& [row, kv_head, key] = tasks[i];
-    kernels.pack(plan.input, *row, kv_head, key, key + kPackedKeys, false, packed);
+    plan.kernels->pack(plan.input, *row, kv_head, key, key + kPackedKeys, false, packed);
   });
 }
 
-void attend(const AttentionPlan& plan, const AttentionKernels& kernels, const void* packed,
-            const AttentionOutput& to) {
+void attend(const AttentionPlan& plan, Rows rows, const void* packed, const AttentionOutput& to) {
   const auto& in = plan.input;
+  const auto& kernels = *plan.kernels;
   std::vector<AttentionTask> tasks;
-  for (const auto& row : plan.rows) {
+  for (const auto& row : rows) {
     for (int64_t h = 0; h < in.kv_heads; ++h) {
       // The last tile of a row reads most keys, so it goes first.
       const int64_t parts = is_few(plan, row) ? (row.n_queries > 0) : row.n_tiles(in);
@@ -63,18 +71,23 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention_cpu(const at::Tensor& q, con
                                                         double scale, int64_t window) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   AttentionPlan plan(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, window);
-  const auto& kernels = *plan.kernels;
   auto out = at::empty(q.sizes(), q.options());
   auto lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(compute_type(q)));
   if (plan.queries_in_rows < q.size(0)) {
     out.slice(0, plan.queries_in_rows).zero_();
     lse.slice(1, plan.queries_in_rows).fill_(-std::numeric_limits<double>::infinity());
   }
-  plan.reserve_packed([&](const AttentionRow& row) { return !is_few(plan, row); });
-  const auto packed = at::empty({kernels.packed_bytes(plan.input, false)}, at::kByte);
-  pack_rows(plan, kernels, packed.mutable_data_ptr());
-  attend(plan, kernels, packed.const_data_ptr(),
-         {out.mutable_data_ptr(), lse.mutable_data_ptr(), 0, q.size(0), false});
+  at::Tensor packed;
+  const AttentionOutput to{out.mutable_data_ptr(), lse.mutable_data_ptr(), 0, q.size(0), false};
+  for (size_t first = 0, end; first < plan.rows.size(); first = end) {
+    end = plan.reserve_packed([&](const AttentionRow& row) { return !is_few(plan, row); }, first,
+                              kPackedBytes * at::get_num_threads());
+    const int64_t bytes = plan.kernels->packed_bytes(plan.input, false);
+    if (!packed.defined() || packed.numel() < bytes) packed = at::empty({bytes}, at::kByte);
+    const Rows rows(plan.rows.begin() + first, plan.rows.begin() + end);
+    pack_rows(plan, rows, packed.mutable_data_ptr());
+    attend(plan, rows, packed.const_data_ptr(), to);
+  }
   return {out, lse};
 }
 

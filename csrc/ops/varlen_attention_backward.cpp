@@ -90,7 +90,7 @@ int64_t plan_slices(AttentionPlan& plan) {
 
 void differentiate(const AttentionPlan& plan, const AttentionKernels& kernels, AttentionGradient& g) {
   const auto& in = plan.input;
-  const auto parts = tasks_by_keys(plan, [](const AttentionRow&) { return true; });
+  const auto parts = tasks_by_keys(plan, plan.rows, [](const AttentionRow&) { return true; });
   std::vector<AttentionTask> slices;
   for (const auto& row : plan.rows) {
     for (int64_t h = 0; h < in.kv_heads; ++h) {
