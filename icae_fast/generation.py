@@ -164,8 +164,8 @@ class GenerationMixin:
 
         Spans were compressed one by one, and each is restored as if it were the whole context: all spans of all
         memories are rows of one batch. An adapter that has seen few spans in training restores long texts this way,
-        and not from all slots at once (`restore`, the reference's way): of "smollm2-135m", 16 held-out passages of 500
-        tokens in 256 slots came back with a BLEU of 0.95, and of 0.16 from all slots at once.
+        and not from all slots at once (`restore`, the reference's way): of "smollm2-135m", 8 held-out passages of 512
+        tokens in 256 slots came back with a BLEU of 0.97, and of 0.20 from all slots at once.
 
         Args:
             memory: of this model, one or a list.
