@@ -88,18 +88,19 @@ class DecodeSession:
         return self._capture is None and self._weights is not None and self._tables.fixed is not None
 
     @torch.no_grad()
-    def greedy(self, tokens: torch.Tensor, most: int, eos: Sequence[int]) -> torch.Tensor:
+    def greedy(self, tokens: torch.Tensor, most: int, eos: Sequence[int], least: int = 0) -> torch.Tensor:
         """Read one more token a row and go on with the most likely ones, without coming back for each.
 
         Args:
             tokens: see `step`.
             most: steps at most, for which every row has room.
             eos: ids after which no further step is made, whatever row they come in.
+            least: steps that give none of `eos`.
 
         Returns:
             (n, R) the tokens of the n steps that were made; the last ones have not been read yet.
         """
-        chosen = self._bound.greedy(self._in_own_order(tokens), self._rows.append_each(), most, list(eos))
+        chosen = self._bound.greedy(self._in_own_order(tokens), self._rows.append_each(), most, list(eos), least)
         self._rows.append_each(len(chosen) - 1)
         return self._in_callers_order(chosen.T).T
 

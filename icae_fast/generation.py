@@ -62,8 +62,8 @@ class GenerationMixin:
             max_new_tokens: the most tokens of an answer.
             min_new_tokens: tokens before which no end-of-sequence token may come; a stop string may.
             return_ids: give ids even if there is a tokenizer.
-            streamer: a transformers streamer, for a single row. It gets every token, of stop strings too; one with
-                `skip_prompt` gets the prompt's ids first, as it expects.
+            streamer: a transformers streamer, for a single row. It gets every token, of stop strings too, those of a
+                thirtieth of a second together; one with `skip_prompt` gets the prompt's ids first, as it expects.
             options: see `GenerationOptions`; greedy by default.
 
         Returns:

@@ -230,9 +230,13 @@ class TokenChooser:
 
     @property
     def takes_the_largest(self) -> bool:
-        """Whether from now on the most likely token is chosen, and nobody asks for those before."""
-        greedy = self._uniform is None and self._history is None and not self._processors
-        return greedy and self._step >= self._min_new_tokens
+        """Whether the most likely token is chosen (but for `steps_before_eos`), and nobody asks for those before."""
+        return self._uniform is None and self._history is None and not self._processors
+
+    @property
+    def steps_before_eos(self) -> int:
+        """Steps from now on in which no id of `eos` may be chosen."""
+        return max(0, self._min_new_tokens - self._step)
 
     def skip(self, steps: int) -> None:
         """Go on as if `choose` had been called so many times, which `takes_the_largest` allows."""

@@ -106,13 +106,40 @@ def test_greedy_steps_are_single_ones(name, in_python, monkeypatch):
     if in_python:
         monkeypatch.setattr(decode_step_module, "backend_of", lambda *_: "reference")
     ahead = copied(inputs)
-    assert bind(ahead, cos, sin).greedy(inputs["tokens"], lengths, n, []).tolist() == expected
+    assert bind(ahead, cos, sin).greedy(inputs["tokens"], lengths, n, [], 0).tolist() == expected
     for cache in ("tail_keys", "tail_values"):
         torch.testing.assert_close(ahead[cache], stepped[cache], rtol=0, atol=0)
     # The first step in which some row's token ends it is the last.
     end = expected[1][-1]
     last = next(i for i, ids in enumerate(expected) if end in ids)
-    ended = bind(copied(inputs), cos, sin).greedy(inputs["tokens"], lengths, n, [10**6, end])
+    ended = bind(copied(inputs), cos, sin).greedy(inputs["tokens"], lengths, n, [10**6, end], 0)
     assert ended.tolist() == expected[: last + 1]
     with pytest.raises(ValueError if in_python else RuntimeError, match="at least one step must be asked for, not 0"):
-        bind(inputs, cos, sin).greedy(inputs["tokens"], lengths, 0, [])
+        bind(inputs, cos, sin).greedy(inputs["tokens"], lengths, 0, [], 0)
+
+
+@pytest.mark.parametrize("in_python", [False, True], ids=["one call", "single steps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("vocabulary", [1, 63, 1000])
+def test_the_largest_is_the_one_that_torch_finds(vocabulary, dtype, in_python, monkeypatch):
+    """Of equals the first, and NaN before all."""
+    if in_python:
+        monkeypatch.setattr(decode_step_module, "backend_of", lambda *_: "reference")
+    inputs = with_room(make("biases-qk-norm", dtype), 1)
+    g = torch.Generator().manual_seed(0)
+    head = torch.randn(vocabulary, inputs["embedding"].shape[1], generator=g).to(dtype)
+    head[vocabulary // 2 :: 3] = head[0].clone()
+    angles = torch.rand(400, inputs["tail_keys"].shape[3] // 2, generator=g) * 6.28
+    cos, sin = (x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in (angles.cos(), angles.sin()))
+    lengths = inputs["tail_lengths"].tolist()
+    for spoilt in (False, True):
+        if spoilt:
+            head[vocabulary // 3 :: 5] = torch.nan
+        bound = bind(copied(inputs) | {"head": head}, cos, sin)
+        expected = bound.step(inputs["tokens"], lengths).max(-1).indices.tolist()
+        assert bound.greedy(inputs["tokens"], lengths, 1, [], 0).tolist() == [expected]
+        if not spoilt and vocabulary > 1:  # what may not be chosen yet, and an id past the vocabulary
+            allowed = bound.step(inputs["tokens"], lengths)
+            allowed[:, expected] = -torch.inf
+            least = bound.greedy(inputs["tokens"], lengths, 1, [*expected, 10**6], 1)
+            assert least.tolist() == [allowed.max(-1).indices.tolist()]

@@ -4,10 +4,13 @@ That the tokens are those of Hugging Face's own loop is tested for every archite
 are the baseline's in `test_greedy.py`.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import TextIteratorStreamer
 
+from icae_fast import answers
 from icae_fast.decoding import DecodeSession
 from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 
@@ -112,8 +115,8 @@ def rows_of_steps(request, monkeypatch):
     """Numbers of rows that each decoding step after the first computes."""
     counts, step, greedy = [], DecodeSession.step, DecodeSession.greedy
 
-    def counted(self, tokens, most, eos):
-        chosen = greedy(self, tokens, most, eos)
+    def counted(self, tokens, *limits):
+        chosen = greedy(self, tokens, *limits)
         counts.extend([len(tokens)] * len(chosen))
         return chosen
 
@@ -137,6 +140,36 @@ def test_a_row_that_ends_leaves_the_batch(icae, memory, prompts, rows_of_steps):
         assert rows_of_steps == [sum(len(row) > n for row in rows) for n in range(1, max(map(len, rows)))]
         patterns.add(tuple(len(row) < 15 for row in rows))
     assert {(True, False, False, False), (False, False, False, True)} <= patterns  # the first row, and the last
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "expected"),
+    [
+        (0.001, {}, [1, 8, 8, 2]),
+        (0.018, {}, [1, 5, 5, 5, 3]),
+        (0.5, {}, [1] * 19),
+        (0.01, {"streamer": True}, [1, 3, 3, 3, 3, 3, 3]),
+        (0.5, {"streamer": True}, [1] * 19),
+        (0.001, {"min_new_tokens": 19}, [1, 8, 8, 2]),
+    ],
+)
+def test_steps_are_made_ahead_for_a_tenth_of_a_second_and_a_stream_looks_smooth(
+    icae, memory, streamer, monkeypatch, seconds, options, expected
+):
+    asked, clock, greedy = [], [0.0], DecodeSession.greedy
+
+    def timed(self, tokens, most, *limits):
+        asked.append(most)
+        clock[0] += seconds * most
+        return greedy(self, tokens, most, *limits)
+
+    free = icae.generate(memory, [3, 4], 20, return_ids=True, eos_token_id=[])
+    monkeypatch.setattr(DecodeSession, "greedy", timed)
+    monkeypatch.setattr(answers, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    options = options | ({"streamer": streamer} if "streamer" in options else {})
+    ids = icae.generate(memory, [3, 4], 20, return_ids=True, eos_token_id=[], **options)
+    assert (ids, asked) == (free, expected)
+    assert streamer.ids == (ids[0] if "streamer" in options else [])
 
 
 def test_many_memories_equal_one_by_one(icae, random_ids, prompts, monkeypatch):

@@ -203,6 +203,7 @@ struct DecodeKernels {
   void (*head)(const void* from, const void* norm, double eps, const void* cos, const void* sin, int64_t dim,
                void* to);
   void (*merge)(const void* const* outs, const void* const* lses, int64_t n, int64_t dim, void* to);
+  int64_t (*largest)(const void* values, int64_t n);  // where the first of the largest is, or the first NaN
 };
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ constexpr RowsKernels rows_kernels() {
 
 template <class T>
 constexpr DecodeKernels decode_kernels() {
-  return {streamed_product<T>, widen_row<T>, norm_row<T>, turn_head<T>, merge_head<T>};
+  return {streamed_product<T>, widen_row<T>, norm_row<T>, turn_head<T>, merge_head<T>, first_largest<T>};
 }
 
 static constexpr Kernels table = {

@@ -2,15 +2,17 @@
 // the dispatcher some three hundred tensors go by for each token, and Python collects them: that, and choosing rows
 // of the rotary tables, took 0.5 of SmolLM2's 10 ms a token.
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/max.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <torch/custom_class.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "../common/checks.h"
+#include "../common/isa.h"
 #include "decode_step.h"
 
 namespace icae_fast {
@@ -53,27 +55,46 @@ class BoundStep : public torch::CustomClassHolder {
     return logits(tokens.contiguous(), {tail_lengths.begin(), tail_lengths.end()});
   }
 
-  // (n, R): the tokens that n steps give, each row going on with its most likely one, the first of equals. n is
-  // `most`, or less where a row's token is one of `eos`: that step is the last.
+  // (n, R): the tokens that n steps give, each row going on with its most likely one, the first of equals. The
+  // first `least` steps give none of `eos`. n is `most`, or less where a row's token is one of `eos`: that step is
+  // the last.
   at::Tensor greedy(const at::Tensor& tokens, const std::vector<int64_t>& tail_lengths, int64_t most,
-                    const std::vector<int64_t>& eos) {
+                    const std::vector<int64_t>& eos, int64_t least) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     TORCH_CHECK(most > 0, kDecodeStep, ": at least one step must be asked for, not ", most);
     std::vector<int32_t> lengths(tail_lengths.begin(), tail_lengths.end());
-    std::vector<at::Tensor> chosen{tokens.contiguous()};
-    const auto ends = [&](const at::Tensor& row_tokens) {
-      const auto* ids = row_tokens.const_data_ptr<int64_t>();
-      return std::any_of(ids, ids + row_tokens.size(0),
-                         [&](int64_t id) { return std::find(eos.begin(), eos.end(), id) != eos.end(); });
-    };
-    for (int64_t made = 0; made < most && (made == 0 || !ends(chosen.back())); ++made) {
-      chosen.push_back(std::get<1>(at::max(logits(chosen.back(), lengths), 1)));
+    std::vector<at::Tensor> chosen;
+    for (bool ended = false; !ended && static_cast<int64_t>(chosen.size()) < most;) {
+      const auto scores = logits(chosen.empty() ? tokens.contiguous() : chosen.back(), lengths);
+      if (static_cast<int64_t>(chosen.size()) < least) forbid(scores, eos);
+      chosen.push_back(largest(scores));
+      const auto* ids = chosen.back().const_data_ptr<int64_t>();
+      ended = std::any_of(ids, ids + scores.size(0),
+                          [&](int64_t id) { return std::find(eos.begin(), eos.end(), id) != eos.end(); });
       for (auto& length : lengths) ++length;
     }
-    return at::stack(at::TensorList(chosen).slice(1));
+    return at::stack(chosen);
   }
 
  private:
+  static void forbid(const at::Tensor& scores, const std::vector<int64_t>& ids) {
+    for (const int64_t id : ids) {
+      if (id >= 0 && id < scores.size(1)) scores.select(1, id).fill_(-std::numeric_limits<double>::infinity());
+    }
+  }
+
+  // (R,) where the largest of each row's scores are.
+  at::Tensor largest(const at::Tensor& scores) const {
+    const auto& kernel = kernels().decode[static_cast<int>(dtype_of(embedding_, kDecodeStep, "the embedding"))];
+    const auto places = at::empty({scores.size(0)}, at::kLong);
+    for (int64_t r = 0; r < scores.size(0); ++r) {
+      const void* const row =
+          static_cast<const char*>(scores.const_data_ptr()) + r * scores.stride(0) * scores.element_size();
+      places.mutable_data_ptr<int64_t>()[r] = kernel.largest(row, scores.size(1));
+    }
+    return places;
+  }
+
   at::Tensor logits(const at::Tensor& tokens, const std::vector<int32_t>& lengths) {
     auto rows = decode_rows(arguments(tokens, cos_, sin_), tail_starts_, lengths);
     std::vector<int64_t> positions;

@@ -92,13 +92,16 @@ class BoundStep(Protocol):
             (R, V') logits.
         """
 
-    def greedy(self, tokens: torch.Tensor, tail_lengths: Sequence[int], most: int, eos: Sequence[int]) -> torch.Tensor:
+    def greedy(
+        self, tokens: torch.Tensor, tail_lengths: Sequence[int], most: int, eos: Sequence[int], least: int
+    ) -> torch.Tensor:
         """Read a token a row and go on with the most likely ones (the first of equals), step after step.
 
         Args:
             tokens, tail_lengths: of the first step.
             most: steps at most, 1 or more.
             eos: ids after which no further step is made, whatever row they come in.
+            least: steps that give none of `eos`.
 
         Returns:
             (n, R) int64 tokens that the n steps gave, n up to `most`.
@@ -165,12 +168,17 @@ class _Steps:
 
     step: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
-    def greedy(self, tokens: torch.Tensor, tail_lengths: Sequence[int], most: int, eos: Sequence[int]) -> torch.Tensor:
+    def greedy(
+        self, tokens: torch.Tensor, tail_lengths: Sequence[int], most: int, eos: Sequence[int], least: int
+    ) -> torch.Tensor:
         if most < 1:
             raise ValueError(f"at least one step must be asked for, not {most}")
         chosen = []
         while len(chosen) < most:
-            tokens = self.step(tokens, [n + len(chosen) for n in tail_lengths]).max(-1).indices
+            logits = self.step(tokens, [n + len(chosen) for n in tail_lengths])
+            if len(chosen) < least:
+                logits[:, [i for i in eos if i < logits.shape[1]]] = -torch.inf
+            tokens = logits.max(-1).indices
             chosen.append(tokens)
             if not set(eos).isdisjoint(tokens.tolist()):
                 break
