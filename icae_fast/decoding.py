@@ -88,7 +88,7 @@ class DecodeSession:
         return self._capture is None and self._weights is not None and self._tables.fixed is not None
 
     @torch.no_grad()
-    def greedy(self, tokens: torch.Tensor, most: int, eos: Sequence[int], least: int = 0) -> torch.Tensor:
+    def greedy(self, tokens: torch.Tensor, most: int, eos: Sequence[int], least: int) -> torch.Tensor:
         """Read one more token a row and go on with the most likely ones, without coming back for each.
 
         Args:

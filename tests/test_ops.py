@@ -130,12 +130,14 @@ def test_rows_whose_keys_are_packed_one_after_the_other_equal_rows_alone(dtype, 
         cu = cumulative(lengths)
         return torch.ops.icae_fast.varlen_attention(q, k, v, cu, cu, None, max(lengths), max(lengths), 0.125, 0)
 
+    # In Triton's interpreter rows were alike but for the last bits.
+    exact = {} if interpreted() else {"rtol": 0, "atol": 0}
     out, lse = attend(q, k, v, lengths)
     for start, end in itertools.pairwise(cumulative(lengths).tolist()):
         if end > start:
             alone, alone_lse = attend(q[start:end], k[start:end], v[start:end], [end - start])
-            torch.testing.assert_close(out[start:end], alone)
-            torch.testing.assert_close(lse[:, start:end], alone_lse)
+            torch.testing.assert_close(out[start:end], alone, **exact)
+            torch.testing.assert_close(lse[:, start:end], alone_lse, **exact)
 
 
 def test_dropout_drops_its_share_and_depends_on_the_seed_alone():

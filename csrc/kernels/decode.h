@@ -258,7 +258,8 @@ static void merge_head(const void* const* outs, const void* const* lses, int64_t
   });
 }
 
-// In two passes, which over 49,152 values in a cache take a tenth of the time of torch's maximum with indices.
+// In two passes of plain maxima and comparisons. Torch's maximum with indices took 0.1 ms for the 49,152 logits of
+// a token (Zen 4).
 template <class T>
 static int64_t first_largest(const void* values, int64_t n) {
   using C = typename Elem<T>::C;
