@@ -74,15 +74,20 @@ void check_decode_weights(const DecodeArguments& a) {
   }
 }
 
-void check_decode_rows(const DecodeArguments& a) {
+void check_decode_tokens(const DecodeArguments& a) {
   TORCH_CHECK(a.tokens.dim() == 1 && a.tokens.scalar_type() == at::kLong, kOp, ": tokens is 1-d int64, not ",
               a.tokens.sizes(), " ", a.tokens.scalar_type());
+}
+
+void check_decode_angles(const DecodeArguments& a, int64_t positions) {
   for (const auto* t : {&a.cos, &a.sin}) {
-    TORCH_CHECK(t->dim() == 2 && t->size(0) == a.rows() && t->size(1) == a.head_dim() / 2 && t->is_contiguous() &&
-                    t->scalar_type() == compute_type(a.embedding),
-                kOp, ": cos and sin are (", a.rows(), ", ", a.head_dim() / 2, ") ", compute_type(a.embedding),
-                ", contiguous, not ", t->sizes(), " ", t->scalar_type());
+    TORCH_CHECK(t->dim() == 2 && (positions < 0 || t->size(0) == positions) && t->size(1) == a.head_dim() / 2 &&
+                    t->is_contiguous() && t->scalar_type() == compute_type(a.embedding),
+                kOp, ": cos and sin are (", positions < 0 ? "positions" : std::to_string(positions), ", ",
+                a.head_dim() / 2, ") ", compute_type(a.embedding), ", contiguous, not ", t->sizes(), " ",
+                t->scalar_type());
   }
+  TORCH_CHECK(a.cos.size(0) == a.sin.size(0), kOp, ": cos has ", a.cos.size(0), " rows, and sin ", a.sin.size(0));
 }
 
 DecodeRows decode_rows(const DecodeArguments& a, const std::vector<int32_t>& starts,

@@ -1,19 +1,18 @@
 // decode_step with all that stays the same from step to step looked at once, and several steps in one call. Through
 // the dispatcher some three hundred tensors go by for each token, and Python collects them: that, and choosing rows
 // of the rotary tables, took 0.5 of SmolLM2's 10 ms a token.
+#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/tensor.h>
 #include <torch/custom_class.h>
 
 #include <algorithm>
-#include <limits>
+#include <memory>
+#include <mutex>
+#include <utility>
 
 #include "../common/checks.h"
-#include "../common/isa.h"
-#include "decode_step.h"
+#include "decode_plan.h"
 
 namespace icae_fast {
 namespace {
@@ -33,8 +32,8 @@ class BoundStep : public torch::CustomClassHolder {
         biases_(std::move(biases)),
         qk_norms_(std::move(qk_norms)),
         head_(std::move(head)),
-        cos_(std::move(cos)),
-        sin_(std::move(sin)),
+        cos_(cos.contiguous()),
+        sin_(sin.contiguous()),
         tail_keys_(std::move(tail_keys)),
         tail_values_(std::move(tail_values)),
         tail_starts_(tail_starts.begin(), tail_starts.end()),
@@ -46,13 +45,18 @@ class BoundStep : public torch::CustomClassHolder {
         scale_(scale),
         eps_(eps),
         windows_(std::move(windows)) {
-    check_decode_weights(arguments(cos_, cos_, sin_));
+    const auto a = arguments(cos_);
+    check_decode_weights(a);
+    check_decode_angles(a, -1);
   }
 
   // (R, V') logits for tokens (R,), whose rows' tails have these lengths with them.
   at::Tensor step(const at::Tensor& tokens, const std::vector<int64_t>& tail_lengths) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return logits(tokens.contiguous(), {tail_lengths.begin(), tail_lengths.end()});
+    const std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    auto logits = at::empty({rows(), head_.size(0)}, embedding_.options().dtype(compute_type(embedding_)));
+    read(tokens.contiguous(), {tail_lengths.begin(), tail_lengths.end()}, logits.mutable_data_ptr());
+    return logits;
   }
 
   // (n, R): the tokens that n steps give, each row going on with its most likely one, the first of equals. The
@@ -61,57 +65,46 @@ class BoundStep : public torch::CustomClassHolder {
   at::Tensor greedy(const at::Tensor& tokens, const std::vector<int64_t>& tail_lengths, int64_t most,
                     const std::vector<int64_t>& eos, int64_t least) {
     const at::AutoDispatchBelowADInplaceOrView guard;
+    const std::lock_guard<std::mutex> one_at_a_time(mutex_);
     TORCH_CHECK(most > 0, kDecodeStep, ": at least one step must be asked for, not ", most);
     std::vector<int32_t> lengths(tail_lengths.begin(), tail_lengths.end());
-    std::vector<at::Tensor> chosen;
-    for (bool ended = false; !ended && static_cast<int64_t>(chosen.size()) < most;) {
-      const auto scores = logits(chosen.empty() ? tokens.contiguous() : chosen.back(), lengths);
-      if (static_cast<int64_t>(chosen.size()) < least) forbid(scores, eos);
-      chosen.push_back(largest(scores));
-      const auto* ids = chosen.back().const_data_ptr<int64_t>();
-      ended = std::any_of(ids, ids + scores.size(0),
+    const auto chosen = at::empty({most, rows()}, at::kLong);
+    char* const logits = logits_.of(rows() * head_.size(0) * (embedding_.scalar_type() == at::kDouble ? 8 : 4));
+    const std::vector<int64_t> nothing;
+    int64_t n = 0;
+    for (bool ended = false; !ended && n < most; ++n) {
+      const DecodeChoice choice{n < least ? eos : nothing, chosen.mutable_data_ptr<int64_t>() + n * rows()};
+      read(n == 0 ? tokens.contiguous() : chosen.select(0, n - 1), lengths, logits, &choice);
+      ended = std::any_of(choice.places, choice.places + rows(),
                           [&](int64_t id) { return std::find(eos.begin(), eos.end(), id) != eos.end(); });
       for (auto& length : lengths) ++length;
     }
-    return at::stack(chosen);
+    return chosen.narrow(0, 0, n);
   }
 
  private:
-  static void forbid(const at::Tensor& scores, const std::vector<int64_t>& ids) {
-    for (const int64_t id : ids) {
-      if (id >= 0 && id < scores.size(1)) scores.select(1, id).fill_(-std::numeric_limits<double>::infinity());
-    }
-  }
+  int64_t rows() const { return static_cast<int64_t>(tail_starts_.size()); }
 
-  // (R,) where the largest of each row's scores are.
-  at::Tensor largest(const at::Tensor& scores) const {
-    const auto& kernel = kernels().decode[static_cast<int>(dtype_of(embedding_, kDecodeStep, "the embedding"))];
-    const auto places = at::empty({scores.size(0)}, at::kLong);
-    for (int64_t r = 0; r < scores.size(0); ++r) {
-      const void* const row =
-          static_cast<const char*>(scores.const_data_ptr()) + r * scores.stride(0) * scores.element_size();
-      places.mutable_data_ptr<int64_t>()[r] = kernel.largest(row, scores.size(1));
-    }
-    return places;
-  }
-
-  at::Tensor logits(const at::Tensor& tokens, const std::vector<int32_t>& lengths) {
-    auto rows = decode_rows(arguments(tokens, cos_, sin_), tail_starts_, lengths);
-    std::vector<int64_t> positions;
+  void read(const at::Tensor& tokens, const std::vector<int32_t>& lengths, void* logits,
+            const DecodeChoice* choice = nullptr) {
+    const auto a = arguments(tokens);
+    check_decode_tokens(a);
+    auto rows = decode_rows(a, tail_starts_, lengths);
+    DecodeAngles angles;
     for (const auto& tail : rows.tails) {
-      positions.push_back(tail.start + tail.n_keys - 1);
-      TORCH_CHECK(positions.back() < cos_.size(0), kDecodeStep, ": position ", positions.back(),
+      const int64_t position = tail.start + tail.n_keys - 1;
+      TORCH_CHECK(position < cos_.size(0), kDecodeStep, ": position ", position,
                   " is past the rotary tables, which have ", cos_.size(0));
+      const int64_t bytes = position * cos_.stride(0) * cos_.element_size();
+      angles.cos.push_back(static_cast<const char*>(cos_.const_data_ptr()) + bytes);
+      angles.sin.push_back(static_cast<const char*>(sin_.const_data_ptr()) + bytes);
     }
-    const auto index = at::tensor(positions, at::kLong);
-    const auto cos = cos_.index_select(0, index), sin = sin_.index_select(0, index);
-    const auto a = arguments(tokens, cos, sin);
-    check_decode_rows(a);
-    return run_decode_step(a, std::move(rows));
+    if (plan_ == nullptr || plan_->workers != at::get_num_threads()) plan_ = std::make_unique<DecodePlan>(a);
+    run_decode_step(*plan_, tokens.const_data_ptr<int64_t>(), std::move(rows), angles, logits, choice);
   }
 
-  DecodeArguments arguments(const at::Tensor& tokens, const at::Tensor& cos, const at::Tensor& sin) {
-    return {tokens,   embedding_, head_,      cos,          sin,          norms_,         matrices_,
+  DecodeArguments arguments(const at::Tensor& tokens) {
+    return {tokens,   embedding_, head_,      cos_,         sin_,         norms_,         matrices_,
             biases_,  qk_norms_,  tail_keys_, tail_values_, prefix_keys_, prefix_values_, prefix_rows_,
             q_heads_, kv_heads_,  scale_,     eps_,         windows_};
   }
@@ -126,6 +119,9 @@ class BoundStep : public torch::CustomClassHolder {
   int64_t q_heads_, kv_heads_;
   double scale_, eps_;
   std::vector<int64_t> windows_;
+  std::mutex mutex_;  // of what follows
+  std::unique_ptr<DecodePlan> plan_;
+  Room logits_;
 };
 
 }  // namespace

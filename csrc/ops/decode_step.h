@@ -35,10 +35,11 @@ struct DecodeArguments {
   int64_t head_dim() const { return tail_keys.size(3); }
 };
 
-// Raises where weights or caches are not what `icae_fast.ops.decode_step` describes, or the tokens and their cos
-// and sin are not.
+// Raises where weights or caches are not what `icae_fast.ops.decode_step` describes, or the tokens, or cos and sin,
+// which have `positions` rows, or any number if that is negative.
 void check_decode_weights(const DecodeArguments& a);
-void check_decode_rows(const DecodeArguments& a);
+void check_decode_tokens(const DecodeArguments& a);
+void check_decode_angles(const DecodeArguments& a, int64_t positions);
 
 // The rows' own keys, and the segments that they share.
 struct DecodeRows {
@@ -48,8 +49,5 @@ struct DecodeRows {
 // Raises where a row's keys are not in the cache, or its token not in the vocabulary.
 DecodeRows decode_rows(const DecodeArguments& a, const std::vector<int32_t>& starts,
                        const std::vector<int32_t>& lengths);
-
-// (R, V') logits of checked arguments.
-at::Tensor run_decode_step(const DecodeArguments& a, DecodeRows rows);
 
 }  // namespace icae_fast
