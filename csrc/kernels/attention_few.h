@@ -26,6 +26,28 @@ struct FewScratch {
 };
 
 #if defined(ICAE_AVX512)
+// Keys and values are walked in the order in which they lie, 128 bytes of each at a time, so that the hardware's
+// prefetching keeps up. In the order of registers, every other line first, and with each line asked for beforehand,
+// SmolLM2's attention took a tenth longer (Zen 4, two threads).
+
+// Adds products of q with `rows` keys at k, of up to 16, over `vectors` vectors of the head; the last may be cut.
+template <int vectors>
+ICAE_FORCED void few_pair_dots(const bf16* q, const bf16* k, int64_t k_row, int64_t rows, int64_t left,
+                               V<float>* dots) {
+  __m512bh part[vectors];
+#pragma GCC unroll 2
+  for (int c = 0; c < vectors; ++c) part[c] = (__m512bh)_mm512_loadu_si512(q + 32 * c);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {  // past the last key, the last one once more
+    const bf16* row = k + at_most(i, rows - 1) * k_row;
+#pragma GCC unroll 2
+    for (int c = 0; c < vectors; ++c) {
+      const int64_t bytes = c + 1 < vectors ? 64 : (left - 32 * c) * static_cast<int64_t>(sizeof(bf16));
+      dots[i] = _mm512_dpbf16_ps(dots[i], part[c], (__m512bh)load_bytes(row + 32 * c, bytes));
+    }
+  }
+}
+
 // Scores of n keys, 16 at a time, for all lanes.
 static inline void few_pair_scores(const AttentionInput& in, const bf16* k, int64_t n, const FewScratch<bf16>& t,
                                    int64_t lanes) {
@@ -34,54 +56,61 @@ static inline void few_pair_scores(const AttentionInput& in, const bf16* k, int6
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const bf16* q = t.narrow_q + lane * t.width(in);
       V<float> dots[16] = {};
-      for (int64_t d = 0; d < in.head_dim; d += 32) {
-        const __m512bh part = (__m512bh)_mm512_loadu_si512(q + d);
-        const int64_t bytes = (in.head_dim - d) * static_cast<int64_t>(sizeof(bf16));
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {  // past the last key, the last one once more
-          const bf16* row = k + at_most(i, rows - 1) * in.k.row + d;
-          dots[i] = _mm512_dpbf16_ps(dots[i], part, (__m512bh)load_bytes(row, bytes));
-        }
+      int64_t d = 0;
+      for (; d + 32 < in.head_dim; d += 64) {
+        few_pair_dots<2>(q + d, k + d, in.k.row, rows, in.head_dim - d, dots);
       }
+      if (d < in.head_dim) few_pair_dots<1>(q + d, k + d, in.k.row, rows, in.head_dim - d, dots);
       store(t.s + lane * kKeys + key, sum_each(dots));
     }
   }
 }
 
-// o = o factor + weights V for `lanes` lanes, two keys at a time.
+// o = o factor + weights V for `lanes` lanes over `vectors` vectors of the head from d on, two keys at a time.
+template <int lanes, int vectors>
+ICAE_FORCED void few_pair_sums(const AttentionInput& in, const bf16* v, int64_t n, const FewScratch<bf16>& t,
+                               int64_t lane, const float* factor, int64_t d) {
+  const int64_t width = t.width(in);
+  const __m512i low = low_pairs(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  V<float> sums[lanes][2 * vectors];
+#pragma GCC unroll 4
+  for (int l = 0; l < lanes; ++l) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 2 * vectors; ++c) {
+      sums[l][c] = load(t.o + (lane + l) * width + d + 16 * c) * factor[lane + l];
+    }
+  }
+  for (int64_t key = 0; key < n; key += 2) {
+    const bf16* row = v + key * in.v.row + d;
+    __m512bh pairs[2 * vectors];
+#pragma GCC unroll 2
+    for (int c = 0; c < vectors; ++c) {
+      const int64_t bytes = c + 1 < vectors ? 64 : (in.head_dim - d - 32 * c) * static_cast<int64_t>(sizeof(bf16));
+      const __m512i even = load_bytes(row + 32 * c, bytes);
+      const __m512i odd = key + 1 < n ? load_bytes(row + in.v.row + 32 * c, bytes) : _mm512_setzero_si512();
+      pairs[2 * c] = (__m512bh)_mm512_permutex2var_epi16(even, low, odd);
+      pairs[2 * c + 1] = (__m512bh)_mm512_permutex2var_epi16(even, high, odd);
+    }
+#pragma GCC unroll 4
+    for (int l = 0; l < lanes; ++l) {
+      const __m512bh weights = (__m512bh)Product<bf16>::broadcast(t.narrow_s + (lane + l) * kKeys + key);
+#pragma GCC unroll 4
+      for (int c = 0; c < 2 * vectors; ++c) sums[l][c] = _mm512_dpbf16_ps(sums[l][c], weights, pairs[c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int l = 0; l < lanes; ++l) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 2 * vectors; ++c) store(t.o + (lane + l) * width + d + 16 * c, sums[l][c]);
+  }
+}
+
 template <int lanes>
 static inline void few_pair_values(const AttentionInput& in, const bf16* v, int64_t n, const FewScratch<bf16>& t,
                                    int64_t lane, const float* factor) {
-  const int64_t width = t.width(in);
-  const __m512i low = low_pairs(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t d = 0; d < in.head_dim; d += 32) {
-    const int64_t bytes = (in.head_dim - d) * static_cast<int64_t>(sizeof(bf16));
-    V<float> sums[lanes][2];
-#pragma GCC unroll 4
-    for (int l = 0; l < lanes; ++l) {
-      float* o = t.o + (lane + l) * width + d;
-      sums[l][0] = load(o) * factor[lane + l];
-      sums[l][1] = load(o + 16) * factor[lane + l];
-    }
-    for (int64_t key = 0; key < n; key += 2) {
-      const __m512i even = load_bytes(v + key * in.v.row + d, bytes);
-      const __m512i odd = key + 1 < n ? load_bytes(v + (key + 1) * in.v.row + d, bytes) : _mm512_setzero_si512();
-      const __m512bh first = (__m512bh)_mm512_permutex2var_epi16(even, low, odd),
-                     second = (__m512bh)_mm512_permutex2var_epi16(even, high, odd);
-#pragma GCC unroll 4
-      for (int l = 0; l < lanes; ++l) {
-        const __m512bh weights = (__m512bh)Product<bf16>::broadcast(t.narrow_s + (lane + l) * kKeys + key);
-        sums[l][0] = _mm512_dpbf16_ps(sums[l][0], weights, first);
-        sums[l][1] = _mm512_dpbf16_ps(sums[l][1], weights, second);
-      }
-    }
-#pragma GCC unroll 4
-    for (int l = 0; l < lanes; ++l) {
-      float* o = t.o + (lane + l) * width + d;
-      store(o, sums[l][0]);
-      store(o + 16, sums[l][1]);
-    }
-  }
+  int64_t d = 0;
+  for (; d + 32 < in.head_dim; d += 64) few_pair_sums<lanes, 2>(in, v, n, t, lane, factor, d);
+  if (d < in.head_dim) few_pair_sums<lanes, 1>(in, v, n, t, lane, factor, d);
 }
 #endif
 
@@ -125,15 +154,6 @@ static inline void few_wide_values(const AttentionInput& in, const T* v, int64_t
       for (int l = 0; l < lanes; ++l) sums[l] += part * t.s[(lane + l) * kKeys + key];
     }
     for (int l = 0; l < lanes; ++l) store(t.o + (lane + l) * width + d, sums[l]);
-  }
-}
-
-// Asks for n keys or values, which are used once and so are never in a cache.
-template <class T>
-static inline void prefetch_keys(const T* x, int64_t row, int64_t n, int64_t dim) {
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(x + i * row + d, 0, 2);
   }
 }
 
@@ -213,8 +233,6 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
   KeyRange<C> range;
   range.set(in, row, tile, lanes);
   C max[kFewLanes], total[kFewLanes] = {}, factor[kFewLanes];
-  prefetch_keys(row_of<T>(in.k, row.k_begin + range.begin, kv_head), in.k.row,
-                at_most(kKeys, range.end - range.begin), dim);
   clear(t.o, kFewLanes * width);
   kFewPairs<T> ? clear(t.narrow_q, kFewLanes * width) : clear(t.q, kFewLanes * width);
   for (int64_t l = 0; l < lanes; ++l) {
@@ -230,10 +248,7 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
     const int64_t n = at_most(kKeys, range.end - key);
     const T* k = row_of<T>(in.k, row.k_begin + key, kv_head);
     const T* v = row_of<T>(in.v, row.k_begin + key, kv_head);
-    // While scores are computed, values come; while values are added up, the next keys.
-    prefetch_keys(v, in.v.row, n, dim);
     few_scores(in, k, n, t, lanes);
-    prefetch_keys(k + n * in.k.row, in.k.row, at_most(kKeys, range.end - key - n), dim);
     for (int64_t l = 0; l < lanes; ++l) {
       C* s = t.s + l * kKeys;
       for (int64_t i = 0; i < n && key + i < range.low[l]; ++i) s[i] = -kInfinity<C>;
