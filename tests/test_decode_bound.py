@@ -63,6 +63,10 @@ def test_it_refuses_what_cannot_be_right():
     with pytest.raises(RuntimeError, match="matrices"):
         bind(inputs, table, table, matrices=inputs["matrices"][1:])
     lengths = inputs["tail_lengths"].tolist()
+    with pytest.raises(RuntimeError, match="cos has 400 rows, and sin 399"):
+        bind(inputs, table, table[1:])
+    with pytest.raises(RuntimeError, match=r"cos and sin are \(positions, \d+\) Float, contiguous, not"):
+        bind(inputs, table.double(), table.double())
     with pytest.raises(RuntimeError, match="past the rotary tables, which have 5"):
         bind(inputs, table[:5], table[:5]).step(inputs["tokens"], lengths)
     step = bind(inputs, table, table).step
@@ -72,6 +76,24 @@ def test_it_refuses_what_cannot_be_right():
         step(inputs["tokens"], lengths * 2)
     with pytest.raises(RuntimeError, match="has a tail of 1000 keys"):
         step(inputs["tokens"], [1000])
+
+
+def test_it_goes_on_with_other_threads():
+    """What is planned once is planned again for another number of threads, and each call gives logits of its own."""
+    inputs = make("one-row", torch.float32)
+    angles = torch.rand(400, inputs["tail_keys"].shape[3] // 2, generator=torch.Generator().manual_seed(6)) * 6.28
+    step, lengths = bind(inputs, angles.cos(), angles.sin()).step, inputs["tail_lengths"].tolist()
+    before, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 3, 2):
+            torch.set_num_threads(n)
+            found.append(step(inputs["tokens"], lengths))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].isfinite().all()
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], rtol=0, atol=0)
+    assert len({logits.data_ptr() for logits in found}) == len(found)
 
 
 def with_room(inputs, room):

@@ -26,9 +26,9 @@ struct FewScratch {
 };
 
 #if defined(ICAE_AVX512)
-// Keys and values are walked in the order in which they lie, 128 bytes of each at a time, so that the hardware's
-// prefetching keeps up. In the order of registers, every other line first, and with each line asked for beforehand,
-// SmolLM2's attention took a tenth longer (Zen 4, two threads).
+// Keys and values are walked in the order in which they lie, 128 bytes of each at a time. In the order of
+// registers, every other line first, the attention of SmolLM2's token steps took a tenth longer (Zen 4, two
+// threads).
 
 // Adds products of q with `rows` keys at k, of up to 16, over `vectors` vectors of the head; the last may be cut.
 template <int vectors>
@@ -157,6 +157,17 @@ static inline void few_wide_values(const AttentionInput& in, const T* v, int64_t
   }
 }
 
+// Asks for n keys or values, which are used once and so are never in a cache. Without it 8192 keys of SmolLM2's
+// came at 14 GB/s in place of 18, and at 12 in place of 19 where heads lie between one another (Zen 4, two
+// threads).
+template <class T>
+static inline void prefetch_keys(const T* x, int64_t row, int64_t n, int64_t dim) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(x + i * row + d, 0, 2);
+  }
+}
+
 // Calls `f` with the lanes in groups of 4, 2 and 1, as template arguments.
 template <class F4, class F2, class F1>
 ICAE_INLINE void in_groups(int64_t lanes, F4 four, F2 two, F1 one) {
@@ -233,6 +244,8 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
   KeyRange<C> range;
   range.set(in, row, tile, lanes);
   C max[kFewLanes], total[kFewLanes] = {}, factor[kFewLanes];
+  prefetch_keys(row_of<T>(in.k, row.k_begin + range.begin, kv_head), in.k.row,
+                at_most(kKeys, range.end - range.begin), dim);
   clear(t.o, kFewLanes * width);
   kFewPairs<T> ? clear(t.narrow_q, kFewLanes * width) : clear(t.q, kFewLanes * width);
   for (int64_t l = 0; l < lanes; ++l) {
@@ -248,7 +261,10 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
     const int64_t n = at_most(kKeys, range.end - key);
     const T* k = row_of<T>(in.k, row.k_begin + key, kv_head);
     const T* v = row_of<T>(in.v, row.k_begin + key, kv_head);
+    // While scores are computed, values come; while values are added up, the next keys.
+    prefetch_keys(v, in.v.row, n, dim);
     few_scores(in, k, n, t, lanes);
+    prefetch_keys(k + n * in.k.row, in.k.row, at_most(kKeys, range.end - key - n), dim);
     for (int64_t l = 0; l < lanes; ++l) {
       C* s = t.s + l * kKeys;
       for (int64_t i = 0; i < n && key + i < range.low[l]; ++i) s[i] = -kInfinity<C>;
