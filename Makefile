@@ -30,8 +30,8 @@ test-triton: $(VENV)/.installed
 		tests/test_golden.py tests/test_ops.py tests/test_lora_qkv_rope_triton.py tests/test_attention_backends.py \
 		tests/test_shared_prefix_plan.py tests/test_fingerprint.py
 
-# The op and argument tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a build of their own
-# and under every instruction set that this CPU can run: each has its own code for tails and masks, and the masked
+# The tests of ops, bound steps and arguments under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a build of
+# their own and under every instruction set that this CPU can run: each has its own code for tails and masks, and the masked
 # loads of AVX-512, which GCC does not check, have their plain loops in the others. Left out is
 # what runs no other kernel code: opcheck and torch.compile, and the tests of setup.py and of the choice of a set. Two
 # sets at a time take a minute, the build as long. AMX is emulated where there is none (csrc/README.md).
@@ -50,8 +50,8 @@ sanitize: $(VENV)/.installed
 		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA={} ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider -o pythonpath=$(SANITIZED)/lib \
-			tests/test_ops.py tests/test_build.py tests/test_fingerprint.py \
-			-k "(cpp or test_build) and not (opcheck or compile or instruction or sentence or install)"
+			tests/test_ops.py tests/test_decode_bound.py tests/test_build.py tests/test_fingerprint.py \
+			-k "(cpp or decode_bound or test_build) and not (opcheck or compile or instruction or sentence or install)"
 
 # Every benchmark once, at small sizes and untimed, so that none can rot.
 bench-check: $(VENV)/.installed

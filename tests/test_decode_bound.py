@@ -96,6 +96,18 @@ def test_it_goes_on_with_other_threads():
     assert len({logits.data_ptr() for logits in found}) == len(found)
 
 
+def test_it_keeps_the_weights_that_it_was_given():
+    inputs = make("one-row", torch.float32)
+    inputs["matrices"] = [torch.nn.Parameter(w.clone()) for w in inputs["matrices"]]
+    table, lengths = torch.ones(400, inputs["tail_keys"].shape[3] // 2), inputs["tail_lengths"].tolist()
+    bound = bind(inputs, table, table * 0)
+    before = bound.step(inputs["tokens"], lengths)
+    for w in inputs["matrices"]:
+        w.data = torch.zeros_like(w)
+    torch.testing.assert_close(bound.step(inputs["tokens"], lengths), before, rtol=0, atol=0)
+    assert bind(inputs, table, table * 0).step(inputs["tokens"], lengths).ne(before).any()
+
+
 def with_room(inputs, room):
     """The same rows with places behind each for `room` more tokens, and a head that gives no other than base tokens."""
     starts, lengths = inputs["tail_starts"].tolist(), inputs["tail_lengths"].tolist()

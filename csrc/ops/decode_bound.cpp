@@ -17,28 +17,48 @@
 namespace icae_fast {
 namespace {
 
+// The same memory, kept for as long as this lives: the plan has pointers into it, and a parameter can be given
+// other memory at any time (`.data =`, `.to(...)`).
+at::Tensor kept(const at::Tensor& t) {
+  return at::Tensor(t.unsafeGetTensorImpl()->shallow_copy_and_detach(c10::VariableVersion(0), false));
+}
+
+std::vector<at::Tensor> kept(std::vector<at::Tensor> tensors) {
+  for (auto& t : tensors) t = kept(t);
+  return tensors;
+}
+
+OptionalTensors kept(const OptionalTensors& tensors) {
+  OptionalTensors all;
+  for (const std::optional<at::Tensor> t : tensors) {
+    all.push_back(t.has_value() ? std::optional<at::Tensor>(kept(*t)) : std::nullopt);
+  }
+  return all;
+}
+
 class BoundStep : public torch::CustomClassHolder {
  public:
   // As the op's arguments, but that cos and sin are tables of all positions.
-  BoundStep(at::Tensor embedding, std::vector<at::Tensor> norms, std::vector<at::Tensor> matrices,
-            OptionalTensors biases, OptionalTensors qk_norms, at::Tensor head, at::Tensor cos, at::Tensor sin,
-            at::Tensor tail_keys, at::Tensor tail_values, const std::vector<int64_t>& tail_starts,
+  BoundStep(const at::Tensor& embedding, std::vector<at::Tensor> norms, std::vector<at::Tensor> matrices,
+            const OptionalTensors& biases, const OptionalTensors& qk_norms, const at::Tensor& head,
+            const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& tail_keys,
+            const at::Tensor& tail_values, const std::vector<int64_t>& tail_starts,
             std::vector<at::Tensor> prefix_keys, std::vector<at::Tensor> prefix_values,
             std::vector<int64_t> prefix_rows, int64_t q_heads, int64_t kv_heads, double scale, double eps,
             std::vector<int64_t> windows)
-      : embedding_(std::move(embedding)),
-        norms_(std::move(norms)),
-        matrices_(std::move(matrices)),
-        biases_(std::move(biases)),
-        qk_norms_(std::move(qk_norms)),
-        head_(std::move(head)),
-        cos_(cos.contiguous()),
-        sin_(sin.contiguous()),
-        tail_keys_(std::move(tail_keys)),
-        tail_values_(std::move(tail_values)),
+      : embedding_(kept(embedding)),
+        norms_(kept(std::move(norms))),
+        matrices_(kept(std::move(matrices))),
+        biases_(kept(biases)),
+        qk_norms_(kept(qk_norms)),
+        head_(kept(head)),
+        cos_(kept(cos.contiguous())),
+        sin_(kept(sin.contiguous())),
+        tail_keys_(kept(tail_keys)),
+        tail_values_(kept(tail_values)),
         tail_starts_(tail_starts.begin(), tail_starts.end()),
-        prefix_keys_(std::move(prefix_keys)),
-        prefix_values_(std::move(prefix_values)),
+        prefix_keys_(kept(std::move(prefix_keys))),
+        prefix_values_(kept(std::move(prefix_values))),
         prefix_rows_(std::move(prefix_rows)),
         q_heads_(q_heads),
         kv_heads_(kv_heads),
