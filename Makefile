@@ -30,11 +30,11 @@ test-triton: $(VENV)/.installed
 		tests/test_golden.py tests/test_ops.py tests/test_lora_qkv_rope_triton.py tests/test_attention_backends.py \
 		tests/test_shared_prefix_plan.py tests/test_fingerprint.py
 
-# The tests of ops, bound steps and arguments under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a build of
-# their own and under every instruction set that this CPU can run: each has its own code for tails and masks, and the masked
-# loads of AVX-512, which GCC does not check, have their plain loops in the others. Left out is
-# what runs no other kernel code: opcheck and torch.compile, and the tests of setup.py and of the choice of a set. Two
-# sets at a time take a minute, the build as long. AMX is emulated where there is none (csrc/README.md).
+# The tests of ops, bound steps and arguments under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a
+# build of their own and under every instruction set that this CPU can run: each has its own code for tails and masks,
+# and the masked loads of AVX-512, which GCC does not check, have their plain loops in the others. Left out is what
+# runs no other kernel code: opcheck and torch.compile, and the tests of setup.py and of the choice of a set. Two sets
+# at a time take a minute, the build as long. AMX is emulated where there is none (csrc/README.md).
 # --force: setuptools does not see changed flags; Ninja does, and compiles no more than it must.
 # --capture=sys: pytest's capture of file descriptors would swallow the report of a process that ends.
 # detect_leaks=0: CPython and torch never free what lives as long as the process.

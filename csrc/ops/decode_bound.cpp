@@ -89,7 +89,7 @@ class BoundStep : public torch::CustomClassHolder {
     TORCH_CHECK(most > 0, kDecodeStep, ": at least one step must be asked for, not ", most);
     std::vector<int32_t> lengths(tail_lengths.begin(), tail_lengths.end());
     const auto chosen = at::empty({most, rows()}, at::kLong);
-    char* const logits = logits_.of(rows() * head_.size(0) * (embedding_.scalar_type() == at::kDouble ? 8 : 4));
+    char* const logits = logits_.of(rows() * head_.size(0) * c10::elementSize(compute_type(embedding_)));
     const std::vector<int64_t> nothing;
     int64_t n = 0;
     for (bool ended = false; !ended && n < most; ++n) {

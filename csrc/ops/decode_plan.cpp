@@ -36,7 +36,7 @@ DecodePlan::DecodePlan(const DecodeArguments& a)
       unit(icae_fast::kernels()),
       kernels(unit.decode[static_cast<int>(dtype)]),
       size(a.embedding.element_size()),
-      wide(dtype == Dtype::Double ? 8 : 4),
+      wide(c10::elementSize(compute_type(a.embedding))),
       workers(at::get_num_threads()),
       rows(a.rows()),
       hidden(a.hidden()),
