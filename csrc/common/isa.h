@@ -9,7 +9,7 @@
 
 namespace icae_fast {
 
-// The chosen unit; that for AVX-512 in place of that for AMX while oneDNN is switched off. Throws
+// The chosen unit; the faster one for AVX512-BF16 in place of that for AMX while oneDNN is switched off. Throws
 // std::runtime_error when ICAE_FAST_ISA names no unit or one that this CPU cannot run.
 const Kernels& kernels();
 

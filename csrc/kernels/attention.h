@@ -37,7 +37,8 @@ struct PackedKeys {
 
   PackedKeys(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, bool backward, const void* base) {
     const int64_t matrix = in.packed_keys * width(in);
-    E* first = static_cast<E*>(const_cast<void*>(base)) + kv_head * matrices(backward) * matrix +
+    const int64_t head = in.one_head_packed ? 0 : kv_head;
+    E* first = static_cast<E*>(const_cast<void*>(base)) + head * matrices(backward) * matrix +
                row.packed_begin * width(in);
     k_rows = first;
     k_steps = P::kPair == 1 ? first : first + 2 * matrix;
@@ -61,7 +62,7 @@ struct PackedKeys {
 template <class T>
 static int64_t packed_bytes(const AttentionInput& in, bool backward) {
   using K = PackedKeys<T>;
-  return in.kv_heads * K::matrices(backward) * in.packed_keys * K::width(in) * sizeof(typename K::E);
+  return in.packed_heads() * K::matrices(backward) * in.packed_keys * K::width(in) * sizeof(typename K::E);
 }
 
 template <class T>

@@ -1,10 +1,15 @@
 // Decoding: at most kFewLanes lanes, whose keys are read once where they lie, without packing. Scores come from dot
 // products along the head.
 //
-// Where T is bf16 and `vdpbf16ps` is there, q and the weights stay narrow: at three lanes of 64 a key then takes a
-// quarter of the cycles.
+// Where T is bf16 and `vdpbf16ps` is there, however slow, q and the weights stay narrow: at three lanes of 64 a key
+// then takes a quarter of the cycles.
+#if defined(ICAE_AVX512)
 template <class T>
-constexpr bool kFewPairs = Product<T>::kPair == 2;
+constexpr bool kFewPairs = sizeof(T) == 2;
+#else
+template <class T>
+constexpr bool kFewPairs = false;
+#endif
 
 template <class T>
 struct FewScratch {
@@ -93,7 +98,7 @@ ICAE_FORCED void few_pair_sums(const AttentionInput& in, const bf16* v, int64_t 
     }
 #pragma GCC unroll 4
     for (int l = 0; l < lanes; ++l) {
-      const __m512bh weights = (__m512bh)Product<bf16>::broadcast(t.narrow_s + (lane + l) * kKeys + key);
+      const __m512bh weights = (__m512bh)broadcast_pair(t.narrow_s + (lane + l) * kKeys + key);
 #pragma GCC unroll 4
       for (int c = 0; c < 2 * vectors; ++c) sums[l][c] = _mm512_dpbf16_ps(sums[l][c], weights, pairs[c]);
     }

@@ -45,7 +45,8 @@ struct Weights<bf16> {
 
   explicit Weights(float c)
       : exponent(c), low(_mm512_loadu_si512(kMantissas.bits)), high(_mm512_loadu_si512(kMantissas.bits + 64)) {}
-  ICAE_FORCED void of_pair(V<float> even, V<float> odd, bf16* to, V<float>& total) const {
+  // Stored as a step of pairs, or widened as two rows.
+  ICAE_FORCED void of_pair(V<float> even, V<float> odd, Product<bf16>::E* to, V<float>& total) const {
     const V<float> c = set1(exponent * 128), a = vmax(set1(kLowest), even * c + kOne),
                    b = vmax(set1(kLowest), odd * c + kOne);
     const __m512i words = _mm512_set_epi16(62, 30, 60, 28, 58, 26, 56, 24, 54, 22, 52, 20, 50, 18, 48, 16, 46, 14,
@@ -54,8 +55,15 @@ struct Weights<bf16> {
     const __m512i mantissa = _mm512_permutex2var_epi8(low, t, high);
     constexpr int kSelect = 0xCA;  // of the first two by the third
     const __m512i weights = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x7F), mantissa, t, kSelect);
-    _mm512_storeu_si512(to, weights);
-    total = _mm512_dpbf16_ps(total, (__m512bh)weights, (__m512bh)_mm512_set1_epi16(0x3F80));
+    if constexpr (Product<bf16>::kPair == 2) {
+      _mm512_storeu_si512(to, weights);
+      total = _mm512_dpbf16_ps(total, (__m512bh)weights, (__m512bh)_mm512_set1_epi16(0x3F80));
+    } else {
+      const V<float> a = first_of_pairs(weights), b = second_of_pairs(weights);
+      store(to, a);
+      store(to + kLanes, b);
+      total += a + b;
+    }
   }
 };
 #endif
@@ -67,6 +75,14 @@ ICAE_INLINE bool all_finite(const bf16* x, int64_t n) {  // n is a multiple of 3
   __mmask32 found = 0;
   for (int64_t i = 0; i < n; i += 32) {
     found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(x + i), exponent), exponent);
+  }
+  return found == 0;
+}
+ICAE_INLINE bool all_finite(const float* x, int64_t n) {  // n is a multiple of 16
+  const __m512i exponent = _mm512_set1_epi32(0x7F800000);
+  __mmask16 found = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    found |= _mm512_cmpeq_epi32_mask(_mm512_and_si512(_mm512_loadu_si512(x + i), exponent), exponent);
   }
   return found == 0;
 }

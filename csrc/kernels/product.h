@@ -2,9 +2,9 @@
 //
 //     C (rows, lanes) (+)= A (rows, steps) B (steps, lanes)
 //
-// A's elements are broadcast, B's and C's lie along the vector. A step is one element, or with AVX512-BF16 a pair
-// of bf16 ones that `vdpbf16ps` multiplies and adds in fp32; `Product<T>::kPair` is its length. Operands come in
-// two layouts:
+// A's elements are broadcast, B's and C's lie along the vector. A step is one element, or where ICAE_BF16_PAIRS is
+// defined a pair of bf16 ones that `vdpbf16ps` multiplies and adds in fp32; `Product<T>::kPair` is its length.
+// Operands come in two layouts:
 //
 //     rows    x[row][step]            A in K Q^T, where a pair is two neighbours of one row as they lie in memory
 //     steps   x[step][column][pair]   B, and A in V^T P^T: pairs of two rows, interleaved
@@ -24,6 +24,14 @@ struct Product {
 };
 
 #if defined(ICAE_AVX512)
+ICAE_INLINE __m512i broadcast_pair(const bf16* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+#endif
+
+#if defined(ICAE_BF16_PAIRS)
 template <>
 struct Product<bf16> {
   using C = float;
@@ -36,11 +44,7 @@ struct Product<bf16> {
   static constexpr bool kTiles = false;
 #endif
   ICAE_INLINE Operand lanes(const E* p) { return _mm512_loadu_si512(p); }
-  ICAE_INLINE Operand broadcast(const E* p) {
-    int32_t pair;
-    __builtin_memcpy(&pair, p, sizeof pair);
-    return _mm512_set1_epi32(pair);
-  }
+  ICAE_INLINE Operand broadcast(const E* p) { return broadcast_pair(p); }
   ICAE_INLINE V<C> multiply_add(V<C> sum, Operand a, Operand b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
@@ -198,6 +202,12 @@ ICAE_INLINE void store_bytes(void* p, __m512i v, int64_t bytes) {
   _mm512_mask_storeu_epi8(p, (uint64_t{1} << bytes) - 1, v);
 }
 
+// Pairs of bf16 as two vectors of fp32: the first of each, and the second.
+ICAE_INLINE V<float> first_of_pairs(__m512i pairs) { return (V<float>)_mm512_slli_epi32(pairs, 16); }
+ICAE_INLINE V<float> second_of_pairs(__m512i pairs) {
+  return (V<float>)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000)));
+}
+
 // The order in which the low halves of two vectors of bf16 are interleaved.
 ICAE_INLINE __m512i low_pairs() {
   return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
@@ -228,6 +238,9 @@ ICAE_INLINE void convert(const bf16* from, float* to) { *to = to_compute(*from);
 template <class T, class E>
 ICAE_INLINE void convert_row(const T* from, int64_t n, E* to) {
 #if defined(ICAE_AVX512)
+  if constexpr (sizeof(T) == 2 && sizeof(E) == 4) {
+    return in_parts<16>(n, [&](int64_t d, int64_t part) { put(to + d, get(from + d, part), part); });
+  }
   if constexpr (sizeof(T) == sizeof(E)) {
     for (int64_t d = 0; d < n; d += 64 / sizeof(T)) {
       const int64_t bytes = (n - d) * sizeof(T);
@@ -332,8 +345,9 @@ static inline void pack_transposed(Row row, int64_t n, int64_t dim, bool negativ
   constexpr int pair = P::kPair;
 #if defined(ICAE_AVX512)
   if constexpr (sizeof(typename P::E) * pair == 4) {
-    const __m512i sign = _mm512_set1_epi32(!negative ? 0 : pair == 2 ? int32_t(0x80008000) : int32_t(0x80000000));
-    constexpr int64_t per_vector = 16 * pair;
+    constexpr bool pairs = sizeof(T) == 2, widens = pairs && pair == 1;
+    const __m512i sign = _mm512_set1_epi32(!negative ? 0 : pairs ? int32_t(0x80008000) : int32_t(0x80000000));
+    constexpr int64_t per_vector = pairs ? 32 : 16;
     for (int64_t l = 0; l < round_up(n, 16); l += 16) {
       for (int64_t d = 0; d < dim; d += per_vector) {
         __m512i x[16];
@@ -341,9 +355,15 @@ static inline void pack_transposed(Row row, int64_t n, int64_t dim, bool negativ
           x[i] = l + i < n ? load_bytes(row(l + i) + d, (dim - d) * sizeof(T)) : _mm512_setzero_si512();
         }
         transpose(x);
-        const int64_t steps = at_most(16, ceil_div(dim - d, pair));
+        const int64_t steps = at_most(16, ceil_div(dim - d, pairs ? 2 : 1));
         for (int64_t s = 0; s < steps; ++s) {
-          _mm512_storeu_si512(to + ((d / pair + s) * kLanes + l) * pair, _mm512_xor_si512(x[s], sign));
+          const __m512i v = _mm512_xor_si512(x[s], sign);
+          if constexpr (widens) {
+            store(to + (d + 2 * s) * kLanes + l, first_of_pairs(v));
+            if (d + 2 * s + 1 < dim) store(to + (d + 2 * s + 1) * kLanes + l, second_of_pairs(v));
+          } else {
+            _mm512_storeu_si512(to + ((d / pair + s) * kLanes + l) * pair, v);
+          }
         }
       }
     }

@@ -42,9 +42,11 @@ struct AttentionInput {
   Strided q, k, v;
   int64_t q_heads, kv_heads, head_dim, n_queries;
   double scale;
-  int64_t window;       // 0 for no window
-  int64_t packed_keys;  // of all rows together, for one key/value head
+  int64_t window;                // 0 for no window
+  int64_t packed_keys;           // of all rows together, for one key/value head
+  bool one_head_packed = false;  // what is packed is of one key/value head, that which a call is about
 
+  int64_t packed_heads() const { return one_head_packed ? 1 : kv_heads; }
   int64_t group() const { return q_heads / kv_heads; }
   int64_t heads_per_tile() const { return at_most(group(), kLanes); }
   int64_t head_chunks() const { return ceil_div(group(), heads_per_tile()); }
@@ -217,8 +219,8 @@ constexpr int64_t kTileRows = 12;
 // 16 of its places. Copies of rows are kept apart by a cache line more.
 constexpr int64_t kRowGap = 32;
 inline bool rows_collide(int64_t row) { return row * 2 % 2048 == 0; }
-// Panels that one call may be given.
-constexpr int64_t kMostPanels = 4;
+// Panels that one call may be given, and where rows of x are widened.
+constexpr int64_t kMostPanels = 4, kMostWidePanels = 8;
 
 // x W^T, one of up to two products that are added up; either operand may lie transposed, with k as its rows.
 struct GemmTerm {
@@ -270,6 +272,7 @@ struct Gemm {
 };
 
 struct GemmKernels {
+  bool widens;  // each call widens its rows of x for itself, and so should have many panels
   // Bytes of one thread's scratch for calls with up to `panels` panels.
   int64_t (*scratch_bytes)(const Gemm&, int64_t panels);
   // Packs the panels' weights and computes their columns for the rows from row_begin up to row_end.
@@ -299,11 +302,15 @@ struct Kernels {
   RowsKernels rows[3];
   DecodeKernels decode[3];
   GemmKernels gemm;  // of bf16; null in a unit that has none
+  // Multiplies as the unit does in bf16, in registers alone, and says how many products that were: tells which of
+  // two units is faster. Null where nobody asks.
+  int64_t (*bf16_products)();
 };
 
 const Kernels& kernels_scalar();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
+const Kernels& kernels_avx512_fma();
 const Kernels& kernels_avx512();
 const Kernels& kernels_amx();
 #endif

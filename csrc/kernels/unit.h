@@ -72,9 +72,11 @@ static constexpr Kernels table = {
     {rows_kernels<float>(), rows_kernels<bf16>(), rows_kernels<double>()},
     {decode_kernels<float>(), decode_kernels<bf16>(), decode_kernels<double>()},
 #if defined(ICAE_AVX512)
-    {gemm_scratch_bytes, gemm_run},
+    {kWidens, gemm_scratch_bytes, gemm_run},
+    register_products,
 #else
-    {nullptr, nullptr},
+    {false, nullptr, nullptr},
+    nullptr,
 #endif
 };
 

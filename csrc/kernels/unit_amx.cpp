@@ -18,6 +18,7 @@
 #define ICAE_ISA amx
 #define ICAE_VECTOR_BYTES 64
 #define ICAE_AVX512
+#define ICAE_BF16_PAIRS
 #define ICAE_AMX
 #include "unit.h"
 

@@ -16,6 +16,7 @@
 #define ICAE_ISA avx512
 #define ICAE_VECTOR_BYTES 64
 #define ICAE_AVX512
+#define ICAE_BF16_PAIRS
 #include "unit.h"
 
 #if defined(__clang__)

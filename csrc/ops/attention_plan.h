@@ -26,11 +26,11 @@ struct AttentionPlan {
                 int64_t window);
 
   // Reserves packed keys for the rows that `packs` says are packed, from row `first` on: for as many as `bytes`
-  // hold together, and for one at least. Gives the row after the last one of them.
+  // hold together, and for one at least, of those before row `end`. Gives the row after the last one of them.
   template <class F>
-  size_t reserve_packed(const F& packs, size_t first = 0, int64_t bytes = std::numeric_limits<int64_t>::max()) {
+  size_t reserve_packed(const F& packs, size_t first, int64_t bytes, size_t end) {
     input.packed_keys = 0;
-    for (size_t i = first; i < rows.size(); ++i) {
+    for (size_t i = first; i < end; ++i) {
       auto& row = rows[i];
       const int64_t begin = row.packed_begin = input.packed_keys;
       if (!packs(row)) continue;
@@ -40,7 +40,11 @@ struct AttentionPlan {
         return i;
       }
     }
-    return rows.size();
+    return end;
+  }
+  template <class F>
+  void reserve_packed(const F& packs) {
+    reserve_packed(packs, 0, std::numeric_limits<int64_t>::max(), rows.size());
   }
 };
 

@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kFewestRows = 16;
 // Packed panels of one task stay in the second-level cache, 1 MiB and more on CPUs with AVX512-BF16.
 constexpr int64_t kPanelBytes = 384 << 10;
+// 2 MiB on those that should widen.
+constexpr int64_t kWidePanelBytes = 1 << 20;
 
 // A multiple of kTileRows and of the 16 rows of an AMX tile.
 constexpr int64_t kChunkStep = 48;
@@ -23,8 +25,35 @@ struct GemmTask {
 int64_t inner_size(const Gemm& g) { return g.terms[0].k + (g.n_terms == 2 ? g.terms[1].k : 0); }
 
 int64_t most_panels(const Gemm& g) {
-  const int64_t bytes = inner_size(g) * 2 * kHalf * 2;
-  return at_least(1, at_most(kMostPanels, kPanelBytes / at_least(1, bytes)));
+  const int64_t elements = at_least(1, inner_size(g) * 2 * kHalf);
+  if (kernels().gemm.widens) {
+    return at_least(1,
+                    at_most(kMostWidePanels, kWidePanelBytes / (elements * static_cast<int64_t>(sizeof(float)))));
+  }
+  return at_least(1, at_most(kMostPanels, kPanelBytes / (elements * 2)));
+}
+
+// Where each task widens its rows of x: many panels for few rows, in place of few panels for all of them, and ever
+// fewer rows towards the end.
+std::vector<GemmTask> cut_rows(const std::vector<Gemm>& gemms) {
+  constexpr int64_t kFewestRowsOfTask = 4 * kChunkStep;
+  const auto work = [](const Gemm& g, int64_t panels, int64_t rows) { return panels * rows * inner_size(g); };
+  int64_t left = 0;
+  for (const auto& g : gemms) left += work(g, g.panels(), g.rows);
+  std::vector<GemmTask> tasks;
+  for (const auto& g : gemms) {
+    const int64_t own = g.panels(), groups = ceil_div(own, most_panels(g));
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t p = i * own / groups, end = (i + 1) * own / groups;
+      for (int64_t r = 0, n; r < g.rows; r += n) {
+        const int64_t share = left / (2 * at::get_num_threads()) / at_least(1, work(g, end - p, 1));
+        n = at_most(g.rows - r, at_least(kFewestRowsOfTask, round_up(share, kChunkStep)));
+        tasks.push_back({&g, p, end, r, r + n});
+        left -= work(g, end - p, n);
+      }
+    }
+  }
+  return tasks;
 }
 
 // Tasks of up to `group` panels and `chunks` pieces of the rows; those near the end are smaller, so that threads
@@ -97,7 +126,7 @@ void add_term(Gemm& g, const at::Tensor& x, const at::Tensor& weight) {
 
 void run_gemms(const std::vector<Gemm>& gemms) {
   const auto& kernel = kernels().gemm;
-  const auto tasks = plan(gemms);
+  const auto tasks = kernel.widens ? cut_rows(gemms) : plan(gemms);
   if (tasks.empty()) return;
   int64_t bytes = 0;
   for (const auto& g : gemms) bytes = at_least(bytes, kernel.scratch_bytes(g, most_panels(g)));
