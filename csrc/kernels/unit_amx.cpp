@@ -19,6 +19,7 @@
 #define ICAE_VECTOR_BYTES 64
 #define ICAE_AVX512
 #define ICAE_BF16_PAIRS
+#define ICAE_EVERY_LINE_AHEAD
 #define ICAE_AMX
 #include "unit.h"
 

@@ -1,5 +1,6 @@
 // The AVX-512 unit once more, but for large products of bf16, whose operands are widened to fp32: for CPUs that do
-// twice as much with FMAs as with `vdpbf16ps`. Products that wait for memory keep to that.
+// twice as much with FMAs as with `vdpbf16ps`. Products that wait for memory keep to that, and ask for it otherwise
+// (decode.h): what these CPUs have in common is Intel's cores.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -18,6 +19,7 @@
 #define ICAE_ISA avx512_fma
 #define ICAE_VECTOR_BYTES 64
 #define ICAE_AVX512
+#define ICAE_EVERY_LINE_AHEAD
 #include "unit.h"
 
 #if defined(__clang__)
