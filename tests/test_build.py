@@ -128,7 +128,7 @@ def test_unknown_instruction_set_is_refused():
 
 
 # What the units may use beyond the baseline of x86-64.
-MAY_USE = {"avx2": {"avx2"}} | dict.fromkeys(["avx512_fma", "avx512", "amx"], {"avx2", "avx512"})
+MAY_USE = {"avx2": {"avx2"}} | {unit: {"avx2", "avx512"} for unit in ("avx512_fma", "avx512", "amx")}
 
 
 def functions_of(library):
