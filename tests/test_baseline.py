@@ -10,6 +10,8 @@ import golden
 
 pytest.importorskip("peft", reason="the baseline needs peft")
 
+from tolerances import CLOSE_FP32
+
 from bench.baseline import BaselineICAE
 
 
@@ -81,7 +83,7 @@ def test_slots_and_answers_equal_those_of_icae_fast(make_icae, random_ids, kind,
     rows = [random_ids(n, seed=n) for n in (1, 15, 16, 37)]
     for row, memory in zip(rows, icae.compress(rows), strict=True):
         slots = baseline.compress(row)
-        torch.testing.assert_close(slots, memory.slots, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slots, memory.slots, **CLOSE_FP32)
         prefix, suffix = icae.prompt_ids(random_ids(3))
         limits = {"max_new_tokens": 6, "min_new_tokens": 6}
         expected = icae.generate(memory, random_ids(3), return_ids=True, **limits)[0]
@@ -97,7 +99,7 @@ def test_v1_batches_equal_rows_and_pollutes_unequal_ones(make_icae, random_ids):
     baseline = BaselineICAE.from_icae(icae)
     rows = [random_ids(13, seed=s) for s in range(3)]
     for slots, memory in zip(baseline.compress_batch(rows), icae.compress(rows), strict=True):
-        torch.testing.assert_close(slots, memory.slots, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slots, memory.slots, **CLOSE_FP32)
     rows[1] = rows[1][:7]
     batch = baseline.compress_batch(rows)
     assert torch.allclose(batch[0], icae.compress(rows)[0].slots, rtol=1e-5, atol=1e-5)

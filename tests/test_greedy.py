@@ -69,7 +69,8 @@ def test_differences_in_bf16_are_ties(smollm2, smollm2_bf16, long_text):
         ours, theirs = ([*row, *icae.eos_token_ids][place] for row in (ids, expected))
         gap = (rounded.max() - rounded[ours]).item()
         rounding = (rounded - true).abs().max().item()
-        assert gap <= rounding, (
+        # Either logit may be that far off.
+        assert gap <= 2 * rounding, (
             f"{prompt!r}: token {place} is {ours} and the baseline's {theirs}, whose logit is {gap:.3f} higher, and "
-            f"bf16 moves the baseline's logits by no more than {rounding:.3f}"
+            f"bf16 moves the baseline's logits by no more than {rounding:.3f} each"
         )

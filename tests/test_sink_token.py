@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from tolerances import CLOSE_FP32
 
 from icae_fast import ICAEConfig
 from icae_fast.errors import ConfigError
@@ -32,7 +33,8 @@ def test_spans_are_encoded_behind_bos(icae, make_icae, random_ids):
     for found, slots in zip(icae.encode(contexts), expected, strict=True):
         torch.testing.assert_close(found, slots)
     first, second = icae.encode([torch.cat([contexts[0], contexts[1], random_ids(6, seed=2)])])[0].split(4)
-    assert torch.equal(first, icae.encode([torch.cat([contexts[0]])])[0])
+    # Not to the bit: torch's products in fp32 may add up otherwise for another number of rows (MKL on Intel's CPUs).
+    torch.testing.assert_close(first, icae.encode([contexts[0]])[0], **CLOSE_FP32)
     assert second.shape == first.shape
 
 
