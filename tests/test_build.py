@@ -1,5 +1,6 @@
 """The C++ build: instruction sets and their choice, bad arguments, threads, and `setup.py` itself."""
 
+import itertools
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from icae_fast.ops import EXTENSION_ERROR, REGISTRY, backend_of
+from icae_fast.spans import cumulative
 
 if EXTENSION_ERROR is not None:
     pytest.skip(f"there are no C++ kernels: {EXTENSION_ERROR}", allow_module_level=True)
@@ -342,6 +344,27 @@ def test_results_do_not_depend_on_the_number_of_threads(op, sample):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_tasks_and_rows_that_are_split_equal_rows_alone(dtype, threads, one_thread):
+    """Heads of short rows are a task each, but for the shortest; long rows, and those of few queries, are not."""
+    lengths = [300, 2, 2300, 41, 0, 513, 129, 1, 40, 700]
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, 64, generator=g).to(dtype) for heads in (6, 2, 2))
+
+    def attend(q, k, v, lengths):
+        cu = cumulative(lengths)
+        return torch.ops.icae_fast.varlen_attention(q, k, v, cu, cu, None, max(lengths), max(lengths), 0.125, 0)
+
+    torch.set_num_threads(threads)
+    out, lse = attend(q, k, v, lengths)
+    for start, end in itertools.pairwise(cumulative(lengths).tolist()):
+        if end > start:
+            alone, alone_lse = attend(q[start:end], k[start:end], v[start:end], [end - start])
+            assert torch.equal(out[start:end], alone)
+            assert torch.equal(lse[:, start:end], alone_lse)
 
 
 # ---- setup.py --------------------------------------------------------------------------------------------------
