@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from icae_fast import Memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def sample(icae, context, answer):
@@ -50,7 +51,7 @@ def test_a_batch_gives_what_each_gives_alone(tiny_icae, random_ids, alone, docum
     memories = tiny_icae.compress([random_ids(*d) for d in documents], token_budget=budget)
     assert len(memories) == len(documents)
     for memory, (length, seed) in zip(memories, documents, strict=True):
-        torch.testing.assert_close(memory.slots, alone(length, seed), **CLOSE_FP32)
+        torch.testing.assert_close(memory.slots, alone(length, seed), **CLOSE)
         assert memory.n_source_tokens == sum(memory.span_lengths) == length
 
 
@@ -58,7 +59,7 @@ def test_order_does_not_matter(tiny_icae, random_ids):
     documents = [random_ids(n, seed=n) for n in (3, 50, 16, 1)]
     forward, backward = tiny_icae.compress(documents), tiny_icae.compress(documents[::-1])
     for one, other in zip(forward, backward[::-1], strict=True):
-        torch.testing.assert_close(one.slots, other.slots, **CLOSE_FP32)
+        torch.testing.assert_close(one.slots, other.slots, **CLOSE)
 
 
 def test_each_span_is_compressed_by_itself(tiny_icae, random_ids):
@@ -66,7 +67,7 @@ def test_each_span_is_compressed_by_itself(tiny_icae, random_ids):
     parts = tiny_icae.compress(list(ids.split((13, 13, 11))))
     whole = tiny_icae.compress(ids)[0]
     assert whole.span_lengths == (13, 13, 11)
-    torch.testing.assert_close(whole.slots, torch.cat([p.slots for p in parts]), **CLOSE_FP32)
+    torch.testing.assert_close(whole.slots, torch.cat([p.slots for p in parts]), **CLOSE)
 
 
 def test_progress_is_reported(tiny_icae, random_ids):
@@ -111,7 +112,7 @@ def test_extending_full_spans_equals_compressing_the_whole(tiny_icae, random_ids
     whole = tiny_icae.compress(ids)[0]
     assert extended.span_lengths == whole.span_lengths
     assert extended.n_source_tokens == whole.n_source_tokens
-    torch.testing.assert_close(extended.slots, whole.slots, **CLOSE_FP32)
+    torch.testing.assert_close(extended.slots, whole.slots, **CLOSE)
 
 
 @pytest.mark.parametrize("parts", [(1, 1), (16, 5), (5, 16), (20, 40), (33, 1)])
@@ -120,7 +121,7 @@ def test_extending_leaves_the_old_slots_alone(tiny_icae, random_ids, parts):
     old, new = tiny_icae.compress([ids[: parts[0]], ids[parts[0] :]])
     extended = tiny_icae.extend(old, ids[parts[0] :])
     assert torch.equal(extended.slots[: old.n_slots], old.slots)
-    torch.testing.assert_close(extended.slots[old.n_slots :], new.slots, **CLOSE_FP32)
+    torch.testing.assert_close(extended.slots[old.n_slots :], new.slots, **CLOSE)
     assert extended.span_lengths == old.span_lengths + new.span_lengths
     assert extended.n_source_tokens == sum(parts)
 
@@ -140,7 +141,7 @@ def test_slot_scale_is_the_formula_and_its_gain_learns(make_icae, random_ids):
         scaled.slot_gain.fill_(0.7)
     expected = raw / raw.norm(dim=1, keepdim=True) * mean_norm * torch.tensor(0.7).exp()
     slots = scaled.encode([ids])[0]
-    torch.testing.assert_close(slots, expected, **CLOSE_FP32)
+    torch.testing.assert_close(slots, expected, **CLOSE)
     assert plain.slot_gain is None
     slots.pow(2).sum().backward()
     # d/dg of sum (e^g c)^2 is twice the sum.
@@ -163,8 +164,8 @@ def test_forward_of_a_padded_batch_of_a_list_and_of_single_rows(tiny_icae, rando
         torch.testing.assert_close(listed["logits"][i, : len(row[1])], out["logits"][0], rtol=1e-4, atol=1e-4)
         assert not listed["logits"][i, len(row[1]) :].any()
         shifted = torch.nn.functional.cross_entropy(out["logits"][0, :-1], row[2][1:])
-        torch.testing.assert_close(out["loss"], shifted, **CLOSE_FP32)
-    torch.testing.assert_close(listed["loss"], sum(losses) / sum(m for _, m in sizes), **CLOSE_FP32)
+        torch.testing.assert_close(out["loss"], shifted, **CLOSE)
+    torch.testing.assert_close(listed["loss"], sum(losses) / sum(m for _, m in sizes), **CLOSE)
     assert tiny_icae(contexts, prompts)["loss"] is None
 
 
@@ -279,7 +280,7 @@ class TestTheBaseModelGoesOn:
         fresh = make_icae(base=other)
         fresh.memory_token_embed.load_state_dict(icae.memory_token_embed.state_dict())  # it begins as words of the base
         expected = fresh.compress(random_ids(20))[0].slots
-        torch.testing.assert_close(icae.compress(random_ids(20))[0].slots, expected, **CLOSE_FP32)
+        torch.testing.assert_close(icae.compress(random_ids(20))[0].slots, expected, **CLOSE)
         with torch.no_grad():
             for layer in base.model.layers:
                 layer.self_attn.v_proj.weight.mul_(2)
