@@ -34,7 +34,11 @@ std::vector<Unit> units() {
   all.push_back({"avx2", kernels_avx2, {"avx2", "fma"}});
   std::vector<std::string> needs{"avx2",     "fma",      "avx512f",     "avx512bw",
                                  "avx512vl", "avx512dq", "avx512_vbmi", "avx512_bf16"};
-  all.push_back({"avx512_fma", kernels_avx512_fma, needs});
+#if defined(ICAE_BUILDS_FP16)
+  auto with_fp16 = needs;
+  with_fp16.emplace_back("avx512_fp16");
+  all.push_back({"avx512_fp16", kernels_avx512_fp16, with_fp16});
+#endif
   all.push_back({"avx512", kernels_avx512, needs});
   needs.insert(needs.end(), kTileFeatures.begin(), kTileFeatures.end());
   all.push_back({"amx", kernels_amx, needs});
@@ -74,6 +78,7 @@ std::vector<std::string> detect() {
   const bool fma = c & (1u << 12);
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
   const unsigned last_subleaf = a, amx = d;
+  const bool fp16 = d & (1u << 23);
   const bool vbmi = c & (1u << 1);
   add(ymm && (b & (1u << 5)), "avx2");
   add(ymm && fma, "fma");
@@ -83,6 +88,7 @@ std::vector<std::string> detect() {
   add(zmm && (b & (1u << 17)), "avx512dq");
   add(zmm && vbmi, "avx512_vbmi");
   if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) add(zmm && (a & (1u << 5)), "avx512_bf16");
+  add(zmm && fp16, "avx512_fp16");
   if ((amx & (1u << 24)) && (states & 0x60000) == 0x60000 && tiles_permitted()) {
     add(true, "amx_tile");
     add(amx & (1u << 22), "amx_bf16");
@@ -133,13 +139,18 @@ double product_time(const Kernels& unit) {
 // since neither the CPU's features nor its name say so; the best of many tries, which others on the machine cannot
 // all disturb.
 const Kernels& faster_dots() {
+  const Kernels* widening = nullptr;  // where this build has it and the CPU can run it
+  for (const auto& unit : units()) {
+    if (std::string(unit.name) == "avx512_fp16" && missing(unit).empty()) widening = &unit.table();
+  }
+  if (widening == nullptr) return kernels_avx512();
   constexpr int kTries = 16;
   double pairs = std::numeric_limits<double>::infinity(), fma = pairs;
   for (int i = 0; i < kTries; ++i) {
     pairs = std::min(pairs, product_time(kernels_avx512()));
-    fma = std::min(fma, product_time(kernels_avx512_fma()));
+    fma = std::min(fma, product_time(*widening));
   }
-  return fma < pairs ? kernels_avx512_fma() : kernels_avx512();
+  return fma < pairs ? *widening : kernels_avx512();
 }
 #endif
 

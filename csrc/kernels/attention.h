@@ -46,6 +46,10 @@ struct PackedKeys {
     padded = row.padded_keys();
   }
 
+#if defined(ICAE_FP16)
+  HalfValues half_values(const AttentionInput& in) const { return {v_steps, width(in), padded}; }
+#endif
+
   // V^T or K^T from `key` on.
   Left<E> columns(const AttentionInput& in, const E* steps, int64_t key) const {
     if constexpr (P::kTiles) {
@@ -100,9 +104,16 @@ static void pack_keys(const AttentionInput& in, const AttentionRow& row, int64_t
   if (backward && P::kPair == 2) {
     by_steps(k, in.k.row, to.k_steps);
     by_rows(v, in.v.row, to.v_rows);
-  } else {
-    by_steps(v, in.v.row, to.v_steps);
+    return;
   }
+#if defined(ICAE_FP16)
+  if constexpr (Values<T>::kHalf) {
+    if (!backward) {
+      return pack_half_values(v, in.v.row, first, end, row.n_keys, in.head_dim, to.half_values(in));
+    }
+  }
+#endif
+  by_steps(v, in.v.row, to.v_steps);
 }
 
 // The lanes of one query tile.

@@ -10,7 +10,6 @@
 // accuracy.
 //
 // With AMX tiles, a tile of scores is computed at once and read back block by block; all else is the same.
-constexpr int kSlack = 8;
 constexpr int64_t kLanesAhead = 2;  // asked for with every block of keys
 // P^T in bf16 takes 12 KiB of the first-level cache, O^T another 12 at head_dim 64. AMX needs larger products, and
 // CPUs with it have 2 MiB of second-level cache.
@@ -78,17 +77,17 @@ struct ForwardScratch {
   using P = Product<T>;
   using C = typename P::C;
   using E = typename P::E;
-  E* q;  // (steps, kLanes, pair)
-  E* p;  // (kForwardKeys / pair, kLanes, pair)
-  C* o;  // (width, kLanes)
-  C* s;  // with tiles: (kForwardKeys, kLanes)
+  E* q;                      // (steps, kLanes, pair)
+  typename Values<T>::E* p;  // (kForwardKeys / pair, kLanes, pair)
+  C* o;                      // (width, kLanes)
+  C* s;                      // with tiles: (kForwardKeys, kLanes)
   Softmax<C>* softmax;
   KeyRange<C>* range;
   RowsAhead<T>* ahead;
 
   ForwardScratch(const AttentionInput& in, Arena arena, int64_t* bytes = nullptr) {
     q = arena.take<E>(PackedKeys<T>::width(in) * kLanes);
-    p = arena.take<E>(kForwardKeys * kLanes);
+    p = arena.take<typename Values<T>::E>(kForwardKeys * kLanes);
     o = arena.take<C>(PackedKeys<T>::width(in) * kLanes);
     s = arena.take<C>(P::kTiles ? kForwardKeys * kLanes : 0);
     softmax = arena.take<Softmax<C>>(1);
@@ -111,37 +110,51 @@ struct LaneGroup {
   const ForwardScratch<T>& t;
   int64_t first;  // lane
   const Weights<T>& weights;
-  bool careful;    // looks for NaN in every block
-  int64_t summed;  // keys before this one are in O^T
-  int64_t tile;    // first key of the tile
-  bool& started;   // O^T holds something
+  bool careful;   // looks for NaN in every block
+  int64_t tile;   // first key of the tile
+  bool& started;  // O^T holds something
 
-  // O^T += V^T P^T for the tile's keys up to `end` that are not in it yet.
+  // O^T += V^T P^T for the tile's keys, up to `end`.
   void add_values(int64_t end) {
-    const int64_t width = keys.width(in), steps = (end - summed) / P::kPair;
-    if (steps == 0) return;
-    if constexpr (P::kTiles) return add_by_tiles(end);
-    const Left<E> v = keys.columns(in, keys.v_steps, summed);
-    const Right<E> p{t.p + (summed - tile) * kLanes + first * P::kPair, kLanes * P::kPair};
-    for (int64_t d = 0; d < width; d += kBlockRows) {
+    if constexpr (P::kTiles) {
+      add_by_tiles(end);
+    } else if constexpr (Values<T>::kHalf) {
+      add_in_half(end);
+    } else {
+      add_by_blocks(end);
+    }
+    started = true;
+  }
+
+  void add_by_blocks(int64_t end) {
+    const Left<E> v = keys.columns(in, keys.v_steps, tile);
+    const Right<E> p{t.p + first * P::kPair, kLanes * P::kPair};
+    for (int64_t d = 0; d < keys.width(in); d += kBlockRows) {
       const Left<E> part{v.data + d / kBlockRows * v.block, v.row, v.step};
       C* o = t.o + d * kLanes + first;
+      const int64_t steps = (end - tile) / P::kPair;
       started ? multiply_block<P, vectors, Into::kAdd>(part, p, steps, o, kLanes)
               : multiply_block<P, vectors, Into::kSet>(part, p, steps, o, kLanes);
     }
-    started = true;
-    summed = end;
   }
 
-  // Keys that are in O^T already and those past `end` weigh nothing in the product of the whole tile.
+  void add_in_half(int64_t end) {
+#if defined(ICAE_FP16)
+    static_assert(kHalfKeys % kForwardKeys == 0, "a tile has one scale");
+    const HalfValues values = keys.half_values(in);
+    for (int64_t d = 0; d < values.width; d += kBlockRows) {
+      multiply_half<vectors>(values.block(d, tile), values.scales(tile) + d, t.p + first * 2, (end - tile) / 2,
+                             started, t.o + d * kLanes + first);
+    }
+#endif
+  }
+
+  // Keys past `end` weigh nothing in the product of whole tiles of the CPU's.
   void add_by_tiles(int64_t end) {
     const int64_t depth = round_up(end - tile, kTileDepth);
-    clear(t.p, (summed - tile) * kLanes);
     clear(t.p + (end - tile) * kLanes, (tile + depth - end) * kLanes);
     const Left<E> v = keys.columns(in, keys.v_steps, tile);
     multiply_tiles(v.data, v.row, keys.width(in), t.p, kLanes, vectors * W, depth, started, t.o, kLanes);
-    started = true;
-    summed = end;
   }
 
   // S^T of the tile's keys up to `end`.
@@ -163,26 +176,33 @@ struct LaneGroup {
     return any_nan == any_nan ? largest : any_nan;
   }
 
-  // Raises the shift of the lanes that have a score above their slack, by as much as the largest one exceeds it,
-  // and rescales what was summed up with the old one. `s` becomes relative to the new one. A NaN or an infinite
-  // score makes a lane NaN, for good.
+  // Raises the shift of the lanes that have a score above their slack to at least the largest one, and rescales the
+  // weights of the tile's keys before this one, O^T and the sum. `s` becomes relative to the new shift, which
+  // differs from the old one by whole powers of two, so that no weight is rounded again. A NaN or an infinite score
+  // makes a lane NaN, for good.
   __attribute__((noinline)) void raise(int64_t key, Block<P, vectors>& s) {
-    add_values(key);
     for (int n = 0; n < vectors; ++n) {
       Softmax<C>& softmax = *t.softmax;
       const int64_t lane = first + n * W;
       const V<C> highest = largest(s, n), slack = load(softmax.slack + lane);
       const I<C> rises = ~(highest <= slack);
-      const V<C> by = rises ? highest + (highest - highest) : V<C>{};
-      // Sums are 0 before the first shift, where a lane's O^T is anything finite.
-      const V<C> factor = exp2<C, Elem<C>::kExpDegree>(slack == -kInfinity<C> ? by - by : -by * weights.exponent);
+      if (!any<C>(rises)) continue;
+      const V<C> above = highest + (highest - highest);  // NaN where it is infinite
+      // The sum is 0 before the first shift, and a lane's O^T anything finite.
+      const I<C> again = rises & (slack != -kInfinity<C>);
+      const V<C> powers = again ? (above * weights.exponent + Vec<C>::kRound) - Vec<C>::kRound + C(1) : V<C>{};
+      const V<C> by = again ? powers / weights.exponent : rises ? above : V<C>{};
+      // 2^-powers, or 0, or NaN.
+      const I<C> lost = __builtin_convertvector(vmin(set1(C(Vec<C>::kBias)), powers), I<C>);
+      const V<C> factor = (V<C>)((I<C>{} + Vec<C>::kBias - lost) << Vec<C>::kMantissa) + (by - by);
       store(softmax.shift + lane, load(softmax.shift + lane) + by);
       store(softmax.slack + lane, rises ? set1(C(kSlack) / weights.exponent) : slack);
-      store(softmax.sum + lane, load(softmax.sum + lane) * factor + (by - by));
+      store(softmax.sum + lane, load(softmax.sum + lane) * factor);
       for (int64_t d = 0; d < keys.width(in) && started; ++d) {
         C* o = t.o + d * kLanes + lane;
         store(o, load(o) * factor);
       }
+      scale_weights(t.p + lane * Values<T>::kPair, key - tile, factor);
       for (int m = 0; m < kBlockRows; ++m) s[m][n] -= by;
     }
   }
@@ -251,7 +271,7 @@ struct LaneGroup {
       V<C> total = load(softmax.sum + lane);
 #pragma GCC unroll 8
       for (int m = 0; m < kBlockRows; m += 2) {
-        weights.of_pair(s[m][n], s[m + 1][n], t.p + (key - tile + m) * kLanes + lane * P::kPair, total);
+        weights.of_pair(s[m][n], s[m + 1][n], t.p + (key - tile + m) * kLanes + lane * Values<T>::kPair, total);
       }
       store(softmax.sum + lane, total);
     }
@@ -325,11 +345,11 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
         next = (key / kForwardKeys + 1) * kForwardKeys;
         const int64_t stop = at_most(next, end);
         if (width == 3) {
-          LaneGroup<T, 3>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
+          LaneGroup<T, 3>{in, keys, t, lane, weights, careful, key, started}.attend(stop);
         } else if (width == 2) {
-          LaneGroup<T, 2>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
+          LaneGroup<T, 2>{in, keys, t, lane, weights, careful, key, started}.attend(stop);
         } else {
-          LaneGroup<T, 1>{in, keys, t, lane, weights, careful, key, key, started}.attend(stop);
+          LaneGroup<T, 1>{in, keys, t, lane, weights, careful, key, started}.attend(stop);
         }
       }
     }

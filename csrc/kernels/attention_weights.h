@@ -17,7 +17,29 @@ struct Weights {
   }
 };
 
+// Multiplies the weights of `keys` keys, of a vector of lanes, by powers of two that are at most 1.
+template <class C>
+static inline void scale_weights(C* p, int64_t keys, V<C> factor) {
+  for (int64_t k = 0; k < keys; ++k) store(p + k * kLanes, load(p + k * kLanes) * factor);
+}
+
 #if defined(ICAE_AVX512)
+// Pairs of 16 bits whose mantissa has so many: less in the exponent. What is too small becomes nearly 0, or 0.
+ICAE_INLINE void lower_pairs(void* p, int64_t keys, V<float> factor, int mantissa) {
+  __m512i powers = _mm512_sub_epi32(_mm512_set1_epi32(127), _mm512_srli_epi32((__m512i)factor, 23));
+  powers = _mm512_sll_epi32(_mm512_max_epi32(powers, _mm512_setzero_si512()), _mm_cvtsi32_si128(mantissa));
+  powers = _mm512_min_epi32(powers, _mm512_set1_epi32(0x7FFF));
+  powers = _mm512_or_si512(powers, _mm512_slli_epi32(powers, 16));
+  for (int64_t k = 0; k < keys; k += 2) {
+    char* const pairs = static_cast<char*>(p) + k * kLanes * 2;
+    _mm512_storeu_si512(pairs, _mm512_subs_epu16(_mm512_loadu_si512(pairs), powers));
+  }
+}
+ICAE_INLINE void scale_weights(bf16* p, int64_t keys, V<float> factor) { lower_pairs(p, keys, factor, 7); }
+#if defined(ICAE_FP16)
+ICAE_INLINE void scale_weights(half* p, int64_t keys, V<float> factor) { lower_pairs(p, keys, factor, 10); }
+#endif
+
 struct Mantissas {
   uint8_t bits[128];
   constexpr Mantissas() : bits{} {
@@ -29,6 +51,27 @@ struct Mantissas {
   }
 };
 constexpr Mantissas kMantissas;
+
+// Stores the weights of two keys, pairs of bf16, and adds them to the total: as a step of pairs, or widened as two
+// rows.
+ICAE_INLINE void store_weights(bf16* to, __m512i weights, V<float>& total) {
+  _mm512_storeu_si512(to, weights);
+  total = _mm512_dpbf16_ps(total, (__m512bh)weights, (__m512bh)_mm512_set1_epi16(0x3F80));
+}
+ICAE_INLINE void store_weights(float* to, __m512i weights, V<float>& total) {
+  const V<float> even = first_of_pairs(weights), odd = second_of_pairs(weights);
+  store(to, even);
+  store(to + kLanes, odd);
+  total += even + odd;
+}
+#if defined(ICAE_FP16)
+// As pairs of fp16: its exponent has 3 bits less, and its mantissa 3 more.
+ICAE_INLINE void store_weights(half* to, __m512i weights, V<float>& total) {
+  const __m512i zero = _mm512_set1_epi16((127 - 15 - kHalfOne) << 7);
+  _mm512_storeu_si512(to, _mm512_slli_epi16(_mm512_subs_epu16(weights, zero), 3));
+  total += first_of_pairs(weights) + second_of_pairs(weights);
+}
+#endif
 
 // Weights in bf16, made of integers: with t = c s rounded to 1/128, a bf16's bits are 128 (t + 127), but for the 7
 // bits of its mantissa, which are looked up: round(128 (2^(i / 128) - 1)). Rounding t costs as much accuracy as
@@ -45,8 +88,8 @@ struct Weights<bf16> {
 
   explicit Weights(float c)
       : exponent(c), low(_mm512_loadu_si512(kMantissas.bits)), high(_mm512_loadu_si512(kMantissas.bits + 64)) {}
-  // Stored as a step of pairs, or widened as two rows.
-  ICAE_FORCED void of_pair(V<float> even, V<float> odd, Product<bf16>::E* to, V<float>& total) const {
+  // Stored as the product with the values takes them.
+  ICAE_FORCED void of_pair(V<float> even, V<float> odd, Values<bf16>::E* to, V<float>& total) const {
     const V<float> c = set1(exponent * 128), a = vmax(set1(kLowest), even * c + kOne),
                    b = vmax(set1(kLowest), odd * c + kOne);
     const __m512i words = _mm512_set_epi16(62, 30, 60, 28, 58, 26, 56, 24, 54, 22, 52, 20, 50, 18, 48, 16, 46, 14,
@@ -55,15 +98,7 @@ struct Weights<bf16> {
     const __m512i mantissa = _mm512_permutex2var_epi8(low, t, high);
     constexpr int kSelect = 0xCA;  // of the first two by the third
     const __m512i weights = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x7F), mantissa, t, kSelect);
-    if constexpr (Product<bf16>::kPair == 2) {
-      _mm512_storeu_si512(to, weights);
-      total = _mm512_dpbf16_ps(total, (__m512bh)weights, (__m512bh)_mm512_set1_epi16(0x3F80));
-    } else {
-      const V<float> a = first_of_pairs(weights), b = second_of_pairs(weights);
-      store(to, a);
-      store(to + kLanes, b);
-      total += a + b;
-    }
+    store_weights(to, weights, total);
   }
 };
 #endif

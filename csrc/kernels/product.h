@@ -24,7 +24,8 @@ struct Product {
 };
 
 #if defined(ICAE_AVX512)
-ICAE_INLINE __m512i broadcast_pair(const bf16* p) {
+template <class E>
+ICAE_INLINE __m512i broadcast_pair(const E* p) {
   int32_t pair;
   __builtin_memcpy(&pair, p, sizeof pair);
   return _mm512_set1_epi32(pair);

@@ -5,6 +5,11 @@
 
 #include <cstdint>
 
+// GCC before 12 and Clang before 14 do not know AVX512-FP16.
+#if defined(__x86_64__) && __has_include(<avx512fp16intrin.h>)
+#define ICAE_BUILDS_FP16
+#endif
+
 namespace icae_fast {
 
 // A bfloat16 as it lies in memory; arithmetic is in the units.
@@ -310,7 +315,9 @@ struct Kernels {
 const Kernels& kernels_scalar();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
-const Kernels& kernels_avx512_fma();
+#if defined(ICAE_BUILDS_FP16)
+const Kernels& kernels_avx512_fp16();
+#endif
 const Kernels& kernels_avx512();
 const Kernels& kernels_amx();
 #endif

@@ -21,6 +21,7 @@ namespace ICAE_PASTE(unit_, ICAE_ISA) {
 #include "vec.h"
 #include "tiles.h"
 #include "product.h"
+#include "attention_values.h"
 #include "attention.h"
 #include "attention_weights.h"
 #include "attention_forward.h"
