@@ -5,8 +5,8 @@
 //
 // Scores never reach memory: a block of them becomes weights in the registers that it was summed up in, which begin
 // at minus the shift. That needs the shift before the row's maximum is known, so the shift is the largest score of
-// some earlier block, and is raised only when a score exceeds it by kSlack powers of two. Then O^T and the sums are
-// rescaled, which is rare; the results do not depend on what is subtracted, and weights up to 2^kSlack cost no
+// some earlier block, and is raised only when a score exceeds it by kSlack powers of two. Then O^T, the sums and the
+// tile's weights are rescaled, which is rare; the results do not depend on what is subtracted, and weights up to 2^kSlack cost no
 // accuracy.
 //
 // With AMX tiles, a tile of scores is computed at once and read back block by block; all else is the same.
@@ -328,7 +328,7 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
   const Weights<T> weights(C(exponent_scale(in.scale)));
   bool careful = false;
   if constexpr (!Weights<T>::kKeepsNan) {
-    // Lanes past these hold whatever the thread left there, and would decide about the rounding of others.
+    // Not of lanes past these, which hold whatever the thread left there.
     const int64_t packed_lanes = round_up(lanes, Vec<C>::kWidth);
     for (int64_t s = 0; s < ceil_div(in.head_dim, P::kPair) && !careful; ++s) {
       careful = !all_finite(t.q + s * kLanes * P::kPair, packed_lanes * P::kPair);

@@ -69,11 +69,8 @@ constexpr int64_t kPairStep = kPanelStep * 2 / GemmProduct::kPair;
 // The first of up to n elements of a row of x.
 ICAE_INLINE void store_row(GemmOperand* to, __m512i elements, int64_t n) {
   if constexpr (kWidens) {
-    put(to, (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(elements)), 16),
-        at_most(16, n));
-    if (n <= 16) return;
-    const __m256i high = _mm512_extracti64x4_epi64(elements, 1);
-    put(to + 16, (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16), at_most(16, n - 16));
+    put(to, widen(_mm512_castsi512_si256(elements)), at_most(16, n));
+    if (n > 16) put(to + 16, widen(_mm512_extracti64x4_epi64(elements, 1)), at_most(16, n - 16));
   } else {
     store_bytes(to, elements, n * sizeof(bf16));
   }

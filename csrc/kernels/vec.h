@@ -117,11 +117,13 @@ ICAE_INLINE I<C> load_int(const typename Vec<C>::Int* p) {
   return v;
 }
 
+#if defined(ICAE_AVX512)
+// 16 elements of bf16. GCC 12 makes five instructions of the conversion in `load`, through halves.
+ICAE_INLINE V<float> widen(__m256i x) { return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+#endif
 ICAE_INLINE V<float> load(const bf16* p) {
 #if defined(ICAE_AVX512)
-  // GCC 12 makes five instructions of the conversion below, through halves.
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #else
   Vec<float>::Half half;
   __builtin_memcpy(&half, p, sizeof half);
@@ -166,7 +168,7 @@ ICAE_INLINE V<typename Elem<T>::C> load_n(const T* p, int64_t n) {
 #if defined(ICAE_AVX512)
   const __mmask16 mask = (1u << n) - 1;
   if constexpr (sizeof(T) == 2) {
-    return (V<C>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
+    return widen(_mm256_maskz_loadu_epi16(mask, p));
   } else if constexpr (sizeof(T) == 4) {
     return _mm512_maskz_loadu_ps(mask, p);
   } else {
