@@ -5,9 +5,9 @@
 //
 // Scores never reach memory: a block of them becomes weights in the registers that it was summed up in, which begin
 // at minus the shift. That needs the shift before the row's maximum is known, so the shift is the largest score of
-// some earlier block, and is raised only when a score exceeds it by kSlack powers of two. Then O^T, the sums and the
-// tile's weights are rescaled, which is rare; the results do not depend on what is subtracted, and weights up to 2^kSlack cost no
-// accuracy.
+// some earlier block, and is raised only when a score exceeds it by kSlack powers of two. Then O^T, the sums and
+// the tile's weights are rescaled, which is rare; the results do not depend on what is subtracted, and weights up
+// to 2^kSlack cost no accuracy.
 //
 // With AMX tiles, a tile of scores is computed at once and read back block by block; all else is the same.
 constexpr int64_t kLanesAhead = 2;  // asked for with every block of keys
