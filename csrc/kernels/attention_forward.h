@@ -268,12 +268,13 @@ struct LaneGroup {
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
       const int64_t lane = first + n * W;
-      V<C> total = load(softmax.sum + lane);
+      const V<C> total = load(softmax.sum + lane);
+      typename Weights<T>::Sum sum = weights.begin(total);
 #pragma GCC unroll 8
       for (int m = 0; m < kBlockRows; m += 2) {
-        weights.of_pair(s[m][n], s[m + 1][n], t.p + (key - tile + m) * kLanes + lane * Values<T>::kPair, total);
+        weights.of_pair(s[m][n], s[m + 1][n], t.p + (key - tile + m) * kLanes + lane * Values<T>::kPair, sum);
       }
-      store(softmax.sum + lane, total);
+      store(softmax.sum + lane, weights.end(sum, total));
     }
   }
 

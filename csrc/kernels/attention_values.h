@@ -95,6 +95,12 @@ static inline void pack_half_values(const bf16* from, int64_t stride, int64_t fi
   }
 }
 
+// The sum of each pair.
+ICAE_INLINE V<float> sum_of_pairs(__m512h x) {
+  const __m512h both = _mm512_add_ph(x, (__m512h)_mm512_srli_epi32((__m512i)x, 16));
+  return (V<float>)_mm512_cvtxph_ps((__m256h)_mm512_cvtepi32_epi16((__m512i)both));
+}
+
 // kBlockRows dimensions of O^T (+)= V^T P^T, for steps of at most kHalfKeys keys, in each of which p has kLanes.
 template <int vectors>
 static inline void multiply_half(const half* v, const float* scale, const half* p, int64_t steps, bool add,
@@ -115,8 +121,7 @@ static inline void multiply_half(const half* v, const float* scale, const half* 
   for (int m = 0; m < kBlockRows; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
-      const __m512h both = _mm512_add_ph(sums[m][n], (__m512h)_mm512_srli_epi32((__m512i)sums[m][n], 16));
-      const V<float> sum = (V<float>)_mm512_cvtxph_ps((__m256h)_mm512_cvtepi32_epi16((__m512i)both));
+      const V<float> sum = sum_of_pairs(sums[m][n]);
       float* to = o + m * kLanes + n * 16;
       store(to, add ? load(to) + sum * scale[m] : sum * scale[m]);
     }

@@ -8,12 +8,16 @@ struct Weights {
   const C exponent;
 
   explicit Weights(C c) : exponent(c) {}
-  // The weights of two keys, stored as two rows of P^T and added to `total`.
-  ICAE_FORCED void of_pair(V<C> even, V<C> odd, C* to, V<C>& total) const {
+  // What a block of keys adds its weights to, and what comes of a total by that.
+  using Sum = V<C>;
+  ICAE_FORCED Sum begin(V<C> total) const { return total; }
+  ICAE_FORCED V<C> end(Sum sum, V<C>) const { return sum; }
+  // The weights of two keys, stored as two rows of P^T and added to `sum`.
+  ICAE_FORCED void of_pair(V<C> even, V<C> odd, C* to, Sum& sum) const {
     const V<C> a = exp2<C, Elem<T>::kExpDegree>(even * exponent), b = exp2<C, Elem<T>::kExpDegree>(odd * exponent);
     store(to, a);
     store(to + kLanes, b);
-    total += a + b;
+    sum += a + b;
   }
 };
 
@@ -24,6 +28,8 @@ static inline void scale_weights(C* p, int64_t keys, V<C> factor) {
 }
 
 #if defined(ICAE_AVX512)
+constexpr int kSelect = 0xCA;  // of the second and third by the bits of the first
+
 // Pairs of 16 bits whose mantissa has so many: less in the exponent. What is too small becomes nearly 0, or 0.
 ICAE_INLINE void lower_pairs(void* p, int64_t keys, V<float> factor, int mantissa) {
   __m512i powers = _mm512_sub_epi32(_mm512_set1_epi32(127), _mm512_srli_epi32((__m512i)factor, 23));
@@ -40,6 +46,7 @@ ICAE_INLINE void scale_weights(bf16* p, int64_t keys, V<float> factor) { lower_p
 ICAE_INLINE void scale_weights(half* p, int64_t keys, V<float> factor) { lower_pairs(p, keys, factor, 10); }
 #endif
 
+#if !defined(ICAE_FP16)
 struct Mantissas {
   uint8_t bits[128];
   constexpr Mantissas() : bits{} {
@@ -51,27 +58,6 @@ struct Mantissas {
   }
 };
 constexpr Mantissas kMantissas;
-
-// Stores the weights of two keys, pairs of bf16, and adds them to the total: as a step of pairs, or widened as two
-// rows.
-ICAE_INLINE void store_weights(bf16* to, __m512i weights, V<float>& total) {
-  _mm512_storeu_si512(to, weights);
-  total = _mm512_dpbf16_ps(total, (__m512bh)weights, (__m512bh)_mm512_set1_epi16(0x3F80));
-}
-ICAE_INLINE void store_weights(float* to, __m512i weights, V<float>& total) {
-  const V<float> even = first_of_pairs(weights), odd = second_of_pairs(weights);
-  store(to, even);
-  store(to + kLanes, odd);
-  total += even + odd;
-}
-#if defined(ICAE_FP16)
-// As pairs of fp16: its exponent has 3 bits less, and its mantissa 3 more.
-ICAE_INLINE void store_weights(half* to, __m512i weights, V<float>& total) {
-  const __m512i zero = _mm512_set1_epi16((127 - 15 - kHalfOne) << 7);
-  _mm512_storeu_si512(to, _mm512_slli_epi16(_mm512_subs_epu16(weights, zero), 3));
-  total += first_of_pairs(weights) + second_of_pairs(weights);
-}
-#endif
 
 // Weights in bf16, made of integers: with t = c s rounded to 1/128, a bf16's bits are 128 (t + 127), but for the 7
 // bits of its mantissa, which are looked up: round(128 (2^(i / 128) - 1)). Rounding t costs as much accuracy as
@@ -88,19 +74,57 @@ struct Weights<bf16> {
 
   explicit Weights(float c)
       : exponent(c), low(_mm512_loadu_si512(kMantissas.bits)), high(_mm512_loadu_si512(kMantissas.bits + 64)) {}
-  // Stored as the product with the values takes them.
-  ICAE_FORCED void of_pair(V<float> even, V<float> odd, Values<bf16>::E* to, V<float>& total) const {
+  using Sum = V<float>;
+  ICAE_FORCED Sum begin(V<float> total) const { return total; }
+  ICAE_FORCED V<float> end(Sum sum, V<float>) const { return sum; }
+  // Stored as a step of pairs.
+  ICAE_FORCED void of_pair(V<float> even, V<float> odd, bf16* to, Sum& sum) const {
     const V<float> c = set1(exponent * 128), a = vmax(set1(kLowest), even * c + kOne),
                    b = vmax(set1(kLowest), odd * c + kOne);
     const __m512i words = _mm512_set_epi16(62, 30, 60, 28, 58, 26, 56, 24, 54, 22, 52, 20, 50, 18, 48, 16, 46, 14,
                                            44, 12, 42, 10, 40, 8, 38, 6, 36, 4, 34, 2, 32, 0);  // the low ones
     const __m512i t = _mm512_permutex2var_epi16((__m512i)a, words, (__m512i)b);
     const __m512i mantissa = _mm512_permutex2var_epi8(low, t, high);
-    constexpr int kSelect = 0xCA;  // of the first two by the third
     const __m512i weights = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x7F), mantissa, t, kSelect);
-    store_weights(to, weights, total);
+    _mm512_storeu_si512(to, weights);
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi16(0x3F80));
   }
 };
+#else
+// Weights in fp16, 2^kHalfOne times as large. With t = c s rounded to 1/1024, the bits 1024 (t + 15) are those of
+// 2^floor(t) (1 + f), where 2^floor(t) 2^f is wanted: they are multiplied by a cubic of 1 + f, which is 2^f / (1 +
+// f) but for 0.06 % (RMS, its rounding to fp16 included; at most 0.19 %). A block's weights are summed up in fp16,
+// which rounds 8 of them three times. Permutations, by which bf16's mantissas are looked up, take three
+// instructions of the CPU's own each on Intel's cores; this way is 2 % of attention's time faster there, and three
+// times as exact.
+template <>
+struct Weights<bf16> {
+  static constexpr float kLowest = Vec<float>::kRound, kOne = kLowest + (15 + kHalfOne) * 1024;
+  static constexpr bool kKeepsNan = false;
+  const float exponent;
+
+  explicit Weights(float c) : exponent(c) {}
+  using Sum = __m512h;
+  ICAE_FORCED Sum begin(V<float>) const { return _mm512_setzero_ph(); }
+  ICAE_FORCED V<float> end(Sum sum, V<float> total) const {
+    return total + sum_of_pairs(sum) * (1.0f / (1 << kHalfOne));
+  }
+  ICAE_FORCED void of_pair(V<float> even, V<float> odd, half* to, Sum& sum) const {
+    const V<float> c = set1(exponent * 1024), a = vmax(set1(kLowest), even * c + kOne),
+                   b = vmax(set1(kLowest), odd * c + kOne);
+    const __m512i t = _mm512_mask_blend_epi16(0xAAAAAAAA, (__m512i)a, _mm512_slli_epi32((__m512i)b, 16));
+    const __m512h u =
+        (__m512h)_mm512_ternarylogic_epi32(_mm512_set1_epi16(0x3FF), t, _mm512_set1_epi16(0x3C00), kSelect);
+    const auto cubic = [](float x) { return _mm512_set1_ph(static_cast<_Float16>(x)); };
+    __m512h factor = _mm512_fmadd_ph(cubic(-0.10308837890625f), u, cubic(0.69189453125f));
+    factor = _mm512_fmadd_ph(factor, u, cubic(-1.353515625f));
+    factor = _mm512_fmadd_ph(factor, u, cubic(1.763671875f));
+    const __m512h weights = _mm512_mul_ph((__m512h)t, factor);
+    _mm512_storeu_si512(to, (__m512i)weights);
+    sum = _mm512_add_ph(sum, weights);
+  }
+};
+#endif
 #endif
 
 ICAE_INLINE bool all_finite(const void*, int64_t) { return true; }
