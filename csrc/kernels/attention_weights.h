@@ -95,8 +95,8 @@ struct Weights<bf16> {
 // 2^floor(t) (1 + f), where 2^floor(t) 2^f is wanted: they are multiplied by a cubic of 1 + f, which is 2^f / (1 +
 // f) but for 0.06 % (RMS, its rounding to fp16 included; at most 0.19 %). A block's weights are summed up in fp16,
 // which rounds 8 of them three times. Permutations, by which bf16's mantissas are looked up, take three
-// instructions of the CPU's own each on Intel's cores; this way is 2 % of attention's time faster there, and three
-// times as exact.
+// instructions of the CPU's own each on Intel's cores; this way is as fast there, and three times as
+// exact.
 template <>
 struct Weights<bf16> {
   static constexpr float kLowest = Vec<float>::kRound, kOne = kLowest + (15 + kHalfOne) * 1024;
