@@ -50,7 +50,8 @@ sanitize: $(VENV)/.installed
 		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA={} ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider -o pythonpath=$(SANITIZED)/lib \
-			tests/test_ops.py tests/test_decode_bound.py tests/test_build.py tests/test_fingerprint.py \
+			tests/test_ops.py tests/test_attention_range.py tests/test_not_finite.py tests/test_decode_bound.py \
+			tests/test_build.py tests/test_fingerprint.py \
 			-k "(cpp or decode_bound or test_build) and not (opcheck or compile or instruction or sentence or install)"
 
 # Every benchmark once, at small sizes and untimed, so that none can rot.

@@ -192,8 +192,9 @@ struct LaneGroup {
       const I<C> again = rises & (slack != -kInfinity<C>);
       const V<C> powers = again ? (above * weights.exponent + Vec<C>::kRound) - Vec<C>::kRound + C(1) : V<C>{};
       const V<C> by = again ? powers / weights.exponent : rises ? above : V<C>{};
-      // 2^-powers, or 0, or NaN.
-      const I<C> lost = __builtin_convertvector(vmin(set1(C(Vec<C>::kBias)), powers), I<C>);
+      // 2^-powers, or 0, or NaN, which has no integer.
+      const V<C> most = set1(C(Vec<C>::kBias));
+      const I<C> lost = __builtin_convertvector(powers < most ? powers : most, I<C>);
       const V<C> factor = (V<C>)((I<C>{} + Vec<C>::kBias - lost) << Vec<C>::kMantissa) + (by - by);
       store(softmax.shift + lane, load(softmax.shift + lane) + by);
       store(softmax.slack + lane, rises ? set1(C(kSlack) / weights.exponent) : slack);
