@@ -57,6 +57,23 @@ def writer_of(
     return OwnWriter(icae, eos, max_new_tokens, temperature)
 
 
+def rows_behind_text(
+    icae: ICAE, texts: Sequence[tuple[Sequence[int], Sequence[int]]], limits: Sequence[int]
+) -> list[Row]:
+    """Rows of an `AnswerBatch` that read text in place of slots.
+
+    Args:
+        icae: whose base model reads.
+        texts: of each row, ids that are read once for all rows that begin with the same, and the other ids.
+        limits: most new tokens of each.
+    """
+    nothing = Memory(torch.empty(0, icae.backbone.hidden_size), 0, ())
+    return [
+        Row(i, nothing, list(prefix), list(suffix), [], limit)
+        for i, ((prefix, suffix), limit) in enumerate(zip(texts, limits, strict=True))
+    ]
+
+
 class OwnWriter:
     """The package's decoder, which reads text as it reads a prompt behind slots.
 
@@ -76,8 +93,7 @@ class OwnWriter:
 
     def write(self, rows: Sequence[list[int]], cancelled: Callable[[], bool]) -> list[list[int]]:
         """See `Writer`."""
-        nothing = Memory(torch.empty(0, self.icae.backbone.hidden_size), 0, ())
-        started = [Row(i, nothing, [], ids, [], self.max_new_tokens) for i, ids in enumerate(rows)]
+        started = rows_behind_text(self.icae, [((), ids) for ids in rows], [self.max_new_tokens] * len(rows))
         for _ in AnswerBatch(self.icae, started, 0, self._options).run():
             if cancelled():
                 break

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import torch
+from typing import Literal, get_args
 
 from icae_fast import ICAE
-from icae_fast.answers import Answer, AnswerBatch, Row
+from icae_fast.answers import Answer, AnswerBatch
 from icae_fast.errors import InvalidInputError
-from icae_fast.memory import Memory
 from icae_fast.prompts import chat_template_ids
 from icae_fast.sampling import GenerationOptions
+from training.chat.writing import rows_behind_text
 from training.evaluation.subject import Subject
 
 Reads = Literal["slots", "full", "truncated", "summary"]
@@ -127,9 +125,5 @@ def answers_to_text(icae: ICAE, layouts: Sequence[TextLayout], limits: Sequence[
     Raises:
         ContextTooLongError: a row passes the base model's positions.
     """
-    nothing = Memory(torch.empty(0, icae.backbone.hidden_size), 0, ())
-    rows: list[Any] = [
-        Row(i, nothing, list(layout.prefix), list(layout.suffix), [], limit)
-        for i, (layout, limit) in enumerate(zip(layouts, limits, strict=True))
-    ]
+    rows = rows_behind_text(icae, [(layout.prefix, layout.suffix) for layout in layouts], limits)
     return AnswerBatch(icae, rows, 0, GenerationOptions()).finish()
