@@ -19,16 +19,16 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	$(SHARING) ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal
-	$(SHARING) ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q -n $(MAX_JOBS) tests/test_golden.py tests/test_modeling.py tests/test_models.py \
-		tests/test_adapter_mode.py tests/test_fingerprint.py
+	$(SHARING) ICAE_FAST_REQUIRE=reference $(BIN)/python -m pytest -q -n $(MAX_JOBS) tests/model/test_golden.py tests/model/test_modeling.py tests/backbone/test_models.py \
+		tests/adapter/test_adapter_mode.py tests/ops/test_fingerprint.py
 	$(MAKE) test-triton bench-check
 
 # The Triton kernels on the CPU, in Triton's interpreter, which runs a block at a time and in Python: one process a core.
 # The golden cases run wholly on them.
 test-triton: $(VENV)/.installed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal \
-		tests/test_golden.py tests/test_ops.py tests/test_lora_qkv_rope_triton.py tests/test_attention_backends.py \
-		tests/test_shared_prefix_plan.py tests/test_fingerprint.py
+		tests/model/test_golden.py tests/ops/test_ops.py tests/ops/test_lora_qkv_rope_triton.py tests/ops/attention/test_attention_backends.py \
+		tests/ops/attention/test_shared_prefix_plan.py tests/ops/test_fingerprint.py
 
 # The tests of ops, bound steps and arguments under AddressSanitizer and UndefinedBehaviorSanitizer (GCC's), in a
 # build of their own and under every instruction set that this CPU can run: each has its own code for tails and masks,
@@ -50,8 +50,8 @@ sanitize: $(VENV)/.installed
 		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA={} ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider -o pythonpath=$(SANITIZED)/lib \
-			tests/test_ops.py tests/test_attention_range.py tests/test_not_finite.py tests/test_decode_bound.py \
-			tests/test_build.py tests/test_fingerprint.py \
+			tests/ops/test_ops.py tests/ops/attention/test_attention_range.py tests/ops/test_not_finite.py tests/ops/test_decode_bound.py \
+			tests/packaging/test_build.py tests/ops/test_fingerprint.py \
 			-k "(cpp or decode_bound or test_build) and not (opcheck or compile or instruction or sentence or install)"
 
 # Every benchmark once, at small sizes and untimed, so that none can rot.
@@ -63,43 +63,43 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench
 	$(BIN)/icae-fast bench latency examples/harrow_point.txt --rounds 5 \
 		--prompt "Who was the first keeper of the lighthouse?" --memory-size 128 --rate 4 -o docs/results
-	$(BIN)/python -m bench.accuracy examples/harrow_point.txt
-	$(BIN)/python -m bench.quantized_slots examples/harrow_point.txt
+	$(BIN)/python -m bench.quality.accuracy examples/harrow_point.txt
+	$(BIN)/python -m bench.quality.quantized_slots examples/harrow_point.txt
 	$(MAKE) readme
 
 # Compressing alone, beside its targets, in a quarter of an hour on two cores; WORKLOAD=big adds one thread for the other
 # shapes, and a larger batch of the 1B model, and takes twice as long.
 bench-encode: $(VENV)/.installed
-	$(BIN)/python -m pytest $(wildcard bench/bench_encode*.py) --workload $(WORKLOAD)
+	$(BIN)/python -m pytest $(wildcard bench/suites/bench_encode*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
-# Answering alone, beside its targets, in about eight minutes on two cores. `python -m bench.llama_cpp` adds a row for
+# Answering alone, beside its targets, in about eight minutes on two cores. `python -m bench.rivals.llama_cpp` adds a row for
 # llama.cpp, which has to be built first; it says how.
 bench-decode: $(VENV)/.installed
 	@echo "This takes about eight minutes on two cores; leave the machine alone meanwhile."
-	$(BIN)/python -m pytest $(wildcard bench/bench_decode*.py) --workload $(WORKLOAD)
+	$(BIN)/python -m pytest $(wildcard bench/suites/bench_decode*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
 # A step of training, its memory up to 65,536 tokens, and eight passages learned by heart, beside their targets, in 25
 # minutes on two cores with 16 GB.
 bench-train: $(VENV)/.installed
 	@echo "This takes about 25 minutes on two cores; leave the machine alone meanwhile."
-	$(BIN)/python -m pytest $(wildcard bench/bench_train*.py) --workload $(WORKLOAD)
+	$(BIN)/python -m pytest $(wildcard bench/suites/bench_train*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
 # Every Triton kernel in every configuration at every shape, compiled for GPUs that are not there: ten minutes on two
 # cores, and writes docs/results/kernels.json. With ONCE=1 each configuration once, in two minutes, compared with that.
 kernels-check: $(VENV)/.installed
-	$(BIN)/python -m bench.kernels_check $(if $(ONCE),--once --compare docs/results/kernels.json)
+	$(BIN)/python -m bench.kernels.check $(if $(ONCE),--once --compare docs/results/kernels.json)
 
 # What kernels load, store and multiply, counted in Triton's interpreter, and the times predicted from it.
 kernels-paper: $(VENV)/.installed
-	TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m bench.paper
+	TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m bench.kernels.predict
 	$(MAKE) readme
 
 # On a machine with an NVIDIA GPU; leaves a folder gpu-check-NAME to send back. Where there is none the command says so and exits 3.
 gpu-check: $(VENV)/.installed
-	$(BIN)/python -m bench.gpu_check
+	$(BIN)/python -m bench.gpu.check
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 WITHOUT = "set ICAE_FAST_BUILD=0 to install without the C++ kernels, on the slow plain-torch reference"
@@ -77,5 +77,15 @@ def extension():
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}}
 
 
+def packages():
+    """The one import name of the wheel; the folder `training/` is its subpackage `icae_fast.training`."""
+    training = ["icae_fast.training", *(f"icae_fast.training.{name}" for name in find_packages("training"))]
+    return [*find_packages(include=["icae_fast", "icae_fast.*"]), *training]
+
+
 os.chdir(ROOT)
-setup(**({} if os.environ.get("ICAE_FAST_BUILD") == "0" else extension()))
+setup(
+    packages=packages(),
+    package_dir={"icae_fast.training": "training"},
+    **({} if os.environ.get("ICAE_FAST_BUILD") == "0" else extension()),
+)

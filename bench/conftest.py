@@ -1,12 +1,12 @@
-"""Glue between pytest-benchmark and `bench.harness`.
+"""Glue between pytest-benchmark and `bench.harness.compare`.
 
 pytest bench                              the real sizes; writes docs/results/SUITE-MACHINE.json
 pytest bench --workload big               more and larger ones
 pytest bench --benchmark-disable          each benchmark once, checked and untimed, at small sizes
-pytest bench/bench_encode.py -k 4x512     some of them; nothing is written
-pytest bench/bench_encode*.py             the suite of compressing; targets stand at the end
-pytest bench/bench_decode*.py             the suite of answering, likewise
-pytest bench/bench_train*.py              the suite of training, likewise
+pytest bench/suites/bench_encode.py -k 4x512     some of them; nothing is written
+pytest bench/suites/bench_encode*.py             the suite of compressing; targets stand at the end
+pytest bench/suites/bench_decode*.py             the suite of answering, likewise
+pytest bench/suites/bench_train*.py              the suite of training, likewise
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness import Compare, write_results
-from bench.machine import REPOSITORY, Bounds, describe_machine
-from bench.shapes import (
+from bench.harness.compare import Compare, write_results
+from bench.harness.shapes import (
     ATTENTION_WORKLOADS,
     DECODE_WORKLOADS,
     ENCODE_WORKLOADS,
@@ -31,7 +30,8 @@ from bench.shapes import (
     TRAIN_WORKLOADS,
     WORKLOADS,
 )
-from bench.targets import render
+from bench.harness.targets import render
+from icae_fast.benchmark.machine import REPOSITORY, Bounds, describe_machine
 
 ROWS = pytest.StashKey[list]()
 
@@ -126,7 +126,7 @@ def suite_of(path: Path) -> str:
 
 @pytest.fixture
 def compare(request, benchmark, machine, bounds, outcomes):
-    """A `bench.harness.Compare` for one benchmark; see there."""
+    """A `bench.harness.compare.Compare` for one benchmark; see there."""
     limits = [request.config.getoption(f"benchmark_{name}") for name in ("min_rounds", "max_time")]
     comparison = Compare(benchmark, bounds, machine, limits[0], float(limits[1]))
     yield comparison

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from docs.kernel_tables import kernels_table, paper_tables
+from bench.kernels.tables import kernels_table, paper_tables
 from icae_fast.ops import REGISTRY, OpSpec
 
 RESULTS = Path(__file__).parent / "results"
@@ -116,7 +116,7 @@ def _decode_cells(row: dict[str, Any]) -> Iterator[list[str]]:
         bound = f"reading {row['weight_bytes'] / 1e6:.0f} MB of weights at {row['read_gbs']:.3g} GB/s"
         times = row["step_ms"] | {bound: {"median": row["weight_bytes"] / row["read_gbs"] / 1e6}}
         yield _line(f"{name}, a token after the first", times, bound, row["fraction_of_read"], "ms")
-    elif "step_speedup_over" in row:  # of `bench.llama_cpp`
+    elif "step_speedup_over" in row:  # of `bench.rivals.llama_cpp`
         for other, ratio in row["step_speedup_over"].items():
             yield _line(f"{name}, a token after the first", row["step_ms"], other, ratio, "ms")
     elif "kv" in row:

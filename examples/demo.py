@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from bench.latency import latency_table, render
 from icae_fast import ICAE, Memory, backend_of
-from training.evaluation.differences import word_runs
+from icae_fast.benchmark.latency import latency_table, render
+from icae_fast.training.evaluation.differences import word_runs
 
 HERE = Path(__file__).parent
 ADAPTER = "smollm2-135m"

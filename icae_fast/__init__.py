@@ -6,15 +6,15 @@ answers = icae.generate(memories[0], prompts=["What is it about?"])
 """
 
 from icae_fast import errors
-from icae_fast.activations import ActivationBudget
-from icae_fast.answers import Answer
 from icae_fast.config import ICAEConfig
-from icae_fast.generation import TextPiece
-from icae_fast.memory import Memory, SlotKV
-from icae_fast.modeling import ICAE
+from icae_fast.core.memory import Memory, SlotKV
+from icae_fast.generation.answers import Answer
+from icae_fast.generation.writing import TextPiece
+from icae_fast.model.icae import ICAE
 from icae_fast.ops import backend_of, set_attention_backend
-from icae_fast.origin import Origin
-from icae_fast.store import MemoryStore
+from icae_fast.step.budget import ActivationBudget
+from icae_fast.store.provenance import Origin
+from icae_fast.store.store import MemoryStore
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,13 +9,16 @@ import huggingface_hub
 import hypothesis
 import pytest
 import torch
-from kv_helpers import LENGTHS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import golden
-from icae_fast import ICAE, ICAEConfig, MemoryStore, cli, decoding, embedded
-from store_helpers import make_origin
+from helpers import golden
+from helpers.kv import LENGTHS
+from helpers.store import make_origin
+from icae_fast import ICAE, ICAEConfig, MemoryStore
+from icae_fast.cli import app as cli
+from icae_fast.generation import decoding
+from icae_fast.io import bundled as embedded
 
 # No time limit (machines differ), the same examples each run, and nothing written into the checkout.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -46,7 +49,7 @@ MODEL_KINDS = tuple(_KINDS)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where tests/test_golden.py runs")
+    parser.addoption("--device", default="cpu", help="where tests/model/test_golden.py runs")
 
 
 def pytest_configure(config):

@@ -1,4 +1,5 @@
-"""Fine-tuning: an adapter learns to answer prompts about a context. `python -m training.finetune CONFIG.yaml`.
+"""Fine-tuning: an adapter learns to answer prompts about a context. `python -m icae_fast.training.finetune
+CONFIG.yaml`.
 
 Source: Ge et al., arXiv 2307.06945, section 2.3.
 """
@@ -9,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icae_fast import ICAE
-from training import run as runs
-from training.samples import InstructionDraw
-from training.settings import Settings
+from icae_fast.training.data.samples import InstructionDraw
+from icae_fast.training.loop import train as runs
+from icae_fast.training.loop.settings import Settings
 
 
 def run(settings: Settings) -> Path:
@@ -33,7 +34,7 @@ def _draw(icae: ICAE, settings: Settings) -> InstructionDraw:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`icae-fast finetune` with these arguments, by default the process's own."""
-    from icae_fast.cli import main_of
+    from icae_fast.cli.app import main_of
 
     main_of("finetune", argv)
 

@@ -1,4 +1,4 @@
-"""Pretraining: an adapter learns to restore and to continue texts. `python -m training.pretrain CONFIG.yaml`.
+"""Pretraining: an adapter learns to restore and to continue texts. `python -m icae_fast.training.pretrain CONFIG.yaml`.
 
 Source: Ge et al., arXiv 2307.06945, section 2.2.
 """
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from icae_fast import ICAE
-from training import run as runs
-from training.samples import PretrainingDraw
-from training.settings import Settings
+from icae_fast.training.data.samples import PretrainingDraw
+from icae_fast.training.loop import train as runs
+from icae_fast.training.loop.settings import Settings
 
 
 def run(settings: Settings) -> Path:
@@ -33,7 +33,7 @@ def _draw(icae: ICAE, settings: Settings) -> PretrainingDraw:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`icae-fast pretrain` with these arguments, by default the process's own."""
-    from icae_fast.cli import main_of
+    from icae_fast.cli.app import main_of
 
     main_of("pretrain", argv)
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from icae_fast import modeling
+from icae_fast.backbone.rows import PackedRows, cumulative
 from icae_fast.errors import InvalidInputError
-from icae_fast.spans import PackedRows, cumulative
+from icae_fast.model import icae as modeling
 
 
 class AdaptedModel(nn.Module):

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from icae_fast import checkpoints, modeling
 from icae_fast.compat.adapted_model import AdaptedModel
 from icae_fast.compat.arguments import base_dtype, config_from_arguments
+from icae_fast.core.spans import count_spans
 from icae_fast.errors import CheckpointError, InvalidInputError
-from icae_fast.hub import load_base_model
-from icae_fast.loss import IGNORE, unpad
-from icae_fast.spans import count_spans
+from icae_fast.io import checkpoints
+from icae_fast.io.hub import load_base_model
+from icae_fast.model import icae as modeling
+from icae_fast.step.loss import IGNORE, unpad
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ A kernel is a `triton.jit` function under `@kernel(configs=...)`, and is launche
 * with tensors on a GPU, the best of its configurations for that GPU runs; Triton measures them once for each
   `key` and keeps the choice on disk (under TRITON_CACHE_DIR);
 * under `TRITON_INTERPRET=1` the first configuration for architecture 0 runs on tensors of the CPU;
-* inside `on_paper(arch)` nothing runs: launches are recorded, from which `bench/kernels_check.py` compiles every
+* inside `on_paper(arch)` nothing runs: launches are recorded, from which `bench/kernels/check.py` compiles every
   configuration for GPUs that are not there. Tensors are best on the device `meta` then.
 """
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
-from training.chat.model import ChatModel, RequestFailed
+from icae_fast.training.chat.model import ChatModel, RequestFailed
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from icae_fast.errors import ChatModelError, InvalidInputError
-from training.chat.model import UNUSABLE, RequestFailed
-from training.chat.replies import shorten
+from icae_fast.training.chat.model import UNUSABLE, RequestFailed
+from icae_fast.training.chat.replies import shorten
 
 try:  # the same library: it is called httpx2 since Python 3.11, and huggingface_hub brings one or the other
     import httpx2 as httpx

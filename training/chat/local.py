@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from icae_fast.errors import ChatModelError, TokenizerMismatchError
-from training.chat.model import TOO_LONG, UNUSABLE, RequestFailed
-from training.chat.writing import writer_of
+from icae_fast.training.chat.model import TOO_LONG, UNUSABLE, RequestFailed
+from icae_fast.training.chat.writing import writer_of
 
 T = TypeVar("T")
 

@@ -6,10 +6,10 @@ import json
 import os
 from typing import Any
 
-from icae_fast.embedded import EMBEDDED_NAME
 from icae_fast.errors import InvalidInputError
-from training.chat.local import LocalModel
-from training.commands import KEY_ENV
+from icae_fast.io.bundled import EMBEDDED_NAME
+from icae_fast.io.console import KEY_ENV
+from icae_fast.training.chat.local import LocalModel
 
 
 def check_names(role: str, prefix: str, endpoint: str | None, model: str | None, local: str | None) -> None:
@@ -87,7 +87,7 @@ def load_local(name: str, dtype: str, **options: Any) -> LocalModel:
     from transformers.utils import logging
 
     from icae_fast import ICAEConfig
-    from icae_fast.hub import load_base_model, parse_dtype
+    from icae_fast.io.hub import load_base_model, parse_dtype
 
     torch_dtype = parse_dtype(dtype)
     logging.disable_progress_bar()

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteria
 
 from icae_fast import ICAE, ICAEConfig
-from icae_fast.answers import AnswerBatch, Row
+from icae_fast.core.memory import Memory
 from icae_fast.errors import UnsupportedModelError
-from icae_fast.memory import Memory
-from icae_fast.sampling import GenerationOptions
+from icae_fast.generation.answers import AnswerBatch, Row
+from icae_fast.generation.sampling import GenerationOptions
 
 log = logging.getLogger(__name__)
 

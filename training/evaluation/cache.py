@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from icae_fast.errors import InvalidInputError
-from training.line_file import LineFile
+from icae_fast.training.data.line_file import LineFile
 
 _START = b'{"key": "'  # how every line begins
 

@@ -8,8 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from training.evaluation.measures import optional_package
-from training.evaluation.result import Plot, Result
+from icae_fast.training.evaluation.measures import optional_package
+from icae_fast.training.evaluation.result import Plot, Result
 
 _COLORS = ("#1f6fb4", "#c8501e", "#2e8b57", "#8457a8", "#b8860b", "#5a6570", "#c03a76", "#178f9c")
 _MARKERS = "osD^vPX*"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from icae_fast.errors import OutputError
-from icae_fast.files import write_atomically
-from training.evaluation.plots import draw
-from training.evaluation.result import Result
+from icae_fast.io.files import write_atomically
+from icae_fast.training.evaluation.plots import draw
+from icae_fast.training.evaluation.result import Result
 
 SUMMARY_FILE = "summary.md"
 
@@ -30,7 +30,8 @@ def write_result(folder: Path, result: Result, run: Mapping[str, Any]) -> None:
     Args:
         folder: which is there.
         result: a measurement.
-        run: what all results of a run have in common, JSON values; see `training.evaluation.run.describe_run`.
+        run: what all results of a run have in common, JSON values; see
+        `icae_fast.training.evaluation.evaluate.describe_run`.
 
     Raises:
         OutputError: they cannot be written.

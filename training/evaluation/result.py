@@ -11,7 +11,7 @@ Value = float | int | str | None  # of a cell; None where there is nothing to te
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of a result's rows; `training.evaluation.plots` draws it.
+    """A plot of a result's rows; `icae_fast.training.evaluation.plots` draws it.
 
     Args:
         kind: "line", or "bar" for groups of bars.

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from icae_fast import ICAE
-from icae_fast.checkpoints import read_header
+from icae_fast.core.spans import count_spans
 from icae_fast.errors import ConfigError, InvalidInputError, TokenizerMismatchError
-from icae_fast.hub import parse_dtype, resolve_adapter_folder
-from icae_fast.origin import Origin, content_key, source_hash
-from icae_fast.spans import count_spans
+from icae_fast.io.checkpoints import read_header
+from icae_fast.io.hub import parse_dtype, resolve_adapter_folder
+from icae_fast.store.provenance import Origin, content_key, source_hash
 
 MEMORY_SIZES = (16, 32, 64, 128, 256)  # k at which an adapter is measured beside its own, where it can have them
 

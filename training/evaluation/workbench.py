@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from icae_fast.backbone.rows import micro_batches
 from icae_fast.errors import ContextTooLongError, DataError
-from icae_fast.spans import micro_batches
-from training.evaluation.passages import Excerpt, Texts
-from training.evaluation.subject import Subject
+from icae_fast.training.evaluation.subject import Subject
+from icae_fast.training.evaluation.texts.passages import Excerpt, Texts
 
 BATCH_TOKENS = 8192  # positions of rows that are read, or written, together
 FEWEST_PASSAGES = 8  # of a row whose passages are far longer than a span
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 class Cache(Protocol):
-    """Values by key that outlive an interrupted run; `training.evaluation.cache.AnswerCache` is one."""
+    """Values by key that outlive an interrupted run; `icae_fast.training.evaluation.cache.AnswerCache` is one."""
 
     def get(self, key: str) -> Any | None:
         """The JSON value that was put under a key, None if there is none."""

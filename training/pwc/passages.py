@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from icae_fast.errors import DataError
-from training.records import TEXT, find_files, read_records
+from icae_fast.training.data.records import TEXT, find_files, read_records
 
 # Where a text may be cut, best first: the last group of a match is the gap, which goes to what follows it.
 _BREAKS = (
@@ -56,7 +56,8 @@ class Passage:
 def read_documents(
     paths: Sequence[str | Path], on_bad_row: Callable[[str], None], exclude: Path | None = None
 ) -> Iterator[Document]:
-    """Documents of files and folders, in order; what can be read is what training reads (`training.records`).
+    """Documents of files and folders, in order; what can be read is what training reads
+    (`icae_fast.training.data.records`).
 
     Args:
         paths: files, folders, globs or URLs, as for `find_files`; rows of JSONL and Parquet have a "text".

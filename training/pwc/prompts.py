@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from training.chat.replies import encodable, reply_text, shorten
+from icae_fast.training.chat.replies import encodable, reply_text, shorten
 
 RESTATE, CONTINUE, QUESTION = "restate", "continue", "question"
 

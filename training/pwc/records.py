@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from icae_fast.errors import InvalidInputError
-from training.chat.replies import shorten
-from training.line_file import LineFile
-from training.pwc.prompts import QUESTION
+from icae_fast.training.chat.replies import shorten
+from icae_fast.training.data.line_file import LineFile
+from icae_fast.training.pwc.prompts import QUESTION
 
 _FIELDS = ("id", "input", "prompt", "answer", "kind", "origin", "teacher")
 _START = b'{"id": "'  # how every record begins, so that a foreign line is not taken for half of one

@@ -1,6 +1,6 @@
 """Tile sizes of the attention kernels for each GPU: what compiles without spilling registers, to be measured there.
 
-A tiling is (queries or keys of an inner step, warps, stages). `python -m bench.kernels_check` compiles every one.
+A tiling is (queries or keys of an inner step, warps, stages). `python -m bench.kernels.check` compiles every one.
 """
 
 from __future__ import annotations

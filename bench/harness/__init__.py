@@ -1,0 +1,1 @@
+"""What the benchmark suites share: shapes, rivals, timing and targets."""

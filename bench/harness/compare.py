@@ -1,0 +1,236 @@
+"""What one benchmark does: check, then time all providers in interleaved rounds, then say what was reached."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icae_fast import backend_of
+from icae_fast.benchmark.machine import Bounds, machine_slug, synchronize
+from icae_fast.benchmark.measure import peak_memory, rounded, speedup
+
+OURS = "icae_fast"
+GEMM_BOUND = {torch.bfloat16: "gemm_bf16", torch.float32: "gemm_fp32"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call gets done, the same for every provider that gives the result, whatever it computes besides.
+
+    Args:
+        bound: which bound the work is compared with: "gemm_bf16" or "gemm_fp32" (then `flops` counts) or
+            "read" (then `bytes` does).
+        flops: the least multiplications and additions that the result takes.
+        bytes: the least bytes that must be read.
+        tokens: context tokens compressed, rows of a packed batch, or tokens generated.
+    """
+
+    bound: str
+    flops: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+    def rates(self, seconds: float, bounds: Bounds) -> dict[str, float]:
+        """Rates at this time for a call: tokens_per_s, gflops, gbs, and the fraction of the bound."""
+        amount = self.bytes if self.bound == "read" else self.flops
+        rates = {
+            "tokens_per_s": self.tokens / seconds,
+            "gflops": self.flops / seconds / 1e9,
+            "gbs": self.bytes / seconds / 1e9,
+            "fraction_of_bound": amount / seconds / bounds.rates[self.bound],
+        }
+        return {name: value for name, value in rates.items() if value}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison found.
+
+    Args:
+        name: the benchmark's; facts: workload and mode.
+        seconds: each provider's times, round by round.
+        peaks: each provider's working memory in bytes.
+        work: what a call gets done.
+        backends: op name to the backend that ran it.
+        lesser: provider to what it gets done, for those that do only a part.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    seconds: dict[str, list[float]]
+    peaks: dict[str, int]
+    work: Work
+    backends: dict[str, str]
+    lesser: Mapping[str, Work] = field(default_factory=dict)
+
+    def row(self, bounds: Bounds) -> dict[str, Any]:
+        """The outcome as JSON values.
+
+        Returns:
+            `name`, the facts, `rounds`, `seconds` (median and min of each provider), `speedup_over` (each other
+            provider's time over icae_fast's, of the ratios round by round: median, min, max, and of_minima, the
+            ratio of the best times), `rates` (at the median), `bound`, `peak_bytes`, `backends`.
+        """
+        medians = {name: statistics.median(times) for name, times in self.seconds.items()}
+        ours = self.seconds[OURS]
+        return {
+            "name": self.name,
+            **self.facts,
+            "rounds": len(ours),
+            "seconds": {n: {"median": medians[n], "min": min(t)} for n, t in self.seconds.items()},
+            "speedup_over": {n: speedup(ours, t) for n, t in self.seconds.items() if n != OURS},
+            "rates": {n: self.lesser.get(n, self.work).rates(t, bounds) for n, t in medians.items()},
+            "bound": self.work.bound,
+            "peak_bytes": self.peaks,
+            "backends": self.backends,
+        }
+
+
+class Compare:
+    """Compares providers with pytest-benchmark's `benchmark`, whose own statistics are those of `icae_fast`.
+
+    Each round of `benchmark.pedantic` is a timed call of `icae_fast`; its untimed `setup` times one call of every
+    other provider just before, so the rounds interleave in one process. With `--benchmark-disable` every
+    provider runs once and is checked.
+
+    Args:
+        benchmark: the fixture.
+        bounds: of this run.
+        machine: of `describe_machine`.
+        min_rounds, max_time: as many rounds as fit into `max_time` seconds, and at least `min_rounds`.
+        device: what to wait for, and whose memory to look at.
+
+    Attributes:
+        outcome: what was found, once it has run: anything with the `row` of an `Outcome`.
+    """
+
+    def __init__(
+        self,
+        benchmark: Any,
+        bounds: Bounds,
+        machine: dict[str, Any],
+        min_rounds: int = 5,
+        max_time: float = 1.0,
+        device: str = "cpu",
+    ) -> None:
+        self.benchmark, self.bounds, self.machine = benchmark, bounds, machine
+        self.min_rounds, self.max_time, self.device = min_rounds, max_time, device
+        self.outcome: Any = None
+
+    def __call__(
+        self,
+        calls: Mapping[str, Callable[[], Any]],
+        check: Callable[[dict[str, Any]], None],
+        work: Work,
+        ops: Sequence[str] = (),
+        lesser: Mapping[str, Work] | None = None,
+        rounds: int | None = None,
+        derive: Callable[[Mapping[str, list[float]]], dict[str, Any]] | None = None,
+        **facts: Any,
+    ) -> None:
+        """Run the comparison, and fill `benchmark.extra_info`.
+
+        Args:
+            calls: provider name to a call without arguments; "icae_fast" is one of them.
+            check: gets each provider's result by name, and raises if they are not the same.
+            work: what one call gets done.
+            ops: names of this package's ops that are involved.
+            lesser: what a call of those providers gets done that do only a part of it.
+            rounds: see `measure`.
+            derive: makes further facts of each provider's times, round by round.
+            facts: what else the row should say (workload, mode).
+        """
+        seconds, peaks = self.measure(calls, check, rounds=rounds)
+        backends = {op: backend_of(op, self.device) for op in ops}
+        derived = derive(seconds) if derive else {}
+        self.report(Outcome(self.benchmark.name, {**facts, **derived}, seconds, peaks, work, backends, lesser or {}))
+
+    def measure(
+        self,
+        calls: Mapping[str, Callable[[], Any]],
+        check: Callable[[dict[str, Any]], None],
+        target: str = OURS,
+        rounds: int | None = None,
+    ) -> tuple[dict[str, list[float]], dict[str, int]]:
+        """Check, note peaks, and time in interleaved rounds.
+
+        Args:
+            calls, check: as above.
+            target: the call whose times pytest-benchmark gets.
+            rounds: for calls of many seconds: this many rounds, or `min_rounds` if that is less, and the calls that are
+                checked note the peak as well and are the only warm-up. 1, for calls of minutes: one call of each is
+                checked, notes the peak and is timed, faults of new pages included.
+
+        Returns:
+            Each call's times, round by round, and its working memory in bytes.
+        """
+        peaks: dict[str, int] = {}
+        measured = {name: self._noting_peak(name, call, peaks) for name, call in calls.items()}
+        if not self.benchmark.enabled or rounds == 1:
+            seconds, results = self._time(measured, target, rounds=1, warmup=0)
+            check(results)
+        elif rounds is not None:
+            check({name: call() for name, call in measured.items()})
+            self.bounds.probe()
+            seconds, _ = self._time(calls, target, min(rounds, self.min_rounds), warmup=0)
+        else:
+            check({name: call() for name, call in calls.items()})
+            start = time.perf_counter()
+            for call in measured.values():
+                call()
+            enough = max(self.min_rounds, math.ceil(self.max_time / (time.perf_counter() - start)))
+            self.bounds.probe()
+            # One round to warm up: measuring the peak has given freed pages back to the system.
+            seconds, _ = self._time(calls, target, enough, warmup=1)
+        self.bounds.probe()
+        return seconds, peaks
+
+    def report(self, outcome: Any) -> None:
+        """Keep what was found, and tell pytest-benchmark."""
+        self.outcome = outcome
+        machine = {k: self.machine[k] for k in ("device", "cpu", "isa", "threads", "versions", "commit", "dirty")}
+        self.benchmark.extra_info.update(outcome.row(self.bounds), **machine, bounds=self.bounds.as_dict())
+
+    def _noting_peak(self, name, call, peaks):
+        def run():
+            result, peaks[name] = peak_memory(call, self.device)
+            return result
+
+        return run
+
+    def _time(self, calls, target, rounds, warmup):
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        results: dict[str, Any] = {}
+
+        def timed(name):
+            synchronize(self.device)
+            start = time.perf_counter()
+            results[name] = calls[name]()
+            synchronize(self.device)
+            seconds[name].append(time.perf_counter() - start)
+
+        def others():
+            for name in calls:
+                if name != target:
+                    timed(name)
+
+        self.benchmark.pedantic(timed, args=(target,), setup=others, rounds=rounds, warmup_rounds=warmup)
+        return {name: times[warmup:] for name, times in seconds.items()}, results
+
+
+def write_results(folder: Path, suite: str, machine: dict[str, Any], bounds: Bounds, outcomes: Sequence[Any]) -> Path:
+    """Write `SUITE-MACHINE.json`, in place of what an earlier run on this kind of machine left there."""
+    path = folder / f"{suite}-{machine_slug(machine)}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [rounded(outcome.row(bounds)) for outcome in outcomes]
+    content = {"suite": suite, "machine": machine, "bounds": bounds.as_dict(), "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path

@@ -1,0 +1,97 @@
+"""Nothing but the matrix products that icae_fast's encoder does: what is left of its time is its own doing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from icae_fast import ICAE
+from icae_fast.backbone.rows import micro_batches
+from icae_fast.backbone.stack import packed_qkv
+
+Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m, k) times (k, n) into (m, n)
+
+
+class BareGemms:
+    """The products of `icae.compress` with the adapter fused, by `torch.mm` into buffers made beforehand.
+
+    A layer has packed QKV, LoRA down for q and v in one, LoRA up for q and for v, the output projection, gate and up
+    in one, and down; the last layer has keys and values for all rows and the rest for memory rows alone. Weights are
+    the model's own, so that each layer's come from memory as they do in the encoder; what they are multiplied with is
+    random, and products are not added up.
+
+    Args:
+        icae: the model.
+        span_lengths: tokens of each span.
+        token_budget: of a micro-batch, as in `icae.compress`.
+
+    Attributes:
+        flops: multiplications and additions of a call.
+    """
+
+    def __init__(self, icae: ICAE, span_lengths: Sequence[int], token_budget: int) -> None:
+        k = icae.config.memory_size
+        costs = [n + k for n in span_lengths]
+        batches = [(sum(costs[i] for i in b), k * len(b)) for b in micro_batches(costs, token_budget)]
+        self._buffers: dict[tuple[int, str], torch.Tensor] = {}
+        self._rows = max(tokens for tokens, _ in batches)
+        self._dtype, self._device = icae.dtype, icae.device
+        layers = _layer_weights(icae)
+        self._products = [p for batch in batches for p in self._batch(layers, *batch)]
+        self.flops = sum(2 * x.shape[0] * w.numel() for x, w, _ in self._products)
+
+    @torch.no_grad()
+    def __call__(self) -> int:
+        """Do the products, and say how many operations they were."""
+        for x, weight, out in self._products:
+            torch.mm(x, weight, out=out)
+        return self.flops
+
+    def _batch(self, layers: list[dict[str, torch.Tensor]], tokens: int, slots: int) -> list[Product]:
+        products = [p for w in layers[:-1] for p in self._whole_layer(w, tokens)]
+        return products + self._last_layer(layers[-1], tokens, slots)
+
+    def _whole_layer(self, w: dict[str, torch.Tensor], tokens: int) -> list[Product]:
+        names = ("qkv", "a", "b_q", "b_v", "o", "gate_up", "down")
+        return [self._product(tokens, w[name]) for name in names]
+
+    def _last_layer(self, w: dict[str, torch.Tensor], tokens: int, slots: int) -> list[Product]:
+        query_rows, rank = len(w["b_q"]), w["b_q"].shape[1]
+        of_all = (w["qkv"][query_rows:], w["a"][rank:], w["b_v"])
+        of_memory = (w["qkv"][:query_rows], w["a"][:rank], w["b_q"], w["o"], w["gate_up"], w["down"])
+        products = [self._product(tokens, weight) for weight in of_all]
+        return products + [self._product(slots, weight) for weight in of_memory]
+
+    def _product(self, rows: int, weight: torch.Tensor) -> Product:
+        x, out = self._buffer(weight.shape[1], "in"), self._buffer(weight.shape[0], "out")
+        return x[:rows], weight.t(), out[:rows]
+
+    def _buffer(self, width: int, side: str) -> torch.Tensor:
+        if (width, side) not in self._buffers:
+            self._buffers[width, side] = torch.randn(self._rows, width).to(self._device, self._dtype)
+        return self._buffers[width, side]
+
+
+def _layer_weights(icae: ICAE) -> list[dict[str, torch.Tensor]]:
+    """Each layer's matrices, (out, in)."""
+    q_features = icae.backbone.num_q_heads * icae.backbone.head_dim
+    weights = []
+    with torch.no_grad():
+        for layer, lora in zip(icae.backbone.model.layers, icae.adapter.pack(icae.dtype, dropout=False), strict=True):
+            b_q, b_v = lora.b.split((q_features, len(lora.b) - q_features))
+            weights.append({
+                "qkv": packed_qkv(layer.self_attn)[0], "a": lora.a, "b_q": b_q, "b_v": b_v,
+                "o": layer.self_attn.o_proj.weight, "down": layer.mlp.down_proj.weight,
+                "gate_up": _one_block(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight),
+            })  # fmt: skip
+    return weights
+
+
+def _one_block(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Both, one above the other: a view where they lie so in memory, else a copy."""
+    storage = first.untyped_storage()
+    end = storage.data_ptr() + storage.nbytes()
+    if second.data_ptr() == first.data_ptr() + first.nbytes and second.data_ptr() + second.nbytes <= end:
+        return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
+    return torch.cat((first, second))

@@ -1,0 +1,162 @@
+"""How the memory of a training step grows with the context, and what it would be where it does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import psutil
+
+from icae_fast import ICAE
+from icae_fast.benchmark.machine import Bounds
+from icae_fast.benchmark.measure import peak_memory
+
+# How far the baseline goes: a step that would take longer, or more of the free memory, is extrapolated.
+MAX_SECONDS, MEMORY_SHARE = 120.0, 0.8
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step at one length.
+
+    Args:
+        tokens: of the context.
+        peak: bytes of working memory.
+        seconds: of the step, None where it was not run.
+    """
+
+    tokens: int
+    peak: int
+    seconds: float | None = None
+
+    @property
+    def extrapolated(self) -> bool:
+        """Was it not run?"""
+        return self.seconds is None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line through peaks.
+
+    Args:
+        slope: bytes a token; intercept: bytes.
+        error: how far the farthest of the fitted peaks lies from it, as a fraction.
+    """
+
+    slope: float
+    intercept: float
+    error: float
+
+    @classmethod
+    def through(cls, points: Sequence[Point]) -> Line:
+        """The best one through the upper half of the points, which are two at least."""
+        upper = points[min(len(points) // 2, len(points) - 2) :]
+        tokens, peaks = [p.tokens for p in upper], [p.peak for p in upper]
+        slope, intercept = (float(v) for v in numpy.polyfit(tokens, peaks, 1))
+        error = max(abs(slope * t + intercept - p) / max(p, 1) for t, p in zip(tokens, peaks, strict=True))
+        return cls(slope, intercept, error)
+
+    def at(self, tokens: int) -> int:
+        """Its height there, in bytes."""
+        return round(self.slope * tokens + self.intercept)
+
+
+def measure_affordable(
+    calls: Mapping[int, Callable[[], Any]],
+    free: Callable[[], float] | None = None,
+    max_seconds: float | None = None,
+) -> tuple[list[Point], dict[str, Any] | None]:
+    """Run steps of growing length until the next would take too long or more memory than there is, by the line so far.
+
+    Args:
+        calls: context tokens to a step, ascending; the first two are run in any case.
+        free: gives the free bytes; the machine's by default.
+        max_seconds: that a step may take; `MAX_SECONDS` by default.
+
+    Returns:
+        Points of all lengths, extrapolated from where it stopped; and where and why it did, None if it did not.
+    """
+    free = free or (lambda: psutil.virtual_memory().available)
+    max_seconds = MAX_SECONDS if max_seconds is None else max_seconds
+    points, stopped = [], None
+    for tokens, call in calls.items():
+        if len(points) >= 2 and stopped is None:
+            expected = Line.through(points).at(tokens)
+            seconds, room = points[-1].seconds * tokens / points[-1].tokens, MEMORY_SHARE * free()
+            if expected > room or seconds > max_seconds:
+                stopped = {
+                    "tokens": tokens, "expected_bytes": expected, "allowed_bytes": int(room),
+                    "expected_seconds": seconds, "allowed_seconds": max_seconds,
+                }  # fmt: skip
+                break
+        start = time.perf_counter()
+        _, peak = peak_memory(call)
+        points.append(Point(tokens, peak, time.perf_counter() - start))
+    rest = [n for n in calls if n > points[-1].tokens]
+    if rest:
+        line = Line.through(points)
+        points += [Point(n, line.at(n)) for n in rest]
+    return points, stopped
+
+
+@contextlib.contextmanager
+def positions_up_to(icae: ICAE, positions: int) -> Iterator[None]:
+    """Lets the decoder use so many positions, where the base model's limit is lower."""
+    before = icae.max_positions
+    icae.max_positions = max(before, positions)
+    try:
+        yield
+    finally:
+        icae.max_positions = before
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a benchmark of memory by length found.
+
+    Args:
+        name: the benchmark's; facts: workload.
+        points: of each provider, ascending.
+        positions: that the decoder takes, by context tokens.
+        stopped: of `measure_affordable`.
+        backends: op name to the backend that ran it.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    points: Mapping[str, Sequence[Point]]
+    positions: Mapping[int, int]
+    stopped: dict[str, Any] | None
+    backends: dict[str, str]
+
+    def row(self, bounds: Bounds) -> dict[str, Any]:
+        """The outcome as JSON values.
+
+        Returns:
+            `name`, the facts, `memory` (for each provider `bytes_per_token`, the slope over the upper half of the
+            measured lengths, its `fit_error`, and `points`: context `tokens`, decoder `positions`, `peak_mb` over the
+            weights, `seconds`, `extrapolated`), `baseline_stopped`, `backends`.
+        """
+        memory = {}
+        for name, points in self.points.items():
+            line = Line.through([p for p in points if not p.extrapolated])
+            memory[name] = {
+                "bytes_per_token": line.slope,
+                "fit_error": line.error,
+                "points": [
+                    {
+                        "tokens": p.tokens, "positions": self.positions[p.tokens], "peak_mb": p.peak / 1e6,
+                        "seconds": p.seconds, "extrapolated": p.extrapolated,
+                    }
+                    for p in points
+                ],
+            }  # fmt: skip
+        return {
+            "name": self.name, **self.facts, "memory": memory, "baseline_stopped": self.stopped,
+            "backends": self.backends,
+        }  # fmt: skip

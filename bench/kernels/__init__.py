@@ -1,0 +1,1 @@
+"""Compile checks of Triton kernels and their cost model."""

@@ -1,0 +1,200 @@
+"""Compiles every Triton kernel for GPUs that are not there, and judges it: `python -m bench.kernels.check`.
+
+For sm_80, sm_90 and sm_100, every configuration that a kernel may be tuned to at the shapes of `bench.kernels.shapes`
+is
+compiled in bf16, and each configuration at least once in fp16; registers, spills, shared memory and tensor core
+instructions of it are read. Exit status 1 where a limit is passed. Needs no GPU; what is compiled is kept under
+`.cache/triton`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.kernels.shapes import Call, calls, label
+from icae_fast.benchmark.machine import REPOSITORY
+
+os.environ.setdefault("TRITON_CACHE_DIR", str(REPOSITORY / ".cache" / "triton"))
+from bench.kernels.limits import complaints, inspect, worse
+from icae_fast.ops import REGISTRY
+from icae_fast.ops._triton import INTERPRETED, Launch, on_paper
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+RESULTS = REPOSITORY / "docs" / "results" / "kernels.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile by one configuration."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    call: str
+    launch: Launch
+    config: Any
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells the job from others."""
+        return {
+            "kernel": self.kernel, "arch": self.arch, "dtype": self.dtype, "call": self.call,
+            "config": config_name(self.config),
+        }  # fmt: skip
+
+    def run(self) -> dict[str, Any]:
+        """Compile; gives the facts and what was found, or `error`."""
+        try:
+            return self.facts | inspect(self.launch.compile(self.config), self.arch)
+        except Exception as error:  # whatever the compiler stumbles over belongs into the table
+            return self.facts | {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"}
+
+
+def config_name(config: Any) -> str:
+    """A configuration in one word for each setting."""
+    settings = {**config.kwargs, "warps": config.num_warps, "stages": config.num_stages}
+    if config.maxnreg is not None:
+        settings["maxnreg"] = config.maxnreg
+    return " ".join(f"{k}={v}" for k, v in settings.items())
+
+
+def collect(
+    listed: Iterable[Call], archs: Sequence[int], dtypes: Sequence[str], every: bool = False
+) -> tuple[list[Job], list[str]]:
+    """Every different kernel that the calls launch, in every configuration, and what went wrong in asking for them.
+
+    Args:
+        listed: the calls.
+        archs, dtypes: for and in which.
+        every: in all dtypes; else those after the first have each configuration of a kernel once, not for each shape.
+    """
+    jobs, wrong, seen = [], [], set()
+    listed = list(listed)
+    served = {spec.name for spec in REGISTRY.values() if spec.gpu is not None}
+    for op in sorted(served - {c.op for c in listed}):
+        wrong.append(f"{op} has kernels and no call in bench/kernels/shapes.py")
+    for arch in archs:
+        for dtype in dtypes:
+            whole = every or dtype == dtypes[0]
+            for call in (c for c in listed if c.op in served):
+                try:
+                    with on_paper(arch) as launches:
+                        call.launch(DTYPES[dtype])
+                    jobs += [job for one in launches for job in _jobs(one, arch, dtype, call, seen, whole)]
+                except Exception as error:
+                    wrong.append(f"{call.op}, {call.name}, sm_{arch}, {dtype}: {type(error).__name__}: {error}")
+    return jobs, wrong
+
+
+def _jobs(launch, arch, dtype, call, seen, whole):
+    for config in launch.configs():
+        job = Job(label(launch.kernel), arch, dtype, f"{call.op}, {call.name}", launch, config)
+        key = (arch, launch.source(config).hash() if whole else (job.kernel, dtype), str(config))
+        if key not in seen:
+            seen.add(key)
+            yield job
+
+
+def one_each(jobs: Iterable[Job], configurations: bool = False) -> list[Job]:
+    """The first job of each kernel and architecture, or of each of their configurations."""
+    first: dict[tuple, Job] = {}
+    for job in jobs:
+        first.setdefault((job.kernel, job.arch, str(job.config) if configurations else None), job)
+    return list(first.values())
+
+
+_jobs_of_workers: list[Job] = []
+
+
+def compile_all(jobs: Sequence[Job], processes: int) -> list[dict[str, Any]]:
+    """What was found of each job, sorted."""
+    if processes > 1:
+        # Launches hold functions that cannot be sent; a forked process has them already.
+        _jobs_of_workers[:] = jobs
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            rows = list(pool.imap_unordered(_run_job, range(len(jobs))))
+    else:
+        rows = [job.run() for job in jobs]
+    return sorted(rows, key=row_key)
+
+
+def _run_job(i):
+    return _jobs_of_workers[i].run()
+
+
+def row_key(row: dict[str, Any]) -> tuple:
+    """By which rows are sorted and found again."""
+    return tuple(row[name] for name in ("kernel", "arch", "dtype", "call", "config"))
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows, one a line, and the compiler's version."""
+    import triton
+
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """The worst of each kernel and architecture."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bench.kernels.tables import HEADINGS, kernel_cells
+
+    table = Table(title="Kernels by architecture: the worst of all configurations")
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True)
+    for cells in kernel_cells([row for row in rows if "error" not in row]):
+        table.add_row(*cells)
+    Console(width=140).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; gives its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.check", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one configuration of each kernel and architecture")
+    parser.add_argument("--once", action="store_true", help="each configuration once, in bf16 and at one shape")
+    parser.add_argument("--every", action="store_true", help="in fp16, too, each configuration for each shape")
+    parser.add_argument("--compare", type=Path, help="results that none may be worse than, instead of writing new ones")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where a whole run is written")
+    parser.add_argument("--only", default="", help="part of a kernel's name; nothing is written")
+    parser.add_argument(
+        "--archs", type=int, nargs="+", default=ARCHITECTURES, help="others than the usual ones; nothing is written"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    options = parser.parse_args(arguments)
+    if INTERPRETED:
+        print("Triton interprets kernels here instead of compiling them: unset TRITON_INTERPRET.", file=sys.stderr)
+        return 2
+    part = options.quick or options.once
+    jobs, wrong = collect(calls(), options.archs, ["bf16"] if part else list(DTYPES), options.every)
+    jobs = [job for job in jobs if options.only in job.kernel]
+    if part:
+        jobs = one_each(jobs, configurations=options.once)
+    rows = compile_all(jobs, options.jobs)
+    print_table(rows)
+    wrong += [sentence for row in rows for sentence in complaints(row)]
+    if options.compare:
+        wrong += worse(rows, json.loads(options.compare.read_text()))
+    elif not part and not options.only and options.archs == ARCHITECTURES and not wrong:
+        write(options.output, rows)
+        print(f"{len(rows)} kernels compiled; wrote {options.output.name}. `make readme` puts it into docs/kernels.md.")
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

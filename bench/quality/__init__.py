@@ -1,0 +1,1 @@
+"""Accuracy of slots against the baseline."""

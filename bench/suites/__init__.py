@@ -1,0 +1,1 @@
+"""The benchmark suites that pytest runs."""

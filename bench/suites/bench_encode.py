@@ -1,0 +1,79 @@
+"""Compressing documents: icae_fast, the reference's way, merged weights, and bare GEMMs; and how time grows.
+
+`make bench-encode` runs this and its neighbours `bench_encode_*.py`, whose rows stand in one file; see
+`bench.harness.targets` for what they are held against.
+"""
+
+import torch
+
+from bench.harness import encoders
+from bench.harness.compare import OURS
+from bench.harness.growth import Growth
+from bench.harness.models import documents_for, encode_without_lora, in_adapter_mode, models_for
+from icae_fast import backend_of
+
+OPS = ("lora_qkv_rope", "varlen_attention")
+# A round of all providers takes five seconds a document, and one of growth a minute.
+DOCUMENTS_IN_ALL_ROUNDS, LEAST_ROUNDS, GROWTH_ROUNDS = 16, 3, 2
+
+
+def test_compress(compare, encode_case):
+    case = encode_case
+    models, documents = models_for(case), documents_for(case)
+    # Made here: their weights are no peak.
+    icae, baseline, merged, compiled, frozen = (
+        models.icae, models.baseline, models.merged, models.compiled, models.frozen
+    )  # fmt: skip
+    spans = torch.cat(documents).split(case.span_lengths)
+    gemms = models.gemms(spans)
+    for encoder in (compiled, frozen):
+        encoder.compress(spans)  # compiles
+
+    def ours():
+        return icae.compress(documents)
+
+    compare(
+        {
+            encoders.BASELINE: lambda: torch.cat([baseline.compress(d) for d in documents]),
+            encoders.MERGED: lambda: merged.compress(spans),
+            encoders.COMPILED: lambda: compiled.compress(spans),
+            encoders.FROZEN: lambda: frozen.compress(spans),
+            encoders.GEMMS: gemms,
+            encoders.WITHOUT_LORA: lambda: encode_without_lora(icae, spans),
+            encoders.OURS_FUSED: in_adapter_mode(icae, "fused", ours),
+            encoders.OURS_MERGED: in_adapter_mode(icae, "merged", ours),
+            OURS: ours,
+        },
+        encoders.encoder_check(case),
+        encoders.encoder_work(case),
+        OPS,
+        encoders.lesser_work(case),
+        max(LEAST_ROUNDS, DOCUMENTS_IN_ALL_ROUNDS // case.documents),
+        encoders.encoder_facts(case),
+        case=case.name,
+    )
+
+
+def test_growth(compare, growing):
+    cases = {str(case.documents): case for case in growing}
+    largest = growing[-1]
+    icae, documents = models_for(largest).icae, documents_for(largest)
+    slots = {}
+
+    def check(results):
+        slots.update({name: sum(m.slots.nbytes for m in memories) for name, memories in results.items()})
+        encoders.assert_same_beginnings(results, largest.torch_dtype)
+
+    icae.compress(documents[:1])  # packs the weights: that is no peak
+    seconds, peaks = compare.measure(
+        {name: lambda n=case.documents: icae.compress(documents[:n]) for name, case in cases.items()},
+        check,
+        str(largest.documents),
+        GROWTH_ROUNDS,
+    )
+    by_spans = [{case.documents: values[name] for name, case in cases.items()} for values in (seconds, peaks, slots)]
+    compare.report(
+        Growth(
+            compare.benchmark.name, {"case": largest.name}, *by_spans, {op: backend_of(op, icae.device) for op in OPS}
+        )
+    )

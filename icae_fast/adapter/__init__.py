@@ -1,0 +1,1 @@
+"""The LoRA adapter, applied on the fly or merged into second weights."""

@@ -1,0 +1,41 @@
+"""The LoRA of a layer as the backbone takes it: packed factors, or merged weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PackedLoRA:
+    """One layer's LoRA in the form that `lora_qkv_rope` takes.
+
+    Args:
+        a: (2 r, d) A_q above A_v, b: (Hq D + Hkv D, r) B_q above B_v, both in the compute dtype.
+        scale: alpha / r.
+        dropout_p: dropout probability, 0 outside training.
+        dropout_seed: () int64 or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    dropout_p: float
+    dropout_seed: torch.Tensor | None
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, float, float, torch.Tensor | None]:
+        """a, b, scale, dropout_p, dropout_seed."""
+        return self.a, self.b, self.scale, self.dropout_p, self.dropout_seed
+
+
+@dataclass(frozen=True)
+class MergedQKV:
+    """One layer with its LoRA merged: what `lora_qkv_rope` takes in place of the base weights, and then without LoRA.
+
+    Args:
+        weight: ((Hq + 2 Hkv) D, d), W_q' above W_k above W_v', in the compute dtype.
+    """
+
+    weight: torch.Tensor

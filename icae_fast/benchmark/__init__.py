@@ -1,0 +1,1 @@
+"""The baseline, the measuring tools and `icae-fast bench`."""

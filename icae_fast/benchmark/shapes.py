@@ -1,0 +1,49 @@
+"""Sizes of a base model, and how much a token step of it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a LLaMA-like base model.
+
+    Args:
+        name: as it stands in results.
+        hidden_size, layers, q_heads, kv_heads, head_dim, mlp, vocabulary: its sizes.
+        embedded: the real SmolLM2 that comes without a hub; others get random weights.
+    """
+
+    name: str
+    hidden_size: int
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+    embedded: bool = False
+
+    @classmethod
+    def of(cls, model) -> ModelShape:
+        """The shape of a Hugging Face causal language model."""
+        c = model.config
+        head_dim = model.model.layers[0].self_attn.head_dim
+        return cls(
+            c._name_or_path or c.model_type, c.hidden_size, c.num_hidden_layers, c.num_attention_heads,
+            c.num_key_value_heads, head_dim, c.intermediate_size, c.vocab_size,
+        )  # fmt: skip
+
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices."""
+        attention = self.hidden_size * self.head_dim * (2 * self.q_heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden_size * self.mlp
+
+    def decode_weights(self) -> int:
+        """Elements of all matrices that a decoding step reads: the layers and the head."""
+        return self.layers * self.layer_weights() + self.hidden_size * self.vocabulary
+
+    def kv_elements(self) -> int:
+        """Elements of one token's keys and values in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim

@@ -1,0 +1,49 @@
+"""`icae-fast pretrain` and `icae-fast finetune`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from icae_fast.errors import ConfigError
+
+Config = Annotated[Path, typer.Argument(help="A YAML file; or the name of an installed config (see training/configs).")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value over the file; may be given often.")]
+
+
+def pretrain_command(config: Config, set_: Set = None) -> None:
+    """Train an adapter to restore and continue texts, as a YAML file says; goes on from its last checkpoint."""
+    _run("pretrain", config, set_ or [])
+
+
+def finetune_command(config: Config, set_: Set = None) -> None:
+    """Train an adapter to answer prompts about contexts, as a YAML file says; goes on from its last checkpoint."""
+    _run("finetune", config, set_ or [])
+
+
+def installed_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+
+
+def _run(kind: str, config: Path, overrides: list[str]) -> None:
+    try:
+        from icae_fast.training import finetune as finetuning
+        from icae_fast.training import pretrain as pretraining
+        from icae_fast.training.loop.settings import load_settings
+    except ImportError as error:
+        raise ConfigError(f"training needs more packages ({error}); pip install 'icae-fast[train]'") from error
+    path = config if config.exists() else installed_configs().get(str(config), config)
+    if not path.exists():
+        raise ConfigError(f"there is no file {config}, and no such config among {', '.join(installed_configs())}")
+    settings = load_settings(path, overrides)
+    adapter = (pretraining if kind == "pretrain" else finetuning).run(settings)
+    if os.environ.get("RANK", "0") == "0":
+        model = "" if settings.model.name == "smollm2-135m-instruct" else f" --model {settings.model.name}"
+        typer.echo(
+            f"The adapter is in {adapter}. Try it: icae-fast compress TEXT.txt --adapter {adapter}{model} && "
+            f"icae-fast restore TEXT.txt.icae --adapter {adapter}{model}"
+        )

@@ -1,0 +1,1 @@
+"""What every higher room builds on: inputs, spans, the encoder and memories."""

@@ -1,0 +1,1 @@
+"""Decoding: rows, token steps, sampling, detokenising, prompts and answers."""

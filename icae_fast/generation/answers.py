@@ -1,0 +1,207 @@
+"""The rows of one call, decoded together until each has come to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from icae_fast.core.inputs import is_int
+from icae_fast.core.memory import Memory
+from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
+from icae_fast.generation.decoding import DecodeSession
+from icae_fast.generation.detokenize import StoppableText, hidden_tokens
+from icae_fast.generation.sampling import GenerationOptions, TokenChooser
+from icae_fast.kv.slots import memory_pieces
+
+if TYPE_CHECKING:
+    from icae_fast.model.icae import ICAE
+
+FinishReason = Literal["eos", "stop", "length"]
+
+# Coming back to Python takes 0.2 to 0.5 ms, where a token of SmolLM2 takes 6 to 9. Until then no interrupt is seen, and
+# no token of a stream, which looks smooth at 30 steps a second or more.
+STEPS_AHEAD = 8
+SECONDS_AHEAD, SECONDS_AHEAD_OF_A_STREAM = 1 / 10, 1 / 30
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written for one prompt.
+
+    Args:
+        ids: the new token ids, the end-of-sequence token last if it came to one.
+        text: their text without special tokens, cut before a stop string; None without a tokenizer.
+        finish_reason: "eos" for an end-of-sequence token, "stop" for a stop string or stopping criterion, "length"
+            for `max_new_tokens`.
+    """
+
+    ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+
+
+@dataclass(eq=False)
+class Row:
+    """An answer in the making: the decoder reads `prefix, slots of the memory, suffix`."""
+
+    index: int
+    memory: Memory
+    prefix: list[int]
+    suffix: list[int]
+    prompt: list[int]  # what of the suffix is the user's
+    limit: int  # most new tokens
+    ids: list[int] = field(default_factory=list)
+    text: StoppableText | None = None  # where text is wanted while it comes
+    reason: FinishReason | None = None
+
+    def push(self, token: int, is_eos: bool, stopped: bool) -> str:
+        """Add a token and see whether it is the last; gives the text that is now certain."""
+        self.ids.append(token)
+        piece = self.text.push(token) if self.text and not is_eos else ""
+        if is_eos:
+            self.reason = "eos"
+        elif stopped or (self.text and self.text.stopped):
+            self.reason = "stop"
+        elif len(self.ids) == self.limit:
+            self.reason = "length"
+        return piece + self.text.finish() if self.text and self.reason else piece
+
+    def answer(self, tokenizer: Any) -> Answer:
+        """What has come of it."""
+        if self.text is not None:
+            text = self.text.text
+        elif tokenizer is not None:
+            shown = self.ids[:-1] if self.reason == "eos" else self.ids
+            text = tokenizer.decode(shown, skip_special_tokens=True)
+        else:
+            text = None
+        return Answer(self.ids, text, self.reason)
+
+
+class AnswerBatch:
+    """The rows of one call and all that decides about them; made and checked before anything is computed."""
+
+    def __init__(
+        self, icae: ICAE, rows: list[Row], min_new_tokens: int, options: GenerationOptions, streamer: Any = None,
+        incremental: bool = False,
+    ) -> None:  # fmt: skip
+        self.icae, self.rows, self.streamer = icae, rows, streamer
+        self.eos = options.eos_ids(icae.eos_token_ids, icae.vocabulary.n_base)
+        self._check(min_new_tokens, options.stop_strings)
+        self.chooser = TokenChooser(
+            options, [r.prompt for r in rows], max(r.limit for r in rows), min_new_tokens, self.eos,
+            icae.vocabulary.pad, icae.device,
+        )  # fmt: skip
+        self._stop_strings = bool(options.stop_strings)
+        # How long a call may compute; none has told yet how long a step takes.
+        self._seconds = SECONDS_AHEAD if streamer is None and not incremental else SECONDS_AHEAD_OF_A_STREAM
+        self._seconds_a_step = self._seconds
+        if options.stop_strings or incremental:
+            for row in rows:
+                row.text = StoppableText(icae.tokenizer, options.stop_strings)
+
+    def _check(self, least: int, stop_strings: Sequence[str]) -> None:
+        icae, rows = self.icae, self.rows
+        for most in {r.limit for r in rows}:
+            if not (is_int(least) and is_int(most) and 0 <= least <= most):
+                raise InvalidInputError(
+                    f"min_new_tokens={least} and max_new_tokens={most}: give 0 <= min <= max, whole numbers"
+                )
+        if self.streamer is not None and len(rows) > 1:
+            raise InvalidInputError(f"a streamer shows one row and there are {len(rows)} prompts; pass one prompt")
+        read = {r.index: len(r.prefix) + r.memory.n_slots + len(r.suffix) for r in rows}
+        longest = max(rows, key=lambda r: read[r.index] + r.limit)
+        if read[longest.index] + longest.limit > icae.max_positions:
+            raise ContextTooLongError(
+                f"slots and prompt take {read[longest.index]} positions and max_new_tokens={longest.limit} more, but "
+                f"the base model has {icae.max_positions}; ask for fewer tokens, or set icae.max_positions higher if "
+                "it extrapolates"
+            )
+        if stop_strings and icae.tokenizer is None:
+            raise TokenizerMismatchError("stop_strings are text, but there is no tokenizer; pass tokenizer=")
+        hidden = sorted(hidden_tokens(icae.tokenizer)) if stop_strings else ()
+        for text in stop_strings:
+            if special := next((t for t in hidden if t in text), None):
+                raise InvalidInputError(
+                    f"the stop string {text!r} holds the special token {special!r}, which text does not show; give its "
+                    "id as eos_token_id"
+                )
+
+    def finish(self) -> list[Answer]:
+        """Decode to the end."""
+        for _ in self.run():
+            pass
+        return [row.answer(self.icae.tokenizer) for row in self.rows]
+
+    @torch.no_grad()
+    def run(self) -> Iterator[tuple[Row, str]]:
+        """Decode to the end: yields each active row after each of its tokens, with the text that this makes certain.
+
+        A row whose `reason` is set has ended and is not seen again.
+        """
+        if self.streamer is not None and getattr(self.streamer, "skip_prompt", False):
+            self.streamer.put(torch.tensor([self.rows[0].prompt]))
+        if any(row.limit for row in self.rows):  # one alone never has a limit of 0
+            yield from self._decode(self.rows)
+        else:
+            for row in self.rows:
+                row.reason = "length"
+                yield row, ""
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def _decode(self, active: list[Row]) -> Iterator[tuple[Row, str]]:
+        icae, chooser = self.icae, self.chooser
+        session = _session(icae, active)
+        logits = session.start()
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteError(icae.describe_non_finite("the logits"))
+        n_choices, chosen = logits.shape[-1], chooser.choose(logits)[None]
+        while True:
+            for ids in chosen.tolist():  # the only host synchronisation of a step
+                if max(ids) >= n_choices:
+                    raise NonFiniteError("processors left a row's scores with NaN or with nothing to choose from")
+                if self.streamer is not None:
+                    self.streamer.put(torch.tensor(ids))
+                for row, token, stopped in zip(active, ids, chooser.stopped(), strict=True):
+                    yield row, row.push(token, token in self.eos, stopped)
+            going = [i for i, row in enumerate(active) if row.reason is None]
+            if not going:
+                return
+            tokens = chosen[-1]
+            if len(going) < len(active):
+                active = [active[i] for i in going]
+                session.keep(going)
+                chooser.keep(going)
+                tokens = tokens[torch.tensor(going, device=tokens.device)]
+            chosen = self._next(session, active, tokens)
+
+    def _next(self, session: DecodeSession, active: list[Row], tokens: torch.Tensor) -> torch.Tensor:
+        """(n, rows) tokens of the next steps: of several where nothing but the ids of `eos` has a say after each."""
+        chooser = self.chooser
+        if not (session.runs_ahead and chooser.takes_the_largest):
+            return chooser.choose(session.step(tokens))[None]
+        ahead = 1 if self._stop_strings else max(1, min(STEPS_AHEAD, int(self._seconds / self._seconds_a_step)))
+        start = time.perf_counter()
+        chosen = session.greedy(
+            tokens, min(ahead, *(r.limit - len(r.ids) for r in active)), self.eos, chooser.steps_before_eos
+        )
+        self._seconds_a_step = (time.perf_counter() - start) / len(chosen)
+        chooser.skip(len(chosen))
+        return chosen
+
+
+def _session(icae: ICAE, rows: Sequence[Row]) -> DecodeSession:
+    """Rows behind what the decoder has read of their memories, which is computed where it is not kept."""
+    pieces: dict[tuple[int, tuple[int, ...]], list[torch.Tensor]] = {}
+    keys = [(id(row.memory), tuple(row.prefix)) for row in rows]
+    for key, row in zip(keys, rows, strict=True):
+        if key not in pieces:
+            pieces[key] = memory_pieces(icae, row.memory, row.prefix)
+    paths = dict(zip(pieces, icae.slot_kv.paths(list(pieces.values())), strict=True))
+    suffixes = [icae.tokens_to_embeddings(torch.tensor(row.suffix, dtype=torch.int64)) for row in rows]
+    return DecodeSession(icae, [paths[key] for key in keys], suffixes, max(row.limit for row in rows))

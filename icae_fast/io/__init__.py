@@ -1,0 +1,1 @@
+"""Files, checkpoints, model hubs and the bundled model."""

@@ -1,0 +1,1 @@
+"""`ICAE`, the drop-in module."""

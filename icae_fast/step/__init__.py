@@ -1,0 +1,1 @@
+"""The training step: losses, head loss, layer tape and activation budget."""

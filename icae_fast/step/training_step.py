@@ -1,0 +1,233 @@
+"""The two passes of a training step under an activation budget: encoding spans, and reading their slots."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from icae_fast.backbone.rows import PackedRows, micro_batches, span_tokens_on
+from icae_fast.backbone.sharding import least_of_all
+from icae_fast.core.encoder import embed_spans, memory_tokens_of, scale_slots, slot_norm
+from icae_fast.core.spans import cut_contexts, slots_per_span
+from icae_fast.errors import UnsupportedModelError
+from icae_fast.ops._precision import compute_dtype
+from icae_fast.step.budget import ActivationBudget, plan
+from icae_fast.step.tape import Level, backward_stack, forward_stack
+
+if TYPE_CHECKING:
+    from icae_fast.model.icae import ICAE
+
+
+class TrainingStep:
+    """Encodes contexts and runs the frozen decoder, keeping what the budget allows.
+
+    Each pass is one node of autograd's graph, so that hooks on parameters (DDP) fire once and gradient accumulation
+    works as ever. A base model with modules that are not what the ops compute goes through
+    `torch.utils.checkpoint` instead, micro-batch by micro-batch and the decoder as a whole.
+
+    Where the base model is sharded, all processes make a step together, and gather its layers for as many passes as the
+    one with the most micro-batches of spans; the others stand by.
+
+    Args:
+        icae: the model.
+        contexts: (L_i,) ids.
+        decoder_tokens: packed tokens that `decode` will read.
+        budget: what may be kept.
+        memory_size: slots a span, see `ICAE.encode`.
+
+    Raises:
+        UnsupportedModelError: the base model is sharded and has modules that are not what the ops compute.
+    """
+
+    def __init__(
+        self,
+        icae: ICAE,
+        contexts: Sequence[torch.Tensor],
+        decoder_tokens: int,
+        budget: ActivationBudget,
+        memory_size: int | None = None,
+    ) -> None:
+        k = slots_per_span(icae.config, memory_size)
+        self.icae, self.budget, self.memory_size = icae, budget, k
+        spans, span_counts = cut_contexts(contexts, icae.config)
+        sizes = [len(s) + k for s in spans]
+        ranges = list(micro_batches(sizes, span_tokens_on(icae.device, budget.span_tokens)))
+        self.batches = [[spans[i] for i in r] for r in ranges]
+        self.slot_counts = [n * k for n in span_counts]
+        self.plain = icae.backbone.is_plain_stack(icae.base_model.get_input_embeddings().weight)
+        sharded = icae.backbone.is_sharded
+        # Autograd would keep gathered weights, which the tape does not.
+        self.keep_all = not torch.is_grad_enabled() or (budget.bytes is None and not sharded)
+        self.plan = None
+        if self.plain and not self.keep_all:
+            tokens = [sum(sizes[i] for i in r) for r in ranges]
+            self.plan = plan(budget, icae.backbone, icae.dtype.itemsize, decoder_tokens, tokens)
+        elif sharded and not self.keep_all:
+            raise UnsupportedModelError(
+                "the base model is sharded by FSDP2, and some of its layers are not what the kernels compute (another "
+                "activation, quantised, hooked or unfrozen modules), so that they could not be trained through; launch "
+                "without FSDP"
+            )
+        self.passes, self.first_again = self._agree() if sharded else (len(self.batches), len(self.batches))
+
+    def _agree(self) -> tuple[int, int]:
+        """How many micro-batches of spans the process with the most has, and which is the first that runs again.
+
+        The second counts in the order of the backward, and is the least of the processes that run any again.
+        """
+        n, n_kept = len(self.batches), sum(_keeps(levels) for levels in self.plan.spans) if self.plan else 0
+        least = least_of_all([-n, n_kept if n_kept < n else sys.maxsize], self.icae.device)
+        return -least[0], least[1]
+
+    def encode(self) -> list[torch.Tensor]:
+        """Slots of each context, (n_spans_i * k, d)."""
+        icae = self.icae
+        lora = icae.adapter.pack(icae.dtype)
+        norm = slot_norm(icae)
+        if self.plan:
+            memory_tokens, factors = (
+                memory_tokens_of(icae, self.memory_size),
+                (*(p.a for p in lora), *(p.b for p in lora)),
+            )
+            slots = _Encode.apply(self, lora, norm, memory_tokens, icae.slot_gain, *factors)
+        else:
+            slots = torch.cat([self._encode_by_autograd(spans, lora, norm) for spans in self.batches])
+            self.stand_by_for_others()
+        return list(slots.split(self.slot_counts))
+
+    def stand_by_for_others(self) -> None:
+        """Take part in the forwards of other processes' micro-batches of spans, where this one has fewer."""
+        for _ in range(len(self.batches), self.passes):
+            self.icae.backbone.stand_by(1)
+
+    def _encode_by_autograd(self, spans, lora, norm):
+        icae = self.icae
+
+        def run(weight, gain):
+            x, rows = embed_spans(icae, spans, weight[: self.memory_size].to(icae.dtype))
+            return scale_slots(icae.backbone.forward(x, rows, lora), norm, gain)
+
+        return self._again(run, icae.memory_token_embed.weight, icae.slot_gain)
+
+    def decode(self, x: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        """Final-normed hidden states that the frozen decoder gives at `rows.out_rows`, (Tq, d).
+
+        Args:
+            x: (T, d) embeddings.
+            rows: their layout.
+        """
+        backbone = self.icae.backbone
+        if not self.plan:
+            return self._again(lambda x: backbone.forward(x, rows), x)
+        return backbone.final_norm(_Decode.apply(self, rows, x))
+
+    def _again(self, run, *tensors):
+        if self.keep_all:
+            return run(*tensors)
+        offload = torch.autograd.graph.save_on_cpu() if self.budget.offload else nullcontext()
+        with offload:
+            return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, step, rows, x):
+        out, ctx.tape = forward_stack(step.icae.backbone, x, rows, None, step.plan.decoder, offload=step.budget.offload)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        tape, ctx.tape = _used_up(ctx.tape), None
+        return None, None, backward_stack(tape, grad)[0]
+
+
+class _Encode(torch.autograd.Function):
+    """Slots of all micro-batches of spans; what the plan does not keep of one runs again in the backward."""
+
+    @staticmethod
+    def forward(ctx, step, lora, norm, memory_tokens, gain, *factors):
+        ctx.step, ctx.lora, ctx.norm = step, lora, norm
+        ctx.save_for_backward(memory_tokens, gain, *factors)
+        counts = [len(spans) * len(memory_tokens) for spans in step.batches]
+        # One block made beforehand: results kept one by one between activations hold the heap apart.
+        slots = memory_tokens.new_empty(sum(counts), memory_tokens.shape[1])
+        ctx.runs = []
+        for spans, levels, part in zip(step.batches, step.plan.spans, slots.split(counts), strict=True):
+            hidden, tape = _run_spans(step, spans, lora, memory_tokens, levels)
+            part.copy_(_finish(step, hidden, norm, gain))
+            ctx.runs.append((hidden, tape) if _keeps(levels) else None)
+        step.stand_by_for_others()
+        return slots
+
+    @staticmethod
+    def backward(ctx, grad):
+        step, runs = ctx.step, _used_up(ctx.runs)
+        ctx.runs = None
+        memory_tokens, gain, *factors = ctx.saved_tensors
+        everything = (Level.ALL,) * step.icae.backbone.n_layers
+        parts = grad.split([len(spans) * len(memory_tokens) for spans in step.batches])
+        sums = [None] * (2 + len(factors))
+        # Micro-batches that kept something come first, to be rid of it.
+        order = sorted(range(len(runs)), key=lambda i: runs[i] is None)
+        for n_done in range(step.passes):
+            i = order[n_done] if n_done < len(order) else None
+            if n_done >= step.first_again and (i is None or runs[i]):
+                step.icae.backbone.stand_by(1)
+            if i is None:
+                step.icae.backbone.stand_by(-1)
+                continue
+            hidden, tape = runs[i] or _run_spans(step, step.batches[i], ctx.lora, memory_tokens, everything)
+            runs[i] = None
+            dhidden, dgain = _finish_backward(step, hidden, ctx.norm, gain, parts[i])
+            rows = tape.rows.out_rows
+            dx, of_factors = backward_stack(tape, dhidden)
+            dmemory = dx[rows].unflatten(0, (-1, len(memory_tokens))).sum(0, dtype=compute_dtype(dx, upcast=True))
+            _add_up(sums, (dmemory, dgain, *of_factors))
+        grads = [
+            s.to(t) if s is not None and n else None
+            for s, t, n in zip(sums, (memory_tokens, gain, *factors), ctx.needs_input_grad[3:], strict=True)
+        ]
+        return None, None, None, *grads
+
+
+def _keeps(levels):
+    return levels[0] > Level.NOTHING
+
+
+def _run_spans(step, spans, lora, memory_tokens, levels):
+    x, rows = embed_spans(step.icae, spans, memory_tokens)
+    return forward_stack(step.icae.backbone, x, rows, lora, levels, offload=step.budget.offload)
+
+
+def _finish(step, hidden, norm, gain):
+    """The last layer's hidden states to slots."""
+    return scale_slots(step.icae.backbone.final_norm(hidden), norm, gain)
+
+
+def _finish_backward(step, hidden, norm, gain, grad):
+    inputs = [t.detach().requires_grad_() for t in (hidden, gain) if t is not None]
+    with torch.enable_grad():
+        slots = _finish(step, inputs[0], norm, None if gain is None else inputs[1])
+    found = torch.autograd.grad(slots, inputs, grad)
+    return found[0], None if gain is None else found[1]
+
+
+def _add_up(sums, values):
+    """Adds in fp32: 128 spans in bf16 would lose the last of them."""
+    for i, value in enumerate(values):
+        if value is not None:
+            sums[i] = value.to(compute_dtype(value, upcast=True)) if sums[i] is None else sums[i].add_(value)
+
+
+def _used_up(tape):
+    if tape is None:
+        raise RuntimeError(
+            "the graph of a training step serves one backward; run the forward again, or use an ActivationBudget with "
+            "bytes=None, for a second"
+        )
+    return tape

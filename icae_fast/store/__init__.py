@@ -1,0 +1,1 @@
+"""Stored memories: files, index, local and remote stores, provenance."""

@@ -1,0 +1,199 @@
+"""A memory store in a local folder: one immutable file for each entry, and an index that says which are valid."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from icae_fast.errors import CheckpointError, MemoryNotFoundError, StoreError
+from icae_fast.io.files import map_file, sync_folder, write_atomically
+from icae_fast.store.index import Index, create_index
+from icae_fast.store.memory_file import MemoryFile
+
+INDEX_FILE = "index.sqlite"
+SUFFIX = ".safetensors"
+_SUBFOLDERS = "[0-9a-f]" * 2
+
+log = logging.getLogger(__name__)
+
+
+class LocalFolder:
+    """Entries as bytes by key.
+
+    A put writes a file under a name that is used once, and when that lies on the disk points the index at it. So a
+    reader never meets half a file, no matter when a writer is killed, and two that put or delete the same key at
+    once cannot take each other's file away; files that no row points at are waste for `clean`.
+
+    Args:
+        root: the folder.
+        create: make a store there if there is none.
+
+    Raises:
+        StoreError: no store there, or it cannot be used.
+    """
+
+    def __init__(self, root: Path, create: bool) -> None:
+        self.root = root
+        path = root / INDEX_FILE
+        if not path.exists():
+            if not create:
+                raise StoreError(f"there is no memory store in {root}; check the path")
+            self._create(path)
+        self.index = Index(path)
+
+    def _create(self, path: Path) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with _locked(self.root):
+                if path.exists():
+                    return
+                if any(self.root.glob(f"{_SUBFOLDERS}/*{SUFFIX}")):
+                    raise StoreError(
+                        f"{self.root} has entries but no {INDEX_FILE}; make it again with MemoryStore.rebuild(path)"
+                    )
+                create_index(path)
+        except StoreError:
+            raise
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"cannot make a memory store in {self.root}: {error}; choose a local folder") from error
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def read(self, key: str) -> torch.Tensor:
+        """The mapped bytes of an entry, (size,) uint8.
+
+        Raises:
+            MemoryNotFoundError: there is none.
+            CheckpointError: its file is missing or cannot be opened.
+        """
+        tried = None
+        while True:
+            path = self._path(key)
+            try:
+                return map_file(path)
+            except FileNotFoundError as error:
+                if path == tried:
+                    raise CheckpointError(
+                        f"entry {key!r} of the store {self.root}: its file {path} is missing; "
+                        "delete the entry and compress its text again"
+                    ) from error
+                tried = path  # put anew or deleted since the index was asked
+            except OSError as error:
+                raise CheckpointError(
+                    f"entry {key!r} of the store {self.root} cannot be read: {error}; check the file's permissions"
+                ) from error
+
+    def _path(self, key: str) -> Path:
+        file = self.index.file_of(key)
+        if file is None:
+            raise MemoryNotFoundError(f"the store {self.root} has no entry {key!r}; see its keys()")
+        return self.root / file
+
+    def write(self, entries: Mapping[str, bytes | bytearray]) -> None:
+        """Put entries, all or none; on the disk when it returns.
+
+        Raises:
+            StoreError: the folder cannot be written or is full.
+        """
+        rows = {}
+        for key in entries:
+            name = hashlib.sha256(key.encode()).hexdigest()[:32]
+            rows[key] = f"{name[:2]}/{name}-{uuid.uuid4().hex[:16]}{SUFFIX}"
+        try:
+            folders = {self.root / file[:2] for file in rows.values()}
+            for folder in folders:
+                folder.mkdir(exist_ok=True)
+            write_atomically({self.root / rows[key]: data for key, data in entries.items()})
+            for folder in (*folders, self.root):  # another process may have made a subfolder and not have synced yet
+                sync_folder(folder)
+        except OSError as error:
+            raise StoreError(f"cannot write into the store {self.root}: {error}; free space or check it") from error
+        # From here on nothing is taken back: if this fails the index may have the rows, or else these files are waste.
+        self._discard(*self.index.put(rows))
+
+    def _discard(self, *files: str) -> None:
+        for file in files:
+            with contextlib.suppress(OSError):  # Windows keeps a mapped file; `clean` gets it later
+                (self.root / file).unlink(missing_ok=True)
+
+    def delete(self, key: str) -> bool:
+        """Remove an entry; was there one? Memories that are mapped stay as they are."""
+        file = self.index.remove(key)
+        if file is not None:
+            self._discard(file)
+        return file is not None
+
+    def __contains__(self, key: str) -> bool:
+        return self.index.file_of(key) is not None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def keys(self) -> Iterator[str]:
+        """All keys in order."""
+        return self.index.keys()
+
+    def clean(self, older_than: float) -> int:
+        """Delete files that no entry points at and that are older than so many seconds; gives how many."""
+        limit, count = time.time() - older_than, 0
+        for folder in sorted(self.root.glob(_SUBFOLDERS)):
+            # Listed before the index is asked: what is put in between then is in the index.
+            names = [(e.name, e.stat().st_mtime) for e in _entries(folder)]
+            known = self.index.files_in(folder.name)
+            unknown = [f"{folder.name}/{n}" for n, modified in names if modified < limit]
+            unknown = [file for file in unknown if file not in known]
+            self._discard(*unknown)
+            count += len(unknown)
+        return count
+
+    def close(self) -> None:
+        """Close the index."""
+        self.index.close()
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                entry.stat()
+                yield entry
+
+
+def _locked(root: Path) -> FileLock:
+    return FileLock(root / f"{INDEX_FILE}.lock")
+
+
+def rebuild(root: Path) -> list[str]:
+    """Make a folder's index anew from its files; see `MemoryStore.rebuild`."""
+    if not root.is_dir():
+        raise StoreError(f"there is no folder {root}; check the path")
+    rows: dict[str, tuple[float, str]] = {}
+    unreadable = []
+    try:
+        with _locked(root):
+            for path in sorted(root.glob(f"{_SUBFOLDERS}/*{SUFFIX}")):
+                file = f"{path.parent.name}/{path.name}"
+                try:
+                    header = MemoryFile.read(map_file(path), str(path)).header
+                    found = header["created"], file
+                    rows[header["key"]] = max(found, rows.get(header["key"], found))
+                except CheckpointError as error:
+                    log.warning("left out of the index: %s", error)
+                    unreadable.append(file)
+            for suffix in ("-wal", "-shm"):  # a log of the old database must not be applied to the new one
+                (root / (INDEX_FILE + suffix)).unlink(missing_ok=True)
+            create_index(root / INDEX_FILE, {key: file for key, (_, file) in rows.items()})
+    except (OSError, sqlite3.Error) as error:
+        raise StoreError(f"cannot make the index of {root} anew: {error}; check the folder") from error
+    return unreadable

@@ -1,0 +1,123 @@
+"""A memory store at an fsspec address: one object for each entry, named after its key, and no index."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote, unquote
+
+import torch
+
+from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundError, StoreError
+from icae_fast.store.local import SUFFIX
+
+_LONGEST_NAME = 800  # bytes; S3 allows 1024 for the whole address
+
+
+class RemoteFolder:
+    """Entries as bytes by key, with the methods of `LocalFolder`.
+
+    Object stores show an object whole or not at all, which is all that a put needs; so an entry is one object under
+    a name made of its key, and listing the folder lists the keys. SQLite could not live there: it needs locks and
+    writes within a file.
+
+    Args:
+        url: such as "s3://bucket/memories".
+        options: for the fsspec file system.
+
+    Raises:
+        StoreError: fsspec knows no such protocol, or lacks its package.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        import fsspec
+
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url, **options)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"{url} cannot be opened: {error}; check the address, or install that package") from error
+        self.url, self.root = url, root.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def _path(self, key: str) -> str:
+        name = quote(key, safe="") + SUFFIX
+        if len(name) > _LONGEST_NAME:
+            raise InvalidInputError(f"the key {key[:40]!r}... takes {len(name)} bytes in an address; use a shorter one")
+        return f"{self.root}/{name}"
+
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"the store {self.url} cannot be used: {error}; check address and access") from error
+
+    def read(self, key: str) -> torch.Tensor:
+        """The bytes of an entry, fetched whole, (size,) uint8.
+
+        Raises:
+            MemoryNotFoundError: there is none.
+            StoreError: it cannot be reached.
+        """
+        try:
+            with self._reaching():
+                data = bytearray(self.fs.cat_file(self._path(key)))
+        except FileNotFoundError as error:
+            raise MemoryNotFoundError(f"the store {self.url} has no entry {key!r}; see its keys()") from error
+        if not data:  # which torch does not take
+            raise CheckpointError(f"entry {key!r} of the store {self.url} is empty; delete it and compress again")
+        return torch.frombuffer(data, dtype=torch.uint8)
+
+    def write(self, entries: Mapping[str, bytes | bytearray]) -> None:
+        """Put entries one after another.
+
+        Raises:
+            StoreError: it cannot be reached or written; the entries before that stay.
+        """
+        paths = {key: self._path(key) for key in entries}
+        with self._reaching():
+            self.fs.makedirs(self.root, exist_ok=True)
+            for key, data in entries.items():
+                self.fs.pipe_file(paths[key], bytes(data))
+
+    def delete(self, key: str) -> bool:
+        """Remove an entry; was there one?"""
+        if key not in self:  # S3 does not tell
+            return False
+        try:
+            with self._reaching():
+                self.fs.rm_file(self._path(key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def __contains__(self, key: str) -> bool:
+        path = self._path(key)
+        with self._reaching():
+            self.fs.invalidate_cache(self.root)
+            return self.fs.exists(path)
+
+    def keys(self) -> Iterator[str]:
+        """All keys in order, by listing the folder."""
+        try:
+            with self._reaching():
+                self.fs.invalidate_cache(self.root)
+                names = [path.rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
+        except FileNotFoundError:  # nothing was put yet
+            names = []
+        return iter(sorted(unquote(n.removesuffix(SUFFIX)) for n in names if n.endswith(SUFFIX)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.keys())
+
+    def clean(self, older_than: float) -> int:
+        """Nothing to do: no put leaves anything behind."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing to do."""

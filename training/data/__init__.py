@@ -1,0 +1,1 @@
+"""Training data: sources, rows, packing and streams."""

@@ -1,0 +1,177 @@
+"""Where training rows come from: files, folders, globs, URLs, or data sets on the hub."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import datasets
+
+from icae_fast.errors import ConfigError, DataError
+from icae_fast.training.data.records import TEXT, Record, file_version, find_files, read_records
+from icae_fast.training.data.rows import MappedSource, RecordStream, StreamedSource, hub_records, stopped
+from icae_fast.training.data.tokenise import Tokenise, tokenise_once
+from icae_fast.training.methods.curriculum import check_keys
+
+_READ_ROWS = 256  # read at once from a data set
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where rows come from.
+
+    Args:
+        path: a file, a folder or a glob, local or a URL (see `icae_fast.training.data.records.find_files`); or a data
+        set on the hub.
+        config: the hub data set's configuration.
+        split: its split.
+        revision: its revision; give one, because a run that is resumed needs the same rows.
+        streaming: read and tokenise as training goes on, and keep nothing on the disk.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+
+    @classmethod
+    def make(cls, value: str | Mapping[str, Any] | SourceSpec) -> SourceSpec:
+        """A spec of a path alone, or of a mapping of fields.
+
+        Raises:
+            ConfigError: a field is missing, unknown or of the wrong type.
+        """
+        if isinstance(value, SourceSpec):
+            return value
+        values = {"path": value} if isinstance(value, str) else value
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a data source is {value!r}; give a path, or a mapping with the field path")
+        check_keys("a data source", values, [f.name for f in fields(cls)], ("path",))
+        for name, given in values.items():
+            kinds = (bool,) if name == "streaming" else (str,) if name in ("path", "split") else (str, type(None))
+            if not isinstance(given, kinds):
+                raise ConfigError(f"a data source's {name} is {given!r}; it must be {kinds[0].__name__}")
+        return cls(**values)
+
+
+def open_source(
+    specs: str | Mapping[str, Any] | SourceSpec | Sequence[str | Mapping[str, Any] | SourceSpec],
+    tokenizer: Any,
+    fields: tuple[str, ...] = TEXT,
+    *,
+    on_bad_row: str = "skip",
+    fragment_tokens: int | None = None,
+    cache_folder: str | None = None,
+    seed: int = 0,
+) -> MappedSource | StreamedSource:
+    """The rows of one or many files, folders, globs or data sets on the hub.
+
+    Args:
+        specs: what to read; all of them streaming, or none.
+        tokenizer: the base model's, a fast one.
+        fields: `icae_fast.training.data.records.TEXT` or `PWC`.
+        on_bad_row: "skip" gives them with their `problem`, for the stream to count and log; "stop" raises. Rows that
+            are not streamed are all looked at before this returns.
+        fragment_tokens: a document that is not streamed is visited in equal parts of at most so many tokens, each at
+            its own place in the epoch's order, so that neighbouring samples are not of one book; the longest window
+            of a run is a good choice. None for whole documents.
+        cache_folder: for tokenised rows; None for the default of `datasets`.
+        seed: of the orders.
+
+    Raises:
+        ConfigError: an option or a spec is wrong.
+        DataError: nothing is found, a file cannot be read, no row can be used, or a bad row and "stop".
+        TokenizerMismatchError: the tokenizer is missing or slow.
+        CacheError: the tokenised rows cannot be written.
+    """
+    if on_bad_row not in ("skip", "stop"):
+        raise ConfigError(f"on_bad_row is {on_bad_row!r}; it must be 'skip' or 'stop'")
+    if fragment_tokens is not None and fragment_tokens < 1:
+        raise ConfigError(f"fragment_tokens is {fragment_tokens}; it must be at least 1, or None")
+    alone = isinstance(specs, (str, Mapping, SourceSpec))
+    chosen = [SourceSpec.make(s) for s in ([specs] if alone else specs)]
+    if not chosen:
+        raise ConfigError("the list of data sources is empty; give at least one")
+    if len({spec.streaming for spec in chosen}) > 1:
+        raise ConfigError("some data sources are streamed and some not; set streaming for all of them or for none")
+    tokenise = Tokenise(tokenizer, fields)
+    if chosen[0].streaming:
+        return StreamedSource([_streamed(s, fields) for s in chosen], tokenise, on_bad_row == "stop", seed)
+    parts = [_tokenised(spec, tokenise, cache_folder) for spec in chosen]
+    source = MappedSource(datasets.concatenate_datasets(parts), fields, fragment_tokens, seed)
+    if source.bad_rows and on_bad_row == "stop":
+        origin, problem = source.bad_rows[0]
+        raise DataError(stopped(origin, problem) + f" ({len(source.bad_rows)} such rows in all)")
+    if not len(source):
+        causes = Counter(problem for _, problem in source.bad_rows)
+        listed = ", ".join(f"{n} times {cause}" for cause, n in causes.most_common())
+        raise DataError(f"{', '.join(spec.path for spec in chosen)} gives no row that can be used: {listed}")
+    return source
+
+
+def _tokenised(spec: SourceSpec, tokenise: Tokenise, cache_folder: str | None) -> datasets.Dataset:
+    """All rows of a spec, tokenised once."""
+    paths = _files(spec)
+    if paths is not None:
+        identity = [[path, file_version(path)] for path in paths]
+        return tokenise_once(spec.path, read_records(paths, tokenise.fields), identity, tokenise, cache_folder)
+    dataset = _load_hub(spec, tokenise.fields)
+    identity = [asdict(spec), dataset.cache_files]  # whose folders are named by config and revision
+
+    def records() -> Iterator[Record]:
+        for start in range(0, len(dataset), _READ_ROWS):
+            batch = dataset[start : start + _READ_ROWS]
+            yield from hub_records(batch, range(start, len(dataset)), tokenise.fields, _hub_name(spec))
+
+    return tokenise_once(_hub_name(spec), records(), identity, tokenise, cache_folder)
+
+
+def _streamed(spec: SourceSpec, fields: tuple[str, ...]) -> RecordStream:
+    """The records of a spec, to be read as they are asked for."""
+    paths = _files(spec)
+    if paths is None:
+        return RecordStream(_load_hub(spec, fields), fields, _hub_name(spec))
+    # A list makes shards, and so does not do for `fields`.
+    files = {"paths": paths, "fields": fields}
+    return RecordStream(datasets.IterableDataset.from_generator(read_records, gen_kwargs=files), fields)
+
+
+def _files(spec: SourceSpec) -> list[str] | None:
+    """The spec's files, None for a data set of the hub."""
+    paths = find_files(spec.path)
+    given = [n for n, v in (("config", spec.config), ("revision", spec.revision)) if v is not None]
+    if paths is not None and given:
+        raise ConfigError(f"{spec.path} is read from files, which have no {' and no '.join(given)}; leave it out")
+    return paths
+
+
+def _hub_name(spec: SourceSpec) -> str:
+    return f"{spec.path}[{spec.split}]"
+
+
+def _load_hub(spec: SourceSpec, fields: tuple[str, ...]) -> Any:
+    """A data set of the hub, with the columns of `fields` alone.
+
+    Raises:
+        DataError: it cannot be had, or lacks a column.
+    """
+    try:
+        dataset = datasets.load_dataset(
+            spec.path, spec.config, split=spec.split, revision=spec.revision, streaming=spec.streaming
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{spec.path} is no file or folder here, and could not be loaded as a data set of the hub: {error}"
+        ) from error
+    columns = dataset.column_names
+    if columns is None:  # a streamed one may not say
+        return dataset
+    if missing := [name for name in fields if name not in columns]:
+        raise DataError(
+            f"{_hub_name(spec)} has no column {', '.join(missing)}; it has {', '.join(columns)}, and rows need "
+            f"{', '.join(fields)}"
+        )
+    return dataset.select_columns(list(fields))

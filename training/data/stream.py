@@ -1,0 +1,304 @@
+"""The micro-batches of a training run, one after another, from any place in the middle.
+
+The samples of a window of some optimiser steps are drawn, sorted and packed together
+(`icae_fast.training.data.packing`); samples that
+do not fit begin the next window. All that happens is a function of the data, the settings, the seed and the window's
+place in the data, so that a place is enough to go on from, and every process finds its own part by itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from icae_fast.backbone.rows import micro_batches
+from icae_fast.errors import ConfigError, DataError
+from icae_fast.training.data import packing
+from icae_fast.training.data.rows import MappedSource, StreamedSource
+from icae_fast.training.data.samples import SKIPPED, Draw
+from icae_fast.training.data.tally import Tally
+from icae_fast.training.data.windows import Window, WindowMaker, draw_row
+from icae_fast.training.methods.curriculum import Curriculum, Stage
+from icae_fast.training.methods.objectives import Sample, with_memory_size, with_own_tokens, with_wrong_tokens
+
+STATE_VERSION = 1
+
+
+class MicroBatch(list[Sample]):
+    """Samples of one forward.
+
+    Attributes:
+        step: optimiser step that they belong to, from 0.
+        memory_size: slots a span, drawn from the stage's `memory_sizes`; None for the adapter's k.
+        state: of the stream behind them, for `BatchStream.load_state_dict`.
+    """
+
+    def __init__(self, samples: list[Sample], step: int, memory_size: int | None, state: dict[str, Any]) -> None:
+        super().__init__(samples)
+        self.step = step
+        self.memory_size = memory_size
+        self.state = state
+
+
+class BatchStream(IterableDataset):
+    """This process's micro-batches, in the order of the optimiser steps, without end.
+
+    Each optimiser step has about `tokens_per_step` tokens over all processes (`Sample.n_tokens`), in
+    `micro_batches_per_step` micro-batches for each process; which samples make a step does not depend on the number
+    of processes as long as their micro-batches are as many together. Every process draws all samples and puts
+    together its own.
+
+    Args:
+        source: rows; see `icae_fast.training.data.sources.open_source`.
+        draw: samples of a row; see `icae_fast.training.data.samples`.
+        curriculum: stages.
+        tokens_per_step: tokens of an optimiser step over all processes.
+        micro_batch_tokens: the most tokens of a micro-batch; a sample that has more goes alone.
+        rank: of this process; only 0 logs.
+        world_size: number of processes.
+        seed: of all draws.
+        window_steps: optimiser steps that are sorted and shuffled together. A window ends with its stage.
+
+    Attributes:
+        micro_batches_per_step: of this process.
+
+    Raises:
+        ConfigError: an option is out of range, the draw needs other rows, or a stage cannot be drawn.
+
+    Example:
+        ```python
+        source = open_source("books/*.jsonl", icae.tokenizer, fragment_tokens=512)
+        draw = PretrainingDraw(icae)
+        stream = BatchStream(source, draw, curriculum, tokens_per_step=65_536, micro_batch_tokens=8_192)
+        for batch in stream.loader(pack):
+            ...
+        ```
+    """
+
+    def __init__(
+        self,
+        source: MappedSource | StreamedSource,
+        draw: Draw,
+        curriculum: Curriculum,
+        *,
+        tokens_per_step: int,
+        micro_batch_tokens: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        window_steps: int = 16,
+    ) -> None:
+        super().__init__()
+        sizes = {"tokens_per_step": tokens_per_step, "micro_batch_tokens": micro_batch_tokens,
+                 "window_steps": window_steps, "world_size": world_size}  # fmt: skip
+        for name, value in sizes.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank is {rank}; it must be 0 to {world_size - 1}")
+        if source.fields != draw.fields:
+            raise ConfigError(f"the rows have {', '.join(source.fields)}, and samples need {', '.join(draw.fields)}")
+        for i, stage in enumerate(curriculum.stages):
+            try:
+                stage.check(draw.layout.config)
+                draw.check(stage)
+            except ConfigError as error:
+                raise ConfigError(f"stage {i}: {error}") from error
+        self.source, self.draw, self.curriculum = source, draw, curriculum
+        self.rank, self.world_size, self.seed, self.window_steps = rank, world_size, seed, window_steps
+        self.micro_batch_tokens = micro_batch_tokens
+        self.tokens_per_step = tokens_per_step
+        self._per_step = packing.count_micro_batches(tokens_per_step, micro_batch_tokens, world_size)
+        self.micro_batches_per_step = self._per_step // world_size
+        tally = Tally(quiet=rank > 0)
+        for origin, problem in source.bad_rows:
+            tally.add(f"{SKIPPED}: {problem}", origin)
+        begin = {"epoch": 0, "rows": None, "used": 0, "counts": dict(tally.counts)}
+        self._state = {"begin": {"step": 0, **begin}, "steps": 0, "micro_batches": 0, "counts": dict(tally.counts)}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows that were skipped or truncated so far, by cause; those of the current window are in it already."""
+        return dict(self._state["counts"])
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps whose micro-batches were all given."""
+        return self._state["begin"]["step"] + self._state["steps"]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which the current window begins, from 0."""
+        return self._state["begin"]["epoch"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last micro-batch given, in JSON values.
+
+        With `loader`, it is that behind the last batch that the loader gave.
+        """
+        return {
+            "version": STATE_VERSION, "settings": self._settings(), "world_size": self.world_size, **self._state,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a place; iterators that were made before are of no use any more.
+
+        At the end of a step the number of processes may be another one.
+
+        Raises:
+            ConfigError: the state was made with other settings, or by another version.
+        """
+        settings = self._settings() | {"version": STATE_VERSION}
+        before = state.get("settings", {}) | {"version": state.get("version")}
+        if changed := [name for name in settings if settings[name] != before.get(name)]:
+            listed = ", ".join(f"{name} was {before.get(name)} and is {settings[name]}" for name in changed)
+            raise ConfigError(f"the data cannot go on from where the checkpoint stands: {listed}")
+        if state["micro_batches"] and state["world_size"] != self.world_size:
+            raise ConfigError("the checkpoint stands within a step, and was written by another number of processes")
+        self._state = {name: state[name] for name in self._state}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed, "tokens_per_step": self.tokens_per_step, "window_steps": self.window_steps,
+            "micro_batch_tokens": self.micro_batch_tokens, "micro_batches_per_step": self._per_step,
+        }  # fmt: skip
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Micro-batches from the current place on.
+
+        Raises:
+            ConfigError: more than one worker of a `DataLoader` asks.
+            DataError: a row or file cannot be used, or no row of an epoch gives a sample.
+        """
+        worker = get_worker_info()
+        _check_workers(worker.num_workers if worker else 0)
+        maker = WindowMaker(
+            self.source, self.draw, self.curriculum, self._state["begin"], tokens_per_step=self.tokens_per_step,
+            micro_batches_per_step=self._per_step, micro_batch_tokens=self.micro_batch_tokens,
+            window_steps=self.window_steps, seed=self.seed, quiet=self.rank > 0,
+        )  # fmt: skip
+        while True:
+            window = maker.next_window()
+            for s in range(self._state["steps"], len(window.steps)):
+                yield from self._step(window, s, maker.tally)
+
+    def loader(
+        self, collate: Callable[[MicroBatch], Any] | None = None, num_workers: int = 0, **options: Any
+    ) -> StreamLoader:
+        """A `DataLoader` that gives `collate(micro_batch)` for each micro-batch, and keeps this stream's place.
+
+        Args:
+            collate: such as `icae_fast.training.methods.batch.pack`; it runs in the worker, if there is one. None
+            gives the samples.
+            num_workers: 1 draws and packs in a second process.
+            options: others of `DataLoader`.
+        """
+        return StreamLoader(self, collate, num_workers, **options)
+
+    def _step(self, window: Window, s: int, tally: Tally) -> Iterator[MicroBatch]:
+        """The rest of step s of a window."""
+        number = window.begin["step"] + s
+        costs = [draft.cost for draft in window.drafts]
+        mine = packing.share(window.steps[s], costs, self.rank, self.world_size)
+        for m in range(self._state["micro_batches"], len(mine)):
+            place, chosen = mine[m]
+            stage, rng = window.stage, random.Random(f"{self.seed}:{number}:{place}")
+            size = stage.draw_memory_size(rng)
+            samples = [window.drafts[i].build() for i in chosen]
+            if stage.wrong_tokens:
+                samples = [with_wrong_tokens(sample, stage.wrong_tokens, rng) for sample in samples]
+            if stage.own_tokens:
+                samples = [with_own_tokens(sample, stage.own_tokens, rng) for sample in samples]
+            if size is not None:
+                samples = [with_memory_size(self.draw.layout, sample, size) for sample in samples]
+            self._advance(window, s, m, len(mine), tally)
+            yield MicroBatch(samples, number, size, self.state_dict())
+
+    def _advance(self, window: Window, s: int, m: int, n: int, tally: Tally) -> None:
+        """Set the place behind micro-batch m of n of step s."""
+        step, micro = (s + 1, 0) if m + 1 == n else (s, m + 1)
+        begin = window.begin
+        if step == len(window.steps):
+            begin, step = window.end, 0
+        self._state = {"begin": begin, "steps": step, "micro_batches": micro, "counts": dict(tally.counts)}
+
+
+def _check_workers(n: int) -> None:
+    if n > 1:
+        raise ConfigError(
+            f"the data loader has {n} workers; the stream is for 0 or 1, or each sample would come {n} times"
+        )
+
+
+class StreamLoader(DataLoader):
+    """A `DataLoader` of a `BatchStream` whose place in this process follows the batches that were given.
+
+    Args:
+        stream: what to load.
+        collate: makes a batch of each micro-batch; None gives the micro-batch.
+        num_workers: 0 or 1. A worker reads ahead, in a copy of the stream.
+        options: others of `DataLoader`.
+
+    Raises:
+        ConfigError: num_workers is over 1.
+    """
+
+    def __init__(
+        self,
+        stream: BatchStream,
+        collate: Callable[[MicroBatch], Any] | None = None,
+        num_workers: int = 0,
+        **options: Any,
+    ) -> None:
+        _check_workers(num_workers)
+        super().__init__(stream, None, num_workers=num_workers, collate_fn=_WithState(collate), **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches from the stream's place on."""
+        for batch, state in super().__iter__():
+            if self.num_workers:
+                self.dataset.load_state_dict(state)
+            yield batch
+
+
+class _WithState:
+    """Collates a micro-batch, and sends its state along. A class, since a worker may be given it by pickling."""
+
+    def __init__(self, collate: Callable[[MicroBatch], Any] | None) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: MicroBatch) -> tuple[Any, dict[str, Any]]:
+        return samples if self.collate is None else self.collate(samples), samples.state
+
+
+def held_out(
+    source: MappedSource | StreamedSource, draw: Draw, stage: Stage, n_samples: int, micro_batch_tokens: int,
+    seed: int = 0,
+) -> list[list[Sample]]:  # fmt: skip
+    """The same samples each time, for evaluation: the first that the rows give, in micro-batches of like samples.
+
+    Args:
+        source, draw, micro_batch_tokens, seed: as for `BatchStream`.
+        stage: what samples look like; each has the adapter's k slots a span.
+        n_samples: the most; fewer where the rows give fewer.
+
+    Raises:
+        ConfigError: the stage cannot be drawn.
+        DataError: no row gives a sample.
+    """
+    draw.check(stage)
+    tally, drafts = Tally(), []
+    for origin, problem in source.bad_rows:
+        tally.add(f"{SKIPPED}: {problem}", origin)
+    for row in source.rows(0):
+        drafts += draw_row(draw, row, stage, seed, 0, tally)
+        if len(drafts) >= n_samples:
+            break
+    if not drafts:
+        raise DataError(f"no held-out row gives a sample: {dict(tally.counts)}")
+    drafts = sorted(drafts[:n_samples], key=lambda draft: draft.cost)
+    runs = micro_batches([draft.cost for draft in drafts], micro_batch_tokens)
+    return [[drafts[i].build() for i in run] for run in runs]

@@ -1,0 +1,1 @@
+"""Measurements of instruction following, and the judge."""

@@ -1,0 +1,199 @@
+"""Has all contestants answer the same prompts, greedily, in batches, from the cache where it can."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from icae_fast.errors import DataError
+from icae_fast.generation.answers import Answer
+from icae_fast.training.evaluation.instructions.contestants import (
+    Contestant,
+    TextLayout,
+    answers_to_text,
+    lay_out,
+    text_ids,
+)
+from icae_fast.training.evaluation.instructions.questions import Question
+from icae_fast.training.evaluation.subject import Subject
+from icae_fast.training.evaluation.workbench import Workbench
+
+SUMMARY_PROMPT = "Summarize the text above in a few sentences. Keep names, numbers and key facts."
+
+
+@dataclass(frozen=True)
+class Given:
+    """An answer.
+
+    Args:
+        text: without special tokens.
+        n_tokens: its tokens, the end-of-sequence token included.
+        ended: whether it came to its end within the limit.
+        n_read: slots, or tokens of text, that stood for the input.
+    """
+
+    text: str
+    n_tokens: int
+    ended: bool
+    n_read: int
+
+
+@dataclass
+class Answered:
+    """Questions with the answers of all contestants.
+
+    Attributes:
+        questions: those that all contestants could be asked.
+        answers: of each contestant, one for each question.
+        max_new_tokens: the limit of an answer.
+        left_out: questions that were not asked, by cause.
+        cut_summaries: summaries that did not end within their budget, of how many, by contestant.
+    """
+
+    questions: list[Question]
+    answers: dict[Contestant, list[Given]]
+    max_new_tokens: int
+    left_out: Counter[str] = field(default_factory=Counter)
+    cut_summaries: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """The protocol as JSON values."""
+        return {
+            "questions": len(self.questions),
+            "max_new_tokens": self.max_new_tokens,
+            "decoding": "greedy",
+            "left_out": dict(self.left_out),
+            "summary_prompt": SUMMARY_PROMPT,
+            "cut_summaries": {name: {"cut": cut, "of": n} for name, (cut, n) in self.cut_summaries.items()},
+            "subjects": [s.describe() for s in {id(c.subject): c.subject for c in self.answers}.values()],
+        }
+
+
+def answer_all(
+    contestants: Sequence[Contestant], questions: Sequence[Question], bench: Workbench, max_new_tokens: int = 128
+) -> Answered:
+    """Every contestant's greedy answer to every question.
+
+    A question that does not fit the positions of one of the base models is asked none, so that all figures are of the
+    same questions, and is counted.
+
+    Args:
+        contestants: see `contestants_of`.
+        questions: see `read_questions`.
+        bench: keeps answers and summaries.
+        max_new_tokens: the most tokens of an answer.
+
+    Raises:
+        DataError: no question fits.
+    """
+    left_out: Counter[str] = Counter()
+    asked = []
+    for question in questions:
+        causes = (_why_not(c, question, max_new_tokens) for c in contestants)
+        if cause := next(filter(None, causes), None):
+            left_out[cause] += 1
+        else:
+            asked.append(question)
+    if not asked:
+        causes = ", ".join(f"{n} times {cause}" for cause, n in left_out.most_common()) or "there is none"
+        raise DataError(f"no question can be asked: {causes}; give shorter texts, or leave that contestant out")
+    answered = Answered(asked, {}, max_new_tokens, left_out)
+    for contestant in contestants:
+        answer = _from_slots if contestant.reads == "slots" else _from_text
+        answered.answers[contestant] = answer(contestant, answered, bench)
+    return answered
+
+
+def _why_not(contestant: Contestant, question: Question, max_new_tokens: int) -> str | None:
+    """Why a question cannot be asked, None if it can."""
+    icae = contestant.subject.icae
+    n_text, budget = _sizes(contestant, question)
+    after = len(lay_out(icae, [], question.prompt)) + max_new_tokens
+    needed = {
+        "slots": budget + 1 + after,
+        "full": n_text + after,
+        "truncated": min(n_text, budget) + after,
+        "summary": max(n_text + len(lay_out(icae, [], SUMMARY_PROMPT)) + budget, budget + after),
+    }[contestant.reads]
+    return f"too long for {contestant.name}" if needed > icae.max_positions else None
+
+
+def _sizes(contestant: Contestant, question: Question) -> tuple[int, int]:
+    """Tokens of a question's text for the base model, and the subject's slots for it."""
+    icae = contestant.subject.icae
+    n_compressed = len(icae.tokenizer(question.input, verbose=False)["input_ids"])
+    return len(text_ids(icae, question.input)), contestant.subject.n_slots(n_compressed)
+
+
+def _from_slots(contestant: Contestant, answered: Answered, bench: Workbench) -> list[Given]:
+    subject, limit = contestant.subject, answered.max_new_tokens
+    icae = subject.icae
+    contexts = [icae.context_ids(q.input).tolist() for q in answered.questions]
+    pairs = [(context, q.prompt) for context, q in zip(contexts, answered.questions, strict=True)]
+
+    def run(batch: Sequence[tuple[list[int], str]]) -> list[Any]:
+        distinct = {tuple(context): None for context, _ in batch}
+        memories = dict(zip(distinct, icae.compress([list(c) for c in distinct]), strict=True))
+        found = icae.answer([memories[tuple(c)] for c, _ in batch], [p for _, p in batch], max_new_tokens=limit)
+        return [_to_json(a) for a in found]
+
+    keys = [subject.key(context, "answer", icae.prompt_ids(prompt), limit) for context, prompt in pairs]
+    costs = [subject.n_slots(len(context)) + limit for context in contexts]
+    values = bench.compute(f"{contestant.name}: answering", pairs, keys, costs, run)
+    return [_given(v, subject.n_slots(len(c))) for v, c in zip(values, contexts, strict=True)]
+
+
+def _from_text(contestant: Contestant, answered: Answered, bench: Workbench) -> list[Given]:
+    subject = contestant.subject
+    texts = _texts(contestant, answered, bench)
+    layouts = [lay_out(subject.icae, texts[q.input], q.prompt) for q in answered.questions]
+    limits = [answered.max_new_tokens] * len(layouts)
+    values = _written(subject, f"{contestant.name}: answering", layouts, limits, bench)
+    return [_given(v, len(texts[q.input])) for v, q in zip(values, answered.questions, strict=True)]
+
+
+def _texts(contestant: Contestant, answered: Answered, bench: Workbench) -> dict[str, list[int]]:
+    """Ids that a contestant reads in place of each input."""
+    icae = contestant.subject.icae
+    inputs = {q.input: q for q in answered.questions}
+    full = {text: text_ids(icae, text) for text in inputs}
+    if contestant.reads == "full":
+        return full
+    budgets = {text: _sizes(contestant, q)[1] for text, q in inputs.items()}
+    if contestant.reads == "truncated":
+        return {text: ids[: budgets[text]] for text, ids in full.items()}
+    layouts = [lay_out(icae, ids, SUMMARY_PROMPT) for ids in full.values()]
+    what = f"{contestant.name}: summarising"
+    values = _written(contestant.subject, what, layouts, [budgets[text] for text in full], bench)
+    ended = [_ended(v) for v in values]
+    answered.cut_summaries[contestant.name] = (ended.count(False), len(ended))
+    return {
+        text: v["ids"][:-1] if v["finish_reason"] == "eos" else v["ids"] for text, v in zip(full, values, strict=True)
+    }
+
+
+def _written(
+    subject: Subject, what: str, layouts: Sequence[TextLayout], limits: Sequence[int], bench: Workbench
+) -> list[Any]:
+    """What the base model writes for each layout, as `_to_json` gives it."""
+    items = list(zip(layouts, limits, strict=True))
+
+    def run(batch: Sequence[tuple[TextLayout, int]]) -> list[Any]:
+        return [_to_json(a) for a in answers_to_text(subject.icae, *zip(*batch, strict=True))]
+
+    keys = [subject.base_key("answer to text", asdict(layout), limit) for layout, limit in items]
+    return bench.compute(what, items, keys, [len(layout) + limit for layout, limit in items], run)
+
+
+def _to_json(answer: Answer) -> dict[str, Any]:
+    return asdict(answer)
+
+
+def _ended(value: dict[str, Any]) -> bool:
+    return value["finish_reason"] != "length"
+
+
+def _given(value: dict[str, Any], n_read: int) -> Given:
+    return Given(value["text"].strip(), len(value["ids"]), _ended(value), n_read)

@@ -1,0 +1,128 @@
+"""Restoration by content: normal text, patterned random text, random words.
+
+An encoder that copies would restore all of them alike; one that memorises by understanding restores what it knows.
+
+Source: Ge et al., arXiv 2307.06945, section 3.2, which shifts the token ids of normal text by a constant for text that
+has a pattern and no meaning.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from icae_fast.training.evaluation.differences import side_by_side
+from icae_fast.training.evaluation.measures import bleu_signature
+from icae_fast.training.evaluation.result import Plot, Result
+from icae_fast.training.evaluation.subject import Subject
+from icae_fast.training.evaluation.texts.passages import Excerpt
+from icae_fast.training.evaluation.texts.restoration import RESTORATION_COLUMNS, restoration_row
+from icae_fast.training.evaluation.workbench import Cases, Workbench
+
+MAX_TOKENS = 512  # the paper's passages
+SHIFT = 1  # the paper's constant
+EXAMPLES, EXAMPLE_WORDS = 2, 80  # of each content, and the most words of a text that are shown
+
+Content = Callable[[Subject, Sequence[Excerpt], int], list[Excerpt]]
+
+
+def normal_text(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> list[Excerpt]:
+    """The passages as they are."""
+    return list(excerpts)
+
+
+def patterned_random(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> list[Excerpt]:
+    """Each token is replaced by the one `SHIFT` places on in the vocabulary, special tokens left out."""
+    vocabulary = _ordinary_ids(subject)
+    places = {token: i for i, token in enumerate(vocabulary)}
+
+    def shifted(token: int) -> int:
+        return vocabulary[(places[token] + SHIFT) % len(vocabulary)] if token in places else token
+
+    return [replace(e, ids=[shifted(token) for token in e.ids]) for e in excerpts]
+
+
+def random_words(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> list[Excerpt]:
+    """Words drawn from those of all the passages, each as likely as it is frequent, and tokenised as text."""
+    tokenizer = subject.icae.tokenizer
+    words = [word for e in excerpts for word in tokenizer.decode(e.ids, skip_special_tokens=True).split()]
+    made = []
+    for i, e in enumerate(excerpts):
+        text = " ".join(random.Random(f"words {seed} {i}").choices(words, k=len(e.ids)))  # a word has a token at least
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        made.append(replace(e, ids=ids[: len(e.ids)], origin=f"random words {i}"))
+    return made
+
+
+def random_tokens(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> list[Excerpt]:
+    """Tokens drawn from the whole vocabulary alike, special ones left out."""
+    vocabulary = _ordinary_ids(subject)
+    made = []
+    for i, e in enumerate(excerpts):
+        rng = random.Random(f"tokens {seed} {i}")
+        made.append(replace(e, ids=rng.choices(vocabulary, k=len(e.ids)), origin=f"random tokens {i}"))
+    return made
+
+
+CONTENTS: dict[str, Content] = {
+    "normal text": normal_text,
+    "patterned random": patterned_random,
+    "random words": random_words,
+    "random tokens": random_tokens,
+}
+
+
+def restoration_by_content(
+    subjects: Sequence[Subject],
+    bench: Workbench,
+    n_tokens: int | None = None,
+    contents: Sequence[str] = tuple(CONTENTS),
+) -> Result:
+    """Restoration of passages of one length, by what stands in them.
+
+    Args:
+        subjects: measured side by side.
+        bench: gives the normal passages, which the others are made of.
+        n_tokens: length; by default the shortest full span of the adapters, and 512 at most.
+        contents: of `CONTENTS`.
+
+    Raises:
+        DataError: no text is as long.
+    """
+    n = n_tokens or min(MAX_TOKENS, *(s.span_tokens for s in subjects))
+    found, examples = Cases(), []
+    for subject in subjects:
+        with found.case(subject.name):
+            excerpts = bench.draw(subject, n)
+            for content in contents:
+                row, samples = restoration_row(subject, CONTENTS[content](subject, excerpts, bench.seed), bench)
+                found.add(row | {"content": content}, [{"content": content} | sample for sample in samples])
+                examples += [(f"{subject.name}, {content}", s["original"], s["restored"]) for s in samples[:EXAMPLES]]
+    found.check()
+    return Result(
+        "restoration_by_content",
+        "Restoration by content",
+        {"subject": "adapter and base model", "content": "what stands in the passages"} | RESTORATION_COLUMNS,
+        found.rows,
+        {"tokens": n, "shift": SHIFT, "bleu": bleu_signature(), "skipped": found.skipped},
+        [
+            "Patterned random text is normal text with each token id moved on by one.",
+            "Bars are medians, with quartiles where there are whiskers.",
+        ],
+        [
+            Plot("bar", "content", "bleu_median", "subject", "bleu_low", "bleu_high", y_label="BLEU", y_max=1),
+            Plot("bar", "content", "loss", "subject", y_label="cross-entropy, nats a token"),
+        ],
+        found.samples,
+        f"The first passages of each, with the words in bold that differ:\n\n{side_by_side(examples, EXAMPLE_WORDS)}",
+        ("subject", "content", "bleu_median", "prefix_median", "accuracy", "loss"),
+    )
+
+
+def _ordinary_ids(subject: Subject) -> list[int]:
+    """Ids of the tokenizer that are not special, rising."""
+    tokenizer = subject.icae.tokenizer
+    special = {*tokenizer.all_special_ids, *subject.icae.eos_token_ids}
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in range(len(tokenizer)) if i not in special]

@@ -1,0 +1,1 @@
+"""The training loop: settings, trainer, schedules, checkpoints and reports."""

@@ -1,0 +1,68 @@
+"""Learning rates of a curriculum whose stages have their own: each stage is scheduled by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments, get_scheduler
+
+from icae_fast.errors import ConfigError
+from icae_fast.training.methods.curriculum import Curriculum, Stage
+
+Factor = Callable[[int], float]
+
+
+def stage_schedule(
+    optimizer: torch.optim.Optimizer, arguments: TrainingArguments, curriculum: Curriculum, token_lr_factor: float
+) -> LambdaLR:
+    """A schedule that begins anew with each stage, at the stage's own rate.
+
+        rate(step) = stage's learning_rate * shape((step - stage's first) of the stage's steps)
+
+    The shape is transformers' `lr_scheduler_type` with its warm-up and keywords, over the steps of one stage. A second
+    group of parameters (tokens and gain) has the rate times `token_lr_factor`, a stage's own where it has one.
+
+    Args:
+        optimizer: of one group, or of two; the rates that they have now are those of the run.
+        arguments: give the kind of schedule.
+        curriculum: stages; one without a rate has the run's.
+        token_lr_factor: the run's.
+
+    Raises:
+        ConfigError: the kind of schedule depends on more than the step.
+    """
+    shapes = [_shape(arguments, stage.steps) for stage in curriculum.stages]
+    starts = [0, *accumulate(stage.steps for stage in curriculum.stages)]
+
+    def factor(own: Callable[[Stage], float]) -> Factor:
+        def at(step: int) -> float:
+            index, stage = curriculum.stage_at(step)
+            return own(stage) * shapes[index](step - starts[index])
+
+        return at
+
+    def rate(stage: Stage) -> float:
+        return (stage.learning_rate or arguments.learning_rate) / arguments.learning_rate
+
+    def token_rate(stage: Stage) -> float:
+        return rate(stage) * (stage.token_lr_factor or token_lr_factor) / token_lr_factor
+
+    return LambdaLR(optimizer, [factor(own) for own in (rate, token_rate)[: len(optimizer.param_groups)]])
+
+
+def _shape(arguments: TrainingArguments, steps: int) -> Factor:
+    """The factor of the learning rate over the steps of one stage, from transformers' own schedule."""
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    made = get_scheduler(
+        arguments.lr_scheduler_type, nothing, num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )  # fmt: skip
+    if not isinstance(made, LambdaLR):
+        raise ConfigError(
+            f"train.lr_scheduler_type {arguments.lr_scheduler_type.value!r} cannot begin anew with each stage; choose "
+            "another, or give no stage a learning_rate"
+        )
+    return made.lr_lambdas[0]

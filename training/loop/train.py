@@ -1,0 +1,179 @@
+"""From settings to a trained adapter: what pretraining and fine-tuning have in common."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.utils import set_seed
+from transformers import TrainerState, TrainingArguments
+
+from icae_fast import ICAE
+from icae_fast.errors import CheckpointError, ConfigError
+from icae_fast.io.hub import load_base_model
+from icae_fast.training.data.samples import Draw
+from icae_fast.training.data.sources import open_source
+from icae_fast.training.data.stream import BatchStream, held_out
+from icae_fast.training.loop.arguments import SOAP
+from icae_fast.training.loop.checkpoint_folder import STATE_FILE, find_checkpoint
+from icae_fast.training.loop.model import TrainingModel
+from icae_fast.training.loop.settings import SETTINGS_FILE, Settings, changed_keys
+from icae_fast.training.loop.sharding import take_over_launch
+from icae_fast.training.loop.trainer import ICAETrainer
+from icae_fast.training.methods.batch import pack
+from icae_fast.training.methods.curriculum import Curriculum
+from icae_fast.training.methods.objectives import Sample
+from icae_fast.training.methods.slot_code import SlotCode
+
+log = logging.getLogger(__name__)
+
+# Another value of these makes another adapter, or a base model that it does not fit.
+_FIXED = ("model.name", "model.revision", "model.adapter", "adapter.")
+
+
+def load_icae(settings: Settings) -> ICAE:
+    """The base model, and around it a new adapter, the same for a seed, or the one to go on from.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, TokenizerMismatchError: a part cannot be loaded.
+        ConfigError: parts do not fit together.
+    """
+    model, dtype = settings.model, getattr(torch, settings.model.dtype)
+    if model.adapter is None or "name" in model.model_fields_set:
+        base, tokenizer = load_base_model(None, settings.icae_config(), dtype)
+    else:
+        base, tokenizer = None, None  # the adapter knows its own
+    if model.adapter is None:
+        icae = ICAE.from_base(base, settings.icae_config(), tokenizer)
+    else:
+        icae = ICAE.from_pretrained(model.adapter, base_model=base, dtype=dtype, tokenizer=tokenizer)
+    if model.max_positions is not None:
+        icae.max_positions = model.max_positions
+    # "auto" is a matter of timing, and evaluation must not round differently after a resume.
+    icae.adapter_mode = "fused"
+    return icae
+
+
+def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Path:
+    """Train as the settings say, from the last checkpoint where there is one.
+
+    Args:
+        settings: see `icae_fast.training.loop.settings`.
+        make_draw: gives what draws samples of rows.
+
+    Returns:
+        The folder of the finished adapter, `output/adapter`.
+
+    Raises:
+        ICAEError: whatever is wrong, one error; checkpoints that were written stand.
+    """
+    output, curriculum = Path(settings.output), settings.curriculum()
+    sharded = take_over_launch()
+    arguments = settings.train.arguments(settings.output, curriculum.total_steps, **_sizes(settings))
+    _quiet_but_for_one(arguments)
+    found = find_checkpoint(output, settings.train.resume)
+    _check_unchanged(settings, output, found)
+    set_seed(arguments.seed)
+    icae = load_icae(settings)
+    curriculum.check(icae.config)
+    draw = make_draw(icae, settings)
+    with arguments.main_process_first(desc="tokenising"):
+        source = _open(settings, settings.data.train, icae, draw, curriculum, arguments.seed)
+        held_out_samples = _held_out(settings, icae, draw, curriculum, arguments.seed)
+    data = settings.data
+    stream = BatchStream(
+        source, draw, curriculum, tokens_per_step=data.tokens_per_step, micro_batch_tokens=data.micro_batch_tokens,
+        rank=arguments.process_index, world_size=arguments.world_size, seed=arguments.seed,
+        window_steps=data.window_steps,
+    )  # fmt: skip
+    arguments.gradient_accumulation_steps = stream.micro_batches_per_step
+    code = _slot_code(icae, curriculum, arguments, sharded)
+    trainer = ICAETrainer(
+        TrainingModel(icae, settings.budget(), settings.distill(), code), arguments, stream,
+        eval_batches=[pack(samples) for samples in held_out_samples], on_nan=settings.train.on_nan,
+        restore=_passage(settings, held_out_samples), shard_base=sharded,
+        token_lr_factor=settings.train.token_lr_factor, soap=settings.train.optim == SOAP,
+    )  # fmt: skip
+    if arguments.should_save:
+        try:
+            settings.save(output)
+        except OSError as error:
+            raise CheckpointError(f"the output folder {output} cannot be written: {error}") from error
+    if found is None or TrainerState.load_from_json(str(found / STATE_FILE)).global_step < arguments.max_steps:
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    else:
+        log.info("%s is as long as the run: nothing is left to train", found)
+        trainer.load_adapter(found)
+    trainer.save_model(str(output / "adapter"))
+    return output / "adapter"
+
+
+def _slot_code(icae: ICAE, curriculum: Curriculum, arguments: TrainingArguments, sharded: bool) -> SlotCode | None:
+    """A slot code, where a stage trains one."""
+    if not any(stage.is_code for stage in curriculum.stages):
+        return None
+    if sharded:
+        raise ConfigError("a slot code cannot be trained with a sharded base model; launch without FSDP")
+    arguments.ddp_find_unused_parameters = True  # it trains without the encoder, and the encoder without it
+    return SlotCode.of(icae)
+
+
+def _sizes(settings: Settings) -> dict[str, Any]:
+    """Training arguments that follow from other sections."""
+    return {"dataloader_num_workers": settings.data.workers}
+
+
+def _quiet_but_for_one(arguments: TrainingArguments) -> None:
+    """The first process tells how training goes; others only what is wrong with them."""
+    logger = logging.getLogger("training")
+    logger.setLevel(logging.INFO if arguments.process_index == 0 else logging.ERROR)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+def _check_unchanged(settings: Settings, output: Path, found: Path | None) -> None:
+    """Compare with the settings that the checkpoint was begun with."""
+    path = output / SETTINGS_FILE
+    if found is None or not path.is_file():
+        return
+    changed = changed_keys(yaml.safe_load(path.read_text()), settings.to_dict())
+    if fixed := [key for key in changed if key.startswith(_FIXED)]:
+        raise ConfigError(
+            f"{', '.join(fixed)} differ{'s' * (len(fixed) == 1)} from what {found} was begun with; choose another "
+            "output folder for a new run"
+        )
+    if changed:
+        log.warning("going on from %s with other settings than before: %s", found, ", ".join(changed))
+
+
+def _open(settings: Settings, specs: Any, icae: ICAE, draw: Draw, curriculum: Curriculum, seed: int) -> Any:
+    data = settings.data
+    return open_source(
+        specs, icae.tokenizer, draw.fields, on_bad_row=data.on_bad_row, cache_folder=data.cache_folder, seed=seed,
+        fragment_tokens=max(stage.max_tokens for stage in curriculum.stages),
+    )  # fmt: skip
+
+
+def _held_out(settings: Settings, icae: ICAE, draw: Draw, curriculum: Curriculum, seed: int) -> list[list[Sample]]:
+    """Evaluation's samples, which look like those of the last stage."""
+    if settings.data.eval is None:
+        return []
+    source = _open(settings, settings.data.eval, icae, draw, curriculum, seed)
+    evaluation = settings.evaluation
+    return held_out(source, draw, curriculum.stages[-1], evaluation.samples, settings.data.micro_batch_tokens, seed)
+
+
+def _passage(settings: Settings, held_out_samples: list[list[Sample]]) -> tuple[list[int], str] | None:
+    """The beginning of the first held-out context."""
+    n = settings.evaluation.restore_tokens
+    if not n or not held_out_samples:
+        return None
+    sample = held_out_samples[0][0]
+    return sample.input_ids[:n], sample.origin
