@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "../kernels/table.h"
+#include "abi/kernels.h"
 
 namespace icae_fast {
 

@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "common/isa.h"
 
 #include <algorithm>
 #include <chrono>
@@ -6,7 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "tiles.h"
+#include "common/tiles.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -138,7 +138,7 @@ double product_time(const Kernels& unit) {
 // Zen 4, and half as much on Xeons that leave bf16 to AMX (Emerald Rapids). Measured in a tenth of a millisecond,
 // since neither the CPU's features nor its name say so; the best of many tries, which others on the machine cannot
 // all disturb.
-const Kernels& faster_dots() {
+const Kernels& faster_bf16_unit() {
   const Kernels* widening = nullptr;  // where this build has it and the CPU can run it
   for (const auto& unit : units()) {
     if (std::string(unit.name) == "avx512_fp16" && missing(unit).empty()) widening = &unit.table();
@@ -171,7 +171,7 @@ const Kernels* select() {
                              ", and when the variable is unset the best one that the CPU has");
   }
 #if defined(__x86_64__)
-  if (forced.empty() && best == &kernels_avx512()) best = &faster_dots();
+  if (forced.empty() && best == &kernels_avx512()) best = &faster_bf16_unit();
 #endif
   return best;
 }
@@ -181,7 +181,7 @@ const Kernels* select() {
 const Kernels& kernels() {
   static const Kernels* const selected = select();
 #if defined(__x86_64__)
-  static const Kernels* const without_tiles = selected == &kernels_amx() ? &faster_dots() : selected;
+  static const Kernels* const without_tiles = selected == &kernels_amx() ? &faster_bf16_unit() : selected;
   if (selected != without_tiles && !tiles_enabled()) return *without_tiles;
 #endif
   return *selected;

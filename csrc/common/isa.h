@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/table.h"
+#include "abi/kernels.h"
 
 namespace icae_fast {
 

@@ -1,9 +1,9 @@
-#include "tiles.h"
+#include "common/tiles.h"
 
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
-#include "../kernels/table.h"
+#include "abi/kernels.h"
 
 namespace icae_fast {
 namespace {

@@ -12,6 +12,12 @@
 // * A call costs a look-up in a table, and where the shape changes a tile configuration: some hundred cycles,
 //   against the 16 of a tile instruction. So a call is given as many rows as fit the caches.
 // * The configuration stays until `release`; anything else on this thread that uses tiles would find it wrong.
+#pragma once
+
+#include "kernels/unit.h"
+
+namespace icae_fast::ICAE_UNIT {
+
 constexpr int64_t kTileDepth = 32;
 // Keys of one packed piece of K^T or V^T. In one matrix, rows could lie a multiple of 4 KiB apart and push each
 // other out of the first-level cache.
@@ -20,11 +26,11 @@ static_assert(kColumnTile % kTileDepth == 0, "a piece is whole tiles");
 
 // The time in which a thread may hold tile registers.
 template <class P>
-struct TileUse {
-  TileUse() = default;
-  TileUse(const TileUse&) = delete;
-  TileUse& operator=(const TileUse&) = delete;
-  ~TileUse() {
+struct TileRegisters {
+  TileRegisters() = default;
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+  ~TileRegisters() {
 #if defined(ICAE_AMX)
     if constexpr (P::kTiles) tile_product.release();
 #endif
@@ -39,3 +45,5 @@ ICAE_INLINE void multiply_tiles(const E* a, int64_t a_row, int64_t rows, const E
   tile_product.multiply(rows, columns, depth, a_row, b_row, c_row, add, a, b, c);
 #endif
 }
+
+}  // namespace icae_fast::ICAE_UNIT
