@@ -1,4 +1,4 @@
-// The bf16 GEMM.
+// The bf16 GEMM: one product of up to two terms with an epilogue, cut into panels of columns.
 #pragma once
 
 #include <cstdint>
@@ -7,19 +7,19 @@
 
 namespace icae_fast {
 
-// A panel is 32 columns of the result, in two halves of 16, so that two columns which are needed together (the two
-// that RoPE turns, a gate and its up) can be put side by side.
+// A panel is 32 columns of the result in two halves of 16. The epilogue needs two columns at once (the pair that
+// RoPE rotates, or a gate and its up); the halves bring such columns together.
 constexpr int64_t kHalf = 16;
 // Rows of one register tile: 12 x 2 vectors of sums, 2 of weights and a broadcast fill 27 of 32 registers.
 constexpr int64_t kTileRows = 12;
-// Rows that lie a multiple of 2 KiB apart push each other out of the first-level cache: the 12 of a tile share 8 or
-// 16 of its places. Copies of rows are kept apart by a cache line more.
+// Rows at a multiple of 2 KiB map to the same sets of the first-level cache: the 12 rows of a tile share 8 or 16
+// places. Copied rows are one cache line further apart.
 constexpr int64_t kRowGap = 32;
 inline bool rows_alias(int64_t row) { return row * 2 % 2048 == 0; }
-// Panels that one call may be given, and where rows of x are widened.
+// Most panels per call, and the same where rows of x are widened.
 constexpr int64_t kMostPanels = 4, kMostWidePanels = 8;
 
-// x W^T, one of up to two products that are added up; either operand may lie transposed, with k as its rows.
+// One product x W^T of the sum. Either operand may be transposed, with k as its rows.
 struct GemmTerm {
   const void* x;  // (rows, k), or (k, rows)
   int64_t x_row;
@@ -28,27 +28,27 @@ struct GemmTerm {
   bool x_transposed, w_transposed;
 };
 
-// What becomes of the sums: y = factor * sum; heads turned by RoPE; silu(gate) * up.
+// Epilogue: y = factor * sum; heads rotated by RoPE; silu(gate) * up.
 enum class GemmEpilogue : int { kStore, kRope, kSwiglu };
 
-// Columns of a panel's halves, and how many of them there are.
+// First column of each half of a panel, and its number of columns.
 struct Halves {
   int64_t column[2], n[2];
 };
 
-// y = finish(sum of the terms + bias) in bf16, summed up in fp32.
+// y = epilogue(sum of the terms + bias) in bf16, summed in fp32.
 struct Gemm {
   GemmTerm terms[2];
-  int64_t n_terms, rows, columns;  // columns of the sum; with kSwiglu those of gate, then those of up
+  int64_t n_terms, rows, columns;  // columns of the sum; for kSwiglu those of gate, then those of up
   GemmEpilogue epilogue;
   const void* bias;  // (columns), or null
   void* y;
   int64_t y_row;
   float factor;            // kStore
-  int64_t head_dim;        // kRotate
-  const float *cos, *sin;  // kRotate: (T, head_dim / 2), contiguous
+  int64_t head_dim;        // kRope
+  const float *cos, *sin;  // kRope: (T, head_dim / 2), contiguous
   const int64_t* table_rows;
-  void* kept;  // kSwiglu: where gate and up go (rows, columns), contiguous, or null
+  void* kept;  // kSwiglu: receives gate and up (rows, columns), contiguous, or null
 
   int64_t panels_per_head() const { return ceil_div(head_dim / 2, kHalf); }
   int64_t panels() const {
@@ -70,10 +70,10 @@ struct Gemm {
 };
 
 struct GemmKernels {
-  bool widens;  // each call widens its rows of x for itself, and so should have many panels
+  bool widens;  // whether a call widens its rows of x, and so should have many panels
   // Bytes of one thread's scratch for calls with up to `panels` panels.
   int64_t (*scratch_bytes)(const Gemm&, int64_t panels);
-  // Packs the panels' weights and computes their columns for the rows from row_begin up to row_end.
+  // Pack the panels' weights and compute their columns for rows [row_begin, row_end).
   void (*run)(const Gemm&, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end,
               void* scratch);
 };

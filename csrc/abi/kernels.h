@@ -1,4 +1,9 @@
-// TABLE
+// The table of function pointers through which ops call the kernels of a unit: plain structs of pointers and
+// strides, compiled for the default instruction set. So their inline functions are the same in every unit that
+// includes them.
+//
+// To add kernels, write the header of their structs in this folder, a member of `Kernels`, and its row in
+// kernels/unit_table.h.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +16,8 @@
 #include "abi/rows.h"
 #include "abi/tiles.h"
 
-// AVX512-FP16 needs GCC 12 or Clang 16. Clang 14 and 15 have the header, but it declares nothing in a function with
-// `target("avx512fp16")` unless the whole file is compiled for AVX512-FP16.
+// AVX512-FP16 needs GCC 12 or Clang 16. Before Clang 16 <immintrin.h> declares it only in files that are compiled
+// for it as a whole.
 #if defined(__x86_64__) && __has_include(<avx512fp16intrin.h>) && (!defined(__clang__) || __clang_major__ >= 16)
 #define ICAE_BUILDS_FP16
 #endif
@@ -21,13 +26,13 @@ namespace icae_fast {
 
 struct Kernels {
   const char* isa;
-  AttentionKernels attention[3];  // by Dtype
+  AttentionKernels attention[3];  // arrays of three are indexed by Dtype
   HeadsKernels heads[3];
   RowsKernels rows[3];
   DecodeKernels decode[3];
-  GemmKernels gemm;  // of bf16; null in a unit that has none
-  // Multiplies as the unit does in bf16, in registers alone, and says how many products that were: tells which of
-  // two units is faster. Null where nobody asks.
+  GemmKernels gemm;  // bf16; null in a unit without a GEMM
+  // Multiply in registers as the unit does for bf16, and return the number of products. Tells which of two units is
+  // faster; null in units that are not compared.
   int64_t (*bf16_products)();
 };
 

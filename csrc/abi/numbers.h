@@ -1,11 +1,11 @@
-// Element types and the integer helpers that both sides of the ABI use.
+// Element types and integer helpers of both sides of the ABI.
 #pragma once
 
 #include <cstdint>
 
 namespace icae_fast {
 
-// A bfloat16 as it lies in memory; arithmetic is in the units.
+// A bfloat16 in memory. Arithmetic on it is in the units.
 struct __attribute__((may_alias)) bf16 {
   uint16_t bits;
 };

@@ -1,23 +1,23 @@
-// RMS norm and SwiGLU.
+// Row-wise kernels: RMS norm with residual add, and SwiGLU.
 #pragma once
 
 #include <cstdint>
 
 namespace icae_fast {
 
-// RMS norm over rows of `size` elements, all tensors contiguous.
+// RMS norm over rows of `size` elements. All tensors are contiguous.
 struct NormPass {
   const void *x, *residual;  // residual may be null
   const void* weight;
   void* sum;  // forward: x + residual, rounded; null without a residual
   void* y;
-  const void *dy, *dsum;  // backward: the gradients that come in; dsum may be null
-  void* dx;               // backward, where x is the sum
+  const void *dy, *dsum;  // backward: the incoming gradients; dsum may be null
+  void* dx;               // backward; x is then the sum
   int64_t size;
   double eps;
 };
 
-// silu(gate) * up over rows of gate_up (rows, 2 size), all tensors contiguous.
+// silu(gate) * up over rows of gate_up (rows, 2 size). All tensors are contiguous.
 struct SwigluPass {
   const void* gate_up;
   void* y;         // (rows, size)

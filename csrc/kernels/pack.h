@@ -1,4 +1,4 @@
-// Packing of operands.
+// Packing of the operands of product.h into the layouts `rows` and `steps`.
 #pragma once
 
 #include "kernels/product.h"
@@ -37,7 +37,7 @@ static inline void clear(E* p, int64_t n) {
   __builtin_memset(static_cast<void*>(p), 0, n * sizeof(E));
 }
 
-// n rows in the layout `rows`, each one filled up with zeros to `width`, and zero rows up to `padded`.
+// Pack n rows in the layout `rows`, each zero-padded to `width`, with zero rows up to `padded`.
 template <class T, class E>
 static inline void pack_rows(const T* from, int64_t from_row, int64_t n, int64_t dim, E* to, int64_t width,
                              int64_t padded) {
@@ -48,7 +48,7 @@ static inline void pack_rows(const T* from, int64_t from_row, int64_t n, int64_t
   clear(to + n * width, (padded - n) * width);
 }
 
-// The same rows in the layout `steps`. `row(r)` is where row r begins; `padded` is a multiple of the pair.
+// Pack the same rows in the layout `steps`. `row(r)` is where row r begins; `padded` is a multiple of the pair.
 template <class P, class T, class Row>
 static inline void pack_steps(Row row, int64_t n, int64_t dim, typename P::E* to, int64_t width, int64_t padded) {
   constexpr int pair = P::kPair;
@@ -70,8 +70,8 @@ static inline void pack_steps(Row row, int64_t n, int64_t dim, typename P::E* to
   }
 }
 
-// Rows `first` to `last` of n rows transposed, as A of a product by tiles: pieces of kColumnTile columns, (width,
-// columns) by rows each, with zeros up to `width` rows and `padded` columns.
+// Transpose rows [first, last) of n rows into operand A of a product by AMX tiles: pieces of kColumnTile columns,
+// (width, columns) each and row-major, zero-padded to `width` rows and `padded` columns.
 template <class Row>
 static inline void pack_columns(Row row, int64_t first, int64_t last, int64_t n, int64_t dim, bf16* to,
                                 int64_t width, int64_t padded) {
@@ -93,8 +93,8 @@ static inline void pack_columns(Row row, int64_t first, int64_t last, int64_t n,
 }
 
 #if defined(ICAE_AVX512)
-// Rows `first` to `last` of X^T in blocks of kBlockRows columns of X: (width / kBlockRows, padded / 2, kBlockRows,
-// 2). One block after the other is multiplied, and so reads its part of the first-level cache from end to end.
+// Rows [first, last) of X^T in blocks of kBlockRows columns of X: (width / kBlockRows, padded / 2, kBlockRows, 2).
+// Blocks are multiplied one after the other, so each is a contiguous part of the first-level cache.
 template <class Row>
 static inline void pack_column_blocks(Row row, int64_t first, int64_t last, int64_t n, int64_t dim, bf16* to,
                                       int64_t width, int64_t padded) {
@@ -118,8 +118,8 @@ static inline void pack_column_blocks(Row row, int64_t first, int64_t last, int6
 }
 #endif
 
-// B = X^T: lane l of step s holds row(l)'s elements of that step. Lanes from n to kLanes are zero. A `negative` B
-// is -X^T.
+// B = X^T, or -X^T if `negative`: lane l of step s holds that step's elements of row(l). Lanes from n to kLanes are
+// zero.
 template <class P, class T, class Row>
 static inline void pack_transposed(Row row, int64_t n, int64_t dim, bool negative, typename P::E* to) {
   constexpr int pair = P::kPair;
@@ -161,7 +161,7 @@ static inline void pack_transposed(Row row, int64_t n, int64_t dim, bool negativ
   }
 }
 
-// Zeros in B's steps from `dim` up to `width`.
+// Zero B's steps from `dim` up to `width`.
 template <class P>
 ICAE_INLINE void clear_past(typename P::E* b, int64_t dim, int64_t width) {
   const int64_t used = round_up(dim, P::kPair);

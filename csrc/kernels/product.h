@@ -1,12 +1,12 @@
-// The matrix product of all attention kernels, and the packing of its operands.
+// The matrix product of all attention kernels.
 //
 //     C (rows, lanes) (+)= A (rows, steps) B (steps, lanes)
 //
-// A's elements are broadcast, B's and C's lie along the vector. A step is one element, or where ICAE_BF16_PAIRS is
-// defined a pair of bf16 ones that `vdpbf16ps` multiplies and adds in fp32; `Product<T>::kPair` is its length.
-// Operands come in two layouts:
+// Elements of A are broadcast; B and C lie along the vectors. A step is one element. With ICAE_BF16_PAIRS it is a
+// pair of bf16 elements, which `vdpbf16ps` multiplies and adds in fp32. `Product<T>::kPair` is its length. Operands
+// have one of two layouts (pack.h):
 //
-//     rows    x[row][step]            A in K Q^T, where a pair is two neighbours of one row as they lie in memory
+//     rows    x[row][step]            A in K Q^T: a pair is two neighbours of one row, as in memory
 //     steps   x[step][column][pair]   B, and A in V^T P^T: pairs of two rows, interleaved
 //
 // For kPair = 1 both are the plain matrix in the compute type.
@@ -21,7 +21,7 @@ namespace icae_fast::ICAE_UNIT {
 template <class T>
 struct Product {
   using C = typename Elem<T>::C;
-  using E = C;  // what operands are packed as
+  using E = C;  // type of packed operands
   using Operand = V<C>;
   static constexpr int kPair = 1;
   static constexpr bool kTiles = false;
@@ -47,7 +47,7 @@ struct Product<bf16> {
   using Operand = __m512i;
   static constexpr int kPair = 2;
 #if defined(ICAE_AMX)
-  static constexpr bool kTiles = true;  // large products go to tiles.h, and operands are packed for it
+  static constexpr bool kTiles = true;  // large products use tiles.h, and operands are packed for it
 #else
   static constexpr bool kTiles = false;
 #endif
@@ -59,7 +59,7 @@ struct Product<bf16> {
 };
 #endif
 
-// Rows and vectors of one register block: 8 x 3 accumulators, 3 operands and a broadcast fit 32 registers, 4 x 3
+// Rows and vectors of one register block: 8 x 3 accumulators, 3 operands and a broadcast fit 32 registers; 4 x 3
 // fit 16.
 #if defined(ICAE_AVX512) || defined(__aarch64__)
 constexpr int kBlockRows = 8;
@@ -69,25 +69,29 @@ constexpr int kBlockRows = 4;
 constexpr int kBlockVectors = 3;
 static_assert(kPad % kBlockRows == 0, "padding must fill the last block of rows");
 
+// Whether a product overwrites C or adds to it.
 enum class Result { kOverwrite, kAccumulate };
 
+// A, whose elements are broadcast.
 template <class E>
 struct OperandA {
   const E* data;
   int64_t row, step;
-  int64_t block = kBlockRows * row;  // from one block of kBlockRows rows to the next
+  int64_t block = kBlockRows * row;  // distance between blocks of kBlockRows rows
 };
 
+// B, whose elements lie along the vector.
 template <class E>
 struct OperandB {
   const E* data;
   int64_t step;
 };
 
-// The product itself, into registers.
+// Sums of one register block.
 template <class P, int vectors>
 using Block = V<typename P::C>[kBlockRows][vectors];
 
+// sums += A B, in registers.
 template <class P, int vectors>
 ICAE_INLINE void multiply_into(Block<P, vectors>& sums, OperandA<typename P::E> a, OperandB<typename P::E> b,
                                int64_t steps) {
@@ -114,6 +118,7 @@ ICAE_INLINE void load_block(Block<P, vectors>& x, const typename P::C* from, int
   }
 }
 
+// C (+)= A B for one register block.
 template <class P, int vectors, Result result>
 static inline void multiply_block(OperandA<typename P::E> a, OperandB<typename P::E> b, int64_t steps,
                                   typename P::C* c, int64_t c_row) {
@@ -132,8 +137,8 @@ static inline void multiply_block(OperandA<typename P::E> a, OperandB<typename P
   }
 }
 
-// The widths of the blocks that `vectors` vectors are cut into: 4 as 2 + 2, since a block of one starves the FMAs.
-// Calls f(first vector, width).
+// Cut `vectors` vectors into register blocks and call f(first vector, width) for each. 4 becomes 2 + 2, because a
+// block of one vector starves the FMAs.
 template <class F>
 ICAE_INLINE void for_vector_blocks(int64_t vectors, F f) {
   for (int64_t groups = ceil_div(vectors, kBlockVectors), n = 0; groups > 0; --groups) {
@@ -143,7 +148,7 @@ ICAE_INLINE void for_vector_blocks(int64_t vectors, F f) {
   }
 }
 
-// `rows` is a multiple of kBlockRows. Tiles want A by rows, and multiples of kTileDepth of rows and of elements.
+// `rows` is a multiple of kBlockRows. AMX tiles need A by rows, and multiples of kTileDepth rows and elements.
 template <class P, Result result>
 static inline void multiply(OperandA<typename P::E> a, int64_t rows, OperandB<typename P::E> b, int64_t vectors,
                             int64_t steps, typename P::C* c, int64_t c_row) {

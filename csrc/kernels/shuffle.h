@@ -1,4 +1,4 @@
-// Transposes, interleaving, masked byte loads: AVX-512.
+// AVX-512 shuffles of packed operands: transpose, interleave, and masked loads and stores of bytes.
 #pragma once
 
 #include "kernels/unit.h"
@@ -7,7 +7,7 @@
 namespace icae_fast::ICAE_UNIT {
 
 #if defined(ICAE_AVX512)
-// The 16 x 16 transpose of 32-bit elements, by interleaving within and then across 128-bit parts.
+// 16 x 16 transpose of 32-bit elements: interleave within 128-bit parts, then across them.
 ICAE_INLINE void transpose(__m512i (&x)[16]) {
   __m512i t[16], u[16];
 #pragma GCC unroll 8
@@ -35,7 +35,7 @@ ICAE_INLINE void transpose(__m512i (&x)[16]) {
   }
 }
 
-// Up to 64 bytes, the others 0.
+// Load up to 64 bytes and zero the others.
 ICAE_INLINE __m512i load_bytes(const void* p, int64_t bytes) {
   if (bytes >= 64) return _mm512_loadu_si512(p);
   return _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, p);
@@ -46,19 +46,19 @@ ICAE_INLINE void store_bytes(void* p, __m512i v, int64_t bytes) {
   _mm512_mask_storeu_epi8(p, (uint64_t{1} << bytes) - 1, v);
 }
 
-// Pairs of bf16 as two vectors of fp32: the first of each, and the second.
+// Widen the first, or the second, of each pair of bf16 to fp32.
 ICAE_INLINE V<float> first_of_pairs(__m512i pairs) { return (V<float>)_mm512_slli_epi32(pairs, 16); }
 ICAE_INLINE V<float> second_of_pairs(__m512i pairs) {
   return (V<float>)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000)));
 }
 
-// The order in which the low halves of two vectors of bf16 are interleaved.
+// Permutation that interleaves the low halves of two vectors of bf16.
 ICAE_INLINE __m512i low_pairs() {
   return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
                           35, 3, 34, 2, 33, 1, 32, 0);
 }
 
-// Two rows of bf16 interleaved: f(column, up to 16 pairs as bytes) for every 16 columns.
+// Interleave two rows of bf16: f(column, up to 16 pairs as bytes) for every 16 columns.
 template <class F>
 ICAE_INLINE void interleave(const bf16* even, const bf16* odd, int64_t dim, F f) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,

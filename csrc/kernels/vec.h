@@ -1,6 +1,5 @@
-// Vectors of the unit's width over GCC's vector extension, with intrinsics where the compiler's own choice is
-// poor. Included inside a unit's namespace: ICAE_VECTOR_BYTES is the width, ICAE_AVX2 and ICAE_AVX512 say which
-// intrinsics there are. Functions take and give vectors by value and are always inlined.
+// Vectors of the unit's width on GCC's vector extension, with intrinsics where the compiler's code is poor.
+// Functions pass vectors by value and are always inlined.
 #pragma once
 
 #include "kernels/unit.h"
@@ -37,7 +36,7 @@ using V = typename Vec<C>::V;
 template <class C>
 using I = typename Vec<C>::I;
 
-// What a storage type is computed in, and how exact its exp has to be (the degree of the polynomial).
+// The compute type of a storage type, and the degree of the polynomial that makes exp exact enough for it.
 template <class T>
 struct Elem {
   using C = T;
@@ -46,7 +45,7 @@ struct Elem {
 template <>
 struct Elem<bf16> {
   using C = float;
-  static constexpr int kExpDegree = 4;  // 2.6e-6 of the value, where bf16 rounds at 2e-3
+  static constexpr int kExpDegree = 4;  // relative error 2.6e-6; bf16 rounds at 2e-3
 };
 
 template <class C>
@@ -61,7 +60,7 @@ ICAE_INLINE I<C> set1_int(int64_t x) {
   return static_cast<typename Vec<C>::Int>(x) + I<C>{};
 }
 
-// The second argument wherever either is NaN, so that a NaN there is kept.
+// Maximum and minimum. If either operand is NaN, the result is the second one, so that a NaN there is kept.
 ICAE_INLINE V<float> vmax(V<float> a, V<float> b) {
 #if defined(ICAE_AVX512)
   return _mm512_max_ps(a, b);
@@ -120,7 +119,7 @@ ICAE_INLINE I<C> load_int(const typename Vec<C>::Int* p) {
 }
 
 #if defined(ICAE_AVX512)
-// 16 elements of bf16. GCC 12 makes five instructions of the conversion in `load`, through halves.
+// 16 elements of bf16. For `load`, GCC 12 generates five instructions, through halves.
 ICAE_INLINE V<float> widen(__m256i x) { return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
 #endif
 ICAE_INLINE V<float> load(const bf16* p) {
@@ -139,7 +138,7 @@ ICAE_INLINE void store(bf16* p, V<float> v) {
 #else
   const Vec<float>::U u = (Vec<float>::U)v;
   const Vec<float>::U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const Vec<float>::U kept = v == v ? rounded : (u >> 16) | 0x40;  // rounding could carry a NaN into a number
+  const Vec<float>::U kept = v == v ? rounded : (u >> 16) | 0x40;  // rounding could turn a NaN into a number
   const Vec<float>::Half half = __builtin_convertvector(kept, Vec<float>::Half);
   __builtin_memcpy(p, &half, sizeof half);
 #endif
@@ -163,7 +162,7 @@ ICAE_INLINE void store_one(bf16* p, float x) {
   p->bits = static_cast<uint16_t>(x == x ? rounded : (u >> 16) | 0x40);
 }
 
-// The first n < width elements, the others 0.
+// Load or store the first n elements, n < width. Other loaded elements are 0.
 template <class T>
 ICAE_INLINE V<typename Elem<T>::C> load_n(const T* p, int64_t n) {
 #if defined(ICAE_AVX512)
@@ -215,7 +214,7 @@ ICAE_INLINE bool any(I<C> v) {
 #endif
 }
 
-// The sum of all elements.
+// Sum of all elements.
 template <class C>
 ICAE_INLINE C sum(V<C> v) {
 #if defined(ICAE_AVX512)
@@ -228,17 +227,18 @@ ICAE_INLINE C sum(V<C> v) {
   C x[Vec<C>::kWidth];
   store(x, v);
   for (int n = Vec<C>::kWidth / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];  // a tree: one after the other would wait for each addition
+    for (int i = 0; i < n; ++i)
+      x[i] += x[i + n];  // a tree: in sequence, each addition would wait for the previous one
   }
   return x[0];
 #endif
 }
 
 #if defined(ICAE_AVX512)
-// The sums of 16 vectors, each into one element.
+// The sums of 16 vectors, as the elements of one vector.
 ICAE_INLINE V<float> sum_each(V<float> (&x)[16]) {
   __m512i t[16];
-  // Halves the number of vectors by adding neighbours, within and then across 128-bit parts.
+  // Add neighbouring vectors, which halves their number: within 128-bit parts first, then across them.
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const __m512 a = x[2 * i], b = x[2 * i + 1];
@@ -258,7 +258,7 @@ ICAE_INLINE V<float> sum_each(V<float> (&x)[16]) {
 }
 #endif
 
-// Calls `f(d, n)` for parts of n elements, of a vector's width but for the last.
+// Call f(d, n) for n elements from d on, a vector at a time. Only the last call may have n < W.
 template <int W, class F>
 ICAE_INLINE void for_vectors(int64_t size, F f) {
   int64_t d = 0;
@@ -266,6 +266,7 @@ ICAE_INLINE void for_vectors(int64_t size, F f) {
   if (d < size) f(d, size - d);
 }
 
+// Load or store n elements, n <= width. Loaded elements past n are 0.
 template <class T>
 ICAE_INLINE V<typename Elem<T>::C> load_up_to(const T* p, int64_t n) {
   return n == Vec<typename Elem<T>::C>::kWidth ? load(p) : load_n(p, n);
@@ -274,6 +275,7 @@ template <class T>
 ICAE_INLINE void store_up_to(T* p, V<typename Elem<T>::C> v, int64_t n) {
   n == Vec<typename Elem<T>::C>::kWidth ? store(p, v) : store_n(p, v, n);
 }
+// Load a whole vector, or the last elements if fewer are left.
 template <class T>
 ICAE_INLINE V<typename Elem<T>::C> load_at_most(const T* p, int64_t left) {
   return left >= Vec<typename Elem<T>::C>::kWidth ? load(p) : load_n(p, left);

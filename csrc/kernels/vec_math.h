@@ -1,4 +1,4 @@
-// Vectorised exp and log.
+// Logarithm and exponential, scalar and vectorised.
 #pragma once
 
 #include "kernels/unit.h"
@@ -8,9 +8,9 @@ namespace icae_fast::ICAE_UNIT {
 
 ICAE_INLINE float log_of(float x) { return __builtin_logf(x); }
 ICAE_INLINE double log_of(double x) { return __builtin_log(x); }
-// Of positive numbers; NaN and infinity give NaN.
+// Logarithm of positive numbers. NaN and infinity return NaN.
 ICAE_INLINE V<float> log_of(V<float> x) {
-  // x = 2^e m with m from sqrt(1/2) to sqrt(2), and log m = 2 artanh(s), whose next term is at most 7e-10.
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2)], and log m = 2 artanh(s), whose next term is at most 7e-10.
   constexpr int32_t kRootOfHalf = 0x3F3504F3;
   const I<float> bits = (I<float>)x - kRootOfHalf;
   const V<float> e = __builtin_convertvector(bits >> 23, V<float>);
@@ -26,7 +26,7 @@ ICAE_INLINE V<double> log_of(V<double> x) {
 
 // ---- exp -----------------------------------------------------------------------------------------------------
 
-// Minimax polynomials of 2^f on [-1/2, 1/2], lowest power first; largest relative error 2.6e-6, 1.9e-9, 3e-18.
+// Minimax polynomials of 2^f on [-1/2, 1/2], lowest power first. Largest relative errors: 2.6e-6, 1.9e-9, 3e-18.
 constexpr double kExp2Degree4[] = {0.9999992614, 0.6931218147, 0.2402474482, 0.05591786031, 0.009570102015};
 constexpr double kExp2Degree6[] = {
     1.0, 0.6931472057, 0.2402264689, 0.05550328777, 0.009618488957, 0.001339993121, 0.0001534581216};
@@ -57,12 +57,12 @@ ICAE_INLINE V<C> exp2_polynomial(V<C> f) {
   return p;
 }
 
-// 2^t for t <= 127 or so; 0 for minus infinity; NaN stays. What is smaller than any normal number may be 0.
+// 2^t for t <= about 127. Minus infinity returns 0, and NaN returns NaN. Subnormal results may be 0.
 template <class C, int degree>
 ICAE_INLINE V<C> exp2(V<C> t) {
 #if defined(ICAE_AVX512)
-  // 6.8 cycles a vector on Zen 4 where putting the exponent together from integers takes 8.2. At minus infinity the
-  // polynomial is NaN, which scalef turns into 0, as it is specified to where the power is minus infinity.
+  // 6.8 cycles per vector on Zen 4, against 8.2 for building the exponent from integers. For minus infinity the
+  // polynomial is NaN, and scalef returns 0, as specified for a power of minus infinity.
   if constexpr (sizeof(C) == 4) {
     const V<C> n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return _mm512_scalef_ps(exp2_polynomial<C, degree>(t - n), n);
@@ -74,13 +74,13 @@ ICAE_INLINE V<C> exp2(V<C> t) {
   t = vmax(set1(C(-Vec<C>::kBias)), t);
   const V<C> shifted = t + Vec<C>::kRound;
   const V<C> p = exp2_polynomial<C, degree>(t - (shifted - Vec<C>::kRound));
-  // The integer stands in the low bits of `shifted`; at -bias the exponent field becomes 0, and so the factor.
+  // The integer is in the low bits of `shifted`. At -bias the exponent field becomes 0, and so does the factor.
   const I<C> power = ((I<C>)shifted << Vec<C>::kMantissa) + ((I<C>{} + Vec<C>::kBias) << Vec<C>::kMantissa);
   return p * (V<C>)power;
 #endif
 }
 
-// e^-x, the largest power of two for all x below that: 1 + it is as good as infinity in a sigmoid.
+// e^-x, clamped to the largest power of two: for a sigmoid, 1 + that is as good as infinity.
 template <class C, int degree>
 ICAE_INLINE V<C> exp_of_negative(V<C> x) {
   return exp2<C, degree>(vmin(set1(C(Vec<C>::kBias - 1)), x * C(-1.4426950408889634)));

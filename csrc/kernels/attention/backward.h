@@ -3,8 +3,9 @@
 //     P^T = 2^(c S^T - c lse),    dS^T = P^T (dP^T - delta),    dP^T = V dO^T,    delta = rowsum(dO O) - dlse
 //     dV += P^T dO,    dK += scale dS^T Q,    dQ^T = scale K^T dS^T
 //
-// Tiles run outside and keys inside: dQ of a tile is finished when its keys are, and dK and dV are summed up in the
-// slice's own fp32 matrices, which `sum_slices` adds in order. Hence no atomics, and the same result every time.
+// The outer loop is over query tiles, the inner one over keys. So a tile's dQ is complete after its keys. dK and dV
+// accumulate in the slice's own fp32 matrices, which `sum_slices` adds in order. Hence there are no atomics, and
+// results are deterministic.
 #pragma once
 
 #include "kernels/attention/backward_scratch.h"
@@ -28,7 +29,7 @@ static typename Elem<T>::C dot(const T* a, const T* b, int64_t n) {
   return sum<C>(sums);
 }
 
-// Packs a tile's Q and dO in both layouts, and what its lanes need of lse, out and dlse.
+// Pack a tile's Q and dO in both layouts, and compute what its lanes need of lse, out and dlse.
 template <class T>
 static void load_tile(const AttentionInput& in, const AttentionRow& row, const QueryTile& tile,
                       const BackwardScratch<T>& t, const AttentionGradient& g) {
@@ -45,12 +46,12 @@ static void load_tile(const AttentionInput& in, const AttentionRow& row, const Q
   if constexpr (P::kTiles) {
     clear_past<P>(t.q, dim, PackedKeys<T>::width(in));
     clear_past<P>(t.dout, dim, PackedKeys<T>::width(in));
-    clear(t.p, kKeys * t.kLaneDepth);  // of lanes that only fill up a tile
+    clear(t.p, kKeys * t.kLaneDepth);  // lanes that only pad the tile
     clear(t.ds, kKeys * t.kLaneDepth);
   }
   t.range->set(in, row, tile);
   for (int64_t l = 0; l < kLanes; ++l) {
-    // Lanes that read no key, or only pad the tile, get the weight 2^-inf = 0 everywhere.
+    // Lanes that read no key or only pad the tile get weight 2^-inf = 0 everywhere.
     t.lse[l] = kInfinity<C>;
     t.delta[l] = 0;
     t.factor[l] = C(in.scale);
@@ -61,7 +62,7 @@ static void load_tile(const AttentionInput& in, const AttentionRow& row, const Q
   }
 }
 
-// Makes what the products of dK, dV and dQ read of keys from n up to `padded` zero.
+// Zero keys [n, padded), which the products of dK, dV and dQ read.
 template <class T>
 static inline void clear_keys(const BackwardScratch<T>& t, int64_t n, int64_t padded) {
   clear(t.p + n * t.kLaneDepth, (padded - n) * t.kLaneDepth);
@@ -69,7 +70,7 @@ static inline void clear_keys(const BackwardScratch<T>& t, int64_t n, int64_t pa
   clear(t.ds_steps + n * kLanes, (padded - n) * kLanes);
 }
 
-// One (query tile, key tile) pair: `key` is the first of n keys, whose sums begin here with Result::kOverwrite.
+// One (query tile, key tile) pair: n keys from `key` on. Their sums begin here if `result` is kOverwrite.
 template <class T, Result result>
 static void backward_keys(const AttentionInput& in, const PackedKeys<T>& keys, const BackwardScratch<T>& t,
                           int64_t lanes, int64_t key, int64_t n, const PartialGradients<T>& sums) {
@@ -114,8 +115,8 @@ static void backward_slice(const AttentionInput& in, const AttentionRow& row, in
     clear(sums.dk + first * t.columns(in), (last - first) * t.columns(in));
     clear(sums.dk + sums.between + first * t.columns(in), (last - first) * t.columns(in));
   };
-  // The last tile goes first: it reads the most keys, whose sums it begins, and tiles before it begin at most keys
-  // that lie before those. Making all sums zero beforehand took 5 % of the time at 640 tokens.
+  // Run the last tile first. It reads the most keys and initialises their sums. Each earlier tile initialises only
+  // sums of keys before those. Clearing all sums beforehand took 5 % of the time at 640 tokens.
   int64_t begun = row.padded_keys();
   for (int64_t i = slice + (row.n_tiles(in) - 1 - slice) / row.n_slices * row.n_slices; i >= 0; i -= row.n_slices) {
     const QueryTile tile(in, row, kv_head, i);
@@ -141,7 +142,7 @@ static void backward_slice(const AttentionInput& in, const AttentionRow& row, in
   clear_sums(0, begun);
 }
 
-// Adds the slices' sums and writes dk and dv of the row's keys from `first` to `last` for one key/value head.
+// Reduce the slices' sums and write dk and dv of the row's keys [first, last) for one key/value head.
 template <class T>
 static void sum_slices(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, int64_t first,
                        int64_t last, const AttentionGradient& g) {

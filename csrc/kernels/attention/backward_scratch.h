@@ -1,4 +1,4 @@
-// BSCRATCH
+// Scratch of the backward, and the partial sums of its slices.
 #pragma once
 
 #include "kernels/attention/layout.h"
@@ -15,19 +15,19 @@ struct BackwardScratch {
   using P = Product<T>;
   using C = typename P::C;
   using E = typename P::E;
-  // Lanes of a product that sums over them.
+  // Lanes of a product that sums over lanes.
   static constexpr int64_t kLaneDepth = P::kTiles ? round_up(kLanes, kTileDepth) : kLanes;
   E *q, *dout;              // transposed, (steps, kLanes, pair)
   E *q_steps, *dout_steps;  // (kLaneDepth / pair, columns, pair)
   C *s, *dp;                // with tiles: (kKeys, kLanes)
-  C* weights;               // without: (kBlockRows, kLanes)
-  E *p, *ds;                // by rows, (kKeys, kLaneDepth)
-  E* ds_steps;              // (kKeys / pair, kLanes, pair): ds itself where operands are not narrowed
+  C* weights;               // without tiles: (kBlockRows, kLanes)
+  E *p, *ds;                // row-major, (kKeys, kLaneDepth)
+  E* ds_steps;              // (kKeys / pair, kLanes, pair); equal to ds if operands are not narrowed
   C* dq;                    // (width, kLanes)
   C *lse, *delta, *factor;  // (kLanes)
   KeyRange<C>* range;
 
-  // Columns of dK and dV, where the head runs along the vectors.
+  // Columns of dK and dV, whose head dimension lies along the vectors.
   static int64_t columns(const AttentionInput& in) { return round_up(in.head_dim, Vec<C>::kWidth); }
 
   BackwardScratch(const AttentionInput& in, Arena arena, int64_t* bytes = nullptr) {
@@ -63,7 +63,7 @@ static int64_t partial_bytes(const AttentionInput& in, const AttentionGradient& 
   return 2 * in.kv_heads * g.partial_keys * BackwardScratch<T>::columns(in) * sizeof(typename Elem<T>::C);
 }
 
-// Where a slice's sum of dk begins; that of dv lies `between` elements on.
+// Where a slice's sum of dk begins. That of dv is `between` elements further.
 template <class T>
 struct PartialGradients {
   using C = typename Elem<T>::C;

@@ -1,8 +1,8 @@
-// Decoding: at most kFewLanes lanes, whose keys are read once where they lie, without packing. Scores come from dot
+// Attention of at most kFewLanes lanes (decoding). Keys are read once, in place, without packing. Scores are dot
 // products along the head.
 //
-// Where T is bf16 and `vdpbf16ps` is there, however slow, q and the weights stay narrow: at three lanes of 64 a key
-// then takes a quarter of the cycles.
+// With T = bf16 and `vdpbf16ps`, even a slow one, q and the weights stay bf16: at three lanes of 64, a key then
+// takes a quarter of the cycles.
 #pragma once
 
 #include "kernels/attention/few_products.h"
@@ -17,9 +17,8 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Asks for n keys or values, which are used once and so are never in a cache. Without it 8192 keys of SmolLM2's
-// came at 14 GB/s in place of 18, and at 12 in place of 19 where heads lie between one another (Zen 4, two
-// threads).
+// Prefetch n keys or values. They are used once and so are never cached. Without the prefetch, 8192 of SmolLM2's
+// keys came at 14 GB/s and not at 18; with interleaved heads, at 12 and not at 19 (Zen 4, two threads).
 template <class T>
 static inline void prefetch_keys(const T* x, int64_t row, int64_t n, int64_t dim) {
   for (int64_t i = 0; i < n; ++i) {
@@ -28,7 +27,7 @@ static inline void prefetch_keys(const T* x, int64_t row, int64_t n, int64_t dim
   }
 }
 
-// Calls `f` with the lanes in groups of 4, 2 and 1, as template arguments.
+// Call one of the functions for each group of 4, 2 or 1 lanes. Each has its number of lanes as a template argument.
 template <class F4, class F2, class F1>
 ICAE_INLINE void for_lane_groups(int64_t lanes, F4 four, F2 two, F1 one) {
   int64_t l = 0;
@@ -70,7 +69,7 @@ static inline void few_values(const AttentionInput& in, const T* v, int64_t n, c
       [&](int64_t l) { few_wide_values<T, 1>(in, v, n, t, l, factor); });
 }
 
-// Turns lane's scores of n keys into weights; gives the factor for what was summed before.
+// Turn a lane's n scores into weights. Returns the factor that rescales earlier sums.
 template <class T>
 static inline typename Elem<T>::C few_weights(typename Elem<T>::C* s, int64_t n, typename Elem<T>::C c,
                                               typename Elem<T>::C* max, typename Elem<T>::C* sum_of) {
@@ -121,7 +120,7 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
     const int64_t n = at_most(kKeys, range.end - key);
     const T* k = row_of<T>(in.k, row.k_begin + key, kv_head);
     const T* v = row_of<T>(in.v, row.k_begin + key, kv_head);
-    // While scores are computed, values come; while values are added up, the next keys.
+    // Values arrive while scores are computed, and the next keys while values are summed.
     prefetch_keys(v, in.v.row, n, dim);
     few_scores(in, k, n, t, lanes);
     prefetch_keys(k + n * in.k.row, in.k.row, at_most(kKeys, range.end - key - n), dim);

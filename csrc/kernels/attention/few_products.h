@@ -1,4 +1,4 @@
-// FEWPRODUCTS
+// Scores and weighted sums of values for a few lanes, with keys and values read in place.
 #pragma once
 
 #include "kernels/attention/layout.h"
@@ -37,11 +37,10 @@ struct FewScratch {
 };
 
 #if defined(ICAE_AVX512)
-// Keys and values are walked in the order in which they lie, 128 bytes of each at a time. In the order of
-// registers, every other line first, the attention of SmolLM2's token steps took a tenth longer (Zen 4, two
-// threads).
+// These walk keys and values in memory order, 128 bytes of each at a time. Register order, with every other line
+// first, made the attention of SmolLM2's token steps a tenth slower (Zen 4, two threads).
 
-// Adds products of q with `rows` keys at k, of up to 16, over `vectors` vectors of the head; the last may be cut.
+// Add the products of q with up to 16 keys over `vectors` vectors of the head. The last vector may be partial.
 template <int vectors>
 ICAE_FORCED void few_pair_dots(const bf16* q, const bf16* k, int64_t k_row, int64_t rows, int64_t left,
                                V<float>* dots) {
@@ -49,7 +48,7 @@ ICAE_FORCED void few_pair_dots(const bf16* q, const bf16* k, int64_t k_row, int6
 #pragma GCC unroll 2
   for (int c = 0; c < vectors; ++c) part[c] = (__m512bh)_mm512_loadu_si512(q + 32 * c);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {  // past the last key, the last one once more
+  for (int i = 0; i < 16; ++i) {  // past the last key, the last one again
     const bf16* row = k + at_most(i, rows - 1) * k_row;
 #pragma GCC unroll 2
     for (int c = 0; c < vectors; ++c) {
@@ -59,7 +58,7 @@ ICAE_FORCED void few_pair_dots(const bf16* q, const bf16* k, int64_t k_row, int6
   }
 }
 
-// Scores of n keys, 16 at a time, for all lanes.
+// Scores of n keys for all lanes, 16 keys at a time.
 static inline void few_pair_scores(const AttentionInput& in, const bf16* k, int64_t n, const FewScratch<bf16>& t,
                                    int64_t lanes) {
   for (int64_t key = 0; key < n; key += 16, k += 16 * in.k.row) {
@@ -77,7 +76,7 @@ static inline void few_pair_scores(const AttentionInput& in, const bf16* k, int6
   }
 }
 
-// o = o factor + weights V for `lanes` lanes over `vectors` vectors of the head from d on, two keys at a time.
+// o = o factor + weights V for `lanes` lanes and `vectors` vectors of the head from d on, two keys at a time.
 template <int lanes, int vectors>
 ICAE_FORCED void few_pair_sums(const AttentionInput& in, const bf16* v, int64_t n, const FewScratch<bf16>& t,
                                int64_t lane, const float* factor, int64_t d) {
@@ -125,7 +124,7 @@ static inline void few_pair_values(const AttentionInput& in, const bf16* v, int6
 }
 #endif
 
-// Scores of n keys for `lanes` lanes: each part of a key is read and widened once for all lanes.
+// Scores of n keys for `lanes` lanes. Each part of a key is read and widened once for all lanes.
 template <class T, int lanes>
 static inline void few_wide_scores(const AttentionInput& in, const T* k, int64_t n, const FewScratch<T>& t,
                                    int64_t lane) {

@@ -3,13 +3,13 @@
 //
 //     S^T = K Q^T - shift,    P^T = 2^(c S^T),    O^T = O^T 2^(c (old shift - shift)) + V^T P^T
 //
-// Scores never reach memory: a block of them becomes weights in the registers that it was summed up in, which begin
-// at minus the shift. That needs the shift before the row's maximum is known, so the shift is the largest score of
-// some earlier block, and is raised only when a score exceeds it by kSlack powers of two. Then O^T, the sums and
-// the tile's weights are rescaled, which is rare; the results do not depend on what is subtracted, and weights up
-// to 2^kSlack cost no accuracy.
+// Scores never reach memory. A block of scores is summed in registers that start at minus the shift, and becomes
+// weights in the same registers. That needs the shift before the row's maximum is known. So the shift is the
+// largest score of some earlier block, and it is raised only when a score exceeds it by kSlack powers of two. Then
+// O^T, the sums and the tile's weights are rescaled, which is rare. Results do not depend on the shift, and weights
+// up to 2^kSlack cost no accuracy.
 //
-// With AMX tiles, a tile of scores is computed at once and read back block by block; all else is the same.
+// With AMX, a tile of scores is computed at once and read back block by block. The rest is the same.
 #pragma once
 
 #include "kernels/attention/forward_scratch.h"
@@ -27,7 +27,7 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Writes the log-sum-exp, and leaves 1 / sum where the sums were.
+// Write the log-sum-exp, and replace the sums by their reciprocals.
 template <class T>
 static void store_lse(const AttentionInput& in, const AttentionRow& row, const QueryTile& tile,
                       const ForwardScratch<T>& t, const AttentionOutput& to) {
@@ -68,7 +68,7 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
   const SoftmaxWeights<T> weights(C(exponent_scale(in.scale)));
   bool check_nan = false;
   if constexpr (!SoftmaxWeights<T>::kKeepsNan) {
-    // Not of lanes past these, which hold whatever the thread left there.
+    // Lanes past these hold old values of the thread's scratch.
     const int64_t packed_lanes = round_up(lanes, Vec<C>::kWidth);
     for (int64_t s = 0; s < ceil_div(in.head_dim, P::kPair) && !check_nan; ++s) {
       check_nan = !all_finite(t.q + s * kLanes * P::kPair, packed_lanes * P::kPair);
@@ -95,7 +95,7 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
     }
     for (int64_t d = 0; d < size && !has_output; ++d) clear(t.o + d * kLanes + lane, width * Vec<C>::kWidth);
   });
-  t.prefetch->issue(kLanes);  // of those that are left
+  t.prefetch->issue(kLanes);  // prefetch the remaining lanes
   store_lse(in, row, tile, t, to);
   if (to.partial) {
     store_transposed<C>(t.o, t.softmax->sum, lanes, in.head_dim,

@@ -1,4 +1,4 @@
-// Scratch and prefetch of the forward.
+// Scratch of the forward, and the prefetch of its next query tile.
 #pragma once
 
 #include "kernels/attention/half_values.h"
@@ -11,23 +11,23 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-constexpr int64_t kPrefetchLanes = 2;  // asked for with every block of keys
-// P^T in bf16 takes 12 KiB of the first-level cache, O^T another 12 at head_dim 64. AMX needs larger products, and
-// CPUs with it have 2 MiB of second-level cache.
+constexpr int64_t kPrefetchLanes = 2;  // prefetched with every block of keys
+// P^T in bf16 takes 12 KiB of the first-level cache, and O^T another 12 at head_dim 64. AMX needs larger products,
+// and CPUs with AMX have 2 MiB of second-level cache.
 #if defined(ICAE_AMX)
 constexpr int64_t kForwardKeys = kColumnTile;
 #else
 constexpr int64_t kForwardKeys = 128;
 #endif
 
-// Of each lane: the shift, how far above it a score may be (minus infinity while there is no shift yet), and the
-// sum of weights.
+// Per lane: the shift, how far above it a score may be (minus infinity while there is no shift yet), and the sum of
+// weights.
 template <class C>
 struct Softmax {
   C shift[kLanes], slack[kLanes], sum[kLanes];
 };
 
-// Where a tile's rows of q are, and those of the output.
+// Addresses of a tile's rows of q and of the output.
 template <class T>
 struct TileRows {
   const AttentionInput& in;
@@ -43,9 +43,9 @@ struct TileRows {
   }
 };
 
-// Rows of q and of the output of a tile that comes soon, asked for into the second-level cache: they lie too far
-// apart for the CPU to foresee, and one miss after the other took a tenth of the time at 4 x 640 tokens (AVX-512).
-// A few lanes' at a time, between products: all at once waited for one another.
+// Prefetches rows of q and of the output of the next tile into the second-level cache. They are too far apart for
+// the hardware prefetcher, and waiting for one miss after the other took a tenth of the time at 4 x 640 tokens
+// (AVX-512). A few lanes are prefetched at a time, between products: all at once waited for one another.
 template <class T>
 struct TilePrefetch {
   const char *q[kLanes], *out[kLanes];

@@ -1,13 +1,14 @@
-// The product of values and weights, V^T P^T, and how both are packed for it: as all products, or in fp16.
+// Operand types of V^T P^T, and that product in fp16.
 //
-// In fp16 (AVX512-FP16) it takes half as many FMAs as in fp32. A step is a pair of keys, and a register of sums has
-// 16 lanes' even and odd ones. After at most kHalfKeys keys they are added up, widened, and added to O^T in fp32,
-// so that 64 terms meet in fp16, each rounded to 11 bits, where the output is rounded to 8.
+// In fp16 (AVX512-FP16) the product takes half as many FMAs as in fp32. A step is a pair of keys. A register of
+// sums holds the even and odd sums of 16 lanes. After at most kHalfKeys keys they are added, widened, and
+// accumulated into O^T in fp32. So 64 terms are summed in fp16 and rounded to 11 bits each, while the output is
+// rounded to 8.
 //
-// Against overflow and underflow, both operands are scaled by powers of two. Of kHalfKeys keys' values, the largest
-// finite one of each dimension becomes 2^kHalfTop to 2^(kHalfTop + 1); the others keep their 8 bits down to 2^-14
-// of it, and 2^-22 of it is lost at most. A weight of 1, that of the shift, becomes 2^kHalfOne: weights are up to
-// 2^kSlack times that, keep their bits down to 2^-19, and are 0 from 2^-20 on.
+// Powers of two scale both operands against overflow and underflow. Per dimension of kHalfKeys keys, the largest
+// finite value becomes 2^kHalfTop to 2^(kHalfTop + 1). The others keep their 8 bits down to 2^-14 of it, and at
+// most 2^-22 of it is lost. A weight of 1, that of a score equal to the shift, becomes 2^kHalfOne. Weights are up
+// to 2^kSlack times that, keep their bits down to 2^-19, and are 0 from 2^-20 on.
 #pragma once
 
 #include "kernels/product.h"
@@ -24,9 +25,9 @@ struct ValueProduct {
   static constexpr bool kHalf = false;
 };
 
-// A weight may be up to 2^kSlack times that of the shift, before the shift is raised.
+// The shift is raised when a weight would exceed 2^kSlack times that of a score equal to the shift.
 #if defined(ICAE_FP16)
-constexpr int kSlack = 5;  // 1 % slower than 8, for 3 bits of the values
+constexpr int kSlack = 5;  // 1 % slower than 8, for 3 more bits of the values
 #else
 constexpr int kSlack = 8;
 #endif
@@ -49,8 +50,8 @@ struct ValueProduct<bf16> {
 };
 
 // Packed values of one (row, key/value head): (width / kBlockRows, padded / 2, kBlockRows, 2), as
-// pack_column_blocks packs, and what each dimension of kHalfKeys keys is to be multiplied by: (padded / kHalfKeys,
-// width). They lie where fp32 values would, and take less.
+// pack_column_blocks packs them. `scale` is the factor that undoes each dimension's scaling: (padded / kHalfKeys,
+// width). Both fit in the place of fp32 values.
 struct HalfValues {
   half* values;
   float* scale;
@@ -63,7 +64,7 @@ struct HalfValues {
   float* scales(int64_t key) const { return scale + key / kHalfKeys * width; }
 };
 
-// The exponent, biased, of the largest finite element among rows, of 16 dimensions; within what can be scaled back.
+// Biased exponent of the largest finite element among rows, for 16 dimensions, clamped to what can be scaled back.
 template <class Row>
 ICAE_INLINE I<float> largest_exponent(Row row, int64_t first, int64_t last) {
   constexpr int kBack = kHalfTop + kHalfOne, kLeast = kBack > 0 ? 1 + kBack : 1,
@@ -77,7 +78,7 @@ ICAE_INLINE I<float> largest_exponent(Row row, int64_t first, int64_t last) {
   return found < least ? least : found > largest ? largest : found;
 }
 
-// Rows `first` to `last` of n rows, `first` a multiple of kHalfKeys.
+// Pack rows [first, last) of n rows. `first` is a multiple of kHalfKeys.
 static inline void pack_half_values(const bf16* from, int64_t stride, int64_t first, int64_t last, int64_t n,
                                     int64_t dim, const HalfValues& to) {
   for (int64_t key = first; key < last; key += kHalfKeys) {
@@ -105,13 +106,13 @@ static inline void pack_half_values(const bf16* from, int64_t stride, int64_t fi
   }
 }
 
-// The sum of each pair.
+// Sum of each pair.
 ICAE_INLINE V<float> sum_of_pairs(__m512h x) {
   const __m512h both = _mm512_add_ph(x, (__m512h)_mm512_srli_epi32((__m512i)x, 16));
   return (V<float>)_mm512_cvtxph_ps((__m256h)_mm512_cvtepi32_epi16((__m512i)both));
 }
 
-// kBlockRows dimensions of O^T (+)= V^T P^T, for steps of at most kHalfKeys keys, in each of which p has kLanes.
+// O^T (+)= V^T P^T for kBlockRows dimensions and at most kHalfKeys keys. A step of p has kLanes pairs.
 template <int vectors>
 static inline void multiply_half(const half* v, const float* scale, const half* p, int64_t steps, bool add,
                                  float* o) {

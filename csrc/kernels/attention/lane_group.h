@@ -1,4 +1,4 @@
-// LANEGROUP
+// The inner loop of forward attention (forward.h): one tile of keys and a group of lanes.
 #pragma once
 
 #include "kernels/attention/forward_scratch.h"
@@ -13,7 +13,7 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Some lanes of one tile of keys, as many as a block of registers is wide: O^T follows P^T from key to key.
+// A group of lanes as wide as a register block, for one tile of keys: P^T of all its keys, then O^T.
 template <class T, int vectors>
 struct LaneGroup {
   using P = Product<T>;
@@ -24,13 +24,13 @@ struct LaneGroup {
   const AttentionInput& in;
   const PackedKeys<T>& keys;
   const ForwardScratch<T>& t;
-  int64_t first;  // lane
+  int64_t first;  // first lane
   const SoftmaxWeights<T>& weights;
-  bool check_nan;    // looks for NaN in every block
+  bool check_nan;    // check every block for NaN
   int64_t tile;      // first key of the tile
-  bool& has_output;  // O^T holds something
+  bool& has_output;  // whether O^T has been written
 
-  // O^T += V^T P^T for the tile's keys, up to `end`.
+  // O^T += V^T P^T for the tile's keys up to `end`.
   void add_values(int64_t end) {
     if constexpr (P::kTiles) {
       add_by_tiles(end);
@@ -65,7 +65,7 @@ struct LaneGroup {
 #endif
   }
 
-  // Keys past `end` weigh nothing in the product of whole tiles of the CPU's.
+  // AMX multiplies whole tiles, so keys past `end` get weight 0.
   void add_by_tiles(int64_t end) {
     const int64_t depth = round_up(end - tile, kTileDepth);
     clear(t.p + (end - tile) * kLanes, (tile + depth - end) * kLanes);
@@ -81,7 +81,7 @@ struct LaneGroup {
                    width, false, t.s, kLanes);
   }
 
-  // The largest score of each lane. A NaN among the scores makes it NaN.
+  // Largest score of each lane, or NaN if any score is NaN.
   ICAE_INLINE V<C> largest(const Block<P, vectors>& s, int n) {
     V<C> largest = s[0][n], any_nan = s[0][n];
 #pragma GCC unroll 8
@@ -92,10 +92,9 @@ struct LaneGroup {
     return any_nan == any_nan ? largest : any_nan;
   }
 
-  // Raises the shift of the lanes that have a score above their slack to at least the largest one, and rescales the
-  // weights of the tile's keys before this one, O^T and the sum. `s` becomes relative to the new shift, which
-  // differs from the old one by whole powers of two, so that no weight is rounded again. A NaN or an infinite score
-  // makes a lane NaN, for good.
+  // Raise the shift of each lane that has a score above its slack to at least that score. Rescales the weights of
+  // the tile's earlier keys, O^T and the sum. `s` becomes relative to the new shift. The shift rises by whole
+  // powers of two, so no weight is rounded again. A NaN or infinite score makes its lane NaN for good.
   __attribute__((noinline)) void raise_shift(int64_t key, Block<P, vectors>& s) {
     for (int n = 0; n < vectors; ++n) {
       Softmax<C>& softmax = *t.softmax;
@@ -103,12 +102,12 @@ struct LaneGroup {
       const V<C> highest = largest(s, n), slack = load(softmax.slack + lane);
       const I<C> rises = ~(highest <= slack);
       if (!any<C>(rises)) continue;
-      const V<C> above = highest + (highest - highest);  // NaN where it is infinite
-      // The sum is 0 before the first shift, and a lane's O^T anything finite.
+      const V<C> above = highest + (highest - highest);  // NaN if infinite
+      // Before the first shift the sum is 0, and O^T of the lane is finite.
       const I<C> again = rises & (slack != -kInfinity<C>);
       const V<C> powers = again ? (above * weights.exponent + Vec<C>::kRound) - Vec<C>::kRound + C(1) : V<C>{};
       const V<C> by = again ? powers / weights.exponent : rises ? above : V<C>{};
-      // 2^-powers, or 0, or NaN, which has no integer.
+      // 2^-powers, or 0. NaN has no integer, so it is added afterwards.
       const V<C> most = set1(C(Vec<C>::kBias));
       const I<C> lost = __builtin_convertvector(powers < most ? powers : most, I<C>);
       const V<C> factor = (V<C>)((I<C>{} + Vec<C>::kBias - lost) << Vec<C>::kMantissa) + (by - by);
@@ -140,7 +139,7 @@ struct LaneGroup {
     }
   }
 
-  // Scores of kBlockRows keys, and from them weights.
+  // Scores of kBlockRows keys, then their weights.
   template <bool masked>
   ICAE_FORCED void softmax_block(int64_t key) {
     const int64_t width = keys.width(in);
@@ -159,7 +158,7 @@ struct LaneGroup {
     }
     I<C> rises = {};
     if constexpr (!SoftmaxWeights<T>::kKeepsNan) {
-      // What is not finite in a key makes all lanes' scores so; in a query, `careful` tells.
+      // A non-finite element of a key makes the scores of every lane non-finite. `check_nan` covers queries.
       V<C> total = s[0][0];
 #pragma GCC unroll 8
       for (int m = 1; m < kBlockRows; ++m) total += s[m][0];
@@ -185,7 +184,7 @@ struct LaneGroup {
       rises |= ~(vmax(even, odd) <= load(softmax.slack + lane));
     }
     if (__builtin_expect(check_nan || any<C>(rises), 0)) {
-      Block<P, vectors> copy;  // `s` itself stays in registers if its address is not taken
+      Block<P, vectors> copy;  // taking the address of `s` would move it out of registers
 #pragma GCC unroll 8
       for (int m = 0; m < kBlockRows; ++m) {
 #pragma GCC unroll 4

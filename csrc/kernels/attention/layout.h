@@ -1,9 +1,9 @@
-// What the attention kernels share: memory layout, query tiles, masks.
+// Layout of packed keys and values.
 //
-// Everything is transposed: a tile of scores is S^T, keys down and lanes across. A lane is one (position, query
-// head) pair of the row, heads of one key/value head running fastest, so that K and V are read once for the whole
-// group. Maximum and sum over the keys are then plain vertical vector operations, and no score is ever reduced
-// across a register.
+// All matrices are transposed: a tile of scores is S^T, with keys as rows and lanes along the vectors. A lane is
+// one (position, query head) pair of the row. Heads of one key/value head vary fastest, so K and V are read once
+// for the whole GQA group. Maximum and sum over the keys are then vertical vector operations, and no score is
+// reduced across a register.
 #pragma once
 
 #include "kernels/attention/half_values.h"
@@ -15,12 +15,12 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Keys of a tile. S^T in fp32 takes 12 KiB of the 32 KiB of L1; with 96, 128 or 192 keys the times at 4 x 640 and
-// 1 x 2560 tokens differed by less than 3 % (AVX-512, two threads).
+// Keys of a tile. S^T in fp32 takes 12 KiB of the 32 KiB of L1. With 96, 128 or 192 keys, times at 4 x 640 and 1 x
+// 2560 tokens differed by less than 3 % (AVX-512, two threads).
 constexpr int64_t kKeys = 64;
 static_assert(kPackedKeys % kKeys == 0 && kPackedKeys % kColumnTile == 0, "a task packs whole tiles");
 
-// Hands out pieces of one allocation; with a null base it only counts.
+// Bump allocator over one allocation. With a null base it only counts bytes.
 struct Arena {
   char* base;
   int64_t used = 0;
@@ -32,9 +32,9 @@ struct Arena {
   }
 };
 
-// Packed keys and values of one (row, key/value head). The forward needs K by rows and V by steps, the backward
-// also K by steps and V by rows; where a step is one element the two are the same matrix. Tiles take V^T and K^T by
-// rows in place of the steps.
+// Packed keys and values of one (row, key/value head). The forward needs K in layout `rows` and V in layout `steps`
+// (product.h); the backward also needs K in `steps` and V in `rows`. If a step is one element, the two layouts are
+// the same matrix. AMX needs V^T and K^T by rows, not `steps`.
 template <class T>
 struct PackedKeys {
   using P = Product<T>;
@@ -84,7 +84,7 @@ static const T* row_of(const Strided& x, int64_t row, int64_t head) {
   return static_cast<const T*>(x.data) + row * x.row + head * x.head;
 }
 
-// Keys from `first` to `last`, or to the end of the padded row, of which `first` is a multiple of kPackedKeys.
+// Pack keys and values from `first`, a multiple of kPackedKeys, to `last` or the end of the padded row.
 template <class T>
 static void pack_keys(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, int64_t first,
                       int64_t last, bool backward, void* packed) {

@@ -1,4 +1,4 @@
-// Query tiles and masks.
+// Query tiles, and the range of keys that each lane reads (causal mask and sliding window).
 #pragma once
 
 #include "kernels/tiles.h"
@@ -30,17 +30,17 @@ struct QueryTile {
   int64_t head(int64_t lane) const { return heads[lane]; }
 
  private:
-  int32_t positions[kLanes], heads[kLanes];  // of each lane: a division for each would cost as much as its copying
+  int32_t positions[kLanes], heads[kLanes];  // per lane: dividing each time would cost as much as copying the lane
 };
 
-// Keys from low[l] up to but not high[l] are those that lane l reads.
+// Lane l reads keys [low[l], high[l]).
 template <class C>
 struct KeyRange {
   typename Vec<C>::Int low[kLanes], high[kLanes];
-  int64_t begin, end;          // what any lane reads
-  int64_t all_begin, all_end;  // what every lane reads
+  int64_t begin, end;          // keys that any lane reads
+  int64_t all_begin, all_end;  // keys that every lane reads
 
-  // Of the tile's lanes, and of the others that a kernel reads, which then read nothing.
+  // Set the ranges of the tile's lanes. Other lanes up to `filled`, which a kernel also computes, read no key.
   void set(const AttentionInput& in, const AttentionRow& row, const QueryTile& tile, int64_t filled = kLanes) {
     const int64_t lanes = tile.lanes();
     begin = all_end = row.n_keys;
@@ -57,7 +57,7 @@ struct KeyRange {
     }
     begin = begin / kPad * kPad;
   }
-  // Where to begin: keys before `begin` that fill up a tile are masked.
+  // First key to compute: keys before `begin` that complete a tile are masked.
   template <class P>
   int64_t first() const {
     return P::kTiles ? begin / kTileDepth * kTileDepth : begin;

@@ -1,4 +1,4 @@
-// SCOREGRAD
+// P^T and dS^T of one query tile and some keys, for the backward.
 #pragma once
 
 #include "kernels/attention/backward_scratch.h"
@@ -11,13 +11,13 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Weights of one key and some lanes from their scores; dS^T follows from them, without the scale.
+// One vector of lanes: weights from scores, and dS^T (without the scale) from both.
 template <class T, bool masked>
 struct LaneGradient {
   using P = Product<T>;
   using C = typename P::C;
   const BackwardScratch<T>& t;
-  int64_t lane, key;  // the first of each: of the vector, and of the key tile
+  int64_t lane, key;  // first lane of the vector, first key of the tile
   C exponent;
   const V<C> lse;
   const I<C> low, high;
@@ -35,7 +35,7 @@ struct LaneGradient {
     const V<C> p = exp2<C, Elem<T>::kExpDegree>(score * exponent - lse);
     return masked ? (t.range->reads(key + k, low, high) ? p : V<C>{}) : p;
   }
-  // Of the keys k and k + 1 of the tile.
+  // Keys k and k + 1 of the tile.
   ICAE_FORCED void put_weights(int64_t k, V<C> p0, V<C> p1) const {
     store(t.p + k * t.kLaneDepth + lane, p0);
     store(t.p + (k + 1) * t.kLaneDepth + lane, p1);
@@ -47,7 +47,7 @@ struct LaneGradient {
   }
 };
 
-// P^T and dS^T of n keys and all lanes, of S^T and dP^T that lie in memory.
+// P^T and dS^T of n keys and all lanes, from S^T and dP^T in memory.
 template <class T, bool masked>
 static inline void differentiate_scores(const BackwardScratch<T>& t, int64_t vectors, int64_t key, int64_t n,
                                         typename Elem<T>::C c) {
@@ -66,8 +66,8 @@ static inline void differentiate_scores(const BackwardScratch<T>& t, int64_t vec
   }
 }
 
-// The same of kBlockRows keys, from the k-th of the tile on, whose S^T and dP^T are summed up in registers and do
-// not leave them: only the weights lie in memory meanwhile, 1.5 KiB of them.
+// P^T and dS^T of kBlockRows keys from the tile's key k on. S^T and dP^T are summed in registers and never stored.
+// Only the weights are in memory meanwhile: 1.5 KiB.
 template <class T, int vectors, bool masked>
 static ICAE_FORCED void differentiate_block(const AttentionInput& in, const PackedKeys<T>& keys,
                                             const BackwardScratch<T>& t, int64_t lane, int64_t key, int64_t k,

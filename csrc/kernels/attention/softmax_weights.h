@@ -1,4 +1,4 @@
-// From scores to the softmax's weights, in registers.
+// Softmax weights from scores, in registers.
 #pragma once
 
 #include "kernels/attention/half_values.h"
@@ -8,7 +8,7 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Weights 2^(c s) of scores relative to the shift, where they are as exact as T's arithmetic.
+// Weights 2^(c s) of scores s relative to the shift, as exact as T's arithmetic.
 template <class T>
 struct SoftmaxWeights {
   using C = typename Elem<T>::C;
@@ -16,11 +16,11 @@ struct SoftmaxWeights {
   const C exponent;
 
   explicit SoftmaxWeights(C c) : exponent(c) {}
-  // What a block of keys adds its weights to, and what comes of a total by that.
+  // `Sum` accumulates a block's weights. `begin` starts it from the total, `end` returns the new total.
   using Sum = V<C>;
   ICAE_FORCED Sum begin(V<C> total) const { return total; }
   ICAE_FORCED V<C> end(Sum sum, V<C>) const { return sum; }
-  // The weights of two keys, stored as two rows of P^T and added to `sum`.
+  // Compute the weights of two keys, store them as two rows of P^T, and add them to `sum`.
   ICAE_FORCED void of_pair(V<C> even, V<C> odd, C* to, Sum& sum) const {
     const V<C> a = exp2<C, Elem<T>::kExpDegree>(even * exponent), b = exp2<C, Elem<T>::kExpDegree>(odd * exponent);
     store(to, a);
@@ -29,16 +29,17 @@ struct SoftmaxWeights {
   }
 };
 
-// Multiplies the weights of `keys` keys, of a vector of lanes, by powers of two that are at most 1.
+// Multiply the weights of `keys` keys and one vector of lanes by powers of two <= 1.
 template <class C>
 static inline void scale_weights(C* p, int64_t keys, V<C> factor) {
   for (int64_t k = 0; k < keys; ++k) store(p + k * kLanes, load(p + k * kLanes) * factor);
 }
 
 #if defined(ICAE_AVX512)
-constexpr int kSelect = 0xCA;  // of the second and third by the bits of the first
+constexpr int kSelect = 0xCA;  // select bits of the second or third operand by the first
 
-// Pairs of 16 bits whose mantissa has so many: less in the exponent. What is too small becomes nearly 0, or 0.
+// Scale packed 16-bit floats with `mantissa` mantissa bits by a power of two <= 1 by lowering their exponents.
+// Underflow saturates near 0.
 ICAE_INLINE void scale_pairs_down(void* p, int64_t keys, V<float> factor, int mantissa) {
   __m512i powers = _mm512_sub_epi32(_mm512_set1_epi32(127), _mm512_srli_epi32((__m512i)factor, 23));
   powers = _mm512_sll_epi32(_mm512_max_epi32(powers, _mm512_setzero_si512()), _mm_cvtsi32_si128(mantissa));
@@ -67,30 +68,30 @@ struct Mantissas {
 };
 constexpr Mantissas kMantissas;
 
-// Weights in bf16, made of integers: with t = c s rounded to 1/128, a bf16's bits are 128 (t + 127), but for the 7
-// bits of its mantissa, which are looked up: round(128 (2^(i / 128) - 1)). Rounding t costs as much accuracy as
-// rounding the weight does (RMS 0.16 % each), and the sum is that of the weights as they are used, so that
-// rounding does not bias their mean. 2.5 instructions a weight, sum included; a polynomial, rounding and an fp32
-// sum take 5.
+// Weights in bf16, computed with integers. With t = c s rounded to 1/128, the bits of a bf16 are 128 (t + 127),
+// except for the 7 bits of the mantissa. A table holds those: round(128 (2^(i / 128) - 1)). Rounding t costs as
+// much accuracy as rounding the weight (RMS 0.16 % each). The sum is that of the rounded weights, so rounding does
+// not bias their mean. This takes 2.5 instructions per weight, sum included; a polynomial, rounding and an fp32 sum
+// take 5.
 template <>
 struct SoftmaxWeights<bf16> {
-  // The addition leaves the integer in the low bits. What is far below becomes kLowest, whose low bits are 0.
+  // Adding kOne leaves the integer in the low bits. Very small weights become kLowest, whose low bits are 0.
   static constexpr float kLowest = Vec<float>::kRound, kOne = kLowest + 127 * 128;
-  static constexpr bool kKeepsNan = false;  // it becomes 0
+  static constexpr bool kKeepsNan = false;  // NaN becomes 0
   const float exponent;
-  const __m512i low, high;  // the looked-up bits
+  const __m512i low, high;  // the table of mantissas
 
   explicit SoftmaxWeights(float c)
       : exponent(c), low(_mm512_loadu_si512(kMantissas.bits)), high(_mm512_loadu_si512(kMantissas.bits + 64)) {}
   using Sum = V<float>;
   ICAE_FORCED Sum begin(V<float> total) const { return total; }
   ICAE_FORCED V<float> end(Sum sum, V<float>) const { return sum; }
-  // Stored as a step of pairs.
+  // Stored as one step of pairs.
   ICAE_FORCED void of_pair(V<float> even, V<float> odd, bf16* to, Sum& sum) const {
     const V<float> c = set1(exponent * 128), a = vmax(set1(kLowest), even * c + kOne),
                    b = vmax(set1(kLowest), odd * c + kOne);
     const __m512i words = _mm512_set_epi16(62, 30, 60, 28, 58, 26, 56, 24, 54, 22, 52, 20, 50, 18, 48, 16, 46, 14,
-                                           44, 12, 42, 10, 40, 8, 38, 6, 36, 4, 34, 2, 32, 0);  // the low ones
+                                           44, 12, 42, 10, 40, 8, 38, 6, 36, 4, 34, 2, 32, 0);  // the low words
     const __m512i t = _mm512_permutex2var_epi16((__m512i)a, words, (__m512i)b);
     const __m512i mantissa = _mm512_permutex2var_epi8(low, t, high);
     const __m512i weights = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x7F), mantissa, t, kSelect);
@@ -99,12 +100,11 @@ struct SoftmaxWeights<bf16> {
   }
 };
 #else
-// Weights in fp16, 2^kHalfOne times as large. With t = c s rounded to 1/1024, the bits 1024 (t + 15) are those of
-// 2^floor(t) (1 + f), where 2^floor(t) 2^f is wanted: they are multiplied by a cubic of 1 + f, which is 2^f / (1 +
-// f) but for 0.06 % (RMS, its rounding to fp16 included; at most 0.19 %). A block's weights are summed up in fp16,
-// which rounds 8 of them three times. Permutations, by which bf16's mantissas are looked up, take three
-// instructions of the CPU's own each on Intel's cores; this way is as fast there, and three times as
-// exact.
+// Weights in fp16, times 2^kHalfOne. With t = c s rounded to 1/1024, the bits 1024 (t + 15) are those of 2^floor(t)
+// (1 + f), but 2^floor(t) 2^f is needed. So they are multiplied by a cubic in 1 + f that approximates 2^f / (1 + f)
+// within 0.06 % (RMS, including its rounding to fp16; at most 0.19 %). A block's weights are summed in fp16, which
+// rounds 8 of them three times. The permutations that look up bf16's mantissas take three micro-operations each on
+// Intel's cores. The cubic is as fast there, and three times as exact.
 template <>
 struct SoftmaxWeights<bf16> {
   static constexpr float kLowest = Vec<float>::kRound, kOne = kLowest + (15 + kHalfOne) * 1024;

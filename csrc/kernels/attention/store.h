@@ -1,4 +1,4 @@
-// Stores of tiles.
+// Stores of transposed tiles, and the softmax's exponent.
 #pragma once
 
 #include "kernels/product.h"
@@ -8,7 +8,7 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Narrows two keys' weights and stores them as one step.
+// Narrow two keys' weights and store them as one step.
 #if defined(ICAE_AVX512)
 ICAE_INLINE __m512i pair_up(V<float> even, V<float> odd) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
@@ -29,15 +29,15 @@ ICAE_INLINE void store_steps(E* to, V<C> even, V<C> odd) {
   }
 }
 
-// The softmax's weights are 2^(score * exponent): |scale| log2(e). The sign of a negative scale goes into Q.
-// A scale of 0 would turn a masked -inf into a NaN; this small it gives the same weights.
+// Weights are 2^(score * exponent) with exponent |scale| log2(e). Q carries the sign of a negative scale. A scale
+// of 0 would turn a masked -inf into NaN; a tiny one gives the same weights.
 static inline double exponent_scale(double scale) {
   const double size = scale < 0 ? -scale : scale;
   return (size < 1e-30 ? 1e-30 : size) * 1.4426950408889634;
 }
 
 #if defined(ICAE_AVX512)
-// 16 lanes of up to 16 rows of x[dim][kLanes], times `factor`, as 16 rows.
+// Load 16 lanes of up to 16 rows of x[dim][kLanes], times `factor`, as 16 rows.
 ICAE_INLINE void load_transposed(const float* x, V<float> factor, int64_t n, __m512i (&block)[16]) {
   for (int i = 0; i < 16; ++i) {
     block[i] = i < n ? (__m512i)(load(x + i * kLanes) * factor) : _mm512_setzero_si512();
@@ -45,7 +45,7 @@ ICAE_INLINE void load_transposed(const float* x, V<float> factor, int64_t n, __m
   transpose(block);
 }
 
-// Lines of 32 elements at once: written in halves, each line is waited for twice.
+// Store whole lines of 32 elements: a line that is written in halves stalls twice.
 template <class Row>
 static inline void store_transposed_lines(const float* x, const float* factor, int64_t lanes, int64_t dim,
                                           Row row) {
@@ -66,7 +66,7 @@ static inline void store_transposed_lines(const float* x, const float* factor, i
 }
 #endif
 
-// Writes a transposed tile x[dim][kLanes], times `factor` of each lane, to `row(lane)`.
+// Store a transposed tile x[dim][kLanes], times each lane's `factor`, to `row(lane)`.
 template <class T, class Row>
 static inline void store_transposed(const typename Elem<T>::C* x, const typename Elem<T>::C* factor, int64_t lanes,
                                     int64_t dim, Row row) {

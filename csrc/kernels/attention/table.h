@@ -13,7 +13,7 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Bytes of one thread's scratch for the forward, which runs either kernel.
+// Bytes of one thread's scratch for either forward kernel.
 template <class T>
 static int64_t forward_scratch_bytes(const AttentionInput& in) {
   int64_t tile = 0, few = 0;

@@ -1,4 +1,4 @@
-// DROWS
+// Passes of a token step over single rows and heads.
 #pragma once
 
 #include "kernels/rows/inverse_rms.h"
@@ -26,7 +26,7 @@ static void norm_row(const void* from, const void* weight, double eps, int64_t n
   });
 }
 
-// One projected head: its norm, where `weight` is not null, then RoPE, where `cos` is not null.
+// One projected head: RMS norm unless `weight` is null, then RoPE unless `cos` is null.
 template <class T>
 static void norm_rope_head(const void* from, const void* weight, double eps, const void* cos, const void* sin,
                            int64_t dim, void* to) {
@@ -51,8 +51,8 @@ static void norm_rope_head(const void* from, const void* weight, double eps, con
   });
 }
 
-// One head's output from `n` partial ones over different keys, each normalised, and their log-sum-exps:
-// sum_i e^(lse_i - lse) out_i,  lse = log sum_i e^lse_i.
+// Merge `n` partial outputs of one head over different keys, each normalised, by their log-sum-exps: sum_i e^(lse_i
+// - lse) out_i,  lse = log sum_i e^lse_i.
 template <class T>
 static void merge_head(const void* const* outs, const void* const* lses, int64_t n, int64_t dim, void* to) {
   using C = typename Elem<T>::C;
@@ -75,8 +75,8 @@ static void merge_head(const void* const* outs, const void* const* lses, int64_t
   });
 }
 
-// In two passes of plain maxima and comparisons. Torch's maximum with indices took 0.1 ms for the 49,152 logits of
-// a token (Zen 4).
+// Index of the first maximum, or of the first NaN, in two passes of plain maxima and comparisons. Torch's maximum
+// with indices took 0.1 ms for a token's 49,152 logits (Zen 4).
 template <class T>
 static int64_t argmax_first(const void* values, int64_t n) {
   using C = typename Elem<T>::C;

@@ -1,6 +1,6 @@
-// A token step's parts besides attention: products with a few rows, and passes over single rows.
+// Products of a token step: a few rows of x with all rows of weights, which are streamed from memory once.
 //
-// Activations between the parts are in the compute type; only what a product reads is narrowed to T.
+// Activations between kernels are in the compute type. Inputs of products are narrowed to T.
 #pragma once
 
 #include "kernels/product.h"
@@ -11,22 +11,21 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// Rows of x that one pass over a row of weights serves: their sums take 8 registers.
+// Rows of x per pass over a row of weights: their sums take 8 registers.
 constexpr int64_t kStreamedRows = 8;
-// Rows of weights whose sums are finished together. Each one's sums across a register would take 40 cycles, in
-// which nothing further ahead is asked for: rows of 1152 bytes came at 15 GB/s, and at 22 when finished by 16 (one
-// thread).
+// Rows of weights whose sums are reduced together. Reducing each one's sums across a register would take 40 cycles
+// without prefetching: rows of 1152 bytes came at 15 GB/s, and at 22 when 16 are reduced together (one thread).
 constexpr int64_t kStreamedBlock = 16;
-// Weights to come are asked for with each line of them.
+// Prefetch weights ahead of the line at `at`.
 //
-// Zen 4: the hardware's own prefetching stops at the end of a page of 4 KiB. Halfway through each, the first line
-// of the next one is asked for, from where the hardware goes on. Asking for every line 4 KiB ahead instead is as
-// fast where memory gives 34 GB/s and takes 23 % longer where it gives 55 (two threads; the same machine, by the
-// minute): each line then takes two of the core's few places for misses.
+// Zen 4: the hardware prefetcher stops at the end of a 4 KiB page. Halfway through each page this prefetches the
+// first line of the next one, from where the hardware continues. Prefetching every line 4 KiB ahead is as fast
+// where memory delivers 34 GB/s, and 23 % slower where it delivers 55 (two threads; the same machine, varying by
+// the minute): each line then occupies two of the core's few miss buffers.
 //
-// Emerald Rapids, whose memory is further away: with every line 4 KiB ahead, rows of 1152 bytes come at 33 GB/s and
-// rows of 3072 at 35, where asking for the next page gives 24.5 and 25.7 and a plain read 34 (two threads). 512
-// bytes ahead give nothing, 1 KiB gives half of it, and 16 KiB no more.
+// Emerald Rapids, whose memory has a higher latency: with every line 4 KiB ahead, rows of 1152 bytes come at 33
+// GB/s and rows of 3072 at 35. Prefetching the next page reaches 24.5 and 25.7, and a plain read 34 (two threads).
+// 512 bytes ahead gain nothing, 1 KiB gains half, and 16 KiB no more.
 ICAE_INLINE void prefetch_weights(const void* at) {
   constexpr uintptr_t kPage = 4096;
 #if defined(ICAE_PREFETCH_EVERY_LINE)
@@ -40,8 +39,8 @@ ICAE_INLINE void prefetch_weights(const void* at) {
 }
 
 // Products of `columns` rows of weights with `rows` rows of x, as sums that are still spread over a vector. With
-// one row of weights and one or two of x, two chains, since one would have to wait for itself; with many rows of x,
-// two rows of weights, since each x is then loaded half as often.
+// one row of weights and one or two of x there are two chains, because a single one would wait for its own latency.
+// With many rows of x there are two rows of weights, so that each x is loaded half as often.
 template <class T, int rows, int columns>
 struct StreamedTile {
   using C = typename Elem<T>::C;
@@ -51,7 +50,7 @@ struct StreamedTile {
   static constexpr bool kPairs = false;
 #endif
   static constexpr int kChains = rows * columns <= 2 ? 2 : 1;
-  static constexpr int kStep = kPairs ? 32 : Vec<C>::kWidth;  // elements of a vector's worth of work
+  static constexpr int kStep = kPairs ? 32 : Vec<C>::kWidth;  // elements per vector operation
   V<C> sums[rows][columns][kChains] = {};
 
   template <bool whole>
@@ -110,7 +109,7 @@ struct StreamedTile {
   }
 };
 
-// The tiles of one or two rows of weights with up to kStreamedRows rows of x.
+// One or two rows of weights with up to kStreamedRows rows of x.
 template <class T, int columns>
 static inline void streamed_columns(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t w_row, int64_t k,
                                     V<typename Elem<T>::C>* to) {
@@ -123,8 +122,8 @@ static inline void streamed_columns(const T* x, int64_t x_row, int64_t rows, con
   for (; r < rows; ++r) StreamedTile<T, 1, columns>().run(part(r), x_row, w, w_row, k, out(r));
 }
 
-// Sums of up to kStreamedBlock rows of weights with up to kStreamedRows rows of x. All kStreamedBlock of a row of
-// `to` may be written.
+// Sums of up to kStreamedBlock rows of weights with up to kStreamedRows rows of x. May write all kStreamedBlock
+// elements of each row of `to`.
 template <class T>
 static inline void streamed_block(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t w_row, int64_t n,
                                   int64_t k, typename Elem<T>::C* to, int64_t to_row) {
@@ -150,7 +149,7 @@ static inline void streamed_block(const T* x, int64_t x_row, int64_t rows, const
   }
 }
 
-// x W^T with the bias for `rows` rows from `row`, and `n` rows of weights from `first`.
+// x W^T + bias for `rows` rows from `row` on and `n` rows of weights from `first` on.
 template <class T>
 static inline void streamed_sums(const StreamedProduct& p, int64_t row, int64_t rows, int64_t first, int64_t n,
                                  typename Elem<T>::C* to, int64_t to_row) {
@@ -171,12 +170,12 @@ ICAE_INLINE V<C> gated(V<C> gate, V<C> up) {
   return gate * up / (set1(C(1)) + exp2<C, Elem<C>::kExpDegree>(gate * set1(C(-1.4426950408889634))));
 }
 
-// y = silu(gate) * up for the outputs from begin up to end, a run of gate's rows and then as long a one of up's.
+// y = silu(gate) * up for outputs [begin, end), alternating between a run of gate's rows and one of up's.
 template <class T>
 static void streamed_swiglu(const StreamedProduct& p, int64_t begin, int64_t end) {
   using C = typename Elem<T>::C;
-  // Each change to other rows leaves the hardware's prefetching behind: with runs of 16 rows of 1152 bytes the
-  // product took 3 to 5 % longer.
+  // Every switch to other rows restarts the hardware prefetcher: with runs of 16 rows of 1152 bytes the product
+  // took 3 to 5 % longer.
   constexpr int64_t kRun = 4 * kStreamedBlock;
   C gates[kStreamedRows * kRun], ups[kStreamedRows * kRun];
   for (int64_t row = 0; row < p.rows; row += kStreamedRows) {

@@ -1,4 +1,4 @@
-// The kernels of a unit for a token step.
+// The token-step kernels of a unit.
 #pragma once
 
 #include "kernels/decode/rows.h"

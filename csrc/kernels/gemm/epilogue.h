@@ -1,4 +1,4 @@
-// EPILOGUE
+// Epilogues of the bf16 GEMM, on both halves of a row of sums in registers.
 #pragma once
 
 #include "kernels/gemm/panel.h"
@@ -10,7 +10,7 @@ namespace icae_fast::ICAE_UNIT {
 
 #if defined(ICAE_AVX512)
 
-// Both halves of a row of y; `full` says that neither ends early.
+// Store both halves of a row of y. `full`: both have kHalf columns.
 template <bool full>
 ICAE_INLINE void store_half(bf16* to, V<float> v, int64_t n) {
   full ? store(to, v) : store_n(to, v, n);
@@ -24,7 +24,7 @@ ICAE_INLINE void store_both(bf16* row, const Halves& h, V<float> a, V<float> b) 
 template <GemmEpilogue epilogue, bool full>
 ICAE_INLINE void epilogue_row(const Gemm& g, const Halves& h, int64_t d, int64_t row, V<float> a, V<float> b) {
   bf16* y = static_cast<bf16*>(g.y) + row * g.y_row;
-  if constexpr (epilogue == GemmEpilogue::kStore && full) {  // the halves are neighbours
+  if constexpr (epilogue == GemmEpilogue::kStore && full) {  // the halves are adjacent
     _mm512_storeu_si512(y + h.column[0], (__m512i)_mm512_cvtne2ps_pbh(b * g.factor, a * g.factor));
   } else if constexpr (epilogue == GemmEpilogue::kStore) {
     store_both<full>(y, h, a * g.factor, b * g.factor);

@@ -1,16 +1,16 @@
-// The bf16 GEMM: y = finish(x W^T + bias), where what follows the product is done while a tile is in registers.
+// The bf16 GEMM: y = epilogue(x W^T + bias), with the epilogue applied while a tile is in registers.
 //
-// A call owns some columns: it packs their weights into its own scratch (36 KiB a panel at k 576, hot in this
-// core's cache), and runs over the rows of x, which are read where they lie as pairs to broadcast. That is what
-// makes packing at every call cheap: with panels packed by one thread and read by all, it cost 5 % of the time at
-// T 2560, N 960, k 576 (Zen 4, two threads); so it costs under 1 %, and 97 % of the rate of bare `vdpbf16ps` is
-// left, where oneDNN reaches 81 to 88 %.
+// A call owns some columns. It packs their weights into its own scratch (36 KiB per panel at k 576, hot in this
+// core's cache), and iterates over the rows of x, which it reads in place as pairs to broadcast. That makes packing
+// at every call cheap: panels that one thread packed and all read cost 5 % of the time at T 2560, N 960, k 576 (Zen
+// 4, two threads). Packing per call costs under 1 %, and the GEMM reaches 97 % of the rate of bare `vdpbf16ps`,
+// where oneDNN reaches 81 to 88 %.
 //
-// Without ICAE_BF16_PAIRS operands are widened to fp32 for FMAs, weights in the panels and rows of x a block at a
+// Without ICAE_BF16_PAIRS, operands are widened to fp32 for FMAs: weights in the panels, and rows of x a block at a
 // time.
 //
-// With AMX a panel is multiplied with up to kMostRows rows at once, into memory (tiles.h), and what follows reads
-// it from there.
+// With AMX, a panel is multiplied with up to kMostRows rows at once into memory (tiles.h), and the epilogue reads
+// the sums from there.
 #pragma once
 
 #include "kernels/gemm/panel.h"
@@ -40,7 +40,7 @@ static void gemm_panels(const Gemm& g, int64_t panel_begin, int64_t panel_end, i
       const Halves halves = g.halves(p);
       for (int64_t r = 0, tile; r < n; r += tile) {
         tile = rows_of_tile(n - r);
-        const int64_t at = at_least(0, at_most(r, n - tile));  // the last tile overlaps the one before
+        const int64_t at = at_least(0, at_most(r, n - tile));  // the last tile overlaps the previous one
         const GemmOperand* const x[2] = {block.x[0] + at * block.x_row[0],
                                          g.n_terms == 2 ? block.x[1] + at * block.x_row[1] : nullptr};
         gemm_tile<epilogue>(g, halves, x, block.x_row, packed + (p - panel_begin) * size, begin + at,
@@ -58,14 +58,15 @@ static void gemm_run(const Gemm& g, int64_t panel_begin, int64_t panel_end, int6
   run(g, panel_begin, panel_end, row_begin, row_end, scratch);
 }
 
-// Some thousand cycles of products, which depend on nothing but the CPU.
+// Run some thousand cycles of products that depend only on the CPU, and return their number.
 static int64_t register_products() {
   using P = GemmProduct;
-  constexpr int kSums = 12;  // enough for two a cycle, each of which takes up to six
+  constexpr int kSums = 12;  // enough for two per cycle with a latency of up to six
   constexpr int64_t kRounds = 400;
   P::Operand x = {};
   V<float> sums[kSums] = {};
-  for (int s = 0; s < kSums; ++s) __asm__ volatile("" : "+v"(sums[s]));  // or the compiler would take them for one
+  for (int s = 0; s < kSums; ++s)
+    __asm__ volatile("" : "+v"(sums[s]));  // or the compiler would merge the equal sums
   for (int64_t i = 0; i < kRounds; ++i) {
     __asm__ volatile("" : "+v"(x));
 #pragma GCC unroll 12

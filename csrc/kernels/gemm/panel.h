@@ -1,4 +1,4 @@
-// PANEL
+// Operands of the bf16 GEMM: panels of packed weights, and blocks of rows of x.
 #pragma once
 
 #include "kernels/pack.h"
@@ -16,7 +16,7 @@ using GemmProduct = Product<bf16>;
 using GemmOperand = GemmProduct::E;
 constexpr bool kWidens = GemmProduct::kPair == 1;
 
-// Elements of a step of a panel, which is (k / pair, 2 halves, kHalf, pair) for each term.
+// Elements of one step of a panel, which is (k / pair, 2 halves, kHalf, pair) for each term.
 constexpr int64_t kPanelStep = 2 * kHalf * GemmProduct::kPair;
 #if defined(ICAE_AMX)
 constexpr int64_t kRowStep = 16, kMostRows = 128;
@@ -24,8 +24,7 @@ constexpr int64_t kRowStep = 16, kMostRows = 128;
 constexpr int64_t kRowStep = kTileRows, kMostRows = 96;
 #endif
 
-// Elements of k in a panel: pairs, or whole steps of tiles; where k ends in the middle of one, x is copied and
-// padded.
+// k of a panel, padded to pairs or to AMX tiles. If that pads k, x is copied and padded too.
 static inline int64_t padded_k(const GemmTerm& term) {
   return round_up(term.k, GemmProduct::kTiles ? kTileDepth : 2);
 }
@@ -38,7 +37,7 @@ static inline int64_t panel_size(const Gemm& g) {
   return size;
 }
 
-// Rows whose x is kept in the second-level cache while all panels of the call pass over it.
+// Rows of x that stay in the second-level cache while all panels of the call use them.
 static inline int64_t block_rows(const Gemm& g) {
   constexpr int64_t kBlockBytes = 256 << 10;
   const int64_t rows = kBlockBytes / at_least(1, g.terms[0].k * static_cast<int64_t>(sizeof(GemmOperand)));
@@ -53,7 +52,7 @@ static int64_t gemm_scratch_bytes(const Gemm& g, int64_t panels) {
   return elements * sizeof(GemmOperand);
 }
 
-// Pairs along k of 16 columns, as the step or the two steps of a panel that `to` is the first of.
+// Store pairs along k of 16 columns: one step of a panel, or two if operands are widened.
 ICAE_INLINE void store_panel_pairs(GemmOperand* to, __m512i pairs) {
   if constexpr (kWidens) {
     store(to, first_of_pairs(pairs));
@@ -64,7 +63,7 @@ ICAE_INLINE void store_panel_pairs(GemmOperand* to, __m512i pairs) {
 }
 constexpr int64_t kPairStep = kPanelStep * 2 / GemmProduct::kPair;
 
-// The first of up to n elements of a row of x.
+// Store the first n elements of a row of x.
 ICAE_INLINE void store_row(GemmOperand* to, __m512i elements, int64_t n) {
   if constexpr (kWidens) {
     store_up_to(to, widen(_mm512_castsi512_si256(elements)), at_most(16, n));
@@ -74,7 +73,7 @@ ICAE_INLINE void store_row(GemmOperand* to, __m512i elements, int64_t n) {
   }
 }
 
-// Weights of up to 16 columns into one half of a panel, with zeros from k up to `padded`.
+// Pack weights of up to 16 columns into one half of a panel, with zeros from k up to `padded`.
 static inline void pack_half(const bf16* w, int64_t w_row, int64_t n, int64_t k, int64_t padded, GemmOperand* to) {
   for (int64_t d = 0; d < k; d += 32) {
     __m512i x[16];
@@ -87,7 +86,7 @@ static inline void pack_half(const bf16* w, int64_t w_row, int64_t n, int64_t k,
   }
 }
 
-// Rows d and d + 1 of a matrix of k rows as pairs, n of them, with zeros behind either end.
+// Rows d and d + 1 of a matrix of k rows as n pairs, with zeros past either end.
 ICAE_INLINE __m512i pairs_of_rows(const bf16* from, int64_t row, int64_t d, int64_t n, int64_t k) {
   const auto lanes = [&](int64_t i) {
     if (i >= k) return _mm512_setzero_si512();
@@ -96,7 +95,7 @@ ICAE_INLINE __m512i pairs_of_rows(const bf16* from, int64_t row, int64_t d, int6
   return _mm512_or_si512(lanes(d), _mm512_slli_epi32(lanes(d + 1), 16));
 }
 
-// The same of transposed weights, (k, n).
+// The same for transposed weights, (k, n).
 static inline void pack_half_transposed(const bf16* w, int64_t w_row, int64_t n, int64_t k, int64_t padded,
                                         GemmOperand* to) {
   for (int64_t d = 0; d < padded; d += 2, to += kPairStep) {
@@ -104,7 +103,7 @@ static inline void pack_half_transposed(const bf16* w, int64_t w_row, int64_t n,
   }
 }
 
-// n rows of a transposed x, (k, n), into rows of k elements, with zeros from k up to `padded`.
+// Copy n rows of a transposed x, (k, n), into rows of k elements, with zeros from k up to `padded`.
 static inline void copy_transposed(const bf16* x, int64_t x_row, int64_t n, int64_t k, int64_t padded,
                                    GemmOperand* to, int64_t to_row) {
   for (int64_t r = 0; r < n; r += 16) {
@@ -141,7 +140,7 @@ static inline void copy_rows(const bf16* x, int64_t x_row, int64_t n, int64_t k,
   }
 }
 
-// Rows of x for one block: where they lie, or copied.
+// Rows of x for one block, in place or copied.
 struct RowBlock {
   const GemmOperand* x[2];
   int64_t x_row[2];
@@ -161,7 +160,7 @@ struct RowBlock {
       } else {
         copy_rows(from, term.x_row, n, term.k, padded_k(term), copy, x_row[i]);
       }
-      // A tile always computes kRowStep rows; those past the end are not stored.
+      // A tile always computes kRowStep rows. Rows past the end are not stored.
       for (int64_t r = n; r < kRowStep; ++r) clear(copy + r * x_row[i], padded_k(term));
       x[i] = copy;
       copy += block_rows(g) * x_row[i];

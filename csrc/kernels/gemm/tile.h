@@ -1,4 +1,4 @@
-// TILE
+// Register tiles of the bf16 GEMM: some rows of x times one panel, then the epilogue.
 #pragma once
 
 #include "kernels/gemm/epilogue.h"
@@ -12,15 +12,15 @@ namespace icae_fast::ICAE_UNIT {
 
 #if defined(ICAE_AVX512)
 
-// Rows of x that are widened next, asked for with every few steps of the products before: they come from the
-// third-level cache or memory, for each call anew, and waiting for them took a tenth of the time (T 2560, k 576,
-// N 960). All of a tile's at once waited for one another and took as long.
+// Prefetches the rows of x that are widened next, every few steps of the current products. Each call reads them
+// anew from the third-level cache or memory, and waiting for them took a tenth of the time (T 2560, k 576, N 960).
+// Prefetching all of a tile's rows at once was as slow, because the prefetches waited for one another.
 struct RowPrefetch {
   static constexpr int64_t kSteps = 8;
   const char* at = nullptr;
   int64_t each = 0;
 
-  // n rows from `row` on, over `tiles` products.
+  // Spread n rows from `row` on over `tiles` products.
   RowPrefetch(const GemmTerm& term, int64_t row, int64_t n, int64_t tiles) {
     if (!kWidens || term.x_transposed || n <= 0 || term.k == 0) return;
     const int64_t row_bytes = term.x_row * static_cast<int64_t>(sizeof(bf16));
@@ -55,14 +55,14 @@ ICAE_INLINE void accumulate(const GemmOperand* x, int64_t x_row, const GemmOpera
   for (; kWidens && d + prefetch.kSteps <= k; d += prefetch.kSteps) {
     prefetch.issue();
 #pragma GCC unroll 8
-    for (int i = 0; i < prefetch.kSteps; ++i) step(d + i);  // a loop around them cost 7 %
+    for (int i = 0; i < prefetch.kSteps; ++i) step(d + i);  // a loop around the steps cost 7 %
   }
   for (; d < k; d += P::kPair) step(d);
 }
 
 #if defined(ICAE_AMX)
 
-// Rows of the next tile, of `left` rows.
+// Rows of the next tile, if `left` rows are left.
 static inline int64_t rows_of_tile(int64_t left) { return at_least(kRowStep, left / kRowStep * kRowStep); }
 
 template <GemmEpilogue epilogue, bool full>
@@ -92,7 +92,7 @@ static void gemm_tile(const Gemm& g, const Halves& h, const GemmOperand* const (
 
 #else
 
-// Fewer rows at the end are a smaller tile: 4 rows of 128 would cost a tenth of them again as part of 12.
+// The same: kTileRows, or fewer in steps of 4.
 static inline int64_t rows_of_tile(int64_t left) { return left > 8 ? 12 : left > 4 ? 8 : 4; }
 
 template <GemmEpilogue epilogue, int height>

@@ -1,4 +1,4 @@
-// DROPOUT
+// Dropout.
 #pragma once
 
 #include "kernels/unit.h"
@@ -6,7 +6,7 @@
 
 namespace icae_fast::ICAE_UNIT {
 
-// The hash of icae_fast/ops/_dropout.py. Plain loops: the compiler vectorises them for each unit.
+// The hash of icae_fast/ops/_dropout.py. The loops are plain: the compiler vectorises them for each unit.
 ICAE_INLINE uint32_t mix(uint32_t h) {
   h = (h ^ (h >> 16)) * 0x7FEB352Du;
   h = (h ^ (h >> 15)) * 0x846CA68Bu;

@@ -1,4 +1,4 @@
-// Passes over the rows of projected heads: q/k RMS norm, RoPE, their gradient, and dropout.
+// Head norm and RoPE over rows of projected heads, and their gradient.
 #pragma once
 
 #include "kernels/rows/inverse_rms.h"
@@ -44,7 +44,7 @@ static void heads_forward(const HeadsPass& p, int64_t begin, int64_t end) {
   }
 }
 
-// y = the gradient before the norm, from the gradient of the rotated heads.
+// y = gradient before the norm, from the gradient of the rotated heads.
 template <class T>
 static void heads_backward(const HeadsPass& p, int64_t begin, int64_t end) {
   using C = typename Elem<T>::C;
@@ -57,7 +57,7 @@ static void heads_backward(const HeadsPass& p, int64_t begin, int64_t end) {
       const T* grad = static_cast<const T*>(p.grad) + row * p.grad_stride + h * p.grad_head_stride;
       const T* before = static_cast<const T*>(p.before) + row * p.before_stride + h * p.head_dim;
       T* y = static_cast<T*>(p.y) + row * p.y_stride + h * p.head_dim;
-      // Rotated back, and times the norm's weight.
+      // The gradient rotated back, times the norm's weight.
       const auto rotated_back = [&](int64_t d, int64_t n, V<C>& a, V<C>& b) {
         const V<C> cos = load_up_to(r.cos + d, n), sin = load_up_to(r.sin + d, n);
         const V<C> ga = load_up_to(grad + d, n), gb = load_up_to(grad + half + d, n);

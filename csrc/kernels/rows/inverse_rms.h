@@ -1,4 +1,4 @@
-// IRMS
+// The factor of every RMS norm.
 #pragma once
 
 #include "kernels/unit.h"

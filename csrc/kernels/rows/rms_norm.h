@@ -1,5 +1,5 @@
-// Passes over whole rows: RMS norm with residual add, SwiGLU, and their gradients. Everything is read once and
-// written once; a row stays in the first-level cache between the two halves of a norm.
+// RMS norm with residual add, and its gradient. Each element is read and written once: a row stays in the
+// first-level cache between the two halves of a norm.
 #pragma once
 
 #include "kernels/rows/inverse_rms.h"

@@ -1,4 +1,4 @@
-// SWIGLU
+// SwiGLU and its gradient. Each element is read and written once.
 #pragma once
 
 #include "kernels/unit.h"

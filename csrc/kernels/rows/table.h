@@ -1,4 +1,4 @@
-// The kernels of a unit that pass over rows.
+// The row-wise kernels of a unit.
 #pragma once
 
 #include "kernels/rows/dropout.h"

@@ -7,11 +7,11 @@
 namespace icae_fast {
 namespace {
 
-// Below this, packing the weights costs more than the faster product saves.
+// With fewer rows, packing the weights costs more than the faster product saves.
 constexpr int64_t kFewestRows = 16;
-// Packed panels of one task stay in the second-level cache, 1 MiB and more on CPUs with AVX512-BF16.
+// Packed panels of one task fit the second-level cache, 1 MiB or more on CPUs with AVX512-BF16.
 constexpr int64_t kPanelBytes = 384 << 10;
-// 2 MiB on those that should widen.
+// The same for CPUs that widen, which have 2 MiB.
 constexpr int64_t kWidePanelBytes = 1 << 20;
 
 // A multiple of kTileRows and of the 16 rows of an AMX tile.
@@ -33,7 +33,7 @@ int64_t most_panels(const Gemm& g) {
   return at_least(1, at_most(kMostPanels, kPanelBytes / (elements * 2)));
 }
 
-// Where each task widens its rows of x: many panels for few rows, in place of few panels for all of them, and ever
+// Cut for units that widen: each task widens its own rows of x, so it gets many panels and few rows, with ever
 // fewer rows towards the end.
 std::vector<GemmTask> cut_rows(const std::vector<Gemm>& gemms) {
   constexpr int64_t kFewestRowsOfTask = 4 * kChunkStep;
@@ -56,10 +56,10 @@ std::vector<GemmTask> cut_rows(const std::vector<Gemm>& gemms) {
   return tasks;
 }
 
-// Tasks of up to `group` panels and `chunks` pieces of the rows; those near the end are smaller, so that threads
-// that were held up do not let the others wait for a whole task.
+// Cut into tasks of up to `group` panels and `chunks` pieces of the rows. Tasks near the end are smaller, so that a
+// delayed thread does not keep the others waiting for a whole task.
 std::vector<GemmTask> cut(const std::vector<Gemm>& gemms, int64_t group, int64_t chunks, int64_t panels) {
-  const int64_t single = panels - 4 * at::get_num_threads();  // the first panel that goes alone
+  const int64_t single = panels - 4 * at::get_num_threads();  // from this panel on, tasks have one panel
   std::vector<GemmTask> tasks;
   int64_t before = 0;
   for (const auto& g : gemms) {

@@ -1,4 +1,4 @@
-// This package's own GEMM over threads: which products it takes, and how they are cut into tasks.
+// The package's GEMM on threads: which products it computes, and how they are cut into tasks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,21 +10,21 @@
 
 namespace icae_fast {
 
-// Whether products of x go to the kernels rather than to ATen.
+// Whether products of x use this GEMM and not ATen's.
 bool uses_gemm(const at::Tensor& x);
 
-// x (with a unit stride), or where its rows lie a multiple of 2 KiB apart a copy in which they do not: one pass
-// over x, where copying the rows that each task needs took 8 % of the time at 256 x 2048 by 8192 columns.
+// Return x (unit stride), or a copy if its rows map to the same cache sets (a multiple of 2 KiB apart). This is one
+// pass over x. When each task copied its own rows, that took 8 % of the time at 256 x 2048 by 8192 columns.
 at::Tensor unaliased_rows(const at::Tensor& x);
 
-// y = factor * x W^T + bias, to be changed further and given to run_gemms.
+// Describe y = factor * x W^T + bias. The caller may change it and passes it to run_gemms.
 Gemm gemm_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y);
 
-// Adds x W^T to what `g` sums up; x (T, k) and W (n, k) have a unit stride in either dimension, so that transposed
-// ones are read in place.
+// Add the term x W^T to the sum. x (T, k) and W (n, k) have a unit stride in one dimension; transposed ones are
+// read in place.
 void add_term(Gemm& g, const at::Tensor& x, const at::Tensor& weight);
 
-// Computes all of them in one parallel region.
+// Compute all products in one parallel region.
 void run_gemms(const std::vector<Gemm>& gemms);
 
 }  // namespace icae_fast

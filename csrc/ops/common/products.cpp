@@ -29,8 +29,8 @@ void multiply_by_aten(at::Tensor& out, const at::Tensor& x, const at::Tensor& we
 
 void multiply(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   if (!uses_gemm(x)) return multiply_by_aten(out, x, weight, bias);
-  const auto apart = unaliased_rows(x);
-  run_gemms({gemm_of(apart, weight, bias, out)});
+  const auto unaliased = unaliased_rows(x);
+  run_gemms({gemm_of(unaliased, weight, bias, out)});
 }
 
 }  // namespace icae_fast

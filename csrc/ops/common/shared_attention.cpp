@@ -8,7 +8,7 @@
 namespace icae_fast {
 namespace {
 
-// Keys of one piece of a segment: with fewer, more would be spent on merging than is won by sharing the work out.
+// Keys of one piece of a segment. With fewer, merging costs more than sharing the work gains.
 constexpr int64_t kSplitKeys = 128;
 
 }  // namespace
@@ -57,7 +57,7 @@ SharedAttention::SharedAttention(const AttentionKernels& kernels, Dtype dtype, i
   for (int64_t s = 0; s < n;) {
     const auto& first = segments_[s];
     std::vector<Keys> keys;
-    // What the same rows read goes through one softmax, and so needs no merging.
+    // Consecutive segments with the same rows go through one softmax, which needs no merging.
     for (; s < n && segments_[s].row_begin == first.row_begin && segments_[s].row_end == first.row_end; ++s) {
       const int64_t piece = split ? kSplitKeys : at_least(1, segments_[s].length);
       for (int64_t k = 0; k < segments_[s].length; k += piece) {
@@ -86,7 +86,7 @@ void SharedAttention::add_run(int64_t row_begin, int64_t row_end, const std::vec
                 n_queries = tails_[row_end - 1].q_begin + tails_[row_end - 1].n_queries - q_begin;
   if (n_queries == 0) return;
   const bool few = n_queries * base_.group() <= kFewLanes;
-  // Few lanes read keys where they lie, a segment at a time.
+  // Few lanes read keys in place, one segment at a time.
   if (few && keys.size() > 1) {
     for (const auto& k : keys) add_run(row_begin, row_end, {k});
     return;
@@ -107,7 +107,7 @@ void SharedAttention::add_run(int64_t row_begin, int64_t row_end, const std::vec
     tiles = row.n_tiles(base_);
     for (int64_t h = 0; h < base_.kv_heads; ++h) packs_.push_back({index, static_cast<int64_t>(k), h});
   }
-  // The last tile of a tail reads most keys, so it goes first.
+  // The last tile of a tail reads the most keys, so it runs first.
   for (int64_t h = 0; h < base_.kv_heads; ++h) {
     for (int64_t tile = tiles - 1; tile >= 0; --tile) tasks_.push_back({index, h, tile});
   }

@@ -1,6 +1,6 @@
-// Attention of rows that share keys: each segment of keys is read once for all rows that read it, each row's own
-// tail apart, and the partial results are merged by log-sum-exp. `shared_prefix_attention` and `decode_step` are
-// built on it: a plan says what there is to do, and its caller on which threads and when.
+// Attention of rows that share keys: each shared segment is read once for all its rows, each row's own tail
+// separately, and the partial results are merged by log-sum-exp. `shared_prefix_attention` and `decode_step` use
+// it. The plan holds the tasks; the caller decides when and on which threads they run.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,48 +13,49 @@
 
 namespace icae_fast {
 
-// Keys that the rows from row_begin up to row_end read, beginning at position `start`.
+// Keys that rows [row_begin, row_end) share. They begin at position `start`.
 struct PrefixSegment {
   int64_t length, row_begin, row_end, start;
 };
 
-// A row's queries, and its own keys, which begin at position `start`; queries are the last of them.
+// A row's own keys, which begin at position `start`. The queries are the last of these positions.
 struct TailRow {
   int64_t q_begin, n_queries, k_begin, n_keys, start;
 };
 
-// Segments of the given lengths in the order in which rows read them; rows[2 s] and rows[2 s + 1] are the first row
-// that reads segment s and the one after the last. Also sets the positions at which the tails start. Raises where
-// rows that read a segment together have read different numbers of keys before it.
+// Place segments of the given lengths. rows[2 s] and rows[2 s + 1] are the first row that reads segment s and the
+// row after the last; rows read segments in this order. Also sets the start positions of the tails. Raises if rows
+// that share a segment have read different numbers of keys before it.
 std::vector<PrefixSegment> place_segments(const char* op, const std::vector<int64_t>& lengths, at::IntArrayRef rows,
                                           std::vector<TailRow>& tails);
 
-// Where one layer's keys and values are.
+// One layer's keys and values.
 struct SharedTensors {
   Strided tail_k, tail_v;
-  std::vector<Strided> keys, values;  // of the segments
+  std::vector<Strided> keys, values;  // per segment
   int64_t window;
 };
 
 class SharedAttention {
  public:
-  // `split`: cut shared keys into pieces that threads work on apart, for few queries.
+  // `split`: for few queries, cut shared keys into pieces that threads work on separately.
   SharedAttention(const AttentionKernels& kernels, Dtype dtype, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
                   double scale, std::vector<PrefixSegment> segments, std::vector<TailRow> tails, bool split);
   SharedAttention(const SharedAttention&) = delete;  // rows point into it
   SharedAttention& operator=(const SharedAttention&) = delete;
 
-  // Packed keys come first, then attention, then merging; each in any order. Scratch is one thread's.
+  // Run every pack task, then every attention task, then the merges; each group in any order. Scratch is per
+  // thread.
   int64_t pack_tasks() const { return static_cast<int64_t>(packs_.size()); }
   void pack(int64_t task, const SharedTensors& tensors);
   int64_t tasks() const { return static_cast<int64_t>(tasks_.size()); }
   void attend(int64_t task, const Strided& q, const SharedTensors& tensors, void* scratch) const;
-  // The row whose own keys a task reads, or -1, and the key/value head.
+  // The row whose own keys a task reads, or -1, and the task's key/value head.
   int64_t tail_of(int64_t task) const { return runs_[tasks_[task].run].tail; }
   int64_t kv_head_of(int64_t task) const { return tasks_[task].kv_head; }
-  // Asks for a key and its value that a task will read where they lie; false if it has no key of that number.
+  // Prefetch one key and its value that a task will read in place. Returns false if the task has no such key.
   bool prefetch(int64_t task, int64_t key, const SharedTensors& tensors) const;
-  // Heads of a query from all its parts: `to` is (q_heads, head_dim).
+  // Merge the heads of a query from all its parts. `to` is (q_heads, head_dim).
   template <class Merge>
   void merge(int64_t row, int64_t query, Merge merge, char* to, int64_t head_bytes) const {
     std::vector<const void*> outs(parts_[row].size()), lses(parts_[row].size());
@@ -73,7 +74,7 @@ class SharedAttention {
  private:
   static constexpr int64_t kTail = -1;
 
-  // Keys of one segment, or of a tail, or of a part of either.
+  // Keys of one segment or of a tail, or a piece of either.
   struct Keys {
     int64_t segment;  // or kTail
     AttentionRow row;
@@ -83,7 +84,7 @@ class SharedAttention {
     int64_t q_begin, n_queries;
     std::vector<Keys> keys;
     bool few;
-    int64_t tail;  // the row, where the keys are its own, or -1
+    int64_t tail;  // the row if the keys are its own, else -1
     char *out, *lse;
   };
   struct Task {

@@ -1,5 +1,5 @@
-// A 64-bit fingerprint of the bytes of tensors, at the speed of memory. What it is for, and what is asked of it,
-// stands in icae_fast/ops/fingerprint.py.
+// A 64-bit fingerprint of the bytes of tensors, at memory speed. icae_fast/ops/fingerprint.py says what it is for
+// and what it must guarantee.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/contiguous_ops.h>
 #include <c10/util/Exception.h>
@@ -14,12 +14,12 @@
 namespace icae_fast {
 namespace {
 
-constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;  // odd: multiplication loses nothing
+constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;  // odd, so that multiplication is invertible
 constexpr int kLanes = 8;                         // hides the latency of a step: xor, multiply, rotate
 constexpr int64_t kChunk = 128 << 10;
 
-// One to one in h and in x, so that a single changed word changes every later h. The rotation brings the high bits
-// down again: without it two signs flipped in one lane would cancel.
+// A bijection in h and in x, so that one changed word changes every later h. The rotation brings the high bits down
+// again: without it, two flipped signs in one lane would cancel.
 inline uint64_t step(uint64_t h, uint64_t x) { return std::rotl((h ^ x) * kFactor, 29); }
 
 uint64_t load(const char* data) {
@@ -48,7 +48,7 @@ struct Chunk {
 };
 
 int64_t fingerprint_cpu(at::TensorList tensors) {
-  std::vector<at::Tensor> rows;  // keeps copies of strided ones alive
+  std::vector<at::Tensor> rows;  // keeps contiguous copies alive
   std::vector<Chunk> chunks;
   uint64_t all = 0;
   for (const auto& t : tensors) {

@@ -1,4 +1,4 @@
-// linear on the CPU: this package's GEMM in bf16 with AVX-512, else ATen's. Also the products that other ops share.
+// linear on the CPU: the package's GEMM in bf16 with AVX-512, else ATen's.
 #include "ops/common/products.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>

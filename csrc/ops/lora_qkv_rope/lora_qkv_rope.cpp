@@ -1,14 +1,14 @@
 // lora_qkv_rope on the CPU.
 //
-// In bf16 with AVX-512 it is two passes of this package's own GEMM (kernels/gemm.h): one for s x A^T of q and v,
-// one that sums up x W^T and (s x A^T) B^T in the same registers and turns q and k by RoPE before they are rounded
-// and stored, the only time.
+// In bf16 with AVX-512 it runs the package's GEMM twice (kernels/gemm/gemm.h): once for s x A^T of q and v, and
+// once for x W^T + (s x A^T) B^T, summed in the same registers. Its epilogue applies RoPE to q and k before they
+// are rounded and stored, once.
 //
-// Otherwise, and for a few rows, the products go to ATen, straight into q, k and v; the adapters are added in place
-// by products that sum up in fp32, and norm and RoPE follow in one pass in place. Measured at T 2560, d 576, 9 + 3
-// heads of 64, r 128, bf16, two threads: three products into q, k and v take 7.7 ms and so does one packed product
-// that would have to be copied apart; adding the adapters in place 1.6 ms against 1.5 ms into fresh memory, which
-// one more pass would have to add up.
+// Otherwise, and for a few rows, ATen computes the products straight into q, k and v. The adapters are added in
+// place by products that sum in fp32, and one pass applies norm and RoPE in place. Measured at T 2560, d 576, 9 + 3
+// heads of 64, r 128, bf16, two threads: three products into q, k and v take 7.7 ms, as long as one packed product,
+// whose result would have to be copied apart. Adding the adapters in place takes 1.6 ms, against 1.5 ms into fresh
+// memory, which would need one more pass to add them.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -48,7 +48,8 @@ void project_by_aten(const Projection& p, Output& out) {
   norm_and_rotate(p, out.k, 1);
 }
 
-// s x A^T of q and v. The factor is applied before rounding, so that a scale that is no power of two costs nothing.
+// s x A^T of q and v. The factor is applied before rounding, so a scale that is not a power of two costs no
+// accuracy.
 std::pair<at::Tensor, at::Tensor> scaled_down(const Projection& p, const at::Tensor& x) {
   const at::Tensor none;
   const auto factor = static_cast<float>(p.lora_scale());
@@ -89,7 +90,7 @@ void project_fused(const Projection& p, Output& out) {
     q.table_rows = p.rows.defined() ? p.rows.const_data_ptr<int64_t>() : nullptr;
   }
   run_gemms({q, k, v});
-  if (p.norm.defined()) {  // a head's norm needs all of its panels
+  if (p.norm.defined()) {  // a head's norm needs all its panels
     norm_and_rotate(p, out.q, 0);
     norm_and_rotate(p, out.k, 1);
   }

@@ -1,6 +1,6 @@
-// lora_qkv_rope_backward on the CPU: the gradients of q, k and v are turned back before RoPE and norm into one
-// matrix G (T, Hq D + 2 Hkv D), or one for q and one for k and v where only some rows have a query; the rest is
-// products. x A^T, and with a q/k norm the values before it, are computed again.
+// lora_qkv_rope_backward on the CPU. The gradients of q, k and v are taken back through RoPE and norm into one
+// matrix G (T, Hq D + 2 Hkv D), or into one for q and one for k and v if only some rows have a query. The rest is
+// products. x A^T, and with a q/k norm the values before it, are recomputed.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -23,7 +23,7 @@ namespace {
 
 constexpr const char* kOp = "lora_qkv_rope_backward";
 
-// Gradients of the projections; those of k and v are neighbours, and with all rows that of q too.
+// Gradients of the projections. Those of k and v are adjacent; if all rows have a query, that of q is too.
 struct ProjectionGradients {
   at::Tensor all, kv, q, k, v;
 
@@ -42,7 +42,7 @@ struct ProjectionGradients {
   }
 };
 
-// The values of q (which = 0) or k (1) before the norm.
+// Values of q (which = 0) or k (1) before the norm.
 at::Tensor before_norm(const Projection& p, const Projection::Down& down, int64_t which) {
   auto y = at::empty({which == 0 ? p.n_queries : p.n_tokens, which == 0 ? p.q_size() : p.kv_size()}, p.x.options());
   if (which == 1) {
@@ -72,7 +72,7 @@ void rotate_back(const Projection& p, const Projection::Down& down, const at::Te
   for_rows(to.size(0), to.size(1), [&](int64_t begin, int64_t end) { p.kernels().backward(pass, begin, end); });
 }
 
-// to += grad * mask, or without dropout to += a b in place.
+// to += (a b) * mask; without dropout to += a b, in place.
 void add_through_adapter(const Projection& p, at::Tensor& to, const at::Tensor& a, const at::Tensor& b,
                          int64_t which) {
   if (!p.drops()) {
@@ -89,7 +89,7 @@ void add_through_adapter(const Projection& p, at::Tensor& to, const at::Tensor& 
 }
 
 struct AdapterGradients {
-  at::Tensor a, b, down;  // of lora_a, of lora_b, and (T, 2r) or undefined, of x A^T
+  at::Tensor a, b, down;  // gradients of lora_a, of lora_b, and (T, 2r) or undefined, of x A^T
   at::Tensor down_q, down_v;
 
   AdapterGradients(const Projection& p) : a(at::empty_like(p.lora_a)), b(at::empty_like(p.lora_b)) {
@@ -104,10 +104,10 @@ struct AdapterGradients {
   }
 };
 
-// Sums over tokens go to this package's GEMM as long as a panel of so many pairs stays in a core's cache.
+// Sums over tokens use the package's GEMM while a panel of this many pairs fits a core's cache.
 constexpr int64_t kMostSummed = 4096;
 
-// Products of one parallel region, or one after another where ATen computes them.
+// Products that run in one parallel region, or one after the other by ATen.
 class ProductBatch {
  public:
   explicit ProductBatch(const Projection& p) : fused_(uses_gemm(p.x)) {}
@@ -127,7 +127,7 @@ class ProductBatch {
  private:
   bool fused_;
   std::vector<Gemm> gemms_;
-  std::vector<at::Tensor> inputs_;  // that are read
+  std::vector<at::Tensor> inputs_;  // keeps the GEMMs' inputs alive
 };
 
 AdapterGradients adapter_gradients(const Projection& p, const Projection::Down& down,
@@ -150,7 +150,7 @@ AdapterGradients adapter_gradients(const Projection& p, const Projection::Down& 
   return g;
 }
 
-// The gradient of x where no product of two terms computes it.
+// Gradient of x when no two-term GEMM computes it.
 at::Tensor input_gradient_by_aten(const Projection& p, const ProjectionGradients& grads,
                                   const AdapterGradients* adapter) {
   if (p.rows.defined()) {

@@ -1,5 +1,4 @@
-// The arguments of lora_qkv_rope, checked and cut into what belongs to q, k and v; shared by the forward and the
-// backward.
+// Arguments of lora_qkv_rope, checked and split into those of q, k and v. Forward and backward share them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +15,7 @@ struct Projection {
   Dtype dtype;
   int64_t n_tokens, n_queries, q_heads, kv_heads, head_dim, rank;
   double scale, eps, p;
-  at::Tensor x, weight, bias, lora_a, lora_b, cos, sin, norm, rows, seed;  // undefined where not given
+  at::Tensor x, weight, bias, lora_a, lora_b, cos, sin, norm, rows, seed;  // undefined if not passed
 
   Projection(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
              const OptionalTensor& lora_a, const OptionalTensor& lora_b, const at::Tensor& cos,
@@ -28,9 +27,9 @@ struct Projection {
   int64_t kv_size() const { return kv_heads * head_dim; }
   bool has_lora() const { return lora_a.defined(); }
   bool drops() const { return has_lora() && seed.defined() && p > 0; }
-  // Nothing distinguishes the rows or the values that q's and v's adapters read, so one product serves both.
+  // If the adapters of q and v read the same rows and values, one product serves both.
   bool one_input() const { return !rows.defined() && !drops(); }
-  // What the dropped inputs are multiplied by goes into the scale of the products, exactly.
+  // Kept elements are scaled by 1 / (1 - p). The products' scale includes that factor, exactly.
   double lora_scale() const { return drops() ? scale / (1 - p) : scale; }
 
   at::Tensor weight_q() const { return weight.narrow(0, 0, q_size()); }
@@ -44,20 +43,20 @@ struct Projection {
   at::Tensor b_q() const { return lora_b.narrow(0, 0, q_size()); }
   at::Tensor b_v() const { return lora_b.narrow(0, q_size(), kv_size()); }
 
-  at::Tensor query_input() const;  // the rows of x that get a query
-  // What the adapters of q and v read: the rows of x that each has, with dropout.
+  at::Tensor query_input() const;  // rows of x that have a query
+  // Inputs of q's and v's adapters: their rows of x, with dropout.
   struct AdapterInputs {
     at::Tensor q, v;
   };
   AdapterInputs adapter_inputs() const;
-  // x A^T of q (n_queries, r) and of v (T, r), without the scale, and the inputs that they were made of.
+  // x A^T of q (n_queries, r) and of v (T, r) without the scale, and their inputs.
   struct Down {
     at::Tensor q, v, input_q, input_v;
   };
   Down down() const;
 
   DropoutMask mask(int64_t which) const;
-  // Norm and RoPE for q (which = 0) or k (1).
+  // Norm and RoPE of q (which = 0) or k (1).
   HeadsPass heads_pass(int64_t which) const;
   const HeadsKernels& kernels() const;
 };

@@ -1,4 +1,4 @@
-// rms_norm and rms_norm_backward on the CPU; the kernels are kernels/rows.h.
+// rms_norm and rms_norm_backward on the CPU; kernels in kernels/rows/rms_norm.h.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

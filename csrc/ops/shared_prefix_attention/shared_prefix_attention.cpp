@@ -1,4 +1,4 @@
-// shared_prefix_attention on the CPU; the work is planned in shared_attention.h.
+// shared_prefix_attention on the CPU; ops/common/shared_attention.h plans the work.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kOp = "shared_prefix_attention";
 
-// Few queries do not make work enough for all threads unless keys are shared out too.
+// Few queries do not occupy all threads unless their keys are split as well.
 bool is_decoding(int64_t queries, int64_t rows) { return queries <= 2 * rows; }
 
 void check_keys(const at::Tensor& k, const at::Tensor& v, const at::Tensor& q, const char* name) {
@@ -60,7 +60,7 @@ at::Tensor shared_prefix_attention_cpu(const at::Tensor& q_in, const at::Tensor&
   TORCH_CHECK(kv_heads > 0 && q_in.size(1) > 0 && q_in.size(1) % kv_heads == 0, kOp, ": ", q_in.size(1),
               " query heads are no multiple of ", kv_heads, " key/value heads");
   const auto q = with_unit_stride(q_in), k = with_unit_stride(k_in), v = with_unit_stride(v_in);
-  std::vector<at::Tensor> kept;  // strided() points into them
+  std::vector<at::Tensor> kept;  // strided() points into these
   SharedTensors tensors{strided(k), strided(v), {}, {}, window};
   std::vector<int64_t> lengths;
   for (size_t s = 0; s < prefix_keys.size(); ++s) {

@@ -1,5 +1,5 @@
-// swiglu and swiglu_backward on the CPU. In bf16 with AVX-512 the activation is applied to the sums of the packed
-// gate-up GEMM in registers, and gate and up are only written where a gradient will ask for them.
+// swiglu and swiglu_backward on the CPU. In bf16 with AVX-512 the activation is the epilogue of the packed gate-up
+// GEMM, and gate and up are stored only if a backward needs them.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -45,8 +45,8 @@ std::tuple<at::Tensor, at::Tensor> swiglu_cpu(const at::Tensor& x_in, const at::
   auto y = at::empty({rows, columns / 2}, x.options());
   auto gate_up = keep || !fused ? at::empty({rows, columns}, x.options()) : at::empty({0}, x.options());
   if (fused) {
-    const auto apart = unaliased_rows(x);
-    Gemm g = gemm_of(apart, weight, bias, y);
+    const auto unaliased = unaliased_rows(x);
+    Gemm g = gemm_of(unaliased, weight, bias, y);
     g.epilogue = GemmEpilogue::kSwiglu;
     g.kept = keep ? gate_up.mutable_data_ptr() : nullptr;
     run_gemms({g});

@@ -1,4 +1,4 @@
-// From the arguments of varlen_attention to rows and strides that the kernels take, checked.
+// Arguments of varlen_attention, checked and turned into the rows and strides that kernels take.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,13 +20,13 @@ struct AttentionPlan {
   Dtype dtype;
   const AttentionKernels* kernels;  // chosen once: the rows are laid out for it
 
-  // Raises for shapes, types or cu_seqlens that the kernels would read out of bounds with.
+  // Raises if shapes, types or cu_seqlens would let the kernels read out of bounds.
   AttentionPlan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens_q,
                 const at::Tensor& cu_seqlens_k, const std::optional<at::Tensor>& seqused_k, double scale,
                 int64_t window);
 
-  // Reserves packed keys for the rows that `packs` says are packed, from row `first` on: for as many as `bytes`
-  // hold together, and for one at least, of those before row `end`. Gives the row after the last one of them.
+  // Reserve packed keys for those rows from `first` up to `end` that `packs` selects: as many rows as `bytes` hold,
+  // but at least one. Returns the row after the last one reserved.
   template <class F>
   size_t reserve_packed(const F& packs, size_t first, int64_t bytes, size_t end) {
     input.packed_keys = 0;
@@ -48,14 +48,14 @@ struct AttentionPlan {
   }
 };
 
-// One thing to do for one key/value head of a row.
+// One task for one key/value head of a row.
 struct AttentionTask {
   const AttentionRow* row;
   int64_t kv_head, part;
 };
 
-// Tasks of kPackedKeys keys each, for those of some rows that `takes` says: a whole row of each head is too much
-// for a task, three heads would leave one of two threads waiting.
+// Tasks of kPackedKeys keys each, for the rows that `takes` selects. One task per head would be too coarse: three
+// heads would leave one of two threads waiting.
 template <class F>
 std::vector<AttentionTask> tasks_by_keys(const AttentionPlan& plan, std::span<const AttentionRow> rows,
                                          const F& takes) {

@@ -1,4 +1,4 @@
-// varlen_attention on the CPU; the kernels are kernels/attention_forward.h and attention_few.h.
+// varlen_attention on the CPU; kernels in kernels/attention/forward.h and few.h.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -16,19 +16,19 @@
 namespace icae_fast {
 namespace {
 
-// Packed keys and values of so many bytes for each thread are used up before others are packed, so that they stay
-// in the second-level caches, and take no more memory with more rows: 1 to 2 % less time at 8 x 640 and 64 x 256
-// tokens than with all rows packed at once (AVX-512, two threads).
+// Packed keys and values per thread, in bytes. They are used before more are packed, so they stay in the
+// second-level caches, and memory does not grow with the number of rows: 1 to 2 % faster at 8 x 640 and 64 x 256
+// tokens than packing all rows at once (AVX-512, two threads).
 constexpr int64_t kPackedBytes = 512 << 10;
 
-// Rows whose keys are read where they lie: decoding, and rows with next to no queries.
+// Rows whose keys are read in place: decoding, and rows with very few queries.
 bool is_few(const AttentionPlan& plan, const AttentionRow& row) {
   return row.n_queries * plan.input.group() <= kFewLanes;
 }
 
 using Rows = std::span<const AttentionRow>;
 
-// The same call, with what is packed of one key/value head of one row of up to so many keys.
+// The same call for one key/value head of one row with up to `padded_keys` packed keys.
 AttentionInput one_head_of(const AttentionInput& in, int64_t padded_keys) {
   AttentionInput one = in;
   one.packed_keys = padded_keys;
@@ -36,9 +36,9 @@ AttentionInput one_head_of(const AttentionInput& in, int64_t padded_keys) {
   return one;
 }
 
-// Puts rows last whose heads are a task each, which packs its keys for itself: they then come from its own core's
-// cache, and nobody waits for them. As much is left in the rows before as keeps other threads busy while one ends
-// the last of those tasks. Gives the number of rows before.
+// Move rows to the end whose heads become one task each, which also packs its keys: they come from the core's own
+// cache, and no thread waits for them. Enough work stays in the rows before to keep the other threads busy while
+// one finishes the last such task. Returns the number of rows before.
 size_t put_whole_rows_last(AttentionPlan& plan) {
   const auto work = [](const AttentionRow& row) { return row.n_queries * (2 * row.n_keys - row.n_queries); };
   const auto fits = [&](const AttentionRow& row) {
@@ -65,7 +65,7 @@ void pack_rows(const AttentionPlan& plan, Rows rows, void* packed) {
   });
 }
 
-// The last tile of a row reads most keys, so it goes first, and asks for the rows of the one that comes next.
+// The last tile of a row reads the most keys, so it runs first. Each tile prefetches the rows of the next one.
 void attend_whole(const AttentionPlan& plan, const AttentionTask& task, char* scratch, char* packed,
                   const AttentionOutput& to) {
   AttentionRow row = *task.row;
@@ -78,7 +78,7 @@ void attend_whole(const AttentionPlan& plan, const AttentionTask& task, char* sc
   }
 }
 
-// Attends to `rows`, whose keys are packed, and before to the `whole` ones.
+// Attend to the `whole` rows, then to `rows`, whose keys are packed.
 void attend(const AttentionPlan& plan, Rows whole, Rows rows, const void* packed, const AttentionOutput& to) {
   const auto& in = plan.input;
   const auto& kernels = *plan.kernels;

@@ -1,4 +1,4 @@
-// varlen_attention_backward on the CPU; the kernel is kernels/attention_backward.h.
+// varlen_attention_backward on the CPU; kernel in kernels/attention/backward.h.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -19,21 +19,21 @@ namespace {
 
 constexpr const char* kOp = "varlen_attention_backward";
 
-// Queries times keys of a row and key/value head, as the causal mask leaves them.
+// Queries times keys of a row and key/value head under the causal mask.
 double work_of(const AttentionRow& row) {
   const double queries = double(row.n_queries);
   return queries * double(row.n_keys) - (queries < double(row.n_keys) ? queries * queries / 2 : 0);
 }
 
-// What a slice does: its share of the row's work, and its own sums of dk and dv, written and added to the others',
-// which take as long as kSumCost queries.
+// Cost of a slice: its share of the row's work, plus writing its sums of dk and dv and adding them to the others',
+// which takes as long as kSumCost queries.
 double work_of_slice(const AttentionRow& row) {
   constexpr double kSumCost = 2;
   return work_of(row) / double(row.n_slices) + kSumCost * double(row.n_keys);
 }
 
-// Cuts rows into slices of at most `share` of work. Each costs the memory of the row's dk and dv in fp32, hence the
-// upper limit.
+// Cut rows into slices of at most `share` of the work. Each slice needs memory for the row's dk and dv in fp32,
+// hence the upper limit.
 void cut(AttentionPlan& plan, double share) {
   constexpr int64_t kMostSlices = 32;
   for (auto& row : plan.rows) {
@@ -42,8 +42,8 @@ void cut(AttentionPlan& plan, double share) {
   }
 }
 
-// How long the slices take on so many threads that each take the next one when they are done with one; threads are
-// held up by others, the longer the larger the last slice is.
+// Time of all slices on `threads` threads, each of which takes the next slice when it has finished one. Other
+// processes delay threads, by more the larger the last slice is.
 double time_of(const AttentionPlan& plan, int64_t threads) {
   constexpr double kHeldUp = 0.05;
   std::priority_queue<double, std::vector<double>, std::greater<double>> ends;
@@ -62,7 +62,8 @@ double time_of(const AttentionPlan& plan, int64_t threads) {
   return last + kHeldUp * largest;
 }
 
-// Cuts rows so that the threads end together: three slices for each of three heads kept two threads at 90 %.
+// Choose the slices so that threads end together: three slices for each of three heads kept two threads busy 90 %
+// of the time.
 int64_t plan_slices(AttentionPlan& plan) {
   constexpr int64_t kMostTasksPerThread = 8;
   const int64_t threads = at::get_num_threads();
