@@ -8,13 +8,13 @@
 
 #include <cstdint>
 
-#include "abi/attention.h"
-#include "abi/decode.h"
-#include "abi/gemm.h"
-#include "abi/heads.h"
-#include "abi/numbers.h"
-#include "abi/rows.h"
-#include "abi/tiles.h"
+#include "abi/attention.h"  // IWYU pragma: export
+#include "abi/decode.h"     // IWYU pragma: export
+#include "abi/gemm.h"       // IWYU pragma: export
+#include "abi/heads.h"      // IWYU pragma: export
+#include "abi/numbers.h"    // IWYU pragma: export
+#include "abi/rows.h"       // IWYU pragma: export
+#include "abi/tiles.h"      // IWYU pragma: export
 
 // AVX512-FP16 needs GCC 12 or Clang 16. Before Clang 16 <immintrin.h> declares it only in files that are compiled
 // for it as a whole.

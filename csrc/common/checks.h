@@ -4,9 +4,11 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cstdint>
 #include <vector>
 
-#include "abi/kernels.h"
+#include "abi/attention.h"
+#include "abi/numbers.h"
 
 namespace icae_fast {
 

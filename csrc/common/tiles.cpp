@@ -3,7 +3,8 @@
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
-#include "abi/kernels.h"
+#include "abi/numbers.h"
+#include "abi/tiles.h"
 
 namespace icae_fast {
 namespace {

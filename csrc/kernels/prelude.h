@@ -9,10 +9,10 @@
 #error "include kernels/prelude.h before the compiler is switched to the unit's instruction set"
 #endif
 
-#include <cstdint>
+#include <cstdint>  // IWYU pragma: export
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include <immintrin.h>  // IWYU pragma: export
 #endif
 
-#include "abi/kernels.h"
+#include "abi/kernels.h"  // IWYU pragma: export

@@ -15,7 +15,7 @@
 // A header that is parsed by itself, in an editor or by check_headers.py, belongs to the scalar unit.
 #pragma once
 
-#include "kernels/prelude.h"
+#include "kernels/prelude.h"  // IWYU pragma: export
 
 #if !defined(ICAE_ISA)
 #define ICAE_ISA scalar

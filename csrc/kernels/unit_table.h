@@ -4,6 +4,7 @@
 #include "kernels/attention/table.h"
 #include "kernels/decode/table.h"
 #include "kernels/gemm/gemm.h"
+#include "kernels/gemm/panel.h"
 #include "kernels/rows/table.h"
 #include "kernels/unit.h"
 

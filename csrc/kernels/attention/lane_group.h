@@ -123,20 +123,14 @@ struct LaneGroup {
     }
   }
 
-  // Weights of kBlockRows keys from their scores relative to the shift: stores P^T and adds to the sums.
-  ICAE_FORCED void store_weights(int64_t key, const Block<P, vectors>& s) {
-    Softmax<C>& softmax = *t.softmax;
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) {
-      const int64_t lane = first + n * W;
-      const V<C> total = load(softmax.sum + lane);
-      typename SoftmaxWeights<T>::Sum sum = weights.begin(total);
+  // Lanes whose scores contain a NaN or an infinity, from the first vector of lanes: a non-finite element of a key
+  // makes the scores of every lane non-finite. `check_nan` covers queries.
+  ICAE_INLINE I<C> non_finite(const Block<P, vectors>& s) {
+    V<C> total = s[0][0];
 #pragma GCC unroll 8
-      for (int m = 0; m < kBlockRows; m += 2) {
-        weights.of_pair(s[m][n], s[m + 1][n], t.p + (key - tile + m) * kLanes + lane * ValueProduct<T>::kPair, sum);
-      }
-      store(softmax.sum + lane, weights.end(sum, total));
-    }
+    for (int m = 1; m < kBlockRows; ++m) total += s[m][0];
+    const V<C> zero = total - total;
+    return zero != zero;
   }
 
   // Scores of kBlockRows keys, then their weights.
@@ -156,15 +150,7 @@ struct LaneGroup {
       multiply_into<P, vectors>(s, {keys.k_rows + key * width, width, P::kPair},
                                 {t.q + first * P::kPair, kLanes * P::kPair}, ceil_div(in.head_dim, P::kPair));
     }
-    I<C> rises = {};
-    if constexpr (!SoftmaxWeights<T>::kKeepsNan) {
-      // A non-finite element of a key makes the scores of every lane non-finite. `check_nan` covers queries.
-      V<C> total = s[0][0];
-#pragma GCC unroll 8
-      for (int m = 1; m < kBlockRows; ++m) total += s[m][0];
-      const V<C> zero = total - total;
-      rises = zero != zero;
-    }
+    I<C> rises = SoftmaxWeights<T>::kKeepsNan ? I<C>{} : non_finite(s);
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
       const int64_t lane = first + n * W;
@@ -197,7 +183,17 @@ struct LaneGroup {
         for (int n = 0; n < vectors; ++n) s[m][n] = copy[m][n];
       }
     }
-    store_weights(key, s);
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const int64_t lane = first + n * W;
+      const V<C> total = load(softmax.sum + lane);
+      typename SoftmaxWeights<T>::Sum sum = weights.begin(total);
+#pragma GCC unroll 8
+      for (int m = 0; m < kBlockRows; m += 2) {
+        weights.of_pair(s[m][n], s[m + 1][n], t.p + (key - tile + m) * kLanes + lane * ValueProduct<T>::kPair, sum);
+      }
+      store(softmax.sum + lane, weights.end(sum, total));
+    }
   }
 
   void attend(int64_t end) {

@@ -4,6 +4,7 @@
 #include "kernels/attention/backward.h"
 #include "kernels/attention/backward_scratch.h"
 #include "kernels/attention/few.h"
+#include "kernels/attention/few_products.h"
 #include "kernels/attention/forward.h"
 #include "kernels/attention/forward_scratch.h"
 #include "kernels/attention/layout.h"

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "common/isa.h"
 #include "common/parallel.h"
 
 namespace icae_fast {

@@ -5,8 +5,7 @@
 
 #include <vector>
 
-#include "common/checks.h"
-#include "common/isa.h"
+#include "abi/gemm.h"
 
 namespace icae_fast {
 

@@ -6,10 +6,12 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "abi/kernels.h"
+#include "abi/attention.h"
+#include "abi/numbers.h"
 
 namespace icae_fast {
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/checks.h"
+#include "common/isa.h"
 #include "common/phases.h"
 
 namespace icae_fast {

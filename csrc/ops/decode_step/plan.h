@@ -9,7 +9,10 @@
 #include <optional>
 #include <vector>
 
-#include "common/isa.h"
+#include "abi/decode.h"
+#include "abi/kernels.h"
+#include "abi/numbers.h"
+#include "ops/common/shared_attention.h"
 #include "ops/decode_step/arguments.h"
 
 namespace icae_fast {

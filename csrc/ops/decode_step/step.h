@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "ops/decode_step/arguments.h"
 #include "ops/decode_step/plan.h"
 
 namespace icae_fast {

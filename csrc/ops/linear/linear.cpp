@@ -1,12 +1,11 @@
 // linear on the CPU: the package's GEMM in bf16 with AVX-512, else ATen's.
-#include "ops/common/products.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/checks.h"
-#include "ops/common/gemm.h"
+#include "ops/common/products.h"
 
 namespace icae_fast {
 

@@ -5,7 +5,8 @@
 
 #include <optional>
 
-#include "abi/kernels.h"
+#include "abi/heads.h"
+#include "abi/numbers.h"
 
 namespace icae_fast {
 

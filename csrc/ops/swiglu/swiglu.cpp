@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/checks.h"
+#include "common/isa.h"
 #include "common/parallel.h"
 #include "ops/common/gemm.h"
 #include "ops/common/products.h"

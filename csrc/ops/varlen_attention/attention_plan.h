@@ -3,12 +3,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <span>
 #include <vector>
 
-#include "abi/kernels.h"
+#include "abi/attention.h"
+#include "abi/numbers.h"
 
 namespace icae_fast {
 
