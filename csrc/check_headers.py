@@ -66,7 +66,9 @@ def commands():
             if CLANG_TIDY.exists() and (needs_torch or unit not in ("", "scalar")):
                 continue
             # Included into an empty file, since GCC warns about `#pragma once` in a main file.
-            alone = [*compiler, *every, "-Wno-psabi", "-fsyntax-only", "-include", str(header), "-xc++", os.devnull]
+            # C++20 would accept a function template that nothing declares, until a unit instantiates its caller.
+            every += ["-Wno-psabi", "-std=c++17"] if is_kernel(header) else []
+            alone = [*compiler, *every, "-fsyntax-only", "-include", str(header), "-xc++", os.devnull]
             yield f"{compiler[0]} {label}", alone
 
 
