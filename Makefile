@@ -5,14 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKLOAD ?= real
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 # With fewer jobs a small machine does not run out of memory in the compiler.
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # For tests that run in one process a core, each with threads of its own: threads that wait must not keep the others'
 # from running. Two sanitized sets at once took 205 s with OpenMP's own choice, and take 54 s.
 SHARING := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-triton sanitize bench bench-encode bench-decode bench-train bench-check kernels-check kernels-paper gpu-check lint types format readme clean
+.PHONY: demo test test-triton sanitize bench bench-encode bench-decode bench-train bench-check kernels-check kernels-paper gpu-check lint check-headers types format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -105,6 +105,15 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/python csrc/check_headers.py
+
+# Parse every C++ header by itself, in a minute on two cores; `lint` does too.
+check-headers: $(VENV)/.installed
+	$(BIN)/python csrc/check_headers.py
+
+# Tell clangd and other editors how to parse csrc.
+csrc/compile_flags.txt: $(VENV)/.installed
+	$(BIN)/python csrc/check_headers.py --flags
 
 # mypy cannot follow setuptools' package-dir, so it checks a tree of links in which `training/` stands where it is imported.
 TYPED := build/typed
