@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote
 import torch
 
 from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundError, StoreError
+from icae_fast.io.packages import importing
 from icae_fast.store.local import SUFFIX
 
 _LONGEST_NAME = 800  # bytes; S3 allows 1024 for the whole address
@@ -35,8 +36,13 @@ class RemoteFolder:
 
         try:
             self.fs, root = fsspec.core.url_to_fs(url, **options)
-        except (ValueError, ImportError) as error:
-            raise StoreError(f"{url} cannot be opened: {error}; check the address, or install that package") from error
+        except ImportError as error:
+            # fsspec raises a sentence, from the ImportError that names the package.
+            name = getattr(error.__cause__, "name", None) or error.name
+            with importing(f"the store {url}", f"pip install {name}" if name else "pip install 'fsspec[full]'"):
+                raise ImportError(str(error), name=name) from error
+        except ValueError as error:
+            raise StoreError(f"{url} cannot be opened: {error}; check the address") from error
         self.url, self.root = url, root.rstrip("/")
 
     def __str__(self) -> str:
