@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from icae_fast.config import ICAEConfig
 from icae_fast.errors import BaseModelMismatchError, CheckpointError, ConfigError, NonFiniteError
 from icae_fast.io.files import load_tensors, tensor_bytes, write_atomically
 from icae_fast.io.identity import base_identity, check_base, tensors_hash
+
+if TYPE_CHECKING:
+    from icae_fast.core.core import ICAECore
 
 CONFIG_FILE = "icae_config.json"
 TENSORS_FILE = "adapter.safetensors"
@@ -33,24 +36,6 @@ _LORA_KEY = re.compile(
     r"^icae\.base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qv])_proj\.lora_([AB])(?:\.default)?\.weight$"
 )
 _BASE_KEY = re.compile(r"^(?:icae\.base_model\.model\.|decoder\.)(.+)$")
-
-
-class TrainedAdapter(Protocol):
-    """The parts of an `icae_fast.ICAE` that are saved and loaded here."""
-
-    @property
-    def base_model(self) -> Any:
-        """The frozen base model, an nn.Module."""
-
-    @property
-    def config(self) -> ICAEConfig:
-        """Sizes and conventions of the adapter."""
-
-    def reference_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (key in the reference's checkpoints, trained parameter)."""
-
-    def adapter_hash(self) -> str:
-        """Return 16 hex digits that identify the trained tensors."""
 
 
 def lora_key(layer: int, projection: str, factor: str) -> str:
@@ -132,11 +117,25 @@ def infer_sizes(tensors: Mapping[str, torch.Tensor], path: str) -> tuple[int, in
     return memory.shape[0] - 3, ranks.pop()
 
 
-def load_adapter_tensors(icae: TrainedAdapter, tensors: Mapping[str, torch.Tensor], path: str) -> None:
+def reference_named_parameters(core: ICAECore) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (key in the reference's checkpoints, trained parameter)."""
+    for layer, projection, factor, parameter in core.adapter.named_factors():
+        yield lora_key(layer, projection, factor), parameter
+    yield MEMORY_KEY, core.memory_token_embed.weight
+    if core.slot_gain is not None:
+        yield GAIN_KEY, core.slot_gain
+
+
+def adapter_hash(core: ICAECore) -> str:
+    """Return 16 hex digits that identify the trained tensors."""
+    return tensors_hash(reference_named_parameters(core))
+
+
+def load_adapter_tensors(core: ICAECore, tensors: Mapping[str, torch.Tensor], path: str) -> None:
     """Copy an adapter's tensors into the module, either all or none.
 
     Args:
-        icae: the module.
+        core: the model.
         tensors: by the reference's keys.
         path: of the checkpoint, for messages.
 
@@ -144,7 +143,7 @@ def load_adapter_tensors(icae: TrainedAdapter, tensors: Mapping[str, torch.Tenso
         CheckpointError: keys are missing, unknown or misshaped; the message lists the first twelve.
         NonFiniteError: a tensor contains NaN or infinity.
     """
-    own = dict(icae.reference_named_parameters())
+    own = dict(reference_named_parameters(core))
     problems = [f"missing {k}" for k in own if k not in tensors]
     problems += [f"unknown {k}" for k in tensors if k not in own]
     problems += [
@@ -185,19 +184,19 @@ def read_reference_file(path: str | Path) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def save_adapter(icae: TrainedAdapter, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config, base identity and trained tensors into a folder, either completely or not at all.
+def save_adapter(core: ICAECore, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `adapter.safetensors` (trained tensors only, under the reference's keys) and `icae_config.json`.
 
     Args:
-        icae: the adapter to save.
-        folder: the target folder, created if necessary.
-        dtype: dtype of the tensors in the file; None to keep theirs.
+        folder: target folder, created if necessary.
+        dtype: dtype of the tensors in the file; None for the fp32 in which they are held. bf16 halves the file and
+            rounds as bf16 compute does anyway, but an adapter that is trained further should keep fp32.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written; no half-written file stays.
     """
-    tensors = {name: t if dtype is None else t.detach().to(dtype) for name, t in icae.reference_named_parameters()}
-    write_adapter(folder, icae.config, base_identity(icae.base_model), tensors)
+    tensors = {n: t if dtype is None else t.detach().to(dtype) for n, t in reference_named_parameters(core)}
+    write_adapter(folder, core.config, base_identity(core.base_model), tensors)
 
 
 def write_adapter(
@@ -258,22 +257,22 @@ def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_adapter(icae: TrainedAdapter, folder: str | Path, header: Mapping[str, Any]) -> None:
-    """Load the tensors of a saved adapter into a module that has the adapter's config.
+def load_adapter(core: ICAECore, folder: str | Path, header: Mapping[str, Any]) -> None:
+    """Load the tensors of a saved adapter into a model that has the adapter's config.
 
     Args:
-        icae: the module.
+        core: the model.
         folder: written by `save_adapter`.
         header: from `read_header`.
 
     Raises:
-        BaseModelMismatchError: the module has a different base model.
+        BaseModelMismatchError: the model has a different base model.
         CheckpointError: the tensors were not saved together with the config file, or do not fit; see
             `load_adapter_tensors`.
     """
-    check_base(icae.base_model, header["base"], str(folder))
+    check_base(core.base_model, header["base"], str(folder))
     path = Path(folder) / TENSORS_FILE
     tensors = load_tensors(path)[0]
-    load_adapter_tensors(icae, tensors, str(path))
-    if icae.adapter_hash() != header["adapter_hash"]:
+    load_adapter_tensors(core, tensors, str(path))
+    if adapter_hash(core) != header["adapter_hash"]:
         raise CheckpointError(f"{path} is not the file that {CONFIG_FILE} was saved with; save the adapter again")

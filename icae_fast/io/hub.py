@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,8 +13,11 @@ from torch import nn
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import CheckpointError, InvalidInputError
 from icae_fast.io.bundled import BUNDLED_NAME, load_smollm2, load_smollm2_tokenizer
-from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, read_header
+from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, read_header, save_adapter
 from icae_fast.io.packages import first_line
+
+if TYPE_CHECKING:
+    from icae_fast.core.core import ICAECore
 
 ADAPTERS = Path(__file__).parents[1] / "adapters"
 
@@ -137,18 +140,11 @@ def load_tokenizer(name: str, *, required: bool, revision: str | None = None) ->
         ) from error
 
 
-class Savable(Protocol):
-    """An object that writes an adapter into a folder, such as `icae_fast.ICAE`."""
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter's two files."""
-
-
-def upload_adapter(icae: Savable, name: str, **kwargs: Any) -> str:
+def upload_adapter(core: ICAECore, name: str, **kwargs: Any) -> str:
     """Upload the adapter's two files to a hub repository, created if necessary, and return its address.
 
     Args:
-        icae: the adapter.
+        core: the model.
         name: "user/repository".
         kwargs: options of `huggingface_hub.HfApi.create_repo` (`private`, `token`).
     """
@@ -156,7 +152,7 @@ def upload_adapter(icae: Savable, name: str, **kwargs: Any) -> str:
 
     api = HfApi(token=kwargs.pop("token", None))
     with tempfile.TemporaryDirectory() as folder:
-        icae.save_pretrained(folder)
+        save_adapter(core, folder)
         url = api.create_repo(name, exist_ok=True, **kwargs)
         api.upload_folder(repo_id=name, folder_path=folder)
     return str(url)
