@@ -30,7 +30,7 @@ _BY_FILE = ("pretrain", "finetune")
 _ADVICE = [
     (r"pass the base model's own tokenizer", "check the tokenizer in the folder of MODEL"),
     (r"pass (?:token ids or |return_ids=True or )?tokenizer=(?:\w+)?", "give a MODEL that has a tokenizer"),
-    (r"pass base_model=(?:\w+)?", "give another MODEL"),
+    (r"pass base_model=(?:\w+)?", "give one with MODEL"),
     (r"pass the base model (?=it\b)", "give MODEL with the base model "),
     (r"pass that adapter", "give that one with --adapter"),
     (r"pass do_sample=True with (?:it|them)", "give --temperature or --seed"),

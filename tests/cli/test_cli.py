@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from helpers.store import count_compressed
 from icae_fast import ICAE, ICAEConfig, MemoryStore
 from icae_fast.store.memory_file import load_memory
 
@@ -95,9 +96,7 @@ def test_a_store_is_compressed_into_listed_and_asked(run, text_file, tmp_path, m
     code, out, _ = run("compress", text_file, "--store", store, "--memory-size", 16, "--json")
     assert code == 0
     (first,) = json.loads(out)
-    calls = []
-    compress = ICAE.compress
-    monkeypatch.setattr(ICAE, "compress", lambda self, c, **o: calls.append(len(c)) or compress(self, c, **o))
+    calls = count_compressed(monkeypatch)
     code, out, _ = run("compress", text_file, other, "--store", store, "--kv", "--memory-size", 16, "--json")
     assert calls == [1]
     rows = json.loads(out)

@@ -72,10 +72,10 @@ def make_pwc_command(
                 max_answer_tokens=max_answer_tokens, body=request_fields("--body", body, temperature),
             )  # fmt: skip
         elif local is not None:
-            teacher = load_local(
+            teacher = local_teacher = load_local(
                 local, dtype, batch_size=batch_size, max_answer_tokens=max_answer_tokens, temperature=temperature
             )
-            count = count or _counter(teacher.tokenizer)
+            count = count or _counter(local_teacher.tokenizer)
         report = _make(texts, records, teacher, dataclasses.replace(settings, count=count or settings.count))
     _show(report, as_json)
     if report.failed or report.stopped:
