@@ -71,7 +71,7 @@ def eval_command(
     choice = choose_groups(only, bool(texts), bool(pwc))
     specs = [parse_subject(text) for text in adapter or ()]
     if not pwc and (judge_endpoint or judge_model or judge_local):
-        raise InvalidInputError("a judge compares answers to prompts; give rows with prompts by --pwc")
+        raise InvalidInputError("a judge compares answers to prompts; give rows of them with --pwc")
     read = Texts(texts or ())
     instructions = None
     if INSTRUCTIONS in choice.groups:
