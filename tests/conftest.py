@@ -18,7 +18,7 @@ from helpers.store import make_origin
 from icae_fast import ICAE, ICAEConfig, MemoryStore
 from icae_fast.cli import app as cli
 from icae_fast.generation import decoding
-from icae_fast.io import bundled as embedded
+from icae_fast.io import bundled
 
 # No time limit (machines differ), the same examples each run, and nothing written into the checkout.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -87,7 +87,7 @@ def offline():
 def model_cache(tmp_path_factory):
     """The user's cache where SmolLM2 lies in it, else one of this session: nothing is written into a home."""
     with pytest.MonkeyPatch.context() as patch:
-        if not any(embedded.cache_folder().glob(f"{embedded.EMBEDDED_NAME}-*/config.json")):
+        if not any(bundled.cache_folder().glob(f"{bundled.BUNDLED_NAME}-*/config.json")):
             patch.setenv("ICAE_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -278,13 +278,13 @@ def streamer():
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct in fp32."""
-    return embedded.load_smollm2(torch.float32)
+    return bundled.load_smollm2(torch.float32)
 
 
 @pytest.fixture(scope="session")
 def smollm2_bf16():
     """(model, tokenizer) of SmolLM2-135M-Instruct in bf16."""
-    return embedded.load_smollm2(torch.bfloat16)
+    return bundled.load_smollm2(torch.bfloat16)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from icae_fast import ICAEConfig
 from icae_fast.compat import ICAE
 from icae_fast.errors import BaseModelMismatchError, CheckpointError, ConfigError, InvalidInputError, NonFiniteError
 from icae_fast.io import hub
-from icae_fast.io.bundled import EMBEDDED_NAME, load_smollm2
+from icae_fast.io.bundled import BUNDLED_NAME, load_smollm2
 from icae_fast.io.checkpoints import MEMORY_KEY
 
 TEXT = (
@@ -82,7 +82,7 @@ def smollm2(tmp_path_factory):
     save_file({k: p.detach() for k, p in fast.reference_named_parameters()}, path)
     model = reference_flow.inference_model(
         ["--mean_compression_rate", 4, "--model_max_length", 5120, "--fixed_mem_size", 16, "--lora_r", 8,
-         "--output_dir", path, "--model_name_or_path", EMBEDDED_NAME, "--train", False]
+         "--output_dir", path, "--model_name_or_path", BUNDLED_NAME, "--train", False]
     )  # fmt: skip
     return model, fast.eval()
 

@@ -333,7 +333,7 @@ def run_python(code, **variables):
 
 
 def test_icae_fast_require_nonsense():
-    result = run_python("import icae_fast", ICAE_FAST_REQUIRE="nonsense")
+    result = run_python("import icae_fast.ops", ICAE_FAST_REQUIRE="nonsense")
     assert result.returncode != 0
     assert (
         "BackendError: ICAE_FAST_REQUIRE is 'nonsense'; it may be empty, 'cpp', 'triton' or 'reference'"

@@ -71,7 +71,7 @@ def test_a_folder_of_that_name_comes_first(icae, make_base, tmp_path, monkeypatc
 def test_an_unknown_name_lists_the_known(icae, make_base, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
     icae.save_pretrained(tmp_path / "adapters" / "tiny")
-    with pytest.raises(CheckpointError, match=r"nor one that comes with this package \(tiny\)"):
+    with pytest.raises(CheckpointError, match=r"nor one that ships with this package \(tiny\)"):
         ICAE.from_pretrained("no such/name, ever", base_model=make_base())
 
 

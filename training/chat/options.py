@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from icae_fast.errors import InvalidInputError
-from icae_fast.io.bundled import EMBEDDED_NAME
+from icae_fast.io.bundled import BUNDLED_NAME
 from icae_fast.io.console import KEY_ENV
 from icae_fast.training.chat.local import LocalModel
 
@@ -67,7 +67,7 @@ def request_fields(option: str, text: str | None, temperature: float | None) -> 
 
 def model_name(name: str) -> str:
     """The name that loads a model: `smollm2` stands for the embedded one."""
-    return EMBEDDED_NAME if name == "smollm2" else name
+    return BUNDLED_NAME if name == "smollm2" else name
 
 
 def load_local(name: str, dtype: str, **options: Any) -> LocalModel:

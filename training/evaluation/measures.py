@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from icae_fast.errors import InvalidInputError
+from icae_fast.io import packages
 
 
 def optional_package(name: str) -> Any:
     """A module of the extra `eval`.
 
     Raises:
-        InvalidInputError: it is not installed.
+        MissingPackageError: it is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InvalidInputError(f"evaluating needs more packages ({error}); pip install 'icae-fast[eval]'") from error
+    return packages.optional_package(name, "evaluating", "eval")
 
 
 def corpus_bleu(restored: Sequence[str], originals: Sequence[str]) -> float:

@@ -10,7 +10,6 @@ from helpers import golden
 from helpers.chat import ChatServer
 from helpers.evaluation import golden_icae, words
 from helpers.instructions import longer_wins
-from icae_fast.cli import app as cli
 from icae_fast.errors import InvalidInputError
 from icae_fast.training.evaluation.cache import AnswerCache
 from icae_fast.training.evaluation.evaluate import GROUPS, choose_groups
@@ -242,7 +241,7 @@ def test_ctrl_c_says_how_to_go_on(run, folders, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("icae_fast.training.evaluation.evaluate.evaluate", interrupt)
-    monkeypatch.setattr(cli, "load", lambda *arguments: golden_icae(None))
+    monkeypatch.setattr("icae_fast.cli.commands.evaluate.load", lambda *arguments: golden_icae(None))
     monkeypatch.setattr("icae_fast.training.evaluation.subject.Subject", lambda name, icae: icae)
     code, _, err = run("eval", folders / "text.txt", "-o", folders / "out")
     assert code == 130

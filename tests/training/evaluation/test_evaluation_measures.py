@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.evaluation import words
-from icae_fast.errors import DataError, InvalidInputError
+from icae_fast.errors import DataError, MissingPackageError
 from icae_fast.training.evaluation import measures
 from icae_fast.training.evaluation.differences import mark_differences, side_by_side
 from icae_fast.training.evaluation.texts.passages import Texts
@@ -47,7 +47,7 @@ def test_quartiles_and_perplexity():
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)  # as if it were not installed
-    with pytest.raises(InvalidInputError, match=r"pip install 'icae-fast\[eval\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'icae-fast\[eval\]'"):
         measures.sentence_bleu("a", "a")
 
 

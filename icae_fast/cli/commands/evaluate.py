@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -14,59 +14,61 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from icae_fast.cli.loading import load, quieten_loading, refuse_memory_size
 from icae_fast.errors import InvalidInputError, OutputError
-from icae_fast.io.bundled import EMBEDDED_NAME
+from icae_fast.io.bundled import BUNDLED_NAME
 from icae_fast.io.console import KEY_ENV, stderr_console
+from icae_fast.io.packages import importing, install_command, require_extra
 
-_PACKAGES = ("sacrebleu", "matplotlib", "rouge_score")  # of the extra `eval`; looked for before hours are spent
+if TYPE_CHECKING:
+    from icae_fast.training.evaluation.evaluate import Choice
+    from icae_fast.training.evaluation.instructions.plan import Instructions
+    from icae_fast.training.evaluation.result import Result
+    from icae_fast.training.evaluation.subject import Subject, SubjectSpec
+    from icae_fast.training.evaluation.texts.passages import Texts
+
 CACHE_FILE = "answers.jsonl"
-NO_JUDGE = "no judge is given: --judge-endpoint and --judge-model, or --judge-local"
+NO_JUDGE = "no judge is given: use --judge-endpoint and --judge-model, or --judge-local"
 
 
 def eval_command(
     texts: Annotated[list[str] | None, typer.Argument(help="Held-out texts: .txt, .jsonl or .parquet files, folders, globs.")] = None,  # noqa: E501
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and plots; what was computed before is kept there.")] = Path("evaluation"),  # noqa: E501
-    adapter: Annotated[list[str] | None, typer.Option(help="PATH, NAME=PATH or NAME=PATH@MODEL: a folder, an adapter of this package, or a hub id, and its base model; may be given several times.")] = None,  # noqa: E501
-    model: Annotated[str, typer.Option(help="Base model of adapters without @MODEL; by default the one that they name.")] = EMBEDDED_NAME,  # noqa: E501
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and plots. Answers that were computed before are reused from there.")] = Path("evaluation"),  # noqa: E501
+    adapter: Annotated[list[str] | None, typer.Option(help="PATH, NAME=PATH or NAME=PATH@MODEL: a folder, a shipped adapter or a hub id, and its base model; may be given several times.")] = None,  # noqa: E501
+    model: Annotated[str, typer.Option(help="Base model of adapters without @MODEL. Default: the one that the adapter names.")] = BUNDLED_NAME,  # noqa: E501
     only: Annotated[str | None, typer.Option(help="Measurements, separated by commas: restoration, content, continuation, several_spans, instructions.")] = None,  # noqa: E501
-    samples: Annotated[int, typer.Option(min=1, help="Passages for each row of a table, and prompts of --pwc.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
-    memory_size: Annotated[int | None, typer.Option(help="Slots a span: measures an untrained adapter, by default of 128.")] = None,  # noqa: E501
-    rate: Annotated[int | None, typer.Option(help="Context tokens a slot, in place of the adapters' own; without --adapter, measures an untrained one, by default of 4.")] = None,  # noqa: E501
+    samples: Annotated[int, typer.Option(min=1, help="Passages per row of a table, and prompts of --pwc.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for all random draws.")] = 0,
+    memory_size: Annotated[int | None, typer.Option(help="Slots per span of an untrained adapter (default 128), which is measured then.")] = None,  # noqa: E501
+    rate: Annotated[int | None, typer.Option(help="Context tokens per slot. With --adapter: replaces the adapters' rates. Without: of an untrained adapter (default 4).")] = None,  # noqa: E501
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    pwc: Annotated[list[str] | None, typer.Option(help='Rows of "input", "prompt" and "answer", .jsonl or .parquet, to answer; may be given several times.')] = None,  # noqa: E501
-    contestants: Annotated[str, typer.Option(help="What is read to answer them, separated by commas.")] = "slots,full,truncated,summary",  # noqa: E501
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
+    pwc: Annotated[list[str] | None, typer.Option(help='Rows with "input", "prompt" and "answer", .jsonl or .parquet; may be given several times.')] = None,  # noqa: E501
+    contestants: Annotated[str, typer.Option(help="Sources that the prompts of --pwc are answered from, separated by commas.")] = "slots,full,truncated,summary",  # noqa: E501
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = 128,
     judge_endpoint: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API that compares answers.")] = None,  # noqa: E501
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
-    judge_key_env: Annotated[str, typer.Option(help="Environment variable with its API key.")] = KEY_ENV,
-    judge_body: Annotated[str | None, typer.Option(help="More fields of each request to it, as a JSON object; null takes one out.")] = None,  # noqa: E501
-    judge_jobs: Annotated[int, typer.Option(min=1, help="Requests to it at the same time.")] = 4,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name at the endpoint.")] = None,
+    judge_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = KEY_ENV,
+    judge_body: Annotated[str | None, typer.Option(help="More fields of each request to the judge, as a JSON object; null removes a field.")] = None,  # noqa: E501
+    judge_jobs: Annotated[int, typer.Option(min=1, help="Concurrent requests to the judge.")] = 4,
     judge_local: Annotated[str | None, typer.Option(help="A local judge instead: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else on stdout.")] = False,  # noqa: E501
 ) -> None:  # fmt: skip
-    """Measure adapters as the paper does, and write tables, plots and JSON.
+    """Measure adapters as the paper does.
 
-    Without --adapter, the one that comes with the package for the model is measured, and where none does an untrained
-    one.
+    Tables, plots and JSON are written into a folder. Without --adapter, the shipped adapter for the model is measured,
+    or an untrained one if there is none.
 
-    Run the same command again after Ctrl-C, or a judge's failure: it goes on where it was. Exit code 1: something that
-    was asked for could not be measured.
+    After Ctrl-C or a failure of the judge, run the same command again: it continues where it stopped. Exit code 1: a
+    requested measurement failed.
     """
-    try:
-        from icae_fast.training.evaluation.cache import AnswerCache
-        from icae_fast.training.evaluation.evaluate import INSTRUCTIONS, choose_groups, evaluate
+    require_extra("eval", "evaluating")  # now, not after hours of computing
+    with importing("evaluating", install_command("eval")):
+        from icae_fast.training.evaluation.evaluate import INSTRUCTIONS, choose_groups
         from icae_fast.training.evaluation.instructions.plan import Instructions, load_judge
         from icae_fast.training.evaluation.instructions.questions import read_questions
-        from icae_fast.training.evaluation.measures import optional_package
         from icae_fast.training.evaluation.subject import parse_subject
         from icae_fast.training.evaluation.texts.passages import Texts
-        from icae_fast.training.evaluation.workbench import Workbench
-    except ImportError as error:
-        raise InvalidInputError(f"evaluating needs more packages ({error}); pip install 'icae-fast[eval]'") from error
     choice = choose_groups(only, bool(texts), bool(pwc))
-    for package in _PACKAGES:
-        optional_package(package)
     specs = [parse_subject(text) for text in adapter or ()]
     if not pwc and (judge_endpoint or judge_model or judge_local):
         raise InvalidInputError("a judge compares answers to prompts; give rows of them with --pwc")
@@ -78,6 +80,26 @@ def eval_command(
         instructions = Instructions(questions, problems, _names(contestants), max_new_tokens, judge)
     _make_folder(output)
     subjects = _load_subjects(specs, model, memory_size, rate, dtype)
+    results, not_measured = _measure(subjects, read, instructions, choice, output, samples, seed)
+    _show(output, results, not_measured, choice.left_out, as_json)
+    if not_measured or any(r.unfinished for r in results):
+        raise typer.Exit(1)
+
+
+def _measure(
+    subjects: list[Subject],
+    read: Texts,
+    instructions: Instructions | None,
+    choice: Choice,
+    output: Path,
+    samples: int,
+    seed: int,
+) -> tuple[list[Result], dict[str, str]]:
+    """Return the results, and why the other measurements failed; `choice.left_out` is extended."""
+    from icae_fast.training.evaluation.cache import AnswerCache
+    from icae_fast.training.evaluation.evaluate import evaluate
+    from icae_fast.training.evaluation.workbench import Workbench
+
     measurements = choice.of_texts
     if instructions is not None:
         instructions.check(subjects)
@@ -87,17 +109,14 @@ def eval_command(
     with AnswerCache(output / CACHE_FILE) as cache, _progress() as on_progress:
         if cache.damaged:
             stderr_console().print(
-                f"note: {cache.damaged} damaged lines of {cache.path} are made again", style="yellow"
+                f"note: {cache.damaged} damaged lines of {cache.path} will be computed again", style="yellow"
             )
         bench = Workbench(read, cache, samples, seed, on_progress)
         try:
-            results, not_measured = evaluate(subjects, bench, measurements, output, choice.left_out)
+            return evaluate(subjects, bench, measurements, output, choice.left_out)
         except KeyboardInterrupt:
             stderr_console().print("interrupted; run the same command again to go on")
             raise
-    _show(output, results, not_measured, choice.left_out, as_json)
-    if not_measured or any(r.unfinished for r in results):
-        raise typer.Exit(1)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -111,8 +130,9 @@ def _make_folder(output: Path) -> None:
         raise OutputError(f"cannot make the folder {output} ({error.strerror}); give another output") from error
 
 
-def _load_subjects(specs: list[Any], model: str, memory_size: int | None, rate: int | None, dtype: str) -> list[Any]:
-    from icae_fast.cli.app import load, quieten_loading, refuse_memory_size
+def _load_subjects(
+    specs: list[SubjectSpec], model: str, memory_size: int | None, rate: int | None, dtype: str
+) -> list[Subject]:
     from icae_fast.io.hub import default_adapter
     from icae_fast.training.evaluation.subject import Subject, load_subjects, parse_subject
 
@@ -121,12 +141,12 @@ def _load_subjects(specs: list[Any], model: str, memory_size: int | None, rate: 
         specs = [parse_subject(default[0])]
     if specs:
         refuse_memory_size(memory_size)
-        return load_subjects(specs, None if model == EMBEDDED_NAME else model, dtype, rate)
+        return load_subjects(specs, None if model == BUNDLED_NAME else model, dtype, rate)
     return [Subject("untrained", load(None, model, memory_size, rate, dtype))]
 
 
 def _show(
-    output: Path, results: list[Any], not_measured: dict[str, str], left_out: dict[str, str], as_json: bool
+    output: Path, results: list[Result], not_measured: dict[str, str], left_out: dict[str, str], as_json: bool
 ) -> None:
     from icae_fast.training.evaluation.report import SUMMARY_FILE, result_values
 
@@ -147,7 +167,7 @@ def _show(
     console.print(f"Tables, plots and their legend are in {output / SUMMARY_FILE}.", soft_wrap=True, highlight=False)
 
 
-def _table(result: Any) -> Table:
+def _table(result: Result) -> Table:
     from icae_fast.training.evaluation.report import cell
 
     names = result.headline or list(result.columns)
