@@ -229,9 +229,8 @@ def test_restoring_by_span_restores_each_span_as_a_context(icae, random_ids):
     assert icae.restore_by_span(memories, return_ids=True) == cut
     assert icae.restore_by_span(memories[0], return_ids=True) == cut[0]
     assert icae.restore_by_span(memories[0], return_ids=True, max_new_tokens=2) == [i for f in free[0] for i in f[:2]]
-    eos = icae.base_model.generation_config.eos_token_id = free[0][1][
-        3
-    ]  # ends one span early and is not part of the result
+    # This end-of-sequence id ends one span early, and is not part of the result.
+    eos = icae.base_model.generation_config.eos_token_id = free[0][1][3]
     expected = [
         w[: min(len(ids), w.index(eos) if eos in w else len(ids))] for ids, w in zip(spans[0], free[0], strict=True)
     ]
