@@ -1,4 +1,4 @@
-"""Segments that come from elsewhere, a file or another tree, and are kept without being computed."""
+"""Adopting segments from a file or another tree: the tree keeps them without computing them."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def icae(make_icae):
     return make_icae()
 
 
-def test_adopted_segments_are_found_and_not_copied(icae, make_icae, make_pieces, count_tokens):
+def test_adopted_segments_are_used_without_copying(icae, make_icae, make_pieces, count_tokens):
     a, b, c, d = make_pieces()
     given = make_icae().slot_kv.path([a, b, c])[1:]
     calls = count_tokens(icae)
@@ -29,17 +29,17 @@ def test_adopted_segments_are_found_and_not_copied(icae, make_icae, make_pieces,
     again = make_icae().slot_kv.path([a, b])[1:]
     assert icae.slot_kv.adopt([a, b], again)
     assert icae.slot_kv.path([a, b])[1] is given[0]
-    other = icae.slot_kv.path([b])  # the same bytes at another place
+    other = icae.slot_kv.path([b])  # the same piece behind another prefix
     assert other[0] is not given[0]
 
 
-def test_adopted_segments_are_evicted_as_others_are(icae, make_icae, make_pieces):
+def test_adopted_segments_are_evicted_like_computed_ones(icae, make_icae, make_pieces):
     a, b, c, d = make_pieces()
     tree, given = icae.slot_kv, make_icae().slot_kv.path([a, b, c])[1:]
     per_token = given[0].nbytes // given[0].length
     tree.byte_budget = per_token * (len(a) + len(b) + len(c) + len(d)) - 1
     assert tree.adopt([a, b, c], given)
-    tree.path([d])  # takes the room of c, the leaf
+    tree.path([d])  # evicts c, the leaf
     assert (len(tree), tree.nbytes) == (3, per_token * (len(a) + len(b) + len(d)))
     assert tree.path([a, b])[1] is given[0]
     assert_path(tree.path([a, b, c]), (a, b, c), hf_path(icae.base_model, (a, b, c)))
@@ -59,7 +59,7 @@ def test_an_adopted_path_over_the_budget_changes_nothing(icae, make_icae, make_p
     assert calls == [sum(map(len, (a, b, c)))]
 
 
-def test_adopted_segments_go_with_the_weights(icae, make_icae, make_pieces):
+def test_adopted_segments_are_dropped_when_weights_change(icae, make_icae, make_pieces):
     pieces = make_pieces()
     assert icae.slot_kv.adopt(pieces, make_icae().slot_kv.path(pieces))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The prefix tree of slot KV: what it computes, what it keeps, and when it lets go."""
+"""The prefix tree of slot KV: what it computes, what it keeps, and when it evicts."""
 
 import copy
 import pickle
@@ -21,12 +21,12 @@ def icae(make_icae):
     return make_icae()
 
 
-def test_a_path_equals_hugging_face(make_icae, model_kind, make_pieces):
+def test_keys_and_values_of_a_path_equal_hugging_face(make_icae, model_kind, make_pieces):
     icae, pieces = make_icae(model_kind), make_pieces()
     expected = hf_path(icae.base_model, pieces)
     assert_path(icae.slot_kv.path(pieces), pieces, expected)
     icae.clear_kv()
-    for n in (1, 3, 4):  # each behind what is kept
+    for n in (1, 3, 4):  # each path extends the one kept before
         assert_path(icae.slot_kv.path(pieces[:n]), pieces[:n], tuple(t[:, : sum(LENGTHS[:n])] for t in expected))
 
 
@@ -48,7 +48,7 @@ def test_shared_missing_pieces_are_computed_once_in_one_forward(make_icae, model
     assert icae.slot_kv.nbytes == sum({id(s): s.nbytes for path in again for s in path}.values())
 
 
-def test_the_same_bytes_elsewhere_are_another_node(icae, make_pieces):
+def test_a_piece_behind_another_prefix_is_a_separate_node(icae, make_pieces):
     a, b, *_ = make_pieces()
     tree = icae.slot_kv
     (first,), (_, second) = tree.path([a]), tree.path([b, a])
@@ -60,7 +60,7 @@ def test_the_same_bytes_elsewhere_are_another_node(icae, make_pieces):
 
 
 class PlainTree:
-    """What the tree should do, written out: nodes by their path, evicting the leaf that was used longest ago."""
+    """A plain model of the tree: nodes are keyed by their path, and the least recently used leaf is evicted first."""
 
     def __init__(self, budget, lengths, bytes_per_token):
         self.budget, self.used, self.clock = budget, {}, 0
@@ -71,8 +71,8 @@ class PlainTree:
     def nbytes(self):
         return sum(map(self.size, self.used))
 
-    def ask(self, paths):
-        """Tokens that must be computed."""
+    def request(self, paths):
+        """Request paths and return the number of tokens that must be computed."""
         nodes = [[tuple(p[: i + 1]) for i in range(len(p))] for p in paths]
         missing = {n for path in nodes for n in path if n not in self.used}
         for path in nodes:
@@ -83,12 +83,12 @@ class PlainTree:
         return sum(self.lengths[n[-1]] for n in missing)
 
     def adopt(self, path, n):
-        """Tokens that must be computed when the last n pieces are given."""
+        """Adopt the last n pieces of a path and return the number of tokens that must be computed before them."""
         before = [tuple(path[: i + 1]) for i in range(len(path) - n)]
         missing = [node for node in before if node not in self.used]
         if sum(self.lengths[j] for j in path) * (self.size((0,)) // self.lengths[0]) > self.budget:
             return 0
-        self.ask([path])
+        self.request([path])
         return sum(self.lengths[node[-1]] for node in missing)
 
     def evict(self):
@@ -98,17 +98,17 @@ class PlainTree:
 
 
 PATHS = st.lists(st.integers(0, 3), max_size=4)
-ASKED = st.lists(PATHS, min_size=1, max_size=3)
+REQUESTED = st.lists(PATHS, min_size=1, max_size=3)
 ADOPTED = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4))
 
 
 @settings(max_examples=120)
 @given(
-    steps=st.lists(ASKED | ADOPTED, min_size=1, max_size=8),
+    steps=st.lists(REQUESTED | ADOPTED, min_size=1, max_size=8),
     budget=st.integers(0, 14),
     shrunk=st.none() | st.integers(0, 6),
 )
-def test_any_sequence_of_paths_does_as_a_plain_tree(tiny_icae, make_pieces, steps, budget, shrunk):
+def test_random_requests_and_adoptions_behave_like_the_plain_tree(tiny_icae, make_pieces, steps, budget, shrunk):
     pieces, backbone, computed = make_pieces(), tiny_icae.backbone, []
     per_token = 2 * 4 * backbone.n_layers * backbone.num_kv_heads * backbone.head_dim
     tree, model = SlotKVTree(backbone, budget * per_token), PlainTree(budget * per_token, LENGTHS, per_token)
@@ -129,7 +129,7 @@ def test_any_sequence_of_paths_does_as_a_plain_tree(tiny_icae, make_pieces, step
                 paths = [path]
             computed.clear()
             found = tree.paths([[pieces[j] for j in path] for path in paths])
-            assert sum(computed) == model.ask(paths)
+            assert sum(computed) == model.request(paths)
             assert (len(tree), tree.nbytes) == (len(model.used), model.nbytes)
             assert tree.nbytes <= tree.byte_budget
             for path, segments in zip(paths, found, strict=True):
@@ -168,7 +168,7 @@ def test_segments_in_use_outlive_their_eviction(icae, make_pieces):
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, True, None])
-def test_a_budget_is_a_number_of_bytes(icae, budget):
+def test_a_budget_that_is_no_number_of_bytes_is_refused(icae, budget):
     with pytest.raises(InvalidInputError, match="byte budget"):
         icae.kv_budget = budget
     assert icae.kv_budget == 1 << 30
@@ -177,13 +177,13 @@ def test_a_budget_is_a_number_of_bytes(icae, budget):
 @pytest.mark.parametrize(
     "piece", [torch.zeros(0, 32), torch.zeros(3, 31), torch.zeros(32), torch.zeros(2, 32, dtype=torch.int64), [0.0]]
 )
-def test_pieces_are_embeddings(icae, make_pieces, piece):
+def test_pieces_that_are_no_embeddings_are_refused(icae, make_pieces, piece):
     with pytest.raises(InvalidInputError, match="a piece of a path"):
         icae.slot_kv.path([*make_pieces(), piece])
     assert len(icae.slot_kv) == 0
 
 
-def test_nothing_is_kept_of_a_forward_that_fails(icae, make_pieces):
+def test_a_failing_forward_leaves_nothing_in_the_tree(icae, make_pieces):
     pieces = make_pieces()
     icae.slot_kv.path(pieces[:1])
     broken = icae.backbone.model.layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -215,7 +215,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_other_weights_are_noticed(icae, make_base, make_pieces, change):
+def test_changed_weights_are_noticed(icae, make_base, make_pieces, change):
     pieces = make_pieces()
     before = icae.slot_kv.path(pieces)
     with torch.no_grad():
@@ -228,8 +228,8 @@ def test_other_weights_are_noticed(icae, make_base, make_pieces, change):
     assert all(s is not t for s, t in zip(before, after, strict=True))
 
 
-def test_what_is_not_noticed_is_cleared_by_hand(icae, make_pieces):
-    """The limit of the guard: one value, written behind the version counter's back, and none of those looked at."""
+def test_an_unnoticed_weight_change_requires_clear_kv(icae, make_pieces):
+    """The check misses one value that it does not sample, written through `.data`, which skips the version counter."""
     pieces = make_pieces()
     before = icae.slot_kv.path(pieces)
     icae.base_model.model.layers[0].self_attn.v_proj.weight.data[0, 1] += 5.0
@@ -240,12 +240,12 @@ def test_what_is_not_noticed_is_cleared_by_hand(icae, make_pieces):
     assert_path(after, pieces, hf_path(icae.base_model, pieces))
 
 
-def test_packing_weights_is_no_change(icae, make_pieces):
-    first = icae.slot_kv.path(make_pieces())  # the first forward moves the weights into blocks
+def test_packing_weights_is_not_taken_for_a_change(icae, make_pieces):
+    first = icae.slot_kv.path(make_pieces())  # the first forward packs the weights
     assert icae.slot_kv.path(make_pieces()) == first
 
 
-def test_threads_share_the_tree(icae, make_pieces):
+def test_threads_can_share_the_tree(icae, make_pieces):
     pieces, tree = make_pieces(), icae.slot_kv
     tree.byte_budget = 12 * tree.path(pieces[:1])[0].nbytes
     paths = [[(i + j) % 4 for j in range(1 + i % 4)] for i in range(24)]
@@ -258,7 +258,7 @@ def test_threads_share_the_tree(icae, make_pieces):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda icae: pickle.loads(pickle.dumps(icae))])
-def test_copies_begin_empty_with_their_own_weights(icae, make_pieces, copied):
+def test_copies_start_with_an_empty_tree_and_their_own_weights(icae, make_pieces, copied):
     pieces = make_pieces()
     icae.kv_budget = 1 << 20
     before = icae.slot_kv.path(pieces)
@@ -278,7 +278,7 @@ def test_segments_made_in_inference_mode_are_plain_tensors(icae, make_pieces):
     assert_path(segments, pieces, hf_path(icae.base_model, pieces))
 
 
-def test_autocast_does_not_reach_what_is_kept(icae, make_pieces):
+def test_autocast_does_not_affect_kept_segments(icae, make_pieces):
     pieces = make_pieces()
     with torch.autocast("cpu", torch.bfloat16):
         segments = icae.slot_kv.path(pieces)

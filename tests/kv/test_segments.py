@@ -1,4 +1,4 @@
-"""Slot KV of memories, and the rows that read behind it."""
+"""Segments of memories, and decoder rows that continue behind segments."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ def icae(make_icae):
     return make_icae()
 
 
-def test_rows_keep_what_they_were_given(icae, make_pieces):
-    """Rows read behind segments; those that are left after others went still find their own keys."""
+def test_rows_keep_their_own_keys_when_others_leave(icae, make_pieces):
+    """Append tokens to three rows, drop the middle one, and compare keys and values of the remaining rows."""
     a, b, *_ = icae.slot_kv.path(make_pieces())
     rows = DecoderRows(icae.backbone, [[a], [a, b], []], [4, 2, 3], icae.dtype, icae.device)
     assert rows.nbytes == rows.keys.nbytes + rows.values.nbytes + a.nbytes + b.nbytes
@@ -34,7 +34,7 @@ def test_rows_keep_what_they_were_given(icae, make_pieces):
         rows.append([2, 1])
 
 
-def test_memory_pieces_are_the_template_and_the_spans(icae, random_ids):
+def test_the_pieces_of_a_memory_are_the_template_and_its_spans(icae, random_ids):
     memory = icae.compress(random_ids(40))[0]
     template, *spans = memory_pieces(icae, memory, [7, 8])
     assert torch.equal(template, icae.embed(torch.tensor([7, 8])))
@@ -44,7 +44,7 @@ def test_memory_pieces_are_the_template_and_the_spans(icae, random_ids):
     assert memory_pieces(icae, memory.to(torch.bfloat16))[0].dtype == torch.float32
 
 
-def test_a_second_question_reads_the_memory_no_more(icae, random_ids, count_tokens):
+def test_a_second_question_computes_no_slot_again(icae, random_ids, count_tokens):
     icae.base_model.generation_config.eos_token_id = []
     memory = icae.compress(random_ids(40))[0]
     calls = count_tokens(icae)
@@ -58,7 +58,7 @@ def test_a_second_question_reads_the_memory_no_more(icae, random_ids, count_toke
     assert calls[6:] == [12, 3, 1, 1]
 
 
-def test_extending_computes_the_new_span_alone(icae, random_ids, count_tokens):
+def test_an_extended_memory_computes_only_its_new_span(icae, random_ids, count_tokens):
     memory = icae.compress(random_ids(32))[0]
     before = icae.slot_kv.path(memory_pieces(icae, memory))
     longer = icae.extend(memory, random_ids(9, seed=1))
@@ -71,7 +71,7 @@ def test_extending_computes_the_new_span_alone(icae, random_ids, count_tokens):
     assert_path(after, pieces, hf_path(icae.base_model, pieces))
 
 
-def test_memories_share_the_template(icae, random_ids, count_tokens):
+def test_memories_share_the_segment_of_the_template(icae, random_ids, count_tokens):
     memories = icae.compress([random_ids(16), random_ids(30, seed=1)])
     calls = count_tokens(icae)
     paths = icae.slot_kv.paths([memory_pieces(icae, m, [7, 8, 9]) for m in memories])
