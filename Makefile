@@ -51,7 +51,7 @@ sanitize: $(VENV)/.installed
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider -o pythonpath=$(SANITIZED)/lib \
 			tests/ops/test_ops.py tests/ops/attention/test_attention_range.py tests/ops/test_not_finite.py tests/ops/test_decode_bound.py \
-			tests/packaging/test_build.py tests/ops/test_fingerprint.py \
+			tests/packaging/test_build*.py tests/ops/test_fingerprint.py \
 			-k "(cpp or decode_bound or test_build) and not (opcheck or compile or instruction or sentence or install)"
 
 # Every benchmark once, at small sizes and untimed, so that none can rot.

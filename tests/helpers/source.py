@@ -14,7 +14,7 @@ PYTHON_FOLDERS = (*PACKAGES, "bench", "docs", "examples", "tests")
 
 def python_files() -> list[Path]:
     """Return every Python file of the checkout."""
-    return sorted(path for folder in PYTHON_FOLDERS for path in (ROOT / folder).rglob("*.py")) + [ROOT / "setup.py"]
+    return [*sorted(path for folder in PYTHON_FOLDERS for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
 
 
 def cpp_files() -> list[Path]:
@@ -36,7 +36,8 @@ def modules() -> dict[str, Path]:
 def imported_names(path: Path) -> Iterator[str]:
     """Yield the full name of every import in a file: at its head, in functions, and under TYPE_CHECKING.
 
-    `from a.b import c` yields `a.b.c` where that is a module of ours, else `a.b`. The extension `icae_fast._C` is left out.
+    `from a.b import c` yields `a.b.c` where that is a module of ours, else `a.b`. The extension `icae_fast._C` is
+    left out.
     """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

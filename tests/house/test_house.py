@@ -5,6 +5,7 @@ from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
+
 from helpers import source
 
 FILE_LINES, FUNCTION_LINES, FOLDER_FILES = 400, 60, 12
