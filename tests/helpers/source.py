@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Folder -> import name. `training/` is installed as a subpackage of icae_fast (setup.py).
 PACKAGES = {"icae_fast": "icae_fast", "training": "icae_fast.training"}
-PYTHON_FOLDERS = (*PACKAGES, "bench", "docs", "examples", "tests")
+PYTHON_FOLDERS = (*PACKAGES, "bench", "csrc", "docs", "examples", "tests")
 
 
 def python_files() -> list[Path]:
