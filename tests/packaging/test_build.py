@@ -38,7 +38,7 @@ def test_module_tells_what_was_built_and_runs():
 def test_the_best_instruction_set_is_chosen():
     result = run_python("-c", "import icae_fast._C as c; print(c.isa())", ICAE_FAST_ISA="")
     best = _C.runnable_isas()[-1]
-    # Which of the two for AVX512-BF16 is measured.
+    # Of the two units for AVX512-BF16 the faster one is chosen by a measurement.
     assert result.stdout.strip() in (("avx512_fp16", "avx512") if best == "avx512" else (best,)), result.stderr
 
 
@@ -47,7 +47,7 @@ def forcing(isa):
 
 
 @pytest.mark.parametrize(
-    "isa",  # but the one that all tests here run under
+    "isa",  # all except the one that this process runs
     [pytest.param(isa, id=isa + "-emulated" * (isa in EMULATED)) for isa in ISAS if isa != _C.isa()],
 )
 def test_each_other_instruction_set_passes_the_op_tests_and_golden_cases(isa):

@@ -1,4 +1,4 @@
-"""The C++ ops refuse bad arguments and are right for odd ones: scales, heads, tokens outside of all rows."""
+"""The C++ ops refuse bad arguments and compute unusual ones correctly: scales, head counts, tokens outside every row."""
 
 import re
 
@@ -60,7 +60,7 @@ def test_projection_refuses_arguments_that_do_not_fit(change, message):
 
 
 def test_tokens_outside_all_rows_are_left_out():
-    """cu_seqlens may end before the tensors do, as with a buffer of fixed size."""
+    """cu_seqlens may end before the tensors do, e.g. with a buffer of fixed size."""
     q, k, v = (torch.randn(20, heads, 16) for heads in (4, 2, 2))
     cu, lse_shape = int32(0, 3, 11), (4, 20)
     settings = {"max_seqlen_q": 8, "max_seqlen_k": 8, "scale": 0.25, "window": 0, "seqused_k": None}
@@ -85,7 +85,7 @@ def test_any_scale_is_right(scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(71, 1, 5), (1, 1, 1), (6, 1, 256), (10, 2, 72)])
 def test_odd_heads(heads, kv_heads, head_dim, dtype):
-    """More query heads than a tile has lanes, and head sizes that fill no vector."""
+    """Test more query heads than a tile has lanes, and head sizes that fill no vector."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(70, h, head_dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads))
     cu = int32(0, 69, 70)

@@ -14,13 +14,13 @@ if EXTENSION_ERROR is not None:
 from icae_fast import _C
 
 ISAS = _C.build_info()["isas"]
-# What the units may use beyond the baseline of x86-64.
+# Instruction set extensions that each unit may use beyond the x86-64 baseline.
 MAY_USE = {"avx2": {"avx2"}} | {unit: {"avx2", "avx512"} for unit in ("avx512", "amx")}
 MAY_USE["avx512_fp16"] = {"avx2", "avx512", "fp16"}
 
 
 def functions_of(library):
-    """Disassemble: (demangled name, [(bytes, text), ...]) of every function."""
+    """Yield (demangled name, [(bytes, text), ...]) of every function in a library."""
     text = subprocess.run(["objdump", "-d", "-C", "-w", library], capture_output=True, text=True, check=True).stdout
     for block in re.split(r"\n(?=[0-9a-f]+ <)", text):
         header = re.match(r"[0-9a-f]+ <(.*)>:\n", block)
@@ -35,7 +35,7 @@ def beyond_the_baseline(code, text):
     """
     code = re.sub(r"^((2e|3e|64|65|67) )*", "", code)
     if code.startswith("62 "):  # EVEX
-        return "fp16" if int(code[3:5], 16) & 7 in (5, 6) else "avx512"  # these opcode maps have nothing else
+        return "fp16" if int(code[3:5], 16) & 7 in (5, 6) else "avx512"  # opcode maps 5 and 6 hold nothing else
     if code.startswith(("c4 ", "c5 ")):  # VEX
         if text.startswith("k"):
             return "avx512"
@@ -71,7 +71,7 @@ def test_encodings_tell_what_an_instruction_needs(code, text, needs):
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump to disassemble with")
 @pytest.mark.skipif("avx512" not in ISAS, reason="not an x86 build")
 def test_wide_instructions_stay_in_their_units():
-    """A wide instruction in shared code would crash CPUs without it, and only those."""
+    """A wide instruction in shared code would crash CPUs that lack it, and no others."""
     seen, strays = set(), []
     for name, instructions in functions_of(_C.__file__):
         unit = next((isa for isa in ISAS if f"::unit_{isa}::" in name), None)
@@ -82,7 +82,7 @@ def test_wide_instructions_stay_in_their_units():
             elif found is not None:
                 strays.append(f"{name}: {text} ({found})")
     assert not strays, strays[:10]
-    # The tile instructions are in code that oneDNN generates.
+    # Tile instructions are in code that oneDNN generates at run time.
     assert seen >= {("avx2", "avx2"), ("avx512", "avx512"), ("amx", "avx512")}
     if "avx512_fp16" in ISAS:  # GCC 11 cannot build it
         assert seen >= {("avx512_fp16", "avx512"), ("avx512_fp16", "fp16")}

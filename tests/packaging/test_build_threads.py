@@ -43,11 +43,11 @@ def test_several_python_threads_at_once(op, sample, dtype):
     expected = call(op, inputs)
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: call(op, inputs), range(16)):
-            for a, b in zip(got, expected, strict=True):  # another thread count may sum up in another order
+            for a, b in zip(got, expected, strict=True):  # another number of threads may sum in another order
                 torch.testing.assert_close(a, b)
 
 
-# In bf16 the products are this package's own where it has a kernel for them, else ATen's, which may cut them otherwise.
+# bf16 products run on this package's GEMM where there is one, else on ATen's, which may split sums by thread count.
 OWN = [("varlen_attention", "gqa-primes"), ("rms_norm", "smollm2")]
 if _C.isa() in ("avx512_fp16", "avx512"):
     OWN += [("lora_qkv_rope", "smollm2"), ("swiglu", "smollm2"), ("linear", "smollm2")]
@@ -68,7 +68,7 @@ def test_results_do_not_depend_on_the_number_of_threads(op, sample):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_are_tasks_and_rows_that_are_split_equal_rows_alone(dtype, threads, one_thread):
-    """Heads of short rows are a task each, but for the shortest; long rows, and those of few queries, are not."""
+    """Each head of a short row is one task, except in the shortest rows; long rows and rows of few queries are split."""
     lengths = [300, 2, 2300, 41, 0, 513, 129, 1, 40, 700]
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), heads, 64, generator=g).to(dtype) for heads in (6, 2, 2))
