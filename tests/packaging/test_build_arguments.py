@@ -1,4 +1,4 @@
-"""The C++ ops refuse bad arguments and compute unusual ones correctly: scales, head counts, tokens outside every row."""
+"""The C++ ops refuse bad arguments and compute unusual ones correctly: scales, head counts, tokens outside all rows."""
 
 import re
 

@@ -68,7 +68,7 @@ def test_results_do_not_depend_on_the_number_of_threads(op, sample):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_are_tasks_and_rows_that_are_split_equal_rows_alone(dtype, threads, one_thread):
-    """Each head of a short row is one task, except in the shortest rows; long rows and rows of few queries are split."""
+    """A head of a short row is one task, except in the shortest rows; long rows and rows of few queries are split."""
     lengths = [300, 2, 2300, 41, 0, 513, 129, 1, 40, 700]
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), heads, 64, generator=g).to(dtype) for heads in (6, 2, 2))
