@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from icae_fast.benchmark.machine import REPOSITORY
+
+RESULTS = REPOSITORY / "docs" / "results"
 HEADINGS = ("kernel", "architecture", "registers", "spills, bytes", "shared memory, KB", "occupancy", "tensor cores")
 
 
