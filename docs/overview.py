@@ -39,8 +39,8 @@ TASKS = {
 }
 TITLE = "Times as fast as the reference's ICAE; last row: times less memory"
 NOTES = (
-    "SmolLM2-135M in bf16. First tokens and questions: a document of 4,096 tokens; further tokens: 512; training: 2,048.",
-    "* against transformers' generate from the same memory   ** the reference compresses once; timed for 2, scaled to 16",
+    "SmolLM2-135M in bf16. First tokens and questions: document of 4,096 tokens; further tokens: 512; training: 2,048.",
+    "* against transformers' generate on the same memory   ** the reference compresses once; timed for 2, scaled to 16",
 )
 THEMES = {
     "": {"paper": "#ffffff", "ink": "#1f2328", "faint": "#59636e", "grid": "#d1d9e0", "bars": ("#1f6fb4", "#8fbfe6")},
@@ -70,11 +70,16 @@ class Comparison:
 
 
 def newest_results(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the newest results of each suite for each CPU: CPU name to suite to the file's content."""
+    """Return the newest results of each suite for each CPU: CPU name to suite to the file's content.
+
+    Results that do not name their machine are left out.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for suite in SUITES:
         for path in sorted(folder.glob(f"{suite}-*.json")):
             result = json.loads(path.read_text())
+            if "machine" not in result:
+                continue
             machine = result["machine"]
             known = found.setdefault(machine["cpu"], {})
             if suite not in known or known[suite]["machine"]["date"] < machine["date"]:

@@ -104,7 +104,8 @@ def _line(axes: Axes, name: str, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Draw the overview, every `train-*.json` that holds a memory row, and every `adapter-*.json`."""
-    draw_overview(comparisons(RESULTS), OVERVIEW)
+    if bars := comparisons(RESULTS):
+        draw_overview(bars, RESULTS / OVERVIEW.name)
     for results in sorted(RESULTS.glob("train-*.json")):
         result = json.loads(results.read_text())
         if any("memory" in row for row in result["rows"]):

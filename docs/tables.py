@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.kernels.tables import kernels_table, paper_tables
+from bench.kernels.tables import kernels_table, prediction_tables
 from icae_fast.ops import REGISTRY, OpSpec
 
 RESULTS = Path(__file__).parent / "results"
@@ -244,16 +244,16 @@ def _step_memory_lines(row: dict[str, Any]) -> Iterator[str]:
 def _slopes(row: dict[str, Any]) -> str:
     ours, baseline = (row["memory"][name]["bytes_per_token"] for name in ("icae_fast", "baseline"))
     return (
-        f"A context token takes {ours:,.0f} bytes more of icae_fast's step, and {baseline:,.0f} of the baseline's "
+        f"Each further context token adds {ours:,.0f} bytes to icae_fast's step and {baseline:,.0f} to the baseline's "
         "(slopes over the upper half of the measured lengths)."
     )
 
 
 def _overfit(found: dict[str, Any]) -> str:
     return (
-        f"A new adapter learns {found['passages']} passages of {found['tokens']} tokens in {found['slots']} slots each "
-        f"by heart in {found['warm_steps']} steps of the warm start and {found['steps']} of autoencoding, "
-        f"{found['seconds']:.0f} s in all: the loss is {found['loss']:.2g}, and {found['restored']} of "
+        f"A new adapter memorises {found['passages']} passages of {found['tokens']} tokens, {found['slots']} slots "
+        f"each, in {found['warm_steps']} steps of the warm start and {found['steps']} of autoencoding "
+        f"({found['seconds']:.0f} s in total): the loss is {found['loss']:.2g}, and {found['restored']} of "
         f"{found['passages']} come back exactly."
     )
 
@@ -261,7 +261,7 @@ def _overfit(found: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops_table, "latency": latency_tables, "encode": encode_tables, "decode": decode_tables,
     "accuracy": accuracy_tables, "slots": slots_tables, "train": train_tables,
-    "kernels": kernels_table, "paper": paper_tables,
+    "kernels": kernels_table, "paper": prediction_tables,
 }  # fmt: skip
 
 
