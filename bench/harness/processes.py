@@ -14,11 +14,11 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def in_new_process(function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+def in_new_process(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
     """Return `function(*args, **kwargs)` computed in a new process with this one's number of threads.
 
     Args:

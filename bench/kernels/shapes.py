@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -229,11 +229,11 @@ def calls() -> list[Call]:
     return [*listed, *_qk_norm("qwen3-0.6b"), *(c for size in HEAD_SIZES for c in _head_size(size))]
 
 
-def _call(name, op, *args, method=None, **options):
+def _call(name: str, op: str, *args: Any, method: str | None = None, **options: Any) -> Call:
     return Call(name, op, lambda inputs: getattr(inputs, method or op)(*args, **options))
 
 
-def _encode(name):
+def _encode(name: str) -> Iterator[Call]:
     s, tokens, queries = MODELS[name], SPANS * (TOKENS + SLOTS), memory_rows(SPANS)
     full, last = [(TOKENS + SLOTS,) * 2] * SPANS, [(SLOTS, TOKENS + SLOTS)] * SPANS
     yield _call(f"{name} encode", "rms_norm", s, tokens)
@@ -249,7 +249,7 @@ def _encode(name):
     yield _call(f"{name} encode", "linear", tokens, s.q_heads * s.head_dim, s.hidden_size)
 
 
-def _train(name):
+def _train(name: str) -> Iterator[Call]:
     s, tokens, queries = MODELS[name], SPANS * (TOKENS + SLOTS), memory_rows(SPANS)
     full, last = [(TOKENS + SLOTS,) * 2] * SPANS, [(SLOTS, TOKENS + SLOTS)] * SPANS
     yield _call(f"{name} train", "lora_qkv_rope", s, tokens, dropout=0.05)
@@ -266,7 +266,7 @@ def _train(name):
     yield _call(f"{name} train, recomputed", "swiglu_backward", s, tokens, kept=False)
 
 
-def _decode(name):
+def _decode(name: str) -> Iterator[Call]:
     s = MODELS[name]
     for rows in (1, 16):
         segments, what = [(4 * SLOTS, 0, rows)], f"{name} decode {rows}"
@@ -276,7 +276,7 @@ def _decode(name):
     yield _call(f"{name} read prompts", "shared_prefix_attention", s, 16, segments, PROMPT, queries=PROMPT)
 
 
-def _qk_norm(name):
+def _qk_norm(name: str) -> Iterator[Call]:
     s, tokens = MODELS[name], SPANS * (TOKENS + SLOTS)
     yield _call(f"{name} encode", "lora_qkv_rope", s, tokens, norm=True)
     yield _call(f"{name} encode, last layer", "lora_qkv_rope", s, tokens, norm=True, queries=memory_rows(SPANS))
@@ -284,7 +284,7 @@ def _qk_norm(name):
     yield _call(f"{name} decode 16", "decode_step", s, 16, [(4 * SLOTS, 0, 16)], 48, layers=2, norm=True)
 
 
-def _head_size(size):
+def _head_size(size: int) -> Iterator[Call]:
     s = ModelShape(f"heads of {size}", 2048, 1, 8, 2, size, 4096, 32000)
     rows = {"": [(TOKENS + SLOTS,) * 2] * SPANS, ", last layer": [(SLOTS, TOKENS + SLOTS)] * SPANS}
     for what, lengths in rows.items():

@@ -18,8 +18,8 @@ from icae_fast.training.evaluation.subject import Subject, parse_subject
 from icae_fast.training.evaluation.texts.content import CONTENTS, restoration_by_content
 from icae_fast.training.evaluation.texts.continuation import continuation_by_ratio, table_6
 from icae_fast.training.evaluation.texts.passages import Texts
-from icae_fast.training.evaluation.texts.reading import UNSCORED, slot_scores, text_scores
 from icae_fast.training.evaluation.texts.restoration import restoration_by_length, restoration_by_memory_size
+from icae_fast.training.evaluation.texts.scoring import UNSCORED, slot_scores, text_scores
 from icae_fast.training.evaluation.texts.several_spans import several_spans
 from icae_fast.training.evaluation.workbench import Workbench
 from icae_fast.training.methods.objectives import continuation_sample

@@ -13,7 +13,7 @@ from icae_fast.errors import DataError, InvalidInputError
 from icae_fast.generation.prompts import chat_template_ids
 from icae_fast.training.evaluation.cache import AnswerCache
 from icae_fast.training.evaluation.instructions import answering, contestants
-from icae_fast.training.evaluation.instructions.answering import SUMMARY_PROMPT, Answered, Given, answer_all
+from icae_fast.training.evaluation.instructions.answering import SUMMARY_PROMPT, Answered, GivenAnswer, answer_all
 from icae_fast.training.evaluation.instructions.contestants import (
     Contestant,
     answers_to_text,
@@ -21,8 +21,8 @@ from icae_fast.training.evaluation.instructions.contestants import (
     lay_out,
     text_ids,
 )
-from icae_fast.training.evaluation.instructions.measurements import measure_instructions
 from icae_fast.training.evaluation.instructions.questions import read_questions
+from icae_fast.training.evaluation.instructions.references import measure_instructions
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -166,8 +166,8 @@ def test_questions_that_do_not_fit_are_asked_no_one_and_counted(subject, bench):
 
 def test_the_table(subject):
     slots, full = (Contestant(subject, reads) for reads in ("slots", "full"))
-    right = [Given(q.answer, 3, True, 8) for q in QUESTIONS]
-    wrong = [Given("cat", 5, False, 30), *(Given("", 5, False, 30) for _ in QUESTIONS[1:])]
+    right = [GivenAnswer(q.answer, 3, True, 8) for q in QUESTIONS]
+    wrong = [GivenAnswer("cat", 5, False, 30), *(GivenAnswer("", 5, False, 30) for _ in QUESTIONS[1:])]
     result = measure_instructions(Answered(QUESTIONS, {slots: right, full: wrong}, 5))
     assert [(r["contestant"], r["kind"], r["answers"]) for r in result.rows] == [
         ("tiny: slots", "all", 4), ("tiny: full text", "all", 4), ("tiny: slots", "question", 3),

@@ -12,7 +12,7 @@ from icae_fast.errors import ChatModelError, InvalidInputError
 from icae_fast.training.chat import EndpointModel, RequestFailed
 from icae_fast.training.chat.local import LocalModel
 from icae_fast.training.evaluation.cache import AnswerCache
-from icae_fast.training.evaluation.instructions.answering import Answered, Given
+from icae_fast.training.evaluation.instructions.answering import Answered, GivenAnswer
 from icae_fast.training.evaluation.instructions.contestants import Contestant, contestants_of
 from icae_fast.training.evaluation.instructions.judge import default_pairs, judge_pairs
 from icae_fast.training.evaluation.instructions.plan import Instructions, load_judge
@@ -27,7 +27,7 @@ def answered(make_icae, make_base, byte_tokenizer):
     subject = make_subject(make_icae, make_base, byte_tokenizer)
     ours, theirs = ["long answer", "a longer one", "no", "same"], ["short", "brief", "longest of all", "same"]
     answers = {
-        Contestant(subject, reads): [Given(text, 3, True, 8) for text in texts]
+        Contestant(subject, reads): [GivenAnswer(text, 3, True, 8) for text in texts]
         for reads, texts in (("slots", ours), ("full", theirs))
     }
     return Answered(QUESTIONS, answers, 5)
