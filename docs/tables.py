@@ -55,7 +55,7 @@ def _latency(result: dict[str, Any]) -> str:
         f"{threads} threads, {isa}, torch {versions['torch']}, commit {commit[:8]}; medians of {sizes['rounds']} "
         "interleaved rounds:",
         "",
-        "| | compress, s | first token, s | ms a token | total, s | peak over the weights, MB | times as fast as the baseline |",  # noqa: E501
+        "| | compress, s | first token, s | ms per token | total, s | peak above the weights, MB | times as fast as the baseline |",  # noqa: E501
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
@@ -77,7 +77,7 @@ def _encode(result: dict[str, Any]) -> str:
         f"Compressing, {result['machine']['cpu']}, {result['machine']['threads']} threads, {result['machine']['isa']}, "
         f"commit {result['machine']['commit'][:8]}; medians of ratios between neighbouring calls:",
         "",
-        "| documents | over baseline | over compiled | over compiled frozen | time over GEMMs | of the GEMM rate |",
+        "| documents | over baseline | over compiled | over compiled frozen | time over GEMMs | of GEMM rate |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
@@ -101,7 +101,7 @@ def _decode(result: dict[str, Any]) -> str:
         f"commit {result['machine']['commit'][:8]}; times are medians, and ratios medians of those between "
         "neighbouring calls:",
         "",
-        "| | icae_fast | against | which takes | times as fast |",
+        "| | icae_fast | against | its time | times as fast |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
@@ -204,7 +204,7 @@ def _train(result: dict[str, Any], plot: str) -> str:
         f"{result['machine']['threads']} threads, {result['machine']['isa']}, commit "
         f"{result['machine']['commit'][:8]}; times are medians:",
         "",
-        "| context | | s | tokens/s | peak over the weights, MB | of the baseline's |",
+        "| context | | s | tokens/s | peak above the weights, MB | over the baseline's |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     said = []

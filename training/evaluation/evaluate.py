@@ -63,9 +63,9 @@ def choose_groups(only: str | None, has_texts: bool, has_rows: bool) -> Choice:
     if unknown := [name for name in wanted if name not in GROUPS]:
         raise InvalidInputError(f"there is no measurement {unknown[0]!r}; choose among {', '.join(GROUPS)}")
     lacking = {
-        name: "it needs prompts, and no --pwc is given"
+        name: "it is measured on prompts, and no --pwc is given"
         if name == INSTRUCTIONS
-        else "it needs texts, and none are given"
+        else "it is measured on texts, and none are given"
         for name in wanted
         if not (has_rows if name == INSTRUCTIONS else has_texts)
     }

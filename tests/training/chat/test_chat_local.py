@@ -19,7 +19,7 @@ ENDS = range(2, 320, 4)
 
 @pytest.fixture
 def chat_model(make_base, byte_tokenizer, one_thread):
-    """A random model that ends its greedy answers within 64 tokens."""
+    """Return a random model that ends its greedy answers within 64 tokens."""
     model = make_base(vocab_size=320)
     model.generation_config.eos_token_id = list(ENDS)
     return LocalModel(model, byte_tokenizer, "tiny", batch_size=3, max_answer_tokens=64)

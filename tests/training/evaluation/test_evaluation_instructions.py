@@ -1,4 +1,4 @@
-"""Contestants and their answers with a random model: what is read, what is kept, and how answers are scored."""
+"""Contestants and their answers with a random model: inputs, caching, and scores."""
 
 import dataclasses
 import json
@@ -124,7 +124,7 @@ def test_what_subjects_answer_alike_is_answered_once(make_icae, make_base, byte_
 
 
 class Interrupting(AnswerCache):
-    """Is interrupted before a certain value is kept."""
+    """A cache that is interrupted before a certain value is kept."""
 
     left = 3
 
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_and_a_second_one_computes_nothing(subject, t
         monkeypatch.setattr(subject.icae, "answer", None)
         monkeypatch.setattr(answering, "answers_to_text", None)
         assert measure_instructions(answer_all(chosen, QUESTIONS, make_bench(tmp_path, cache), 5)) == expected
-    # Another limit makes other answers.
+    # Another limit computes new answers.
     with AnswerCache(path) as cache, pytest.raises(TypeError):
         answer_all(chosen, QUESTIONS, make_bench(tmp_path, cache), 6)
 

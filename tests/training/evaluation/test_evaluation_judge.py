@@ -1,4 +1,4 @@
-"""Judging pairs with a server that stalls, fails and talks nonsense, with biased judges, and after interruptions."""
+"""Judging pairs with a server that stalls, fails and replies nonsense, with biased judges, and after interruptions."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ N = len(QUESTIONS)
 
 @pytest.fixture
 def answered(make_icae, make_base, byte_tokenizer):
-    """Slots answer longer than the full text to two questions, shorter to one, and alike to one."""
+    """Return answers in which slots are longer than the full text for two questions, shorter for one, equal for one."""
     subject = make_subject(make_icae, make_base, byte_tokenizer)
     ours, theirs = ["long answer", "a longer one", "no", "same"], ["short", "brief", "longest of all", "same"]
     answers = {
@@ -44,7 +44,7 @@ def cache_path(tmp_path):
 
 
 class Judge(ScriptedTeacher):
-    """Replies with `reply(message)`, unless the script has something else."""
+    """A chat model that replies with `reply(message)`, unless its script holds something else."""
 
     def __init__(self, reply=longer_wins, script=()):
         super().__init__(script)
@@ -94,7 +94,7 @@ def test_a_judge_that_looks_at_the_order_alone_gives_ties(answered, bench, place
     assert result.rows[0]["on_par"] == 1
     assert result.facts["verdicts"] == {place: 6}
     assert any(f"{place} 100%" in note for note in result.notes)
-    # Whoever calls everything a tie does not contradict itself.
+    # A judge that calls everything a tie does not contradict itself.
     assert result.rows[0]["consistent"] == (1 if place == "TIE" else 0)
     assert any("contradicts itself in 3 of 3 pairs" in note for note in result.notes) == (place != "TIE")
 
@@ -218,10 +218,10 @@ def test_who_is_compared_with_whom(make_icae, make_base, byte_tokenizer):
 
 def test_nobody_to_compare_with_is_an_error(answered, bench):
     del answered.answers[list(answered.answers)[1]]
-    with pytest.raises(InvalidInputError, match="nobody to compare"):
+    with pytest.raises(InvalidInputError, match="no pair of answers to compare"):
         judge_pairs(answered, Judge(), bench)
     answered.answers.clear()
-    with pytest.raises(InvalidInputError, match="nobody to compare"):
+    with pytest.raises(InvalidInputError, match="no pair of answers to compare"):
         judge_pairs(answered, Judge(), bench)
 
 

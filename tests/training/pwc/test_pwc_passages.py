@@ -1,4 +1,4 @@
-"""Reading texts, cutting them into passages, and reading a teacher's replies."""
+"""Reading texts, cutting them into passages, and parsing a teacher's replies."""
 
 import contextlib
 import json

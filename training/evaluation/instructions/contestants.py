@@ -76,7 +76,7 @@ def check_reads(reads: Sequence[str]) -> None:
     unknown = [name for name in reads if name not in LABELS]
     if unknown or not reads:
         what = ", ".join(unknown) or "nothing"
-        raise InvalidInputError(f"{what} cannot be read by contestants; choose from {', '.join(LABELS)}")
+        raise InvalidInputError(f"{what} cannot be read by contestants; choose among {', '.join(LABELS)}")
 
 
 @dataclass(frozen=True)
