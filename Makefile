@@ -54,11 +54,11 @@ sanitize: $(VENV)/.installed
 			tests/packaging/test_build.py tests/ops/test_fingerprint.py \
 			-k "(cpp or decode_bound or test_build) and not (opcheck or compile or instruction or sentence or install)"
 
-# Every benchmark once, checked but not timed, at small sizes.
+# Every benchmark once, at small sizes and untimed, so that none can rot.
 bench-check: $(VENV)/.installed
 	$(SHARING) $(BIN)/python -m pytest -q -n $(MAX_JOBS) bench --benchmark-disable
 
-# Real sizes in interleaved rounds; writes docs/results and regenerates tables and plots. Keep the machine idle meanwhile.
+# The real sizes, interleaved; writes docs/results and the README's tables. Leave the machine alone meanwhile.
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest bench
 	$(BIN)/icae-fast bench latency examples/harrow_point.txt --rounds 5 \
@@ -67,37 +67,37 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.quality.quantized_slots examples/harrow_point.txt
 	$(MAKE) readme
 
-# The encoding suite with its targets, a quarter of an hour on two cores. WORKLOAD=big adds single-threaded shapes and a
-# larger batch of the 1B model, and takes twice as long.
+# Compressing alone, beside its targets, in a quarter of an hour on two cores; WORKLOAD=big adds one thread for the other
+# shapes, and a larger batch of the 1B model, and takes twice as long.
 bench-encode: $(VENV)/.installed
 	$(BIN)/python -m pytest $(wildcard bench/suites/bench_encode*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
-# The decoding suite with its targets, about eight minutes on two cores. `python -m bench.rivals.llama_cpp` adds a row for
-# llama.cpp; it prints how to build that.
+# Answering alone, beside its targets, in about eight minutes on two cores. `python -m bench.rivals.llama_cpp` adds a row for
+# llama.cpp, which has to be built first; it says how.
 bench-decode: $(VENV)/.installed
-	@echo "This takes about eight minutes on two cores; keep the machine idle meanwhile."
+	@echo "This takes about eight minutes on two cores; leave the machine alone meanwhile."
 	$(BIN)/python -m pytest $(wildcard bench/suites/bench_decode*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
-# The training suite with its targets (a step, its memory up to 65,536 tokens, overfitting eight passages), 25 minutes on
-# two cores with 16 GB.
+# A step of training, its memory up to 65,536 tokens, and eight passages learned by heart, beside their targets, in 25
+# minutes on two cores with 16 GB.
 bench-train: $(VENV)/.installed
-	@echo "This takes about 25 minutes on two cores; keep the machine idle meanwhile."
+	@echo "This takes about 25 minutes on two cores; leave the machine alone meanwhile."
 	$(BIN)/python -m pytest $(wildcard bench/suites/bench_train*.py) --workload $(WORKLOAD)
 	$(MAKE) readme
 
-# Compiles every Triton kernel in every configuration at every shape for absent GPUs and writes docs/results/kernels.json:
-# ten minutes on two cores. With ONCE=1, compiles each configuration once and compares it with that file: two minutes.
+# Every Triton kernel in every configuration at every shape, compiled for GPUs that are not there: ten minutes on two
+# cores, and writes docs/results/kernels.json. With ONCE=1 each configuration once, in two minutes, compared with that.
 kernels-check: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels.check $(if $(ONCE),--once --compare docs/results/kernels.json)
 
-# Counts the loads, stores and products of the kernels in Triton's interpreter, and predicts times from them.
+# What kernels load, store and multiply, counted in Triton's interpreter, and the times predicted from it.
 kernels-paper: $(VENV)/.installed
 	TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m bench.kernels.predict
 	$(MAKE) readme
 
-# Needs an NVIDIA GPU (exits with 3 without one); writes a folder gpu-check-NAME to send us.
+# On a machine with an NVIDIA GPU; leaves a folder gpu-check-NAME to send back. Where there is none the command says so and exits 3.
 gpu-check: $(VENV)/.installed
 	$(BIN)/python -m bench.gpu.check
 

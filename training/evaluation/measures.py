@@ -11,7 +11,7 @@ from icae_fast.errors import InvalidInputError
 
 
 def optional_package(name: str) -> Any:
-    """Import a module of the extra `eval`.
+    """A module of the extra `eval`.
 
     Raises:
         InvalidInputError: it is not installed.
@@ -19,7 +19,7 @@ def optional_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InvalidInputError(f"evaluation needs more packages ({error}); pip install 'icae-fast[eval]'") from error
+        raise InvalidInputError(f"evaluating needs more packages ({error}); pip install 'icae-fast[eval]'") from error
 
 
 def corpus_bleu(restored: Sequence[str], originals: Sequence[str]) -> float:

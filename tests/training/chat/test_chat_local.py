@@ -104,7 +104,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_one_error(chat_model, monkeypatc
 
     monkeypatch.setattr(chat_model.writer, "write", fail)
     results = ask_all(chat_model, MESSAGES)
-    assert all(isinstance(r, ChatModelError) and "answer fewer together" in str(r) for r in results)
+    assert all(isinstance(r, ChatModelError) and "use a smaller batch" in str(r) for r in results)
 
 
 @pytest.mark.parametrize("kind", [OwnWriter, TransformersWriter])

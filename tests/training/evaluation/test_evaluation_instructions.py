@@ -159,7 +159,7 @@ def test_questions_that_do_not_fit_are_asked_no_one_and_counted(subject, bench):
     assert answered.questions == QUESTIONS
     assert answered.left_out == {"too long for tiny: full text": 1}
     result = measure_instructions(answered)
-    assert any("1 questions were asked no one" in note for note in result.notes)
+    assert any("1 questions were left out" in note for note in result.notes)
     with pytest.raises(DataError, match="no question can be asked: 1 times too long for tiny: full text"):
         answer_all(contestants_of([subject], ["slots", "full"]), [long], bench, 4)
 
