@@ -135,10 +135,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
 
-# Writes the tables of README.md and docs/kernels.md anew from the op specs and docs/results, and plots beside the latter.
+# Regenerates the plots in docs/results and the tables of all pages, from the op specs and docs/results.
 readme: $(VENV)/.installed
 	$(BIN)/python -m docs.plots
-	$(BIN)/python -m docs.tables README.md docs/kernels.md
+	$(BIN)/python -m docs.tables README.md $(wildcard docs/*.md)
 
 # torch is installed first and by itself, so that an available CPU wheel is used and no other package pulls another one.
 $(VENV)/.dependencies: requirements.txt

@@ -1,4 +1,4 @@
-"""What is computed of texts and losses, passages drawn from texts, and differences marked: known answers."""
+"""Metrics, drawn passages and marked differences with known answers."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_differences_are_bold_and_markup_is_not_taken_for_any():
 
 @pytest.fixture
 def texts(tmp_path):
-    """Two texts of 300 and 40 words, and a row without any."""
+    """Return two texts of 300 and 40 words, and a row without text."""
     rows = [{"text": words(300, 1)}, {"text": ""}, {"text": words(40, 2)}]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

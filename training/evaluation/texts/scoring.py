@@ -1,4 +1,4 @@
-"""What a decoder makes of slots and of text: contexts restored greedily, and losses under teacher forcing."""
+"""Restored contexts and teacher-forced scores, from slots and from text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icae_fast.training.evaluation.workbench import Workbench
 from icae_fast.training.methods.distill import TeacherRows, teacher_hidden
 from icae_fast.training.methods.objectives import LEAVE_TOKENS_FOR_LM, Sample, autoencoding_sample, continuation_sample
 
-# Of a continuation the first tokens are not scored, as in training: with nothing before them they can only be guessed.
+# The first tokens of a continuation are not scored, as in training, because without a context they are mere guesses.
 UNSCORED = LEAVE_TOKENS_FOR_LM
 
 
@@ -26,8 +26,8 @@ class Scores:
 
     Args:
         loss: sum of cross-entropies, nats.
-        correct: how many had the highest logit.
-        count: how many there are.
+        correct: number of tokens that were the argmax.
+        count: number of scored tokens.
     """
 
     loss: float
@@ -36,7 +36,7 @@ class Scores:
 
     @property
     def mean_loss(self) -> float:
-        """Nats a token."""
+        """Mean loss, nats per token."""
         return self.loss / self.count
 
     @property
@@ -46,7 +46,7 @@ class Scores:
 
     @classmethod
     def total(cls, scores: Iterable[Scores]) -> Scores:
-        """The sum of several."""
+        """Return the sum of several scores."""
         listed = list(scores)
         return cls(*(sum(getattr(s, name) for s in listed) for name in ("loss", "correct", "count")))
 
@@ -54,36 +54,41 @@ class Scores:
 def restored_ids(
     subject: Subject, rows: Sequence[list[int]], bench: Workbench, by_span: bool = False
 ) -> list[list[int]]:
-    """Contexts compressed and written out greedily from their slots alone, without what ends them.
+    """Compress contexts and restore them greedily from their slots; return ids without end-of-sequence tokens.
 
     Args:
-        subject: whose decoder writes.
-        rows: ids of contexts.
-        bench: keeps what was written.
-        by_span: each span behind its own slots alone, see `ICAE.restore_by_span`; else behind all of them.
+        subject: the adapter.
+        rows: ids of the contexts.
+        bench: caches restored ids.
+        by_span: restore each span from its own slots (`ICAE.restore_by_span`) instead of from all of them.
 
     Raises:
-        ContextTooLongError: the slots leave no position to write at.
+        ContextTooLongError: the slots leave no positions for the text.
     """
     icae = subject.icae
 
     def run(batch: Sequence[list[int]]) -> list[list[int]]:
         restore = icae.restore_by_span if by_span else icae.restore
         written = restore(icae.compress(list(batch)), return_ids=True)
-        icae.clear_kv()  # nothing is read twice
+        icae.clear_kv()  # no slots are read twice
         return [[int(i) for i in ids if int(i) not in icae.eos_token_ids] for ids in written]
 
     what = "restored by span" if by_span else "restored"
     keys = [subject.key(row, what) for row in rows]
-    costs = [subject.n_slots(len(row)) + len(row) for row in rows]  # of decoding: it takes the time
+    costs = [subject.n_slots(len(row)) + len(row) for row in rows]  # decoding takes most of the time
     return bench.compute(f"{subject.name}: restoring", rows, keys, costs, run)
 
 
 def restoration_scores(subject: Subject, rows: Sequence[list[int]], bench: Workbench) -> list[Scores]:
-    """Teacher-forced scores of each context behind its own slots; EOS behind it does not count.
+    """Return the teacher-forced scores of each context after its slots, without the final end-of-sequence token.
+
+    Args:
+        subject: the adapter.
+        rows: ids of the contexts.
+        bench: caches scores.
 
     Raises:
-        ContextTooLongError: a context and its slots pass the model's positions.
+        ContextTooLongError: a context and its slots do not fit into the model's positions.
     """
     samples = [autoencoding_sample(subject.icae, row) for row in rows]
     keys = [subject.key(row, "restoration scores") for row in rows]
@@ -93,10 +98,15 @@ def restoration_scores(subject: Subject, rows: Sequence[list[int]], bench: Workb
 def slot_scores(
     subject: Subject, contexts: Sequence[list[int]], continuations: Sequence[list[int]], bench: Workbench
 ) -> list[Scores]:
-    """Scores of each continuation behind the slots of its context, but for its first `UNSCORED` tokens.
+    """Return the scores of each continuation after the slots of its context, without its first `UNSCORED` tokens.
+
+    Args:
+        subject: the adapter.
+        contexts, continuations: ids.
+        bench: caches scores.
 
     Raises:
-        ContextTooLongError: slots and continuation pass the model's positions.
+        ContextTooLongError: slots and continuation do not fit into the model's positions.
     """
     pairs = list(zip(contexts, continuations, strict=True))
     samples = [continuation_sample(subject.icae, *pair, leave=UNSCORED) for pair in pairs]
@@ -107,13 +117,13 @@ def slot_scores(
 def text_scores(
     subject: Subject, contexts: Sequence[list[int]], continuations: Sequence[list[int]], bench: Workbench
 ) -> list[Scores]:
-    """Scores that the base model gives each continuation behind text, the same tokens as `slot_scores`.
+    """Return the base model's scores of each continuation after text, for the same tokens as `slot_scores`.
 
     Args:
-        subject: whose base model reads.
-        contexts: ids, which may be none.
+        subject: its base model is scored.
+        contexts: ids; may be empty.
         continuations: ids.
-        bench: keeps the scores.
+        bench: caches scores.
     """
     pairs = list(zip(contexts, continuations, strict=True))
     keys = [subject.base_key("text", *pair, UNSCORED) for pair in pairs]
@@ -127,7 +137,7 @@ def text_scores(
 def _scores(
     subject: Subject, what: str, samples: list[Sample], keys: list[str], bench: Workbench, ends: int = 0
 ) -> list[Scores]:
-    """Scores of the labelled tokens of samples, the last `ends` of each left out."""
+    """Return the scores of the labelled tokens of samples, without the last `ends` of each."""
 
     def run(batch: Sequence[Sample]) -> list[list[Any]]:
         rows = [
@@ -155,7 +165,7 @@ def _base_scores(icae: ICAE, batch: Sequence[tuple[list[int], list[int]]]) -> li
 
 
 def _by_row(losses: torch.Tensor, correct: torch.Tensor, counts: list[int], ends: int) -> list[list[Any]]:
-    """[sum of losses, correct, count] of each row, without its last `ends` tokens."""
+    """Return [sum of losses, correct, count] of each row, without its last `ends` tokens."""
     found, starts = [], [0, *itertools.accumulate(counts)]
     for start, end in itertools.pairwise(starts):
         chosen = slice(start, end - ends)

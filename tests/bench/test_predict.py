@@ -1,4 +1,4 @@
-"""Costs on paper: that kernels are counted exactly, that the straight line is one, and what PEFT launches."""
+"""Predicted costs: kernels are counted exactly, counts are linear in spans, and PEFT's launches are as listed."""
 
 import json
 import os
@@ -17,17 +17,17 @@ from bench.kernels.unfused import Step, unfused_head, unfused_layer
 from icae_fast import ICAEConfig
 from icae_fast.benchmark.machine import REPOSITORY
 
-# Run in a process of its own, since Triton settles when it is imported whether it interprets.
+# Runs in a new process, because Triton decides on import whether it interprets.
 SCRIPT = """
 import dataclasses, json
-from bench.kernels.predict import Setting, layer_counts, line
+from bench.kernels.predict import Setting, extrapolated, layer_counts
 setting = Setting("tiny", tokens=96, slots=32, rank=32, arch=0)
 counts = [layer_counts(setting, n) for n in (1, 2, 4)]
-predicted = line(counts[0], counts[1], 4)
+predicted = extrapolated(counts[0], counts[1], 4)
 last = [layer_counts(setting, n, last=True) for n in (1, 2, 4)]
 plain = lambda counts: {op: {k: dataclasses.asdict(t) for k, t in kernels.items()} for op, kernels in counts.items()}
 print(json.dumps({"one": plain(counts[0]), "four": plain(counts[2]), "predicted": plain(predicted),
-                  "last": plain(last[2]), "last_predicted": plain(line(last[0], last[1], 4))}))
+                  "last": plain(last[2]), "last_predicted": plain(extrapolated(last[0], last[1], 4))}))
 """
 
 
@@ -81,7 +81,7 @@ def test_all_that_a_launch_needs_is_read_once(counts):
 
 
 class Launches(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the calls of aten's functions that compute something, and their products' operations."""
+    """Record the calls of aten functions that compute something, and count their products' operations."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ class Launches(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_the_unfused_layer_is_what_the_baseline_launches():
-    """The difference that one more layer makes to the reference's encoder, in bf16, on PEFT and transformers."""
+    """Compare with the launches that one more layer adds to the baseline's encoder in bf16."""
     import dataclasses
     from unittest import mock
 

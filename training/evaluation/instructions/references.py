@@ -1,11 +1,11 @@
-"""Following instructions: answers of all contestants against the references."""
+"""Scores of all contestants' answers against the references."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from icae_fast.training.evaluation.instructions.answering import Answered, Given
+from icae_fast.training.evaluation.instructions.answering import Answered, GivenAnswer
 from icae_fast.training.evaluation.instructions.contestants import Contestant
 from icae_fast.training.evaluation.instructions.overlap import (
     ROUGE_TYPES,
@@ -18,30 +18,30 @@ from icae_fast.training.evaluation.instructions.questions import Question
 from icae_fast.training.evaluation.measures import quartiles
 from icae_fast.training.evaluation.result import Plot, Result
 
-SHORT_WORDS = 5  # a reference of no more words counts as a short answer
+SHORT_WORDS = 5  # a reference of at most this many words counts as a short answer
 ALL_KINDS = "all"
 
 COLUMNS = {
-    "contestant": "who answers, and what stands for the text",
-    "kind": "of the prompt",
+    "contestant": "who answers, and what it reads for the text",
+    "kind": "kind of the prompt",
     "answers": "number of answers",
-    "read": "slots or tokens of text read in place of the text, median",
+    "read": "slots or tokens read for the text, median",
     "rouge1": "ROUGE-1 F1, mean, 0 to 1",
     "rouge2": "ROUGE-2 F1, mean",
     "rougeL": "ROUGE-L F1, mean",
     "rougeL_q1": "ROUGE-L F1, first quartile",
     "rougeL_median": "ROUGE-L F1, median",
     "rougeL_q3": "ROUGE-L F1, third quartile",
-    "short": f"answers whose reference is short, at most {SHORT_WORDS} words; the next two are of these",
-    "exact_match": "share that is the reference, case, articles and punctuation aside",
+    "short": f"answers whose reference is short, at most {SHORT_WORDS} words; the next two columns are of these",
+    "exact_match": "share equal to the reference, ignoring case, articles and punctuation",
     "f1": "F1 of their words, mean",
-    "tokens": "of an answer, median",
+    "tokens": "tokens of an answer, median",
     "cut": "share of answers that did not end within the limit",
 }
 
 
 def measure_instructions(answered: Answered) -> Result:
-    """ROUGE of all answers, exact match and F1 of short ones, for each contestant and kind of prompt.
+    """Compute ROUGE of all answers, and exact match and F1 of short ones, by contestant and kind of prompt.
 
     Args:
         answered: see `answer_all`.
@@ -76,7 +76,7 @@ def measure_instructions(answered: Answered) -> Result:
     )
 
 
-def _scores(question: Question, given: Given) -> dict[str, float]:
+def _scores(question: Question, given: GivenAnswer) -> dict[str, float]:
     scores = rouge(given.text, question.answer)
     if len(normalised_words(question.answer)) <= SHORT_WORDS:
         pair = given.text, question.answer
@@ -85,7 +85,7 @@ def _scores(question: Question, given: Given) -> dict[str, float]:
 
 
 def _row(
-    contestant: Contestant, kind: str, given: Sequence[Given], scores: Sequence[dict[str, float]]
+    contestant: Contestant, kind: str, given: Sequence[GivenAnswer], scores: Sequence[dict[str, float]]
 ) -> dict[str, Any]:
     low, median, high = quartiles([s["rougeL"] for s in scores])
     short = [s for s in scores if "f1" in s]
@@ -113,13 +113,13 @@ def _mean(values: Any) -> float | None:
 
 def _notes(answered: Answered) -> list[str]:
     notes = [
-        "All answers are greedy, by the same base model in the same template; only what stands for the text differs. "
+        "All answers are greedy, by the same base model in the same template; only what is read for the text differs. "
         "Truncated texts and summaries have at most as many tokens as the subject has slots for the text."
     ]
-    notes += [f"{n} questions were asked no one: {cause}." for cause, n in answered.left_out.items()]
+    notes += [f"{n} questions were left out: {cause}." for cause, n in answered.left_out.items()]
     for name, (cut, n) in answered.cut_summaries.items():
         if cut:
-            notes.append(f"{name}: {cut} of {n} summaries did not end within their tokens and were read as they were.")
+            notes.append(f"{name}: {cut} of {n} summaries did not end within their budget and were read truncated.")
     return notes
 
 
