@@ -24,23 +24,17 @@ def finetune_command(config: Config, set_: Set = None) -> None:
     _run("finetune", config, set_ or [])
 
 
-def installed_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
-
-
 def _run(kind: str, config: Path, overrides: list[str]) -> None:
     try:
-        from icae_fast.training import finetune as finetuning
-        from icae_fast.training import pretrain as pretraining
-        from icae_fast.training.loop.settings import load_settings
+        from icae_fast.training.loop.recipes import RECIPES
+        from icae_fast.training.loop.settings import installed_configs, load_settings
     except ImportError as error:
         raise ConfigError(f"training needs more packages ({error}); pip install 'icae-fast[train]'") from error
     path = config if config.exists() else installed_configs().get(str(config), config)
     if not path.exists():
         raise ConfigError(f"there is no file {config}, and no such config among {', '.join(installed_configs())}")
     settings = load_settings(path, overrides)
-    adapter = (pretraining if kind == "pretrain" else finetuning).run(settings)
+    adapter = RECIPES[kind](settings)
     if os.environ.get("RANK", "0") == "0":
         model = "" if settings.model.name == "smollm2-135m-instruct" else f" --model {settings.model.name}"
         typer.echo(

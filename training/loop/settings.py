@@ -237,6 +237,11 @@ def load_settings(
     return settings
 
 
+def installed_configs() -> dict[str, Path]:
+    """Return the configs of `training/configs` by their name without the extension."""
+    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes `1e-4` for text, having no dot; here it is a number, as in YAML 1.2."""
 

@@ -130,7 +130,7 @@ def _sizes(settings: Settings) -> dict[str, Any]:
 
 def _quiet_but_for_one(arguments: TrainingArguments) -> None:
     """The first process tells how training goes; others only what is wrong with them."""
-    logger = logging.getLogger("training")
+    logger = logging.getLogger("icae_fast.training")
     logger.setLevel(logging.INFO if arguments.process_index == 0 else logging.ERROR)
     if not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stderr)
