@@ -56,15 +56,14 @@ _LOAD = StateDictOptions(full_state_dict=True, strict=False)
 _MOST_ORIGINS = 8
 
 
-def collate(samples: MicroBatch) -> Batch:
-    """A packed micro-batch, with its `memory_size` where the stage draws one."""
-    size = samples.memory_size
-    return pack(samples) if size is None else pack(samples) | {"memory_size": size}
+def pack_micro_batch(samples: MicroBatch) -> dict[str, Batch]:
+    """Return the keyword arguments of `TrainingModel.forward` for a micro-batch."""
+    return {"batch": pack(samples, samples.memory_size)}
 
 
 @dataclass
-class _MicroBatch:
-    """What is remembered of a micro-batch until its optimiser step is complete."""
+class _Forward:
+    """Results of a micro-batch's forward, kept until its optimiser step is complete."""
 
     scores: Scores
     origins: Sequence[str]
@@ -117,7 +116,7 @@ class ICAETrainer(Trainer):
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore, self._code = stream, on_nan, restore, model.code
         self._token_lr_factor, self._soap = token_lr_factor, soap
-        self._window, self._step = LossWindow(), []
+        self._window, self._forwards = LossWindow(), []
         if shard_base:
             shard_base_model(model)
         super().__init__(
@@ -132,7 +131,7 @@ class ICAETrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """This process's micro-batches; Accelerate must not share them out again, so it does not see the loader."""
         return self._stream.loader(
-            collate,
+            pack_micro_batch,
             num_workers=self.args.dataloader_num_workers,
             # Making an iterator draws a seed. Out of the global generator, that would move the dropout of a resumed
             # run, which makes one iterator more.
@@ -141,7 +140,7 @@ class ICAETrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor]:
+    ) -> tuple[list[dict[str, Batch]], torch.Tensor]:
         """The micro-batches of an optimiser step, and what its loss is divided by.
 
         That is the number of labelled tokens in the micro-batches of all processes together, or of slots in a warm
@@ -149,9 +148,10 @@ class ICAETrainer(Trainer):
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self._alone == WARM:
-            n_items = sum(int(self._icae.vocabulary.is_memory(b["prompt_answer_ids"]).sum()) for b in batches)
+            is_memory = self._icae.vocabulary.is_memory
+            n_items = sum(int(is_memory(b["batch"].prompt_answer_ids).sum()) for b in batches)
         else:
-            n_items = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
+            n_items = sum(int((b["batch"].labels != IGNORE).sum()) for b in batches)
         return batches, self.accelerator.reduce(torch.tensor(n_items, device=device), "sum")
 
     @property
@@ -198,21 +198,20 @@ class ICAETrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """See `Trainer.compute_loss`; keeps what the log will say."""
         alone = {"alone": self._alone} if self._alone else {}
         loss, outputs = super().compute_loss(model, inputs | alone, True, num_items_in_batch)
-        n_context = len(inputs["context_ids"])
-        n_tokens = n_context + len(inputs["prompt_answer_ids"])
-        self._step.append(
-            _MicroBatch(Scores.of(outputs), inputs["origins"], n_tokens, n_context, outputs["without_teacher"])
+        batch, without = inputs["batch"], outputs["without_teacher"]
+        self._forwards.append(
+            _Forward(Scores.of(outputs), batch.origins, batch.n_tokens, len(batch.context_ids), without)
         )
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """See `Trainer.training_step`. What is not finite is dealt with at the end of the step, and not added up."""
         return super().training_step(model, inputs, num_items_in_batch).nan_to_num(0.0, 0.0, 0.0)
 
@@ -220,7 +219,7 @@ class ICAETrainer(Trainer):
         """The gradient's norm; called once before each optimiser step, which is dropped here if it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        step, self._step = self._step, []
+        step, self._forwards = self._forwards, []
         scores = sum((m.scores for m in step), start=Scores(torch.zeros_like(step[0].scores.values)))
         bad = [m for m in step if not bool(torch.isfinite(m.scores.values).all())]
         sizes = [[any(m is b for b in bad), m.tokens, m.context_tokens, m.without_teacher] for m in step]
@@ -235,7 +234,7 @@ class ICAETrainer(Trainer):
         self._window.see(int(tokens), int(context_tokens))
         return norm
 
-    def _drop_step(self, model: nn.Module, blamed: Sequence[_MicroBatch]) -> None:
+    def _drop_step(self, model: nn.Module, blamed: Sequence[_Forward]) -> None:
         """Take the gradients away, so that the optimiser finds nothing to do, or stop."""
         origins = list(dict.fromkeys(o for m in blamed for o in m.origins))
         shown = ", ".join(origins[:_MOST_ORIGINS]) + (f" and {len(origins) - _MOST_ORIGINS} more" * (len(origins) > _MOST_ORIGINS))  # noqa: E501  # fmt: skip
@@ -279,7 +278,7 @@ class ICAETrainer(Trainer):
         for start in range(0, len(batches), world):
             # All run as many forwards, which sharded weights ask for; what is there twice is not counted.
             index = min(start + rank, len(batches) - 1)
-            scores = Scores.of(self.model(**self._prepare_inputs(batches[index])))
+            scores = Scores.of(self.model(batch=batches[index]))
             if index == start + rank:
                 total += scores
         total = Scores(self.accelerator.reduce(total.values, "sum").cpu())

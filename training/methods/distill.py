@@ -125,15 +125,12 @@ def teacher_rows(icae: ICAE, batch: Batch, settings: Distillation) -> TeacherRow
         InvalidInputError: memory ids of a row are missing or scattered.
         ContextTooLongError: a row needs more than `icae.max_positions`, and settings say to stop.
     """
-    contexts = batch["context_ids"].cpu().split(batch["context_lengths"].tolist())
-    prompts, labels = (batch[n].cpu().split(batch["prompt_lengths"].tolist()) for n in ("prompt_answer_ids", "labels"))
-    objectives = [OBJECTIVES[i] for i in batch["objectives"].tolist()]
     ids, wanted, covered, n_too_long = [], [], [], 0
-    for i, (context, prompt, row_labels) in enumerate(zip(contexts, prompts, labels, strict=True)):
-        labelled = (row_labels[1:] != IGNORE).nonzero()[:, 0] + 1
-        has_teacher = objectives[i] in settings.objectives and len(labelled) > 0
+    for i, (context, prompt, labels) in enumerate(zip(batch.contexts, batch.prompts, batch.label_rows, strict=True)):
+        labelled = (labels[1:] != IGNORE).nonzero()[:, 0] + 1
+        has_teacher = batch.objectives[i] in settings.objectives and len(labelled) > 0
         if has_teacher:
-            what = batch["origins"][i] or f"row {i}"
+            what = batch.origins[i] or f"row {i}"
             row, positions = _teacher_row(icae, context, prompt, labelled, what)
             if len(row) > icae.max_positions:
                 _check_too_long(settings, what, len(row), icae.max_positions)

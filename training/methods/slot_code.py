@@ -77,7 +77,7 @@ class SlotCode(nn.Module):
         offsets = torch.arange(-self.neighbours, len(self.maps) - self.neighbours)
         places = share_starts(length, memory_size)[:, :-1, None] + offsets  # (spans, k, tokens), from the span's begin
         inside = (places >= 0) & (places < length[:, None, None])
-        tokens = ids.cpu()[(places + first[:, None, None]).clamp(0, len(ids) - 1)]
+        tokens = ids[(places + first[:, None, None]).clamp(0, len(ids) - 1).to(ids.device)]
         embeddings = icae.embed(tokens).to(self.maps.dtype) * inside[..., None].to(icae.device)
         embeddings = embeddings * (math.sqrt(embeddings.shape[-1]) / icae.embedding_norm().to(embeddings.dtype))
         return torch.einsum("skjd,jed->ske", embeddings, self.maps) + self.bias

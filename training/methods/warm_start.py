@@ -129,7 +129,7 @@ def share_means(icae: ICAE, ids: torch.Tensor, lengths: Sequence[int], memory_si
     count = edges.diff(dim=1).clamp_min(1).flatten()
     # Tokens of all shares one behind the other: a running number, shifted so that each share begins at its start.
     tokens = torch.arange(int(count.sum())) + (start - count.cumsum(0) + count).repeat_interleave(count)
-    embeddings = icae.embed(ids.to(tokens.device)[tokens])
+    embeddings = icae.embed(ids[tokens.to(ids.device)])
     wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     means = torch.segment_reduce(wide, "mean", lengths=count.to(wide.device))
     return means.unflatten(0, (len(lengths), memory_size))

@@ -123,9 +123,9 @@ def test_own_tokens_are_of_the_text(tiny_icae, n, probability, seed, k):
     continued = with_own_tokens(continuation_sample(tiny_icae, ids, ids), 1.0, random.Random(seed))
     assert not any(continued.own_tokens)
     batch = pack([own, continuation_sample(tiny_icae, ids, ids), continued])
-    assert batch["own_tokens"].nonzero()[:, 0].tolist() == [i for i, mark in enumerate(own.own_tokens) if mark]
-    assert len(batch["own_tokens"]) == len(batch["prompt_answer_ids"])
-    assert "own_tokens" not in pack([sample])
+    assert batch.own_tokens.nonzero()[:, 0].tolist() == [i for i, mark in enumerate(own.own_tokens) if mark]
+    assert len(batch.own_tokens) == len(batch.prompt_answer_ids)
+    assert pack([sample]).own_tokens is None
 
 
 def test_four_in_five_tokens_are_the_decoders_own(tiny_icae):

@@ -267,8 +267,8 @@ def test_a_loader_keeps_the_place(tiny_icae, open_jsonl, streaming, workers):
     resumed = make()
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     given += islice(resumed.loader(pack, workers), 11)
-    assert [[v.tolist() if isinstance(v, torch.Tensor) else v for v in b.values()] for b in given] == [
-        [v.tolist() if isinstance(v, torch.Tensor) else v for v in b.values()] for b in expected
+    assert [[v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(b).values()] for b in given] == [
+        [v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(b).values()] for b in expected
     ]
     assert resumed.state_dict() == plain.state_dict()
     assert resumed.counts == plain.counts

@@ -45,7 +45,7 @@ def make_model(name):
 def batch_of(model, rows):
     """A batch, and how many of its tokens are labelled."""
     batch = pack([make_sample(model.icae, i) for i in rows])
-    return batch, int((batch["labels"] != -100).sum())
+    return batch, int((batch.labels != -100).sum())
 
 
 def gradients(model):
@@ -56,7 +56,7 @@ def expected(name):
     """Loss and gradients of all rows in one process, of a base model in one piece."""
     model = make_model(name)
     batch, count = batch_of(model, [i for rows in ROWS for i in rows])
-    mean = model(**batch, num_items_in_batch=count)["loss"]
+    mean = model(batch, num_items_in_batch=count)["loss"]
     mean.backward()
     return mean.detach(), gradients(model)
 
@@ -76,9 +76,9 @@ def found(name):
     rows = ROWS[dist.get_rank()]
     count = sum(batch_of(model, rows)[1] for rows in ROWS) / dist.get_world_size()  # DDP takes means
     with wrapped.no_sync():
-        first = wrapped(**batch_of(model, rows[:1])[0], num_items_in_batch=count)["loss"]
+        first = wrapped(batch_of(model, rows[:1])[0], num_items_in_batch=count)["loss"]
         first.backward()
-    second = wrapped(**batch_of(model, rows[1:])[0], num_items_in_batch=count)["loss"]
+    second = wrapped(batch_of(model, rows[1:])[0], num_items_in_batch=count)["loss"]
     second.backward()
     mean = (first + second).detach() / dist.get_world_size()
     dist.all_reduce(mean)
@@ -96,7 +96,7 @@ def gathered_bytes(model):
 def evaluate(model):
     """Mean loss of this process's rows without a graph, over shares."""
     with torch.no_grad():
-        return model.eval()(**batch_of(model, ROWS[dist.get_rank()])[0])["loss"]
+        return model.eval()(batch_of(model, ROWS[dist.get_rank()])[0])["loss"]
 
 
 def refusal(model):

@@ -64,8 +64,7 @@ def test_gradients_are_those_of_the_whole_step(tmp_path):
     stream = iter(CountingStream(icae))
     samples = [sample for _ in range(4) for sample in next(stream)]
     batch = pack(samples)
-    rows = [batch["context_ids"].split(batch["context_lengths"].tolist())]
-    rows += [batch[key].split(batch["prompt_lengths"].tolist()) for key in ("prompt_answer_ids", "labels")]
+    rows = [batch.contexts, batch.prompts, batch.label_rows]
     icae(*rows)["loss"].backward()
     gradient = torch.load(tmp_path / "gradient.pt")
     for name, parameter in icae.named_parameters():

@@ -63,8 +63,8 @@ class CountingStream(torch.utils.data.IterableDataset):
         self.micro_batches_per_step = micro_batches // world_size
         self.counts, self.curriculum = {"empty text": 1}, Curriculum([Stage(1, {"ae": 1.0, "lm": 1.0}, 19)])
 
-    def loader(self, collate, num_workers, generator):
-        return torch.utils.data.DataLoader(self, None, collate_fn=collate, generator=generator)
+    def loader(self, make_batch, num_workers, generator):
+        return torch.utils.data.DataLoader(self, None, collate_fn=make_batch, generator=generator)
 
     @property
     def epoch(self):
@@ -93,7 +93,7 @@ class PoisonableModel(TrainingModel):
 
     def forward(self, *args, **kwargs):
         outputs = super().forward(*args, **kwargs)
-        if "NaN" in (kwargs.get("origins") or ()):
+        if "NaN" in kwargs["batch"].origins:
             outputs = {k: v * float("nan") if k in ("loss", "sums") else v for k, v in outputs.items()}
         return outputs
 
@@ -131,7 +131,7 @@ def make_trainer(
     stream = CountingStream(icae, arguments.process_index, arguments.world_size, poisoned)
     arguments.gradient_accumulation_steps = stream.micro_batches_per_step
     held_out = [pack([make_sample(icae, 1000 + i)]) for i in range(3)]
-    evaluation = {"eval_batches": held_out, "restore": (held_out[0]["context_ids"].tolist(), "held out")}
+    evaluation = {"eval_batches": held_out, "restore": (held_out[0].context_ids.tolist(), "held out")}
     return ICAETrainer(
         PoisonableModel(icae), arguments, stream, on_nan=on_nan, shard_base=shard_base,
         callbacks=[Watch(folder, kill_at)],
