@@ -27,7 +27,7 @@ def finetune_command(config: Config, set_: Set = None) -> None:
 def _run(kind: str, config: Path, overrides: list[str]) -> None:
     try:
         from icae_fast.training.loop.recipes import RECIPES
-        from icae_fast.training.loop.settings import installed_configs, load_settings
+        from icae_fast.training.loop.settings_file import installed_configs, load_settings
     except ImportError as error:
         raise ConfigError(f"training needs more packages ({error}); pip install 'icae-fast[train]'") from error
     path = config if config.exists() else installed_configs().get(str(config), config)

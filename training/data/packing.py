@@ -24,7 +24,7 @@ def count_micro_batches(tokens_per_step: int, micro_batch_tokens: int, world_siz
     return -(-needed // world_size) * world_size
 
 
-def fit(costs: Sequence[int], n_batches: int, budget: int) -> int:
+def count_fitting(costs: Sequence[int], n_batches: int, budget: int) -> int:
     """How many of the first samples `n_batches` micro-batches can hold.
 
     Each gets samples of at most `budget` tokens, or a single one that costs more. With at least `n_batches` samples it
@@ -39,7 +39,7 @@ def pack_steps(costs: Sequence[int], n_steps: int, per_step: int, budget: int, r
     """Distribute samples over steps and micro-batches.
 
     Args:
-        costs: tokens of each sample; `fit(costs, n_steps * per_step, budget)` must be all of them.
+        costs: tokens of each sample; `count_fitting(costs, n_steps * per_step, budget)` must be all of them.
         n_steps: optimiser steps.
         per_step: micro-batches of each.
         budget: tokens of a micro-batch; a sample that costs more goes alone.
@@ -63,7 +63,9 @@ def pack_steps(costs: Sequence[int], n_steps: int, per_step: int, budget: int, r
     return steps
 
 
-def share(step: Step, costs: Sequence[int], rank: int = 0, world_size: int = 1) -> list[tuple[int, list[int]]]:
+def share_of_process(
+    step: Step, costs: Sequence[int], rank: int = 0, world_size: int = 1
+) -> list[tuple[int, list[int]]]:
     """A process's part of a step: as many micro-batches as every other, of about the same cost.
 
     Args:

@@ -220,7 +220,7 @@ class _StreamedRows(RowIterator):
     def _made(self, columns: Mapping[str, Any], key: str) -> Row:
         origin, problem = columns["origin"], columns["problem"]
         if problem and self._source.stop:
-            raise DataError(stopped(origin, problem))
+            raise DataError(bad_row_message(origin, problem))
         self._usable = self._usable or not problem
         ids = tuple(np.asarray(columns[ids_column(name)], dtype=np.int32) for name in self._source.fields)
         return Row(key, origin, ids, 0, len(ids[0]), problem)
@@ -246,7 +246,7 @@ def _check_same(what: str, before: int | None, now: int) -> None:
         )
 
 
-def stopped(origin: str, problem: str) -> str:
+def bad_row_message(origin: str, problem: str) -> str:
     """The sentence for a bad row that ends a run."""
     return f"{origin}: {problem}; mend the row, or set on_bad_row to 'skip'"
 

@@ -28,7 +28,7 @@ from icae_fast.training.methods.objectives import (
     Sample,
     autoencoding_sample,
     continuation_sample,
-    draw_window,
+    draw_excerpt,
     instruction_sample,
 )
 
@@ -132,19 +132,19 @@ class PretrainingDraw:
         self,
         icae: ICAE,
         *,
-        windows: Literal["all", "one"] = "all",
+        excerpts: Literal["all", "one"] = "all",
         spans: tuple[int, int] | None = None,
         max_target_tokens: int | None = None,
         lm_token: bool = False,
     ) -> None:
-        if windows not in ("all", "one"):
-            raise ConfigError(f"windows is {windows!r}; it must be 'all' or 'one'")
+        if excerpts not in ("all", "one"):
+            raise ConfigError(f"excerpts is {excerpts!r}; it must be 'all' or 'one'")
         if spans is not None and not 1 <= spans[0] <= spans[1]:
             raise ConfigError(f"spans is {list(spans)}; give [low, high] with 1 <= low <= high")
         if max_target_tokens is not None and max_target_tokens <= MIN_TOKENS_FOR_LM:
             raise ConfigError(f"max_target_tokens is {max_target_tokens}; it must be over {MIN_TOKENS_FOR_LM}, or None")
         self.layout = SampleLayout(icae)
-        self.windows = windows
+        self.excerpts = excerpts
         self.spans = spans
         self.max_target_tokens = max_target_tokens
         self.lm_token = lm_token
@@ -169,7 +169,7 @@ class PretrainingDraw:
     def __call__(self, row: Row, stage: Stage, rng: random.Random, tally: Tally) -> list[Draft]:
         """See `Draw.__call__`."""
         lengths = [self._draw_length(stage, rng)]
-        while self.windows == "all" and sum(lengths) < row.end - row.start:
+        while self.excerpts == "all" and sum(lengths) < row.end - row.start:
             lengths.append(self._draw_length(stage, rng))
         drafts = [self._draft(row, stage, rng, tally, i, lengths) for i in range(len(lengths))]
         return [draft for draft in drafts if draft is not None]
@@ -180,13 +180,13 @@ class PretrainingDraw:
         return min(rng.randint(*self.spans) * self.layout.config.max_span_tokens, stage.max_tokens)
 
     def _draft(self, row, stage, rng, tally, i: int, lengths: list[int]) -> Draft | None:
-        """Window i of a row, or None where it can be neither continued nor restored."""
+        """StepWindow i of a row, or None where it can be neither continued nor restored."""
         layout, (ids,) = self.layout, row.ids
         objective = stage.draw_objective(rng)
         wants_lm = objective == "lm"
         part = (row.end - row.start) / len(lengths)
         begins = row.start + int(i * part), row.start + max(int((i + 1) * part), int(i * part) + 1)
-        start, end = draw_window(rng, len(ids), lengths[i], begins, wants_lm)
+        start, end = draw_excerpt(rng, len(ids), lengths[i], begins, wants_lm)
         n_before = layout.n_before(end - start)
         if wants_lm:
             target = min(lengths[i], self.max_target_tokens or lengths[i], len(ids) - end)

@@ -11,7 +11,7 @@ import datasets
 
 from icae_fast.errors import ConfigError, DataError
 from icae_fast.training.data.records import TEXT, Record, file_version, find_files, read_records
-from icae_fast.training.data.rows import MappedSource, RecordStream, StreamedSource, hub_records, stopped
+from icae_fast.training.data.rows import MappedSource, RecordStream, StreamedSource, bad_row_message, hub_records
 from icae_fast.training.data.tokenise import Tokenise, tokenise_once
 from icae_fast.training.methods.curriculum import check_keys
 
@@ -104,7 +104,7 @@ def open_source(
     source = MappedSource(datasets.concatenate_datasets(parts), fields, fragment_tokens, seed)
     if source.bad_rows and on_bad_row == "stop":
         origin, problem = source.bad_rows[0]
-        raise DataError(stopped(origin, problem) + f" ({len(source.bad_rows)} such rows in all)")
+        raise DataError(bad_row_message(origin, problem) + f" ({len(source.bad_rows)} such rows in all)")
     if not len(source):
         causes = Counter(problem for _, problem in source.bad_rows)
         listed = ", ".join(f"{n} times {cause}" for cause, n in causes.most_common())

@@ -19,8 +19,8 @@ from icae_fast.errors import ConfigError, DataError
 from icae_fast.training.data import packing
 from icae_fast.training.data.rows import MappedSource, StreamedSource
 from icae_fast.training.data.samples import SKIPPED, Draw
+from icae_fast.training.data.step_windows import StepWindow, StepWindowMaker, draw_row
 from icae_fast.training.data.tally import Tally
-from icae_fast.training.data.windows import Window, WindowMaker, draw_row
 from icae_fast.training.methods.curriculum import Curriculum, Stage
 from icae_fast.training.methods.objectives import Sample, with_memory_size, with_own_tokens, with_wrong_tokens
 
@@ -175,7 +175,7 @@ class BatchStream(IterableDataset):
         """
         worker = get_worker_info()
         _check_workers(worker.num_workers if worker else 0)
-        maker = WindowMaker(
+        maker = StepWindowMaker(
             self.source, self.draw, self.curriculum, self._state["begin"], tokens_per_step=self.tokens_per_step,
             micro_batches_per_step=self._per_step, micro_batch_tokens=self.micro_batch_tokens,
             window_steps=self.window_steps, seed=self.seed, quiet=self.rank > 0,
@@ -186,23 +186,23 @@ class BatchStream(IterableDataset):
                 yield from self._step(window, s, maker.tally)
 
     def loader(
-        self, collate: Callable[[MicroBatch], Any] | None = None, num_workers: int = 0, **options: Any
+        self, make_batch: Callable[[MicroBatch], Any] | None = None, num_workers: int = 0, **options: Any
     ) -> StreamLoader:
-        """A `DataLoader` that gives `collate(micro_batch)` for each micro-batch, and keeps this stream's place.
+        """A `DataLoader` that gives `make_batch(micro_batch)` for each micro-batch, and keeps this stream's place.
 
         Args:
-            collate: such as `icae_fast.training.methods.batch.pack`; it runs in the worker, if there is one. None
+            make_batch: such as `icae_fast.training.methods.batch.pack`; it runs in the worker, if there is one. None
             gives the samples.
             num_workers: 1 draws and packs in a second process.
             options: others of `DataLoader`.
         """
-        return StreamLoader(self, collate, num_workers, **options)
+        return StreamLoader(self, make_batch, num_workers, **options)
 
-    def _step(self, window: Window, s: int, tally: Tally) -> Iterator[MicroBatch]:
+    def _step(self, window: StepWindow, s: int, tally: Tally) -> Iterator[MicroBatch]:
         """The rest of step s of a window."""
         number = window.begin["step"] + s
         costs = [draft.cost for draft in window.drafts]
-        mine = packing.share(window.steps[s], costs, self.rank, self.world_size)
+        mine = packing.share_of_process(window.steps[s], costs, self.rank, self.world_size)
         for m in range(self._state["micro_batches"], len(mine)):
             place, chosen = mine[m]
             stage, rng = window.stage, random.Random(f"{self.seed}:{number}:{place}")
@@ -217,7 +217,7 @@ class BatchStream(IterableDataset):
             self._advance(window, s, m, len(mine), tally)
             yield MicroBatch(samples, number, size, self.state_dict())
 
-    def _advance(self, window: Window, s: int, m: int, n: int, tally: Tally) -> None:
+    def _advance(self, window: StepWindow, s: int, m: int, n: int, tally: Tally) -> None:
         """Set the place behind micro-batch m of n of step s."""
         step, micro = (s + 1, 0) if m + 1 == n else (s, m + 1)
         begin = window.begin
@@ -238,7 +238,7 @@ class StreamLoader(DataLoader):
 
     Args:
         stream: what to load.
-        collate: makes a batch of each micro-batch; None gives the micro-batch.
+        make_batch: makes a batch of each micro-batch; None gives the micro-batch.
         num_workers: 0 or 1. A worker reads ahead, in a copy of the stream.
         options: others of `DataLoader`.
 
@@ -249,12 +249,12 @@ class StreamLoader(DataLoader):
     def __init__(
         self,
         stream: BatchStream,
-        collate: Callable[[MicroBatch], Any] | None = None,
+        make_batch: Callable[[MicroBatch], Any] | None = None,
         num_workers: int = 0,
         **options: Any,
     ) -> None:
         _check_workers(num_workers)
-        super().__init__(stream, None, num_workers=num_workers, collate_fn=_WithState(collate), **options)
+        super().__init__(stream, None, num_workers=num_workers, collate_fn=_WithState(make_batch), **options)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from the stream's place on."""
@@ -267,11 +267,11 @@ class StreamLoader(DataLoader):
 class _WithState:
     """Collates a micro-batch, and sends its state along. A class, since a worker may be given it by pickling."""
 
-    def __init__(self, collate: Callable[[MicroBatch], Any] | None) -> None:
-        self.collate = collate
+    def __init__(self, make_batch: Callable[[MicroBatch], Any] | None) -> None:
+        self.make_batch = make_batch
 
     def __call__(self, samples: MicroBatch) -> tuple[Any, dict[str, Any]]:
-        return samples if self.collate is None else self.collate(samples), samples.state
+        return samples if self.make_batch is None else self.make_batch(samples), samples.state
 
 
 def held_out(

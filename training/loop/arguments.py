@@ -89,6 +89,8 @@ class TrainSection(BaseModel):
     def _check_fields(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        # YAML reads an unquoted `no` as false.
+        values = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in values.items()}
         problems = [problem for name, value in values.items() if (problem := cls._problem(name, value))]
         if problems:
             raise ValueError("; ".join(problems))

@@ -26,13 +26,13 @@ FILES = (CONFIG_FILE, TENSORS_FILE, STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, 
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, *, leads: bool, any_of_all: Callable[[bool], bool]) -> Iterator[Path]:
+def atomic_folder(folder: Path, *, is_main: bool, any_process: Callable[[bool], bool]) -> Iterator[Path]:
     """A folder to write into, which takes its name when all processes have written what is theirs.
 
     Args:
         folder: the name; a folder that has it is replaced.
-        leads: whether this process makes and renames it.
-        any_of_all: tells whether a flag is set in any process; all of them call it.
+        is_main: whether this process makes and renames it.
+        any_process: tells whether a flag is set in any process; all of them call it.
 
     Yields:
         the folder under its temporary name; it exists in all processes.
@@ -44,29 +44,29 @@ def whole_folder(folder: Path, *, leads: bool, any_of_all: Callable[[bool], bool
     partial = folder.with_name(f".{folder.name}.partial")  # which no pattern for checkpoints matches
     failure: Exception | None = None
     try:
-        if leads:
+        if is_main:
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir(parents=True)
     except OSError as error:
         failure = error
-    if not any_of_all(failure is not None):
+    if not any_process(failure is not None):
         try:
             yield partial
-            if leads:
+            if is_main:
                 _sync(partial)
         except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:  # torch.save's is a RuntimeError
             failure = error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if not any_of_all(failure is not None):
-            if leads:
+        if not any_process(failure is not None):
+            if is_main:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)
                 sync_folder(folder.parent)
-            any_of_all(False)  # nobody goes on before it is there
+            any_process(False)  # nobody goes on before it is there
             return
-    if leads:
+    if is_main:
         shutil.rmtree(partial, ignore_errors=True)
     reason = str(failure).splitlines()[0] if failure else "another process could not"
     raise CheckpointError(

@@ -14,13 +14,13 @@ from icae_fast.step.budget import ActivationBudget
 from icae_fast.step.loss import IGNORE, Teacher
 from icae_fast.step.training_step import TrainingStep
 from icae_fast.training.methods.batch import Batch
-from icae_fast.training.methods.curriculum import ALONE, CODE, WARM
+from icae_fast.training.methods.curriculum import CODE, EXCLUSIVE, WARM
 from icae_fast.training.methods.distill import Distillation, teacher_hidden, teacher_rows
 from icae_fast.training.methods.objectives import OBJECTIVES
 from icae_fast.training.methods.slot_code import SlotCode
 from icae_fast.training.methods.warm_start import warm_start_loss
 
-NAMES = (*OBJECTIVES, *ALONE)
+NAMES = (*OBJECTIVES, *EXCLUSIVE)
 
 
 class TrainingModel(nn.Module):
@@ -51,7 +51,7 @@ class TrainingModel(nn.Module):
         self.code = code
 
     def forward(
-        self, batch: Batch, num_items_in_batch: int | torch.Tensor | None = None, alone: str | None = None
+        self, batch: Batch, num_items_in_batch: int | torch.Tensor | None = None, exclusive: str | None = None
     ) -> dict[str, Any]:
         """Return the loss of a batch.
 
@@ -64,7 +64,7 @@ class TrainingModel(nn.Module):
                 must run the same number of forwards.
             num_items_in_batch: labelled tokens of the whole optimiser step, or its slots in a warm start. Default:
                 those of this batch.
-            alone: "warm" for the encoder-only loss of `icae_fast.training.methods.warm_start`, summed over slots;
+            exclusive: "warm" for the encoder-only loss of `icae_fast.training.methods.warm_start`, summed over slots;
                 "code" for slots from `code`, without an encoder. Default None: the batch's objectives.
 
         Returns:
@@ -72,10 +72,10 @@ class TrainingModel(nn.Module):
             tokens or slots, `correct` of those whose label had the highest logit or whose target was the nearest; and
             `without_teacher`, the number of rows that were too long for the teacher.
         """
-        if alone == WARM:
+        if exclusive == WARM:
             return self._warm(batch, num_items_in_batch)
         slots, teacher, without = None, None, 0
-        if alone == CODE:
+        if exclusive == CODE:
             slots = self.code.slots(self.icae, batch.contexts, slots_per_span(self.icae.config, batch.memory_size))
         elif self.distillation.alpha > 0 and self.training:
             teacher, without = self._teacher(batch)
@@ -84,7 +84,7 @@ class TrainingModel(nn.Module):
             batch.contexts, prompts, batch.label_rows, self.budget, batch.memory_size, teacher, slots
         )
         losses = scored.losses.detach()
-        objectives = [NAMES.index(alone or name) for name in batch.objectives]
+        objectives = [NAMES.index(exclusive or name) for name in batch.objectives]
         index = torch.tensor(objectives)[scored.rows].to(losses.device, non_blocking=True)
         return {
             "loss": scored.losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch),

@@ -46,7 +46,7 @@ RECIPES: dict[str, Recipe] = {"pretrain": pretrain, "finetune": finetune}
 def _pretraining_draw(icae: ICAE, settings: Settings) -> PretrainingDraw:
     data = settings.data
     return PretrainingDraw(
-        icae, windows=data.windows_per_document, spans=data.spans, max_target_tokens=data.max_target_tokens,
+        icae, excerpts=data.excerpts_per_document, spans=data.spans, max_target_tokens=data.max_target_tokens,
         lm_token=data.lm_token,
     )  # fmt: skip
 

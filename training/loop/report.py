@@ -54,7 +54,7 @@ class Scores:
         return logs
 
 
-class LossWindow:
+class LogInterval:
     """Sums over the optimiser steps since the last log line, over all processes.
 
     Its state is part of a checkpoint, so that a resumed run logs what the uninterrupted one does: sums are Python

@@ -22,7 +22,8 @@ from icae_fast.training.data.stream import BatchStream, held_out
 from icae_fast.training.loop.arguments import SOAP
 from icae_fast.training.loop.checkpoint_folder import STATE_FILE, find_checkpoint
 from icae_fast.training.loop.model import TrainingModel
-from icae_fast.training.loop.settings import SETTINGS_FILE, Settings, changed_keys
+from icae_fast.training.loop.settings import SETTINGS_FILE, Settings
+from icae_fast.training.loop.settings_file import changed_keys
 from icae_fast.training.loop.sharding import take_over_launch
 from icae_fast.training.loop.trainer import ICAETrainer
 from icae_fast.training.methods.batch import pack
@@ -74,7 +75,7 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
     """
     output, curriculum = Path(settings.output), settings.curriculum()
     sharded = take_over_launch()
-    arguments = settings.train.arguments(settings.output, curriculum.total_steps, **_sizes(settings))
+    arguments = settings.training_arguments()
     _quiet_but_for_one(arguments)
     found = find_checkpoint(output, settings.train.resume)
     _check_unchanged(settings, output, found)
@@ -121,11 +122,6 @@ def _slot_code(icae: ICAE, curriculum: Curriculum, arguments: TrainingArguments,
         raise ConfigError("a slot code cannot be trained with a sharded base model; launch without FSDP")
     arguments.ddp_find_unused_parameters = True  # it trains without the encoder, and the encoder without it
     return SlotCode.of(icae)
-
-
-def _sizes(settings: Settings) -> dict[str, Any]:
-    """Training arguments that follow from other sections."""
-    return {"dataloader_num_workers": settings.data.workers}
 
 
 def _quiet_but_for_one(arguments: TrainingArguments) -> None:

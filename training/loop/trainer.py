@@ -36,10 +36,10 @@ from icae_fast.training.loop.checkpoint_folder import (
     PROGRESS_FILE,
     SCHEDULER_FILE,
     STATE_FILE,
-    whole_folder,
+    atomic_folder,
 )
 from icae_fast.training.loop.model import TrainingModel
-from icae_fast.training.loop.report import SAMPLES_FILE, LossWindow, Scores, append_line, peak_memory, restoration
+from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores, append_line, peak_memory, restoration
 from icae_fast.training.loop.schedule import stage_schedule
 from icae_fast.training.loop.sharding import replicate_trained, shard_base_model
 from icae_fast.training.loop.soap import Soap
@@ -116,7 +116,7 @@ class ICAETrainer(Trainer):
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore, self._code = stream, on_nan, restore, model.code
         self._token_lr_factor, self._soap = token_lr_factor, soap
-        self._window, self._forwards = LossWindow(), []
+        self._interval, self._forwards = LogInterval(), []
         if shard_base:
             shard_base_model(model)
         super().__init__(
@@ -147,7 +147,7 @@ class ICAETrainer(Trainer):
         start.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        if self._alone == WARM:
+        if self._exclusive == WARM:
             is_memory = self._icae.vocabulary.is_memory
             n_items = sum(int(is_memory(b["batch"].prompt_answer_ids).sum()) for b in batches)
         else:
@@ -155,9 +155,9 @@ class ICAETrainer(Trainer):
         return batches, self.accelerator.reduce(torch.tensor(n_items, device=device), "sum")
 
     @property
-    def _alone(self) -> str | None:
+    def _exclusive(self) -> str | None:
         """What this step's stage trains alone, the encoder (warm) or the slot code, or None."""
-        return self._stream.curriculum.stage_at(self.state.global_step)[1].alone
+        return self._stream.curriculum.stage_at(self.state.global_step)[1].exclusive
 
     # Steps
 
@@ -172,10 +172,10 @@ class ICAETrainer(Trainer):
                     (tokens if is_token else others).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decay, faster = {"weight_decay": self.args.weight_decay}, options["lr"] * self._token_lr_factor
-            alone = {}
+            of_tokens = {}
             if self._soap:  # embeddings are no matrix whose rows could be mixed
-                kind, options, alone = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
-            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **alone}]
+                kind, options, of_tokens = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
+            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **of_tokens}]
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
 
@@ -203,8 +203,8 @@ class ICAETrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """See `Trainer.compute_loss`; keeps what the log will say."""
-        alone = {"alone": self._alone} if self._alone else {}
-        loss, outputs = super().compute_loss(model, inputs | alone, True, num_items_in_batch)
+        exclusive = {"exclusive": self._exclusive} if self._exclusive else {}
+        loss, outputs = super().compute_loss(model, inputs | exclusive, True, num_items_in_batch)
         batch, without = inputs["batch"], outputs["without_teacher"]
         self._forwards.append(
             _Forward(Scores.of(outputs), batch.origins, batch.n_tokens, len(batch.context_ids), without)
@@ -225,13 +225,13 @@ class ICAETrainer(Trainer):
         sizes = [[any(m is b for b in bad), m.tokens, m.context_tokens, m.without_teacher] for m in step]
         mine = torch.cat((scores.values.new_tensor(sizes).sum(0), scores.values.flatten()))
         n_bad, tokens, context_tokens, without, *values = self.accelerator.reduce(mine, "sum").tolist()
-        self._window.without_teacher += int(without)
+        self._interval.without_teacher += int(without)
         if n_bad == 0 and math.isfinite(norm):
             scores = Scores(torch.tensor(values, dtype=torch.float64).view(-1, 3))
-            self._window.add(scores, int(tokens), int(context_tokens))
+            self._interval.add(scores, int(tokens), int(context_tokens))
             return norm
         self._drop_step(model, bad or step)
-        self._window.see(int(tokens), int(context_tokens))
+        self._interval.see(int(tokens), int(context_tokens))
         return norm
 
     def _drop_step(self, model: nn.Module, blamed: Sequence[_Forward]) -> None:
@@ -244,7 +244,7 @@ class ICAETrainer(Trainer):
                 f"{what}; the last checkpoint stands: lower the learning rate, leave these samples out, or set "
                 "train.on_nan to skip"
             )
-        self._window.skipped_steps += 1
+        self._interval.skipped_steps += 1
         log.warning("%s; the step is dropped", what)
         model.zero_grad()
 
@@ -253,7 +253,7 @@ class ICAETrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`: adds what this package knows, and leaves out what would be wrong."""
         if "loss" in logs:
-            logs = {k: v for k, v in logs.items() if k != "loss" and math.isfinite(v)} | self._window.drain()
+            logs = {k: v for k, v in logs.items() if k != "loss" and math.isfinite(v)} | self._interval.drain()
             logs |= peak_memory(self.args.device)
             logs |= {f"rows/{cause}": n for cause, n in self._stream.counts.items()}
             logs["stage"] = self._stream.curriculum.stage_at(max(self.state.global_step - 1, 0))[0]
@@ -322,23 +322,23 @@ class ICAETrainer(Trainer):
         best = self.state.best_global_step
         if best == step or (best and (output / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(output / f"checkpoint-{best}")
-        leads = self.args.should_save
-        with whole_folder(output / f"checkpoint-{step}", leads=leads, any_of_all=self._any_of_all) as folder:
+        is_main = self.args.should_save
+        with atomic_folder(output / f"checkpoint-{step}", is_main=is_main, any_process=self._any_process) as folder:
             self.save_model(str(folder), _internal_call=True)
             optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=_FULL)
             self._save_rng_state(str(folder))
-            if leads:
+            if is_main:
                 torch.save(optimizer, folder / OPTIMIZER_FILE)
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
                 self.state.save_to_json(str(folder / STATE_FILE))
-                progress = {"stream": self._stream.state_dict(), "window": self._window.state_dict()}
+                progress = {"stream": self._stream.state_dict(), "window": self._interval.state_dict()}
                 (folder / PROGRESS_FILE).write_text(json.dumps(progress))
                 if self._code is not None:
                     self._code.save(folder)
-        if leads:
+        if is_main:
             rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _any_of_all(self, flag: bool) -> bool:
+    def _any_process(self, flag: bool) -> bool:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -349,7 +349,7 @@ class ICAETrainer(Trainer):
             self._code.load(folder)
         progress = json.loads((folder / PROGRESS_FILE).read_text())
         self._stream.load_state_dict(progress["stream"])
-        self._window.load_state_dict(progress["window"])
+        self._interval.load_state_dict(progress["window"])
 
     def load_adapter(self, folder: Path) -> None:
         """Take the adapter of a checkpoint; all processes call it.

@@ -21,8 +21,8 @@ from icae_fast.errors import ConfigError
 from icae_fast.training.methods.objectives import OBJECTIVES
 
 WARM, CODE = "warm", "code"
-ALONE = {WARM: "the warm start runs no decoder", CODE: "the slot code runs no encoder"}
-STAGE_OBJECTIVES: tuple[str, ...] = (*OBJECTIVES, *ALONE)
+EXCLUSIVE = {WARM: "the warm start runs no decoder", CODE: "the slot code runs no encoder"}
+STAGE_OBJECTIVES: tuple[str, ...] = (*OBJECTIVES, *EXCLUSIVE)
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Stage:
         object.__setattr__(self, "memory_sizes", tuple(sizes))
 
     @property
-    def alone(self) -> str | None:
-        """The one of `ALONE` that this stage trains, or None."""
-        return next((name for name in ALONE if name in self.objectives), None)
+    def exclusive(self) -> str | None:
+        """The one of `EXCLUSIVE` that this stage trains, or None."""
+        return next((name for name in EXCLUSIVE if name in self.objectives), None)
 
     @property
     def is_warm(self) -> bool:
@@ -291,7 +291,7 @@ def _checked_objectives(objectives: Any) -> dict[str, float]:
     for name, weight in objectives.items():
         if not _is_positive(weight):
             raise ConfigError(f"the weight of {name!r} is {weight!r}; it must be a number over 0 (or leave it out)")
-    for name, why in ALONE.items():
+    for name, why in EXCLUSIVE.items():
         if name in objectives and len(objectives) > 1:
             raise ConfigError(f"objectives mixes {name!r} with others; {why}, so give it a stage of its own")
     return {name: float(weight) for name, weight in objectives.items()}

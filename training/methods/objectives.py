@@ -1,6 +1,6 @@
 """Training samples of the three objectives, as the reference builds them.
 
-Each function gives a `Sample` whose memory ids stand where the slots will be; `collate` pads a list of them
+Each function gives a `Sample` whose memory ids stand where the slots will be; `pad_samples` pads a list of them
 for `ICAE.forward`, which ignores the padding.
 
 Source: Ge et al., arXiv 2307.06945, section 2.2; `pretrain_tokenize_function` and
@@ -205,14 +205,14 @@ def pretraining_sample(
     if not ids:
         raise InvalidInputError("a training text is empty; leave it out")
     wants_lm = rng.random() < lm_ratio
-    start, end = draw_window(rng, len(ids), max_tokens, (0, len(ids)), wants_lm)
+    start, end = draw_excerpt(rng, len(ids), max_tokens, (0, len(ids)), wants_lm)
     rest = ids[end : end + max_tokens] if wants_lm else ()
     if len(rest) > min_for_lm:
         return continuation_sample(icae, ids[start:end], rest, lm_token=lm_token)
     return autoencoding_sample(icae, ids[start:end])
 
 
-def draw_window(
+def draw_excerpt(
     rng: random.Random, n_tokens: int, max_tokens: int, begins: tuple[int, int], wants_lm: bool
 ) -> tuple[int, int]:
     """A random window of a text.
@@ -267,7 +267,7 @@ def with_memory_size(icae: Layout, sample: Sample, memory_size: int) -> Sample:
     )  # fmt: skip
 
 
-def collate(icae: ICAE, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+def pad_samples(icae: ICAE, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """Right-padded `input_ids`, `prompt_answer_ids` ([PAD] id) and `labels` (-100), each (B, longest) int64."""
 
     def pad(rows, value):

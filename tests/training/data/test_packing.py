@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icae_fast.training.data.packing import count_micro_batches, fit, pack_steps, share
+from icae_fast.training.data.packing import count_fitting, count_micro_batches, pack_steps, share_of_process
 
 COSTS = st.lists(st.integers(1, 120), min_size=1, max_size=60)
 
@@ -18,7 +18,7 @@ def packings(draw):
     budget = draw(st.integers(1, 200))
     n = n_steps * per_step
     costs = draw(st.lists(st.integers(1, 120), min_size=n, max_size=n + 60))
-    return costs[: fit(costs, n, budget)], n_steps, per_step, budget
+    return costs[: count_fitting(costs, n, budget)], n_steps, per_step, budget
 
 
 @given(packings(), st.integers(0, 3))
@@ -37,12 +37,12 @@ def test_every_sample_goes_into_one_micro_batch_within_its_budget(packing, seed)
 def test_processes_share_a_step(packing):
     costs, n_steps, per_step, budget = packing
     for step in pack_steps(costs, n_steps, per_step, budget, random.Random(0)):
-        alone = share(step, costs)
+        alone = share_of_process(step, costs)
         assert sorted(map(tuple, step)) == sorted(tuple(batch) for _, batch in alone)
         loads = [sum(costs[i] for i in batch) for _, batch in alone]
         assert loads == sorted(loads, reverse=True)
         for world in (w for w in (2, 4, 8) if per_step % w == 0):
-            parts = [share(step, costs, rank, world) for rank in range(world)]
+            parts = [share_of_process(step, costs, rank, world) for rank in range(world)]
             assert {len(part) for part in parts} == {per_step // world}
             assert sorted(numbered for part in parts for numbered in part) == alone
 
@@ -58,7 +58,7 @@ def test_fit_is_the_most_that_sorted_runs_can_hold(costs, n_batches, budget):
         return batches
 
     fits = [n for n in range(len(costs) + 1) if needed(n) <= n_batches]
-    assert fit(costs, n_batches, budget) == max(fits)
+    assert count_fitting(costs, n_batches, budget) == max(fits)
     assert fits == list(range(len(fits)))
 
 

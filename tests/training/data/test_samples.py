@@ -20,7 +20,7 @@ from icae_fast.training.methods.curriculum import Stage
 from icae_fast.training.methods.objectives import (
     autoencoding_sample,
     continuation_sample,
-    draw_window,
+    draw_excerpt,
     with_memory_size,
     with_own_tokens,
     with_wrong_tokens,
@@ -57,15 +57,15 @@ def draw(drawer, row, stage, seed=0):
     st.booleans(),
     st.integers(0, 9),
 )
-def test_windows_of_a_document(tiny_icae, n, a, b, objectives, windows, spans, target, lm_token, seed):
+def test_windows_of_a_document(tiny_icae, n, a, b, objectives, excerpts, spans, target, lm_token, seed):
     stage = Stage(1, objectives, max(a, b), min(a, b))
-    drawer = PretrainingDraw(tiny_icae, windows=windows, spans=spans, max_target_tokens=target, lm_token=lm_token)
+    drawer = PretrainingDraw(tiny_icae, excerpts=excerpts, spans=spans, max_target_tokens=target, lm_token=lm_token)
     drawer.check(stage)
     samples, counts = draw(drawer, text_row(n), stage, seed)
     assert samples == draw(drawer, text_row(n), stage, seed)[0]
     assert len(samples) >= 1
     assert not counts
-    assert windows == "all" or len(samples) == 1
+    assert excerpts == "all" or len(samples) == 1
     lengths = {min(s * SPAN, stage.max_tokens) for s in range(*(spans[0], spans[1] + 1))} if spans else None
     for sample in samples:
         context = sample.input_ids
@@ -138,7 +138,7 @@ def test_four_in_five_tokens_are_the_decoders_own(tiny_icae):
 
 def test_windows_are_within_their_text():
     for n, longest, wants_lm in itertools.product((1, 9, 10, 11, 30), (1, 10), (False, True)):
-        found = {draw_window(random.Random(seed), n, longest, (0, n), wants_lm) for seed in range(200)}
+        found = {draw_excerpt(random.Random(seed), n, longest, (0, n), wants_lm) for seed in range(200)}
         if n > longest:
             assert found == {(start, start + longest) for start in range(n - longest + 1)}
         else:
@@ -222,7 +222,7 @@ def test_long_instructions_are_truncated_or_skipped(tiny_icae):
 
 def test_wrong_options_are_refused(tiny_icae):
     for make in (
-        lambda: PretrainingDraw(tiny_icae, windows="some"),
+        lambda: PretrainingDraw(tiny_icae, excerpts="some"),
         lambda: PretrainingDraw(tiny_icae, spans=(2, 1)),
         lambda: PretrainingDraw(tiny_icae, max_target_tokens=64),
         lambda: InstructionDraw(tiny_icae, on_long_row="stop"),

@@ -103,11 +103,11 @@ def assert_resumes(make, n, every=1):
     st.integers(0, 3),
 )
 def test_resumes_at_every_micro_batch(
-    tiny_icae, lengths, curriculum, fragment, windows, tokens_per_step, budget, window_steps, seed
+    tiny_icae, lengths, curriculum, fragment, excerpts, tokens_per_step, budget, window_steps, seed
 ):
     def make():
         return BatchStream(
-            mapped(lengths, fragment, seed), PretrainingDraw(tiny_icae, windows=windows), curriculum,
+            mapped(lengths, fragment, seed), PretrainingDraw(tiny_icae, excerpts=excerpts), curriculum,
             tokens_per_step=tokens_per_step, micro_batch_tokens=budget, window_steps=window_steps, seed=seed,
         )  # fmt: skip
 
@@ -174,11 +174,11 @@ def test_another_number_of_processes_may_go_on(tiny_icae):
         make().load_state_dict(two[0].state_dict())
 
 
-@pytest.mark.parametrize("windows", ["all", "one"])
-def test_an_epoch_has_every_row(tiny_icae, windows):
+@pytest.mark.parametrize("excerpts", ["all", "one"])
+def test_an_epoch_has_every_row(tiny_icae, excerpts):
     lengths = [n % 60 + 1 for n in range(100)]
     stages = Curriculum([Stage(1, {"ae": 1}, 64)])
-    stream = BatchStream(mapped(lengths), PretrainingDraw(tiny_icae, windows=windows), stages, **SIZES)
+    stream = BatchStream(mapped(lengths), PretrainingDraw(tiny_icae, excerpts=excerpts), stages, **SIZES)
     samples = [s for batch in islice(stream, 4000) for s in batch]
     times = [sum(s.origin == f"rows:{i}" for s in samples) for i in range(100)]
     # Steps mix neighbouring rows, so that the last epoch may be cut anywhere.

@@ -16,7 +16,7 @@ from icae_fast import ICAE
 from icae_fast.cli import app as cli
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
-from icae_fast.training.loop.settings import load_settings
+from icae_fast.training.loop.settings_file import load_settings
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +76,7 @@ def history(tmp_path, step):
 def test_pretraining_from_texts_with_a_bad_row_in_them(config, tmp_path):
     path = config(
         [*TEXTS, "{broken\n", {"text": ""}], data={"eval": str(tmp_path / "rows.jsonl")},
-        train={"eval_strategy": "steps", "eval_steps": 3}, evaluation={"samples": 4, "restore_tokens": 8},
+        train={"eval_steps": 3}, evaluation={"samples": 4, "restore_tokens": 8},
     )  # fmt: skip
     adapter = recipes.pretrain(load_settings(path))
     assert ICAE.from_pretrained(adapter, base_model=golden.load_base(), dtype=torch.float32).config.memory_size == 2

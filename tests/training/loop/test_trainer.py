@@ -15,7 +15,7 @@ from icae_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from icae_fast.io.files import load_tensors
 from icae_fast.training.loop.checkpoint_folder import OPTIMIZER_FILE, find_checkpoint
 from icae_fast.training.loop.model import NAMES
-from icae_fast.training.loop.report import SAMPLES_FILE, LossWindow, Scores
+from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores
 from icae_fast.training.methods.batch import pack
 from training_worker import CountingStream, launch, make_icae, make_trainer
 
@@ -178,7 +178,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
 
 
 def test_a_log_window_goes_on_from_its_state():
-    whole, first = LossWindow(), LossWindow()
+    whole, first = LogInterval(), LogInterval()
     rows = [
         Scores(torch.rand(len(NAMES), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)))
         for i in range(4)
@@ -187,7 +187,7 @@ def test_a_log_window_goes_on_from_its_state():
         whole.add(row, 10, 5)
         if i < 2:
             first.add(row, 10, 5)
-    second = LossWindow()
+    second = LogInterval()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for row in rows[2:]:
         second.add(row, 10, 5)

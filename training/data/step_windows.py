@@ -18,7 +18,7 @@ from icae_fast.training.methods.curriculum import Curriculum, Stage
 
 
 @dataclass(frozen=True)
-class Window:
+class StepWindow:
     """Some optimiser steps of one stage.
 
     Args:
@@ -55,12 +55,12 @@ def draw_row(draw: Draw, row: Row, stage: Stage, seed: int, epoch: int, tally: T
     return draw(row, stage, random.Random(f"{seed}:{epoch}:{row.key}"), tally)
 
 
-class WindowMaker:
+class StepWindowMaker:
     """Makes one window after another, from a place on.
 
     Args:
         source, draw, curriculum, tokens_per_step, micro_batch_tokens, window_steps, seed: see `BatchStream`.
-        begin: the place; see `Window`.
+        begin: the place; see `StepWindow`.
         micro_batches_per_step: over all processes.
         quiet: count bad rows without logging them.
 
@@ -101,7 +101,7 @@ class WindowMaker:
         self.tally.counts = Counter(begin["counts"])
         self._pulled: deque[_Pulled] = deque()
 
-    def next_window(self) -> Window:
+    def next_window(self) -> StepWindow:
         """The next window.
 
         Raises:
@@ -123,7 +123,7 @@ class WindowMaker:
             self._go_to(end)
         else:
             end = self._begin = self._place(next_step)
-        return Window(begin, end, stage, drafts, steps)
+        return StepWindow(begin, end, stage, drafts, steps)
 
     def _take(self, stage: Stage, n_steps: int) -> list[Draft]:
         """The samples of a window, in the order of their rows; those that do not fit are left for the next one."""
@@ -136,7 +136,7 @@ class WindowMaker:
             total += sum(draft.cost for draft in new)
         costs = [draft.cost for draft in drafts]
         enough = next(n for n, tokens in enumerate(accumulate(costs), 1) if tokens >= n_tokens)
-        n_taken = packing.fit(costs[: max(enough, n_batches)], n_batches, self._budget)
+        n_taken = packing.count_fitting(costs[: max(enough, n_batches)], n_batches, self._budget)
         left = n_taken
         while self._pulled and left >= len(self._pulled[0].drafts) - self._pulled[0].used:
             first = self._pulled.popleft()
