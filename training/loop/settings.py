@@ -202,7 +202,7 @@ class Settings(Section):
         given = self.train.given()
         if self.data.eval is None or "eval_strategy" in given:
             return {}
-        steps = given.get("save_steps", DEFAULTS["save_steps"])
+        steps = given.get("save_steps", DEFAULTS["save_steps"].value)
         # With `load_best_model_at_end` transformers requires that every saved step was evaluated.
         if steps >= 1 and not given.get("load_best_model_at_end"):
             steps = min(steps, given.get("max_steps", self.curriculum().total_steps))

@@ -66,7 +66,7 @@ def test_a_resumed_schedule_goes_on(tmp_path):
 
 def test_a_schedule_that_watches_the_loss_is_refused():
     stages = [Stage(2, AE, 8, learning_rate=5e-4)]
-    with pytest.raises(ConfigError, match="cannot begin anew with each stage"):
+    with pytest.raises(ConfigError, match="cannot restart with each stage"):
         rates(stages, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1)
 
 

@@ -153,7 +153,7 @@ def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_p
     ("options", "told"),
     [
         (("--cpu", "--num_processes", "1"), ""),
-        (("--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "shared out to 2 processes"),
+        (("--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "sharded over 2 processes"),
     ],
     ids=["plain", "fsdp"],
 )
