@@ -123,7 +123,7 @@ class ICAETrainer(Trainer):
             model=model, args=args, train_dataset=stream, eval_dataset=list(eval_batches) or None, callbacks=callbacks
         )
         self.model_accepts_loss_kwargs = True
-        # With the same dropout masks in all processes, their gradients together would be noisier than one process's.
+        # Processes draw different dropout masks, as one process does for each sample.
         set_seed(args.seed, device_specific=True)
 
     # Data
@@ -213,7 +213,7 @@ class ICAETrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """See `Trainer.training_step`. Losses that are not finite are handled at the end of the step, and not summed."""
+        """See `Trainer.training_step`. Losses that are not finite are handled at the end of the step, not summed."""
         return super().training_step(model, inputs, num_items_in_batch).nan_to_num(0.0, 0.0, 0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
@@ -366,8 +366,8 @@ class ICAETrainer(Trainer):
         tensors = load_tensors(folder / TENSORS_FILE)[0]
         if config != self._config:
             raise CheckpointError(
-                f"{folder} holds an adapter with another config than this run's; continue with the settings it was begun "
-                "with, or choose another output folder"
+                f"{folder} holds an adapter with another config than this run's; continue with the settings it was "
+                "begun with, or choose another output folder"
             )
         if tensors_hash((key, tensors[key]) for key in self._keys.values() if key in tensors) != header["adapter_hash"]:
             raise CheckpointError(

@@ -148,7 +148,7 @@ def test_bad_rows_in_the_middle(open_rows, write, line, problem, streaming):
     source = open_rows(spec)
     assert [r for r in listed(source) if not r[-1]] == [("rows.jsonl:1", [5], ""), ("rows.jsonl:3", [6], "")]
     assert ("rows.jsonl:2", problem) in [*source.bad_rows, *((r[0], r[-1]) for r in listed(source))]
-    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {problem}; mend the row"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {problem}; correct the row"):
         listed(open_rows(spec, on_bad_row="stop"))
 
 
@@ -168,7 +168,7 @@ def test_a_text_without_tokens(write, byte_tokenizer, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_data_that_gives_nothing(open_rows, write, streaming):
     for name, content in (("empty.jsonl", b""), ("blank.jsonl", b"\n\n"), ("bad.jsonl", lines([{"text": ""}, b"{\n"]))):
-        with pytest.raises(DataError, match="gives no row that can be used"):
+        with pytest.raises(DataError, match="has no usable row"):
             listed(open_rows({"path": write(name, content), "streaming": streaming}))
 
 
@@ -180,7 +180,7 @@ def test_data_that_gives_nothing(open_rows, write, streaming):
         ("missing-*.jsonl", "nothing matches missing-"),
         ("folder", "no file of a known extension in folder"),
         ("table.csv", "table.csv has an unknown extension; known are .jsonl"),
-        ("no/such-dataset", "no/such-dataset is no file or folder here, and could not be loaded"),
+        ("no/such-dataset", "no/such-dataset is not a file or folder, and could not be loaded"),
         ("file://nowhere/x.jsonl", "there is no file://nowhere/x.jsonl"),
         ("nosuch://bucket/x.jsonl", "cannot look for nosuch://"),
     ],

@@ -283,10 +283,10 @@ def test_a_stream_can_be_sent_to_a_worker(tiny_icae, open_jsonl, streaming):
 
 def test_more_workers_are_refused(tiny_icae, monkeypatch):
     batches = BatchStream(mapped([50]), PretrainingDraw(tiny_icae), PLAIN, **SIZES)
-    with pytest.raises(ConfigError, match="2 workers; the stream is for 0 or 1"):
+    with pytest.raises(ConfigError, match="2 workers; the stream supports 0 or 1"):
         batches.loader(num_workers=2)
     monkeypatch.setattr(stream_module, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
-    with pytest.raises(ConfigError, match="2 workers; the stream is for 0 or 1"):
+    with pytest.raises(ConfigError, match="2 workers; the stream supports 0 or 1"):
         next(iter(batches))
 
 

@@ -73,7 +73,7 @@ def test_a_schedule_that_watches_the_loss_is_refused():
 @pytest.mark.parametrize("name", ["learning_rate", "token_lr_factor"])
 @pytest.mark.parametrize("value", [0, -1.0, True, "1e-3", float("inf")])
 def test_rates_are_positive_numbers(name, value):
-    with pytest.raises(ConfigError, match=f"{name} is .*; it must be a number over 0"):
+    with pytest.raises(ConfigError, match=f"{name} is .*; it must be a number above 0"):
         Stage(1, AE, 8, **{name: value})
 
 

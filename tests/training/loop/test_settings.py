@@ -89,7 +89,7 @@ def test_a_number_without_a_dot_is_one(tmp_path):
         ({"train": {"max_steps": "100"}}, "train.max_steps is '100'"),
         ({"train": {"lr_scheduler_type": 3}}, "train.lr_scheduler_type is 3"),
         ({"train": {"gradient_accumulation_steps": 4}}, "cannot be set: data.tokens_per_step"),
-        ({"train": {"fsdp": "full_shard"}}, "cannot be set: the launch says how"),
+        ({"train": {"fsdp": "full_shard"}}, "cannot be set: the launch sets how"),
         ({"train": {"bf16": True}}, "cannot be set: model.dtype"),
         ({"train": {"on_nan": "ignore"}}, "train.on_nan is 'ignore'"),
         ({"train": {"eval_strategy": "steps"}}, "data.eval names no held-out rows"),

@@ -132,5 +132,5 @@ def test_its_name_is_a_setting():
     assert section.arguments("out", 3, use_cpu=True).adam_beta2 == 0.95
     with pytest.raises(ValueError, match="optim_args has no effect on soap"):
         TrainSection(optim="soap", optim_args="a=1")
-    with pytest.raises(ConfigError, match=r"does not hold together.*soup"):
+    with pytest.raises(ConfigError, match=r"rejects the section train.*soup"):
         TrainSection(optim="soup").arguments("out", 3, use_cpu=True)
