@@ -17,7 +17,7 @@ from icae_fast.kv.segments import DecoderRows, KVSegment, tree_order
 from icae_fast.ops import BoundStep, bind_decode_step, decode_step
 
 if TYPE_CHECKING:
-    from icae_fast.model.icae import ICAE
+    from icae_fast.core.core import ICAECore
 
 
 class DecodeSession:
@@ -28,28 +28,32 @@ class DecodeSession:
     rows are one CUDA graph.
 
     Args:
-        icae: the model, whose frozen decoder runs.
+        core: the model, whose frozen decoder runs.
         paths: the segments that each row reads first, in order; rows may share them.
         suffixes: (S_r, d) embeddings that each row reads behind them, at least one.
         max_new_tokens: steps that will be made at most.
     """
 
     def __init__(
-        self, icae: ICAE, paths: Sequence[Sequence[KVSegment]], suffixes: Sequence[torch.Tensor], max_new_tokens: int
+        self,
+        core: ICAECore,
+        paths: Sequence[Sequence[KVSegment]],
+        suffixes: Sequence[torch.Tensor],
+        max_new_tokens: int,
     ) -> None:
-        self._icae = icae
+        self._core = core
         # Rows that share segments become neighbours; callers go on seeing their own order.
         self._order = tree_order(paths)
         self._suffixes = [suffixes[r] for r in self._order]
         self._rows = DecoderRows(
-            icae.backbone, [paths[r] for r in self._order], [len(s) + max_new_tokens for s in self._suffixes],
-            icae.dtype, icae.device,
+            core.backbone, [paths[r] for r in self._order], [len(s) + max_new_tokens for s in self._suffixes],
+            core.dtype, core.device,
         )  # fmt: skip
-        self._weights = StepWeights.of(icae.base_model, icae.backbone)
+        self._weights = StepWeights.of(core.base_model, core.backbone)
         longest = max(p + c for p, c in zip(self._rows.prefix_lengths, self._rows.capacities, strict=True))
-        self._tables = RotaryTables(icae.backbone, longest, suffixes[0])
+        self._tables = RotaryTables(core.backbone, longest, suffixes[0])
         self._graph: StepGraph | None = None
-        self._capture = None if self._weights is None or self._tables.fixed is None else capture_on(icae.device)
+        self._capture = None if self._weights is None or self._tables.fixed is None else capture_on(core.device)
 
     @property
     def nbytes(self) -> int:
@@ -60,9 +64,9 @@ class DecodeSession:
     def start(self) -> torch.Tensor:
         """Read all suffixes; gives (R, V) logits of each row's first new token."""
         counts = [len(s) for s in self._suffixes]
-        hidden = self._icae.backbone.forward(torch.cat(self._suffixes), self._rows.append(counts), cache=self._rows)
+        hidden = self._core.backbone.forward(torch.cat(self._suffixes), self._rows.append(counts), cache=self._rows)
         self._suffixes = []
-        return self._in_callers_order(self._icae.base_model.lm_head(hidden))
+        return self._in_callers_order(self._core.base_model.lm_head(hidden))
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -76,8 +80,8 @@ class DecodeSession:
         tokens = self._in_own_order(tokens)
         if self._weights is None:
             packed = self._rows.append([1] * len(self._order))
-            hidden = self._icae.backbone.forward(self._icae.embed(tokens), packed, cache=self._rows)
-            return self._in_callers_order(self._icae.base_model.lm_head(hidden))
+            hidden = self._core.backbone.forward(self._core.embed(tokens), packed, cache=self._rows)
+            return self._in_callers_order(self._core.base_model.lm_head(hidden))
         if self._tables.fixed is None:
             return self._in_callers_order(self._unbound_step(tokens))
         return self._in_callers_order(self._bound.step(tokens, self._rows.append_each()))
@@ -111,7 +115,7 @@ class DecodeSession:
         return bind_decode_step(
             w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, *self._tables.fixed, rows.keys, rows.values,
             rows.starts, [s.keys for s in shared.segments], [s.values for s in shared.segments], shared.rows,
-            num_q_heads=self._icae.backbone.num_q_heads, num_kv_heads=self._icae.backbone.num_kv_heads,
+            num_q_heads=self._core.backbone.num_q_heads, num_kv_heads=self._core.backbone.num_kv_heads,
             scale=w.scale, norm_eps=w.norm_eps, windows=w.windows,
         )  # fmt: skip
 
@@ -120,14 +124,14 @@ class DecodeSession:
         rows = self._rows
         lengths = rows.append_each()
         cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
-        return _compute(self._icae.backbone, self._weights, rows, *rows.tails, tokens, cos, sin)
+        return _compute(self._core.backbone, self._weights, rows, *rows.tails, tokens, cos, sin)
 
     def _graph_step(self, tokens):
         rows = self._rows
         if self._graph is None:
             starts, lengths = rows.tails  # each step raises the lengths by itself, on the device
             # Without a reference to the session, so that its memory is free as soon as nobody holds it.
-            compute = functools.partial(_compute, self._icae.backbone, self._weights, rows, starts, lengths)
+            compute = functools.partial(_compute, self._core.backbone, self._weights, rows, starts, lengths)
             positions = [p + n for p, n in zip(rows.prefix_lengths, rows.lengths, strict=True)]
             self._graph = StepGraph(compute, self._tables.fixed, positions, lengths, self._order, self._capture)
         rows.append_each()

@@ -56,7 +56,7 @@ class SampleLayout:
             raise ConfigError(
                 "neither the base model nor its tokenizer has an EOS token, and training samples need one"
             )
-        self._before, (self._ft, *self._behind) = prompts.prompt_ids(
+        self._before, (self._ft, *self._behind) = prompts.layout_ids(
             [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids
         )
 
