@@ -1,4 +1,4 @@
-"""Samples are packed into steps and micro-batches: each once, within budgets, about equally, however many processes."""
+"""Packing into steps and micro-batches: each sample once, within budgets, at about equal cost, for any world size."""
 
 import random
 
@@ -13,7 +13,7 @@ COSTS = st.lists(st.integers(1, 120), min_size=1, max_size=60)
 
 @st.composite
 def packings(draw):
-    """(costs that fit, steps, micro-batches a step, budget)."""
+    """Draw (costs that fit, steps, micro-batches per step, budget)."""
     n_steps, per_step = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 4, 8]))
     budget = draw(st.integers(1, 200))
     n = n_steps * per_step
@@ -66,7 +66,7 @@ def test_fit_is_the_most_that_sorted_runs_can_hold(costs, n_batches, budget):
 def test_steps_of_like_samples_cost_about_the_same(costs, seed):
     steps = pack_steps(costs, 4, 4, 10_000, random.Random(seed))
     batches = [sum(costs[i] for i in batch) for step in steps for batch in step]
-    # Cuts fall between samples, so one micro-batch may have one more than another, and hardly two.
+    # Cuts are between samples, so micro-batches differ by one sample, rarely by two.
     assert max(batches) - min(batches) <= 2 * 60
     totals = [sum(costs[i] for batch in step for i in batch) for step in steps]
     assert max(totals) - min(totals) <= 4 * 60

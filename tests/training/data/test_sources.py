@@ -1,4 +1,4 @@
-"""Rows come from every kind of file with their place, are tokenised once, and bad ones are named."""
+"""Sources of rows: every kind of file, provenance, tokenisation once, and messages about bad rows."""
 
 import bz2
 import gzip
@@ -43,7 +43,7 @@ def lines(rows):
 
 
 def listed(source, epoch=0):
-    """[(origin, ids of the fields, problem)] in the order of their keys."""
+    """Return [(origin, ids of the fields, problem)] in the order of their keys."""
     rows = sorted(source.rows(epoch), key=lambda row: [int(n) for n in row.key.split(":")])
     return [(row.origin, *(ids.tolist() for ids in row.ids), row.problem) for row in rows]
 
@@ -58,7 +58,7 @@ def open_rows(make_tokenizer, tmp_path):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """`write(name, rows or bytes)`: a file in the current folder; gives its name."""
+    """Return `write(name, rows or bytes)`, which writes a file into the current folder and returns its name."""
     monkeypatch.chdir(tmp_path)
 
     def write_(name, content):
@@ -216,7 +216,7 @@ def test_rows_are_tokenised_once(open_rows, write, monkeypatch, make_tokenizer, 
     first = listed(open_rows("rows.jsonl"))
     assert len(calls) == 1
     padded = make_tokenizer()
-    padded(["w5", "w5 w6"], padding=True, truncation=True, max_length=1)  # sets options of the tokenizer for good
+    padded(["w5", "w5 w6"], padding=True, truncation=True, max_length=1)  # changes options of the tokenizer permanently
     assert listed(open_source("rows.jsonl", padded, cache_folder=str(tmp_path / "cache"))) == first
     assert len(calls) == 1
     open_source("rows.jsonl", make_tokenizer(80), cache_folder=str(tmp_path / "cache"))
@@ -250,7 +250,7 @@ def test_an_error_leaves_no_cache_behind(open_rows, write, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A data set of the hub that is none: a Parquet file of three parts."""
+    """A stand-in for a data set of the hub: a Parquet file of three parts."""
     rows = [{"text": words(i), "other": i} for i in range(5, 14)]
     rows[4]["text"] = None
     files = []

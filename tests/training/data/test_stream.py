@@ -1,4 +1,4 @@
-"""The stream of micro-batches is the same from wherever it is taken up, and on however many processes."""
+"""The stream of micro-batches is the same from any position and for any number of processes."""
 
 import json
 import pickle
@@ -44,7 +44,7 @@ def mapped(lengths, fragment_tokens=None, seed=0):
 
 @pytest.fixture
 def open_jsonl(tmp_path, make_tokenizer):
-    """`open_jsonl(lengths, streaming)`: three files of documents of these lengths, a bad row among each."""
+    """Return `open_jsonl(lengths, streaming)`: three files of documents of these lengths, each with a bad row."""
 
     def open_(lengths, streaming, **options):
         for i in range(3):
@@ -58,7 +58,7 @@ def open_jsonl(tmp_path, make_tokenizer):
 
 
 def steps_of(streams, n):
-    """The first n steps as sets of samples, from the streams of all ranks."""
+    """Return the first n steps as sets of samples, from the streams of all ranks."""
     its = [iter(s) for s in streams]
     steps = []
     for number in range(n):
@@ -69,7 +69,7 @@ def steps_of(streams, n):
 
 
 def assert_resumes(make, n, every=1):
-    """Whatever comes after each of the first n micro-batches comes again after loading the state behind it."""
+    """Assert that loading the state after each of the first n micro-batches repeats the micro-batches that followed."""
     stream = make()
     it = iter(stream)
     states, batches, counts = [stream.state_dict()], [], [stream.counts]
@@ -181,7 +181,7 @@ def test_an_epoch_has_every_row(tiny_icae, excerpts):
     stream = BatchStream(mapped(lengths), PretrainingDraw(tiny_icae, excerpts=excerpts), stages, **SIZES)
     samples = [s for batch in islice(stream, 4000) for s in batch]
     times = [sum(s.origin == f"rows:{i}" for s in samples) for i in range(100)]
-    # Steps mix neighbouring rows, so that the last epoch may be cut anywhere.
+    # Steps mix neighbouring rows, so the last epoch may end anywhere.
     assert max(times) - min(times) <= 1
     assert min(times) > 20
 
@@ -193,7 +193,7 @@ def test_the_rest_of_a_row_ends_with_its_stage(tiny_icae):
     order = [source[int(i)].origin for i in source.order(0)]
     batches = list(islice(stream, 2 * stream.micro_batches_per_step))
     origins = [sorted(s.origin for b in batches if b.step == step for s in b) for step in range(2)]
-    # Eight of the first row's ten windows fill the first step, and the next stage begins with the second row.
+    # Eight of the first row's ten excerpts fill the first step, and the next stage begins with the second row.
     assert origins == [[order[0]] * 8, sorted(order[1:5])]
 
 
@@ -220,7 +220,7 @@ def test_counts_of_rows(tiny_icae, tmp_path, make_tokenizer, caplog):
         draw = InstructionDraw(tiny_icae, max_context_tokens=20)
         return BatchStream(source, draw, Curriculum([Stage(1, {"ft": 1}, 40)]), rank=rank, world_size=2, **SIZES)
 
-    # Four micro-batches a step and windows of three steps: at least twelve of about thirty tokens each.
+    # Four micro-batches per step and windows of three steps: at least twelve of about thirty tokens each.
     stream = make()
     batches = list(islice(stream, 2))
     assert stream.counts["skipped: no field 'answer'"] == 1

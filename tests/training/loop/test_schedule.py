@@ -1,4 +1,4 @@
-"""Stages with learning rates of their own, each scheduled by itself."""
+"""Stages with learning rates, each scheduled separately."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ AE = {"ae": 1.0}
 
 
 def rates(stages, groups=2, factor=4.0, **arguments):
-    """Learning rates of the groups at every step, and two steps further."""
+    """Return the learning rates of the groups at every step, and at two more."""
     arguments = TrainingArguments(learning_rate=1e-3, use_cpu=True, **arguments)
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(groups)]
     made = [{"params": [w], "lr": 1e-3 * f} for w, f in zip(weights, (1.0, factor), strict=False)]

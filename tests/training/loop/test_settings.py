@@ -1,4 +1,4 @@
-"""Settings files: what is read, and that every mistake is one sentence that names it."""
+"""Settings files: reading them, and that every mistake is one sentence that names it."""
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ BASE = {
 
 @pytest.fixture
 def load(tmp_path):
-    """`load(overrides=(), **sections)`: settings of a file with these sections over `BASE`."""
+    """Return `load(overrides=(), **sections)`, the settings of a file with these sections over `BASE`."""
 
     def make(overrides=(), **sections):
         path = tmp_path / "run.yaml"

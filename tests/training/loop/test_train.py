@@ -1,4 +1,4 @@
-"""Pretraining and fine-tuning as a user runs them: a YAML file and rows of text in, an adapter out."""
+"""Pretraining and fine-tuning as a user runs them: from a YAML file and rows of text to an adapter."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def base(tmp_path, make_tokenizer):
-    """The golden base in a folder, with a tokenizer of words."""
+    """The golden base model in a folder, with a tokenizer of words."""
     folder = tmp_path / "base"
     model = golden.load_base()
     model.save_pretrained(folder)
@@ -34,7 +34,7 @@ def base(tmp_path, make_tokenizer):
 
 @pytest.fixture
 def config(tmp_path, base):
-    """`config(rows, **sections)`: a settings file for the tiny base and these rows."""
+    """Return `config(rows, **sections)`, which writes a settings file for the tiny base model and these rows."""
 
     def make(rows, **sections):
         data = tmp_path / "rows.jsonl"
@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     adapter = recipes.pretrain(load_settings(path))
     assert history(tmp_path, 6) == whole
     assert (adapter / "icae_config.json").read_text() == digest
-    # A third call finds nothing to do.
+    # A third call has nothing to do.
     assert (recipes.pretrain(load_settings(path)) / "icae_config.json").read_text() == digest
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_p
     assert (adapter / "icae_config.json").read_text() == digest
 
 
-# A launcher that sees no GPU takes these options all the same.
+# These options also work on a machine without a GPU.
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -24,19 +24,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_worker(folder, processes=1, **options):
-    """A training run of its own process, or of several."""
+    """Run training in a new process, or in several."""
     return launch(WORKER, folder, json.dumps(options), processes=processes)
 
 
 def train(trainer, folder):
-    """Train on from the newest checkpoint, if any."""
+    """Train from the newest checkpoint, if there is one."""
     found = find_checkpoint(Path(folder), "auto")
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     return trainer
 
 
 def curve(trainer):
-    """The log without times and memory."""
+    """Return the log without times and memory."""
     timed = ("second", "runtime", "memory", "train_loss")
     return [{k: v for k, v in line.items() if not any(t in k for t in timed)} for line in trainer.state.log_history]
 
@@ -50,7 +50,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     reference = train(make_trainer(whole, steps=9, evaluate=True), whole)
     died = run_worker(killed, steps=9, evaluate=True, kill_at=5)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert find_checkpoint(killed, "auto").name == "checkpoint-4"  # in the middle of an epoch and of a log window
+    assert find_checkpoint(killed, "auto").name == "checkpoint-4"  # in the middle of an epoch and of a log interval
     resumed = train(make_trainer(killed, steps=9, evaluate=True), killed)
     assert len(curve(reference)) == 9  # three log lines, five evaluations, the summary
     assert curve(resumed) == curve(reference)
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_whole_step(tmp_path):
     assert trainer.state.log_history[-2]["loss"] == pytest.approx(icae(*rows)["loss"].item(), rel=1e-5)
 
 
-# Shares of the base model change nothing, and a run over them resumes.
+# Sharding the base model does not change the result, and a sharded run resumes.
 @pytest.mark.parametrize("options", [{"legs": [4]}, {"legs": [2, 4], "shard_base": True}], ids=["ddp", "fsdp"])
 def test_two_processes_are_one(tmp_path, options):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -177,7 +177,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
         train(make_trainer(tmp_path, steps=4, dropout=0.5), tmp_path)
 
 
-def test_a_log_window_goes_on_from_its_state():
+def test_a_log_interval_continues_from_its_state():
     whole, first = LogInterval(), LogInterval()
     rows = [
         Scores(torch.rand(len(NAMES), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)))

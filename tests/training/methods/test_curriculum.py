@@ -1,4 +1,4 @@
-"""Curricula: which stage a step is in, what it draws, and what is refused."""
+"""Curricula: the stage of a step, its random draws, and rejected values."""
 
 import json
 import random

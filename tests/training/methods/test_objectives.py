@@ -1,4 +1,4 @@
-"""Training samples have the reference's layout, and train."""
+"""Training samples have the reference's layout and can be trained on."""
 
 import random
 
@@ -51,7 +51,7 @@ def test_pretraining_mixes_by_the_ratio(icae):
     rng = random.Random(0)
     samples = [pretraining_sample(icae, ids, 100, 0.4, rng) for _ in range(300)]
     lm = [s for s in samples if AE not in s.prompt_answer_ids]
-    # A window may end where too little follows; with 400 tokens that is 1 in 5 of the draws.
+    # An excerpt may end where too little text follows: with 400 tokens, in 1 of 5 draws.
     assert 0.2 < len(lm) / len(samples) < 0.45
     assert all(len(s.input_ids) == 100 for s in samples)
     assert all(64 < len(s.prompt_answer_ids) - 32 <= 100 for s in lm)

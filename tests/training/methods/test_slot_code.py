@@ -1,4 +1,4 @@
-"""The slot code: slots without an encoder, what learns from them, and a run that begins with one."""
+"""The slot code: slots without an encoder, its trained parameters, and the warm start towards it."""
 
 import pytest
 import torch
