@@ -157,7 +157,7 @@ class StepWindowMaker:
         row = next(self._rows, None)
         if row is None:
             if self._whole and not self._fruitful:
-                raise DataError(f"no row of the data gives a sample; rows by cause: {dict(self.tally.counts)}")
+                raise DataError(f"no row of the data yields a sample; rows by cause: {dict(self.tally.counts)}")
             self._epoch += 1
             self._rows = self._source.rows(self._epoch)
             self._whole, self._fruitful = True, False

@@ -297,7 +297,7 @@ def held_out(
         if len(drafts) >= n_samples:
             break
     if not drafts:
-        raise DataError(f"no held-out row gives a sample: {dict(tally.counts)}")
+        raise DataError(f"no held-out row yields a sample: {dict(tally.counts)}")
     drafts = sorted(drafts[:n_samples], key=lambda draft: draft.cost)
     runs = micro_batches([draft.cost for draft in drafts], micro_batch_tokens)
     return [[drafts[i].build() for i in run] for run in runs]

@@ -28,7 +28,7 @@ class TrainingModel(nn.Module):
     """An `ICAE` as a trainer needs it: the forward takes a `Batch` and returns its loss.
 
     Only the adapter requires gradients. A step is one autograd graph, so DDP's hooks, gradient accumulation and
-    optimisers do not notice what the backward recomputes.
+    optimisers are unaffected by recomputation in the backward.
 
     Args:
         icae: the model; its adapter is trained.
@@ -114,7 +114,7 @@ class TrainingModel(nn.Module):
         return Teacher(hidden, rows.covered, own.alpha, own.temperature), rows.n_too_long
 
     def _warm(self, batch: Batch, num_items_in_batch: int | torch.Tensor | None) -> dict[str, Any]:
-        """Return what `forward` does, for a warm start."""
+        """Return the outputs of `forward` for a warm start."""
         contexts = batch.context_ids.to(self.icae.device, non_blocking=True).split(batch.context_lengths)
         slots = TrainingStep(self.icae, contexts, 0, self.budget, batch.memory_size).encode()
         found = warm_start_loss(self.icae, contexts, slots, batch.memory_size, self.code)

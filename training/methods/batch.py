@@ -23,7 +23,7 @@ class Batch:
     Args:
         context_ids: (C,) int64 context ids of all rows.
         context_lengths: context tokens of each row.
-        prompt_answer_ids: (P,) int64 ids that the decoder reads, of all rows.
+        prompt_answer_ids: (P,) int64 decoder ids of all rows, with a memory id for each slot.
         prompt_lengths: ids that the decoder reads in each row.
         labels: (P,) int64, -100 where there is nothing to learn.
         objectives: objective of each row.

@@ -37,14 +37,14 @@ def test_every_sample_goes_into_one_micro_batch_within_its_budget(packing, seed)
 def test_processes_share_a_step(packing):
     costs, n_steps, per_step, budget = packing
     for step in pack_steps(costs, n_steps, per_step, budget, random.Random(0)):
-        alone = share_of_process(step, costs)
-        assert sorted(map(tuple, step)) == sorted(tuple(batch) for _, batch in alone)
-        loads = [sum(costs[i] for i in batch) for _, batch in alone]
+        whole = share_of_process(step, costs)
+        assert sorted(map(tuple, step)) == sorted(tuple(batch) for _, batch in whole)
+        loads = [sum(costs[i] for i in batch) for _, batch in whole]
         assert loads == sorted(loads, reverse=True)
         for world in (w for w in (2, 4, 8) if per_step % w == 0):
             parts = [share_of_process(step, costs, rank, world) for rank in range(world)]
             assert {len(part) for part in parts} == {per_step // world}
-            assert sorted(numbered for part in parts for numbered in part) == alone
+            assert sorted(numbered for part in parts for numbered in part) == whole
 
 
 @given(COSTS, st.integers(1, 60), st.integers(1, 200))

@@ -308,7 +308,7 @@ def test_an_order_for_each_epoch_and_a_place_in_it(open_rows, write, kind, reque
         assert [row.key for row in rows] == orders[2][i:]
     write("rows/4.jsonl", [{"text": "w5"}])
     if kind != "hub":
-        with pytest.raises(DataError, match="a run can only go on with the same data"):
+        with pytest.raises(DataError, match="a run can only continue with the same data"):
             open_rows(spec).rows(2).load_state_dict(states[1])
 
 

@@ -245,9 +245,9 @@ def test_rows_that_all_are_skipped(tiny_icae, tmp_path, make_tokenizer):
                              cache_folder=str(tmp_path / "cache"))  # fmt: skip
         draw = InstructionDraw(tiny_icae, max_context_tokens=1, on_long_row="skip")
         stage = Stage(1, {"ft": 1}, 40)
-        with pytest.raises(DataError, match=r"no row of the data gives a sample.*'skipped: context too long': 1"):
+        with pytest.raises(DataError, match=r"no row of the data yields a sample.*'skipped: context too long': 1"):
             next(iter(BatchStream(source, draw, Curriculum([stage]), **SIZES)))
-        with pytest.raises(DataError, match="no held-out row gives a sample"):
+        with pytest.raises(DataError, match="no held-out row yields a sample"):
             held_out(source, draw, stage, 4, 100)
 
 
