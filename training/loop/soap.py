@@ -108,7 +108,7 @@ def _rotate(state: dict[str, Any], x: torch.Tensor, sides: Iterable[int], back: 
 
 
 def _renew_basis(state: dict[str, Any], side: int) -> None:
-    """Refine the eigenvectors by power iteration, sorted by eigenvalue; V keeps to its directions."""
+    """Refine the eigenvectors by power iteration, sorted by eigenvalue; V is permuted along with them."""
     moment, basis = state[f"moment_{side}"], state[f"basis_{side}"]
     order = torch.einsum("ij,ik,kj->j", basis, moment, basis).argsort(descending=True)
     state["exp_avg_sq"] = state["exp_avg_sq"].index_select(side, order)

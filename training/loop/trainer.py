@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -31,6 +31,7 @@ from icae_fast.io.checkpoints import TENSORS_FILE, read_header, write_adapter
 from icae_fast.io.files import load_tensors
 from icae_fast.io.identity import base_identity, compare_identities, tensors_hash
 from icae_fast.step.labels import IGNORE
+from icae_fast.training.data.stream import BatchStream, MicroBatch
 from icae_fast.training.loop.checkpoint_folder import (
     OPTIMIZER_FILE,
     PROGRESS_FILE,
@@ -45,9 +46,6 @@ from icae_fast.training.loop.sharding import replicate_trained, shard_base_model
 from icae_fast.training.loop.soap import Soap
 from icae_fast.training.methods.batch import Batch, pack
 from icae_fast.training.methods.curriculum import WARM
-
-if TYPE_CHECKING:
-    from icae_fast.training.data.stream import BatchStream, MicroBatch
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ STAGE_OBJECTIVES: tuple[str, ...] = (*OBJECTIVES, *EXCLUSIVE)
 
 @dataclass(frozen=True)
 class Stage:
-    """The samples of a run of optimiser steps.
+    """Properties of the samples of consecutive optimiser steps.
 
     Args:
         steps: optimiser steps of the stage; the last stage of a curriculum does not end.

@@ -27,7 +27,6 @@ from icae_fast.core.encoder import scale_slots, slot_norm
 from icae_fast.core.spans import span_lengths
 from icae_fast.errors import CheckpointError
 from icae_fast.io.files import load_tensors
-from icae_fast.training.methods.warm_start import share_starts
 
 CODE_FILE = "slot_code.safetensors"
 NEIGHBOURS = 1
@@ -110,3 +109,16 @@ class SlotCode(nn.Module):
                 f"{folder} has no slot code of this run's shapes ({str(error).splitlines()[0]}); continue with the "
                 "settings it was begun with, or choose another output folder"
             ) from error
+
+
+def share_starts(length: torch.Tensor, memory_size: int) -> torch.Tensor:
+    """Return the start of each slot's share of its span, `floor(i * L / k)`.
+
+    Args:
+        length: (spans,) int64, L of each span.
+        memory_size: k.
+
+    Returns:
+        (spans, k + 1) int64; the last entry is L.
+    """
+    return torch.arange(memory_size + 1) * length[:, None] // memory_size

@@ -14,7 +14,7 @@ matching the decoder's input matters more than contrast with the neighbours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from icae_fast import ICAE
 from icae_fast.core.spans import slots_per_span, span_lengths
 from icae_fast.errors import InvalidInputError
+from icae_fast.training.methods.slot_code import SlotCode, share_starts
 
-if TYPE_CHECKING:
-    from icae_fast.training.methods.slot_code import SlotCode
 
 SHARPNESS = 10.0  # factor of cosine similarities before the softmax
 CLOSENESS, CLOSENESS_TO_CODE = 1.0, 4.0
@@ -96,19 +95,6 @@ def warm_start_loss(
     # A repeated token makes equal targets: either one is right.
     nearest = targets.take_along_dim(similarities.detach().argmax(-1)[..., None], dim=1)
     return WarmStart(loss, found.shape[0] * k, (nearest == targets).all(-1).sum())
-
-
-def share_starts(length: torch.Tensor, memory_size: int) -> torch.Tensor:
-    """Return the start of each slot's share of its span, `floor(i * L / k)`.
-
-    Args:
-        length: (spans,) int64, L of each span.
-        memory_size: k.
-
-    Returns:
-        (spans, k + 1) int64; the last entry is L.
-    """
-    return torch.arange(memory_size + 1) * length[:, None] // memory_size
 
 
 @torch.no_grad()
