@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from icae_fast import ICAE
+from icae_fast.core.core import ICAECore
 from icae_fast.core.spans import count_spans
 from icae_fast.errors import ConfigError
 from icae_fast.generation import prompts
@@ -46,7 +46,7 @@ class SampleLayout:
         icae: the model to train.
     """
 
-    def __init__(self, icae: ICAE) -> None:
+    def __init__(self, icae: ICAECore) -> None:
         self.config = icae.config
         self.vocabulary = icae.vocabulary
         self.eos_token_ids = icae.eos_token_ids
@@ -134,7 +134,7 @@ class PretrainingDraw:
 
     def __init__(
         self,
-        icae: ICAE,
+        icae: ICAECore,
         *,
         excerpts: Literal["all", "one"] = "all",
         spans: tuple[int, int] | None = None,
@@ -238,7 +238,7 @@ class InstructionDraw:
 
     def __init__(
         self,
-        icae: ICAE,
+        icae: ICAECore,
         *,
         max_context_tokens: int = 2048,
         max_answer_tokens: int = 512,

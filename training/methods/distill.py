@@ -24,9 +24,9 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from icae_fast import ICAE
 from icae_fast.backbone.rows import micro_batches, pack_ends
 from icae_fast.backbone.sharding import least_of_all
+from icae_fast.core.core import ICAECore
 from icae_fast.core.inputs import is_int
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.step.labels import IGNORE
@@ -111,7 +111,7 @@ class TeacherRows:
     n_too_long: int
 
 
-def teacher_rows(icae: ICAE, batch: Batch, settings: Distillation) -> TeacherRows:
+def teacher_rows(icae: ICAECore, batch: Batch, settings: Distillation) -> TeacherRows:
     """Return the teacher's rows: memory ids replaced by the context, AE, LM and FT removed, labels located again.
 
     A label on a row's first token, which nothing predicts, does not count, as in `ICAE.forward`.
@@ -143,7 +143,7 @@ def teacher_rows(icae: ICAE, batch: Batch, settings: Distillation) -> TeacherRow
 
 
 def _teacher_row(
-    icae: ICAE, context: torch.Tensor, prompt: torch.Tensor, labelled: torch.Tensor, what: str
+    icae: ICAECore, context: torch.Tensor, prompt: torch.Tensor, labelled: torch.Tensor, what: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a row's teacher ids, and the positions in them before each labelled token."""
     is_memory = icae.vocabulary.is_memory(prompt)
@@ -167,7 +167,7 @@ def _check_too_long(settings: Distillation, what: str, n: int, limit: int) -> No
 
 
 @torch.no_grad()
-def teacher_hidden(icae: ICAE, teacher: TeacherRows, token_budget: int = 4096) -> torch.Tensor:
+def teacher_hidden(icae: ICAECore, teacher: TeacherRows, token_budget: int = 4096) -> torch.Tensor:
     """Return the frozen base model's final hidden states that predict the labelled tokens, without a graph.
 
     Only these are kept, and no logits are computed: the loss applies the head.

@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from icae_fast import ICAE, ICAEConfig
+from icae_fast.config import ICAEConfig
+from icae_fast.core.core import ICAECore
 from icae_fast.core.inputs import Vocabulary
 from icae_fast.core.spans import count_spans, slots_per_span
 from icae_fast.errors import InvalidInputError
@@ -271,7 +272,7 @@ def with_memory_size(icae: Layout, sample: Sample, memory_size: int) -> Sample:
     )  # fmt: skip
 
 
-def pad_samples(icae: ICAE, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+def pad_samples(icae: ICAECore, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """Return right-padded `input_ids`, `prompt_answer_ids` ([PAD] id) and `labels` (-100), each (B, longest) int64."""
 
     def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

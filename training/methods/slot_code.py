@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from icae_fast import ICAE
+from icae_fast.core.core import ICAECore
 from icae_fast.core.encoder import scale_slots, slot_norm
 from icae_fast.core.spans import span_lengths
 from icae_fast.errors import CheckpointError
@@ -53,13 +53,13 @@ class SlotCode(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=dtype))
 
     @classmethod
-    def of(cls, icae: ICAE) -> SlotCode:
+    def of(cls, icae: ICAECore) -> SlotCode:
         """Return an untrained slot code for an adapter, on its device."""
         rate = -(-icae.config.max_span_tokens // icae.config.memory_size)
         code = cls(icae.backbone.hidden_size, rate, dtype=icae.memory_token_embed.weight.dtype)
         return code.to(icae.device)
 
-    def forward(self, icae: ICAE, ids: torch.Tensor, lengths: Sequence[int], memory_size: int) -> torch.Tensor:
+    def forward(self, icae: ICAECore, ids: torch.Tensor, lengths: Sequence[int], memory_size: int) -> torch.Tensor:
         """Return slots before their scaling.
 
         Args:
@@ -83,7 +83,7 @@ class SlotCode(nn.Module):
         embeddings = embeddings * (math.sqrt(embeddings.shape[-1]) / icae.embedding_norm().to(embeddings.dtype))
         return torch.einsum("skjd,jed->ske", embeddings, self.maps) + self.bias
 
-    def slots(self, icae: ICAE, contexts: Sequence[torch.Tensor], memory_size: int) -> list[torch.Tensor]:
+    def slots(self, icae: ICAECore, contexts: Sequence[torch.Tensor], memory_size: int) -> list[torch.Tensor]:
         """Return the slots of each context, (n_spans_i * k, d), in the format of `ICAE.encode`."""
         lengths = [span_lengths(len(ids), icae.config) for ids in contexts]
         coded = self(icae, torch.cat(list(contexts)), [n for own in lengths for n in own], memory_size).flatten(0, 1)

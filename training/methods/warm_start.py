@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from icae_fast import ICAE
+from icae_fast.core.core import ICAECore
 from icae_fast.core.spans import slots_per_span, span_lengths
 from icae_fast.errors import InvalidInputError
 from icae_fast.training.methods.slot_code import SlotCode, share_starts
-
 
 SHARPNESS = 10.0  # factor of cosine similarities before the softmax
 CLOSENESS, CLOSENESS_TO_CODE = 1.0, 4.0
@@ -49,7 +48,7 @@ class WarmStart(NamedTuple):
 
 
 def warm_start_loss(
-    icae: ICAE,
+    icae: ICAECore,
     contexts: Sequence[torch.Tensor],
     slots: Sequence[torch.Tensor],
     memory_size: int | None = None,
@@ -98,7 +97,7 @@ def warm_start_loss(
 
 
 @torch.no_grad()
-def share_means(icae: ICAE, ids: torch.Tensor, lengths: Sequence[int], memory_size: int) -> torch.Tensor:
+def share_means(icae: ICAECore, ids: torch.Tensor, lengths: Sequence[int], memory_size: int) -> torch.Tensor:
     """Return the mean embedding of each slot's share of its span.
 
     Args:
