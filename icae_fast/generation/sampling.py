@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from icae_fast.core.inputs import is_int
+from icae_fast.checks import is_int
 from icae_fast.errors import InvalidInputError
 
 # (rows, length) int64 ids and (rows, vocabulary) fp32 scores to scores, as transformers' `LogitsProcessor`.

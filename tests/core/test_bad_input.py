@@ -250,7 +250,7 @@ class TestMemories:
                 lambda m=wrong: tiny_icae.restore(m, return_ids=True),
                 lambda m=wrong: tiny_icae.extend(m, [5]),
             ):
-                with pytest.raises(Invalid, match=r"expected one Memory and got .*; compress gives a list of them"):
+                with pytest.raises(Invalid, match=r"expected one Memory and got .*; compress returns a list of them"):
                     call()
         with pytest.raises(Invalid, match="expected one Memory and got list"):
             tiny_icae.extend([memory], [5])

@@ -30,7 +30,7 @@ def test_rows_keep_what_they_were_given(icae, make_pieces):
         assert torch.equal(rows.tail(place)[0], keys)
         assert torch.equal(rows.tail(place)[1], values)
     assert rows.shared.rows == ((0, 1),)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="exceeds its capacity"):
         rows.append([2, 1])
 
 

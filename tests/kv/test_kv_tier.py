@@ -319,7 +319,7 @@ def test_bad_input_changes_nothing(tmp_path, icae, memory, random_ids, store):
     for spoilt, message in [
         (kv.keys, "expected a SlotKV and got Tensor"), (None, "got NoneType"),
         (SlotKV(kv.keys[:, 1:], kv.values, PREFIX), r"keys are \(3, 11, 2, 8\)"),
-        (SlotKV(kv.keys, kv.values.double(), PREFIX), "of one floating dtype"),
+        (SlotKV(kv.keys, kv.values.double(), PREFIX), "in one floating dtype"),
         (SlotKV(kv.keys[..., :4], kv.values[..., :4], PREFIX), r"\(3, 4, 2, 4\)"),
         (SlotKV(kv.keys, kv.values, (1, "w90")), "prefix_ids are"),
         (SlotKV(kv.keys, kv.values, (1, 500)), "the id 500"),
