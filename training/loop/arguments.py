@@ -1,6 +1,4 @@
-"""The section `train`: any field of transformers' `TrainingArguments`, one more optimiser, and three keys of this
-package.
-"""
+"""The section `train`: fields of transformers' `TrainingArguments`, the optimiser SOAP, and three further keys."""
 
 from __future__ import annotations
 

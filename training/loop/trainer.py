@@ -127,8 +127,9 @@ class ICAETrainer(Trainer):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the loader of this process's micro-batches; Accelerate does not see it, because it would split it
-        again.
+        """Return the loader of this process's micro-batches.
+
+        It does not go through Accelerate, which would split the micro-batches over the processes again.
         """
         return self._stream.loader(
             pack_micro_batch,
@@ -143,7 +144,8 @@ class ICAETrainer(Trainer):
     ) -> tuple[list[dict[str, Batch]], torch.Tensor]:
         """Return the micro-batches of an optimiser step, and the divisor of its loss.
 
-        The divisor is the number of labelled tokens in the micro-batches of all processes, or of slots in a warm start.
+        The divisor is the number of labelled tokens in the micro-batches of all processes, in a warm start the number
+        of slots.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self._exclusive == WARM:
@@ -215,8 +217,9 @@ class ICAETrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch).nan_to_num(0.0, 0.0, 0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """Return the gradient's norm; called once before each optimiser step, which is dropped here if it is not
-        finite.
+        """Return the gradient's norm.
+
+        The `Trainer` calls this once before each optimiser step. A step that is not finite is dropped here.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
