@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from transformers import TrainingArguments
 
 from icae_fast import ICAEConfig
-from icae_fast.io.bundled import EMBEDDED_NAME
+from icae_fast.io.bundled import BUNDLED_NAME
 from icae_fast.io.files import write_atomically
 from icae_fast.step.budget import ActivationBudget
 from icae_fast.training.loop.arguments import DEFAULTS, TrainSection
@@ -47,7 +47,7 @@ class ModelSection(Section):
             trains the base model where it has to extrapolate.
     """
 
-    name: str = EMBEDDED_NAME
+    name: str = BUNDLED_NAME
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adapter: str | None = None
