@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -23,6 +24,7 @@ from icae_fast import ICAE
 from icae_fast.benchmark.machine import REPOSITORY, describe_machine, machine_slug
 from icae_fast.benchmark.measure import rounded
 from icae_fast.io.bundled import load_smollm2
+from icae_fast.step import loss
 from icae_fast.store.quantize import SlotDtype, pack_slots, unpack_slots
 from icae_fast.training.methods.objectives import autoencoding_sample, pad_samples
 
@@ -37,14 +39,11 @@ def stored(slots: torch.Tensor, dtype: SlotDtype | None) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def slots_changed(icae: ICAE, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Iterator[None]:
-    """Let the decoder read `change(slots of all rows)` while open."""
-    encode = icae.encode
-    icae.encode = lambda *arguments: change(encode(*arguments))
-    try:
+def slots_changed(change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Iterator[None]:
+    """Let the loss read `change(slots of all rows)` while open."""
+    encode = loss.encode
+    with mock.patch.object(loss, "encode", lambda *arguments: change(encode(*arguments))):
         yield
-    finally:
-        del icae.encode
 
 
 @torch.no_grad()
@@ -64,11 +63,11 @@ def restoration(icae: ICAE, windows: Sequence[torch.Tensor]) -> dict[str, Any]:
     slots = torch.cat(icae.encode(list(windows)))
     result: dict[str, Any] = {"loss": {}, "slot_error": {}}
     for dtype in STORED:
-        with slots_changed(icae, lambda rows, dtype=dtype: [stored(row, dtype) for row in rows]):
+        with slots_changed(lambda rows, dtype=dtype: [stored(row, dtype) for row in rows]):
             result["loss"][dtype or "own"] = icae(**batch)["loss"].item()
         off = stored(slots, dtype) - slots
         result["slot_error"][dtype or "own"] = (off.square().mean() / slots.square().mean()).sqrt().item()
-    with slots_changed(icae, lambda rows: [*rows[1:], rows[0]]):
+    with slots_changed(lambda rows: [*rows[1:], rows[0]]):
         result["loss_from_others"] = icae(**batch)["loss"].item()
     return result
 

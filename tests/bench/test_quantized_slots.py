@@ -18,7 +18,7 @@ def test_it_measures_what_a_store_returns(tiny_icae, random_ids, tmp_path, dtype
     batch = pad_samples(tiny_icae, [autoencoding_sample(tiny_icae, ids.tolist())])
     with torch.no_grad():
         before = tiny_icae(**batch)["loss"].item()
-        with slots_changed(tiny_icae, lambda rows: [stored(row, dtype) for row in rows]):
+        with slots_changed(lambda rows: [stored(row, dtype) for row in rows]):
             assert (tiny_icae(**batch)["loss"].item() == before) == (dtype is None)
         assert tiny_icae(**batch)["loss"].item() == before
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icae_fast.errors import InvalidInputError
+from icae_fast.errors import MissingPackageError
 from icae_fast.training.evaluation.instructions import overlap
 from icae_fast.training.evaluation.instructions.overlap import exact_match, normalised_words, rouge, word_f1
 
@@ -51,5 +51,5 @@ def test_f1_is_symmetric_and_1_where_the_match_is_exact(a, b):
 def test_a_missing_package_is_one_error(monkeypatch):
     overlap._scorer.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(InvalidInputError, match=r"icae-fast\[eval\]"):
+    with pytest.raises(MissingPackageError, match=r"icae-fast\[eval\]"):
         rouge("a", "a")
