@@ -13,7 +13,7 @@ import torch
 
 from icae_fast.adapter.lora import FACTORS, PROJECTIONS
 from icae_fast.backbone.lora import MergedQKV, PackedLoRA
-from icae_fast.backbone.stack import packed_qkv
+from icae_fast.backbone.packing import packed_qkv
 from icae_fast.errors import InvalidInputError
 from icae_fast.ops import fingerprint, lora_qkv_rope
 
@@ -80,9 +80,8 @@ class EncoderWeights:
     def _merged(self, icae: ICAE) -> list[MergedQKV]:
         # Made of the very bytes that are there now: writes through `.data` leave no other trace.
         tensors = [p for *_, p in icae.adapter.named_factors()]
-        for layer in icae.backbone.model.layers:
-            attention = layer.self_attn
-            tensors += (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        for layer in icae.backbone.view:
+            tensors += (m.weight for m in layer.qkv)
         key = (fingerprint(tensors), tuple(t.dtype for t in tensors), icae.device, icae.adapter.scale)
         if self._held is None or self._held[0] != key:
             self._held = None  # before there are new ones: not twice the memory
@@ -96,8 +95,8 @@ def merge(icae: ICAE) -> list[MergedQKV]:
     merged = []
     # Autocast would do the product in its narrow dtype, and the weights outlive it.
     with torch.no_grad(), torch.autocast(icae.device.type, enabled=False):
-        for layer, factors in zip(icae.backbone.model.layers, icae.adapter.layers, strict=True):
-            weight = packed_qkv(layer.self_attn)[0].clone()
+        for layer, factors in zip(icae.backbone.view, icae.adapter.layers, strict=True):
+            weight = packed_qkv(layer)[0].clone()
             wide = torch.promote_types(weight.dtype, torch.float32)
             for p, part in zip(PROJECTIONS, (weight[:q_size], weight[-kv_size:]), strict=True):
                 a, b = (factors[f"{p}_{f}"].to(wide) for f in FACTORS)

@@ -25,7 +25,7 @@ from icae_fast.ops._declare import (
     load_extension,
     required_backend,
 )
-from icae_fast.ops.decode_step import BoundStep, bind_decode_step, decode_step
+from icae_fast.ops.decode_step import BoundStep, StepCache, StepWeights, bind_decode_step, decode_step
 from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.linear import linear
 from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
@@ -40,6 +40,8 @@ __all__ = [
     "BoundStep",
     "OpSpec",
     "Sample",
+    "StepCache",
+    "StepWeights",
     "attention_backend",
     "backend_of",
     "backends",
