@@ -17,7 +17,7 @@ from icae_fast.errors import CheckpointError, InvalidInputError
 from icae_fast.io import checkpoints
 from icae_fast.io.hub import load_base_model
 from icae_fast.model import icae as modeling
-from icae_fast.step.loss import IGNORE, unpad
+from icae_fast.step.labels import IGNORE, unpad
 
 log = logging.getLogger(__name__)
 

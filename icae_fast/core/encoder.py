@@ -8,37 +8,52 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from icae_fast.backbone.rows import micro_batches, token_budget_on
-from icae_fast.core.spans import cut_contexts, pack_spans, slots_per_span
+from icae_fast.backbone.rows import PackedRows, micro_batches, token_budget_on
+from icae_fast.core.spans import CutContext, pack_spans, slots_per_span
 
 if TYPE_CHECKING:
-    from icae_fast.model.icae import ICAE
+    from icae_fast.core.core import ICAECore
+
+Progress = Callable[[int, int], None]
 
 
 def encode_spans(
-    icae: ICAE,
-    contexts: Sequence[torch.Tensor],
+    core: ICAECore,
+    contexts: Sequence[CutContext],
     token_budget: int | None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
     *,
     dropout: bool = True,
     memory_size: int | None = None,
 ) -> list[torch.Tensor]:
-    """See `ICAE.encode`; `dropout=False` leaves LoRA dropout out in training mode too."""
-    k = slots_per_span(icae.config, memory_size)
-    spans, span_counts = cut_contexts(contexts, icae.config)
-    lora = icae.encoder_weights.get(icae, dropout=dropout)
-    memory_tokens = memory_tokens_of(icae, k)
-    done, total = 0, sum(map(len, contexts))
-    # Without a graph slots go into one block made beforehand: kept one by one between a micro-batch's activations,
-    # they held the heap apart, and 64 spans took 40 % more memory than 32.
+    """Encode contexts that are cut into spans; see `ICAE.encode`.
+
+    Args:
+        core: the model.
+        contexts: at least one.
+        token_budget: context and memory tokens of a micro-batch, or None for the device's default.
+        on_progress: called with (context tokens done, total) after each micro-batch.
+        dropout: apply LoRA dropout in training mode.
+        memory_size: k', slots a span; None for k.
+
+    Returns:
+        (n_spans_i * k', d) slots of each context, in the compute dtype.
+    """
+    k = slots_per_span(core.config, memory_size)
+    cuts = [context.spans() for context in contexts]
+    spans = [span for cut in cuts for span in cut]
+    lora = core.encoder_weights.get(core.backbone, core.adapter, core.config, dropout=dropout)
+    memory_tokens = memory_tokens_of(core, k)
+    done, total = 0, sum(map(len, spans))
+    # Without a graph, slots go into one block allocated up front. Kept one by one between the activations of
+    # micro-batches they fragment the heap: 64 spans took 40 % more memory than 32.
     block = None if torch.is_grad_enabled() else memory_tokens.new_empty(len(spans) * k, memory_tokens.shape[1])
-    norm = slot_norm(icae)
+    norm = slot_norm(core)
     slots = []
-    for batch in micro_batches([len(s) + k for s in spans], token_budget_on(icae.device, token_budget)):
+    for batch in micro_batches([len(s) + k for s in spans], token_budget_on(core.device, token_budget)):
         chosen = [spans[i] for i in batch]
-        x, rows = embed_spans(icae, chosen, memory_tokens)
-        encoded = scale_slots(icae.backbone.forward(x, rows, lora), norm, icae.slot_gain)
+        x, rows = embed_spans(core, chosen, memory_tokens)
+        encoded = scale_slots(core.backbone.forward(x, rows, lora), norm, core.slot_gain)
         if block is None:
             slots.append(encoded)
         else:
@@ -47,32 +62,42 @@ def encode_spans(
         if on_progress is not None:
             on_progress(done, total)
     encoded = torch.cat(slots) if block is None else block
-    return list(encoded.split([n * k for n in span_counts]))
+    return list(encoded.split([len(cut) * k for cut in cuts]))
 
 
-def memory_tokens_of(icae: ICAE, memory_size: int) -> torch.Tensor:
-    """(memory_size, d) embeddings of the first memory tokens in the compute dtype."""
-    return icae.memory_token_embed.weight[:memory_size].to(icae.dtype)
+def memory_tokens_of(core: ICAECore, memory_size: int) -> torch.Tensor:
+    """Return the embeddings of the first memory tokens, (memory_size, d) in the compute dtype."""
+    return core.memory_token_embed.weight[:memory_size].to(core.dtype)
 
 
-def embed_spans(icae: ICAE, spans: Sequence[torch.Tensor], memory_tokens: torch.Tensor):
-    """Embeddings of packed spans, each with the sink token before it and the memory tokens behind, (T, d), and their
-    layout."""
-    lengths, leading = [len(s) for s in spans], icae.leading_ids
-    rows = pack_spans(lengths, icae.config, len(memory_tokens), len(leading)).to(icae.device)
-    before = [icae.embed(torch.tensor(leading))] if leading else []
-    embedded = icae.embed(torch.cat(tuple(spans))).split(lengths)
+def embed_spans(
+    core: ICAECore, spans: Sequence[torch.Tensor], memory_tokens: torch.Tensor
+) -> tuple[torch.Tensor, PackedRows]:
+    """Embed and pack spans, each between the leading (sink) token and the memory tokens.
+
+    Args:
+        core: the model.
+        spans: (L_i,) int64 ids each.
+        memory_tokens: (k', d) embeddings.
+
+    Returns:
+        (T, d) embeddings and their layout.
+    """
+    lengths, leading = [len(s) for s in spans], core.leading_ids
+    rows = pack_spans(lengths, core.config, len(memory_tokens), len(leading)).to(core.device)
+    before = [core.embed(torch.tensor(leading))] if leading else []
+    embedded = core.embed(torch.cat(tuple(spans))).split(lengths)
     pieces = [p for e in embedded for p in (*before, e, memory_tokens)]
     return torch.cat(pieces), rows
 
 
-def slot_norm(icae: ICAE) -> torch.Tensor | None:
-    """() norm that slots are scaled to before the gain, None without slot scaling."""
-    return None if icae.slot_gain is None else icae.embedding_norm()
+def slot_norm(core: ICAECore) -> torch.Tensor | None:
+    """Return the norm () that slots are scaled to before the gain, or None without slot scaling."""
+    return None if core.slot_gain is None else core.embedding_norm()
 
 
 def scale_slots(hidden: torch.Tensor, norm: torch.Tensor | None, gain: torch.Tensor | None) -> torch.Tensor:
-    """The config's slot scaling: none, or `h / |h| * norm * exp(gain)`, computed in the gain's dtype."""
-    if gain is None:
+    """Apply the config's slot scaling: none, or `h / |h| * norm * exp(gain)`, computed in the gain's dtype."""
+    if gain is None or norm is None:
         return hidden
     return (F.normalize(hidden.to(gain.dtype), dim=-1) * (norm * gain.exp())).to(hidden.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -31,11 +32,26 @@ def span_lengths(length: int, config: ICAEConfig) -> list[int]:
     return [min(step, length - start) for start in range(0, length, step)]
 
 
-def cut_contexts(contexts: Sequence[torch.Tensor], config: ICAEConfig) -> tuple[list[torch.Tensor], list[int]]:
-    """The spans of all contexts one after another, and how many each context has."""
-    cuts = [span_lengths(len(ids), config) for ids in contexts]
-    spans = [span for ids, cut in zip(contexts, cuts, strict=True) for span in ids.split(cut)]
-    return spans, [len(cut) for cut in cuts]
+@dataclass(frozen=True)
+class CutContext:
+    """A checked context and its cut into spans.
+
+    Args:
+        ids: (L,) int64 ids of base tokens, L at least 1.
+        span_lengths: tokens of each span, in order; they add up to L.
+    """
+
+    ids: torch.Tensor
+    span_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, config: ICAEConfig) -> CutContext:
+        """Cut ids by the reference's rule; see `span_lengths`."""
+        return cls(ids, tuple(span_lengths(len(ids), config)))
+
+    def spans(self) -> tuple[torch.Tensor, ...]:
+        """Return the ids of each span, as views."""
+        return self.ids.split(list(self.span_lengths))
 
 
 def slots_per_span(config: ICAEConfig, memory_size: int | None = None) -> int:

@@ -14,11 +14,11 @@ from icae_fast.core.memory import Memory
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
 from icae_fast.generation.decoding import DecodeSession
 from icae_fast.generation.detokenize import StoppableText, hidden_tokens
+from icae_fast.generation.memory_kv import memory_pieces
 from icae_fast.generation.sampling import GenerationOptions, TokenChooser
-from icae_fast.kv.slots import memory_pieces
 
 if TYPE_CHECKING:
-    from icae_fast.model.icae import ICAE
+    from icae_fast.core.core import ICAECore
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -86,15 +86,15 @@ class AnswerBatch:
     """The rows of one call and all that decides about them; made and checked before anything is computed."""
 
     def __init__(
-        self, icae: ICAE, rows: list[Row], min_new_tokens: int, options: GenerationOptions, streamer: Any = None,
+        self, core: ICAECore, rows: list[Row], min_new_tokens: int, options: GenerationOptions, streamer: Any = None,
         incremental: bool = False,
     ) -> None:  # fmt: skip
-        self.icae, self.rows, self.streamer = icae, rows, streamer
-        self.eos = options.eos_ids(icae.eos_token_ids, icae.vocabulary.n_base)
+        self.core, self.rows, self.streamer = core, rows, streamer
+        self.eos = options.eos_ids(core.eos_token_ids, core.vocabulary.n_base)
         self._check(min_new_tokens, options.stop_strings)
         self.chooser = TokenChooser(
             options, [r.prompt for r in rows], max(r.limit for r in rows), min_new_tokens, self.eos,
-            icae.vocabulary.pad, icae.device,
+            core.vocabulary.pad, core.device,
         )  # fmt: skip
         self._stop_strings = bool(options.stop_strings)
         # How long a call may compute; none has told yet how long a step takes.
@@ -102,10 +102,10 @@ class AnswerBatch:
         self._seconds_a_step = self._seconds
         if options.stop_strings or incremental:
             for row in rows:
-                row.text = StoppableText(icae.tokenizer, options.stop_strings)
+                row.text = StoppableText(core.tokenizer, options.stop_strings)
 
     def _check(self, least: int, stop_strings: Sequence[str]) -> None:
-        icae, rows = self.icae, self.rows
+        core, rows = self.core, self.rows
         for most in {r.limit for r in rows}:
             if not (is_int(least) and is_int(most) and 0 <= least <= most):
                 raise InvalidInputError(
@@ -115,15 +115,15 @@ class AnswerBatch:
             raise InvalidInputError(f"a streamer shows one row and there are {len(rows)} prompts; pass one prompt")
         read = {r.index: len(r.prefix) + r.memory.n_slots + len(r.suffix) for r in rows}
         longest = max(rows, key=lambda r: read[r.index] + r.limit)
-        if read[longest.index] + longest.limit > icae.max_positions:
+        if read[longest.index] + longest.limit > core.max_positions:
             raise ContextTooLongError(
                 f"slots and prompt take {read[longest.index]} positions and max_new_tokens={longest.limit} more, but "
-                f"the base model has {icae.max_positions}; ask for fewer tokens, or set icae.max_positions higher if "
+                f"the base model has {core.max_positions}; ask for fewer tokens, or set icae.max_positions higher if "
                 "it extrapolates"
             )
-        if stop_strings and icae.tokenizer is None:
+        if stop_strings and core.tokenizer is None:
             raise TokenizerMismatchError("stop_strings are text, but there is no tokenizer; pass tokenizer=")
-        hidden = sorted(hidden_tokens(icae.tokenizer)) if stop_strings else ()
+        hidden = sorted(hidden_tokens(core.tokenizer)) if stop_strings else ()
         for text in stop_strings:
             if special := next((t for t in hidden if t in text), None):
                 raise InvalidInputError(
@@ -135,7 +135,7 @@ class AnswerBatch:
         """Decode to the end."""
         for _ in self.run():
             pass
-        return [row.answer(self.icae.tokenizer) for row in self.rows]
+        return [row.answer(self.core.tokenizer) for row in self.rows]
 
     @torch.no_grad()
     def run(self) -> Iterator[tuple[Row, str]]:
@@ -155,11 +155,11 @@ class AnswerBatch:
             self.streamer.end()
 
     def _decode(self, active: list[Row]) -> Iterator[tuple[Row, str]]:
-        icae, chooser = self.icae, self.chooser
-        session = _session(icae, active)
+        core, chooser = self.core, self.chooser
+        session = _session(core, active)
         logits = session.start()
         if not bool(torch.isfinite(logits).all()):
-            raise NonFiniteError(icae.describe_non_finite("the logits"))
+            raise NonFiniteError(core.describe_non_finite("the logits"))
         n_choices, chosen = logits.shape[-1], chooser.choose(logits)[None]
         while True:
             for ids in chosen.tolist():  # the only host synchronisation of a step
@@ -195,13 +195,13 @@ class AnswerBatch:
         return chosen
 
 
-def _session(icae: ICAE, rows: Sequence[Row]) -> DecodeSession:
+def _session(core: ICAECore, rows: Sequence[Row]) -> DecodeSession:
     """Rows behind what the decoder has read of their memories, which is computed where it is not kept."""
     pieces: dict[tuple[int, tuple[int, ...]], list[torch.Tensor]] = {}
     keys = [(id(row.memory), tuple(row.prefix)) for row in rows]
     for key, row in zip(keys, rows, strict=True):
         if key not in pieces:
-            pieces[key] = memory_pieces(icae, row.memory, row.prefix)
-    paths = dict(zip(pieces, icae.slot_kv.paths(list(pieces.values())), strict=True))
-    suffixes = [icae.tokens_to_embeddings(torch.tensor(row.suffix, dtype=torch.int64)) for row in rows]
-    return DecodeSession(icae, [paths[key] for key in keys], suffixes, max(row.limit for row in rows))
+            pieces[key] = memory_pieces(core, row.memory, row.prefix)
+    paths = dict(zip(pieces, core.slot_kv.paths(list(pieces.values())), strict=True))
+    suffixes = [core.tokens_to_embeddings(torch.tensor(row.suffix, dtype=torch.int64)) for row in rows]
+    return DecodeSession(core, [paths[key] for key in keys], suffixes, max(row.limit for row in rows))

@@ -12,44 +12,48 @@ from typing import TYPE_CHECKING
 import torch
 
 from icae_fast.generation.graphs import StepGraph, capture_on
-from icae_fast.generation.step_weights import RotaryTables, StepWeights
+from icae_fast.generation.step_weights import RotaryTables, step_cache, step_weights
 from icae_fast.kv.segments import DecoderRows, KVSegment, tree_order
-from icae_fast.ops import BoundStep, bind_decode_step, decode_step
+from icae_fast.ops import BoundStep, StepWeights, bind_decode_step, decode_step
 
 if TYPE_CHECKING:
-    from icae_fast.model.icae import ICAE
+    from icae_fast.core.core import ICAECore
 
 
 class DecodeSession:
     """Rows that are decoded together: each reads shared segments and then a suffix of its own, and goes on from there.
 
     Where rows share segments, these are read once for all of them. A step is one call of the op `decode_step`
-    where it computes the model (see `StepWeights.of`), and else a forward of the backbone. On CUDA, steps of the same
+    where it computes the model (see `step_weights`), and else a forward of the backbone. On CUDA, steps of the same
     rows are one CUDA graph.
 
     Args:
-        icae: the model, whose frozen decoder runs.
+        core: the model, whose frozen decoder runs.
         paths: the segments that each row reads first, in order; rows may share them.
         suffixes: (S_r, d) embeddings that each row reads behind them, at least one.
         max_new_tokens: steps that will be made at most.
     """
 
     def __init__(
-        self, icae: ICAE, paths: Sequence[Sequence[KVSegment]], suffixes: Sequence[torch.Tensor], max_new_tokens: int
+        self,
+        core: ICAECore,
+        paths: Sequence[Sequence[KVSegment]],
+        suffixes: Sequence[torch.Tensor],
+        max_new_tokens: int,
     ) -> None:
-        self._icae = icae
+        self._core = core
         # Rows that share segments become neighbours; callers go on seeing their own order.
         self._order = tree_order(paths)
         self._suffixes = [suffixes[r] for r in self._order]
         self._rows = DecoderRows(
-            icae.backbone, [paths[r] for r in self._order], [len(s) + max_new_tokens for s in self._suffixes],
-            icae.dtype, icae.device,
+            core.backbone, [paths[r] for r in self._order], [len(s) + max_new_tokens for s in self._suffixes],
+            core.dtype, core.device,
         )  # fmt: skip
-        self._weights = StepWeights.of(icae.base_model, icae.backbone)
+        self._weights = step_weights(core.backbone)
         longest = max(p + c for p, c in zip(self._rows.prefix_lengths, self._rows.capacities, strict=True))
-        self._tables = RotaryTables(icae.backbone, longest, suffixes[0])
+        self._tables = RotaryTables(core.backbone, longest, suffixes[0])
         self._graph: StepGraph | None = None
-        self._capture = None if self._weights is None or self._tables.fixed is None else capture_on(icae.device)
+        self._capture = None if self._weights is None or self._tables.fixed is None else capture_on(core.device)
 
     @property
     def nbytes(self) -> int:
@@ -60,9 +64,9 @@ class DecodeSession:
     def start(self) -> torch.Tensor:
         """Read all suffixes; gives (R, V) logits of each row's first new token."""
         counts = [len(s) for s in self._suffixes]
-        hidden = self._icae.backbone.forward(torch.cat(self._suffixes), self._rows.append(counts), cache=self._rows)
+        hidden = self._core.backbone.forward(torch.cat(self._suffixes), self._rows.append(counts), cache=self._rows)
         self._suffixes = []
-        return self._in_callers_order(self._icae.base_model.lm_head(hidden))
+        return self._in_callers_order(self._core.base_model.lm_head(hidden))
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -76,8 +80,8 @@ class DecodeSession:
         tokens = self._in_own_order(tokens)
         if self._weights is None:
             packed = self._rows.append([1] * len(self._order))
-            hidden = self._icae.backbone.forward(self._icae.embed(tokens), packed, cache=self._rows)
-            return self._in_callers_order(self._icae.base_model.lm_head(hidden))
+            hidden = self._core.backbone.forward(self._core.embed(tokens), packed, cache=self._rows)
+            return self._in_callers_order(self._core.base_model.lm_head(hidden))
         if self._tables.fixed is None:
             return self._in_callers_order(self._unbound_step(tokens))
         return self._in_callers_order(self._bound.step(tokens, self._rows.append_each()))
@@ -107,27 +111,21 @@ class DecodeSession:
     @functools.cached_property
     def _bound(self) -> BoundStep:
         """A step of the rows that are left."""
-        w, rows, shared = self._weights, self._rows, self._rows.shared
-        return bind_decode_step(
-            w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, *self._tables.fixed, rows.keys, rows.values,
-            rows.starts, [s.keys for s in shared.segments], [s.values for s in shared.segments], shared.rows,
-            num_q_heads=self._icae.backbone.num_q_heads, num_kv_heads=self._icae.backbone.num_kv_heads,
-            scale=w.scale, norm_eps=w.norm_eps, windows=w.windows,
-        )  # fmt: skip
+        return bind_decode_step(self._weights, *self._tables.fixed, step_cache(self._rows), self._rows.starts)
 
     def _unbound_step(self, tokens):
         """A step at angles that depend on how long the rows have become."""
         rows = self._rows
         lengths = rows.append_each()
         cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
-        return _compute(self._icae.backbone, self._weights, rows, *rows.tails, tokens, cos, sin)
+        return _compute(self._weights, rows, *rows.tails, tokens, cos, sin)
 
     def _graph_step(self, tokens):
         rows = self._rows
         if self._graph is None:
             starts, lengths = rows.tails  # each step raises the lengths by itself, on the device
             # Without a reference to the session, so that its memory is free as soon as nobody holds it.
-            compute = functools.partial(_compute, self._icae.backbone, self._weights, rows, starts, lengths)
+            compute = functools.partial(_compute, self._weights, rows, starts, lengths)
             positions = [p + n for p, n in zip(rows.prefix_lengths, rows.lengths, strict=True)]
             self._graph = StepGraph(compute, self._tables.fixed, positions, lengths, self._order, self._capture)
         rows.append_each()
@@ -157,12 +155,9 @@ class DecodeSession:
         return out
 
 
-def _compute(backbone, weights, rows, tail_starts, tail_lengths, tokens, cos, sin):
-    """(R, V) logits behind one token of each row, in the order of the rows."""
-    w, shared = weights, rows.shared
-    return decode_step(
-        tokens, w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, cos, sin, rows.keys, rows.values,
-        tail_starts, tail_lengths, [s.keys for s in shared.segments], [s.values for s in shared.segments],
-        shared.rows, num_q_heads=backbone.num_q_heads, num_kv_heads=backbone.num_kv_heads, scale=w.scale,
-        norm_eps=w.norm_eps, windows=w.windows,
-    )  # fmt: skip
+def _compute(
+    weights: StepWeights, rows: DecoderRows, tail_starts: torch.Tensor, tail_lengths: torch.Tensor,
+    tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Return (R, V) logits behind one token of each row, in the order of the rows."""
+    return decode_step(tokens, weights, cos, sin, step_cache(rows), tail_starts, tail_lengths)

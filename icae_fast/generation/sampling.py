@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import (
@@ -25,6 +25,29 @@ from icae_fast.errors import InvalidInputError
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # (rows, length) int64 ids and None to (rows,) bool, as transformers' `StoppingCriteria`.
 Criterion = Callable[[torch.Tensor, None], torch.Tensor]
+
+
+class GenerationKwargs(TypedDict, total=False):
+    """Fields of `GenerationOptions` as keyword arguments, for type checkers."""
+
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | Sequence[int] | None
+    repetition_penalty: float
+    stop_strings: str | Sequence[str]
+    eos_token_id: int | Sequence[int] | None
+    logits_processor: Sequence[Processor]
+    stopping_criteria: Sequence[Criterion]
+
+
+class RestoreKwargs(GenerationKwargs, total=False):
+    """Keyword arguments that `restore_by_span` hands to `restore`."""
+
+    max_new_tokens: int | None
+    min_new_tokens: int
+    streamer: Any
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ class GenerationOptions:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> GenerationOptions:
+    def of(cls, values: Mapping[str, Any]) -> GenerationOptions:
         """The options with these values, the others at their defaults.
 
         Raises:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from icae_fast.io.files import load_tensors, tensor_bytes, write_atomically
 from icae_fast.io.identity import base_identity, check_base, tensors_hash
 
 if TYPE_CHECKING:
-    from icae_fast.model.icae import ICAE
+    from icae_fast.core.core import ICAECore
 
 CONFIG_FILE = "icae_config.json"
 TENSORS_FILE = "adapter.safetensors"
@@ -111,14 +111,28 @@ def infer_sizes(tensors: Mapping[str, torch.Tensor], path: str) -> tuple[int, in
     return memory.shape[0] - 3, ranks.pop()
 
 
-def load_adapter_tensors(icae: ICAE, tensors: Mapping[str, torch.Tensor], path: str) -> None:
+def reference_named_parameters(core: ICAECore) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (key in the reference's checkpoints, trained parameter)."""
+    for layer, projection, factor, parameter in core.adapter.named_factors():
+        yield lora_key(layer, projection, factor), parameter
+    yield MEMORY_KEY, core.memory_token_embed.weight
+    if core.slot_gain is not None:
+        yield GAIN_KEY, core.slot_gain
+
+
+def adapter_hash(core: ICAECore) -> str:
+    """Return 16 hex digits that identify the trained tensors."""
+    return tensors_hash(reference_named_parameters(core))
+
+
+def load_adapter_tensors(core: ICAECore, tensors: Mapping[str, torch.Tensor], path: str) -> None:
     """Copy an adapter's tensors into the module, all or none.
 
     Raises:
         CheckpointError: keys are missing, unknown or misshaped; all are listed.
         NonFiniteError: a tensor holds NaN or infinity.
     """
-    own = dict(icae.reference_named_parameters())
+    own = dict(reference_named_parameters(core))
     problems = [f"missing {k}" for k in own if k not in tensors]
     problems += [f"unknown {k}" for k in tensors if k not in own]
     problems += [
@@ -159,19 +173,19 @@ def read_reference_file(path: str | Path) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def save_adapter(icae: ICAE, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config, base identity and trained tensors into a folder, whole or not at all.
+def save_adapter(core: ICAECore, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `adapter.safetensors` (trained tensors only, under the reference's keys) and `icae_config.json`.
 
     Args:
-        icae: what is saved.
-        folder: where to.
-        dtype: of the tensors in the file, None as they are.
+        folder: where to write.
+        dtype: of the tensors in the file; None for the fp32 in which they are held. bf16 halves the file and rounds
+            as bf16 compute does anyway, but an adapter that is trained further should keep fp32.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written; no half-written file stays.
     """
-    tensors = {name: t if dtype is None else t.detach().to(dtype) for name, t in icae.reference_named_parameters()}
-    write_adapter(folder, icae.config, base_identity(icae.base_model), tensors)
+    tensors = {n: t if dtype is None else t.detach().to(dtype) for n, t in reference_named_parameters(core)}
+    write_adapter(folder, core.config, base_identity(core.base_model), tensors)
 
 
 def write_adapter(
@@ -232,11 +246,11 @@ def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_adapter(icae: ICAE, folder: str | Path, header: Mapping[str, Any]) -> None:
+def load_adapter(core: ICAECore, folder: str | Path, header: Mapping[str, Any]) -> None:
     """Load the tensors of a saved adapter into a module made with its config.
 
     Args:
-        icae: the module.
+        core: the model.
         folder: where `save_adapter` wrote.
         header: as `read_header` gives it.
 
@@ -245,9 +259,9 @@ def load_adapter(icae: ICAE, folder: str | Path, header: Mapping[str, Any]) -> N
         CheckpointError: the tensors are not those that the config file was saved with, or see
             `load_adapter_tensors`.
     """
-    check_base(icae.base_model, header["base"], str(folder))
+    check_base(core.base_model, header["base"], str(folder))
     path = Path(folder) / TENSORS_FILE
     tensors = load_tensors(path)[0]
-    load_adapter_tensors(icae, tensors, str(path))
-    if icae.adapter_hash() != header["adapter_hash"]:
+    load_adapter_tensors(core, tensors, str(path))
+    if adapter_hash(core) != header["adapter_hash"]:
         raise CheckpointError(f"{path} is not the file that {CONFIG_FILE} was saved with; save the adapter again")

@@ -13,10 +13,10 @@ from torch import nn
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import CheckpointError, InvalidInputError
 from icae_fast.io.bundled import EMBEDDED_NAME, load_smollm2, load_smollm2_tokenizer
-from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, read_header
+from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, read_header, save_adapter
 
 if TYPE_CHECKING:
-    from icae_fast.model.icae import ICAE
+    from icae_fast.core.core import ICAECore
 
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -130,13 +130,13 @@ def load_tokenizer(name: str, *, required: bool, revision: str | None = None) ->
         ) from error
 
 
-def upload_adapter(icae: ICAE, name: str, **kwargs: Any) -> str:
+def upload_adapter(core: ICAECore, name: str, **kwargs: Any) -> str:
     """Create the hub repository if need be and upload the adapter's two files; gives the repository's address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=kwargs.pop("token", None))
     with tempfile.TemporaryDirectory() as folder:
-        icae.save_pretrained(folder)
+        save_adapter(core, folder)
         url = api.create_repo(name, exist_ok=True, **kwargs)
         api.upload_folder(repo_id=name, folder_path=folder)
     return str(url)

@@ -1,47 +1,36 @@
-"""The training forward: slots in their places, the frozen decoder, and its loss.
+"""Training losses: slots in their places, the frozen decoder, and its loss.
 
-`decoder_forward` is the reference's, with all logits; `token_losses` gives the losses alone and needs no logits.
+`forward` is the reference's training forward, with all logits. `token_losses` returns the losses only, without logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from icae_fast.backbone.rows import PackedRows, cumulative, pack_ends
-from icae_fast.errors import ContextTooLongError, InvalidInputError
+from icae_fast.backbone.rows import PackedRows, cumulative
+from icae_fast.core.compress import encode
+from icae_fast.core.core import ICAECore
+from icae_fast.errors import InvalidInputError
 from icae_fast.step.budget import ActivationBudget
 from icae_fast.step.head_loss import head_argmax, head_loss
+from icae_fast.step.labels import (
+    IGNORE,
+    Rows,
+    check_contexts,
+    check_prompt_lengths,
+    integer_rows,
+    scored_rows,
+    shifted_targets,
+    unpad,
+)
 from icae_fast.step.training_step import TrainingStep
 
-if TYPE_CHECKING:
-    from icae_fast.model.icae import ICAE
-
-IGNORE = -100
-
-Rows = torch.Tensor | Sequence[torch.Tensor]
-
-
-def decoder_forward(
-    icae: ICAE, input_ids: Rows, prompt_answer_ids: Rows, labels: Rows | None, token_budget: int | None
-):
-    """See `ICAE.forward`."""
-    pad = icae.vocabulary.pad
-    contexts, prompts = _contexts(icae, unpad(input_ids, pad)), unpad(prompt_answer_ids, pad)
-    targets = None if labels is None else _targets(labels, prompts, icae.vocabulary.n_base)
-    lengths = _lengths(icae, contexts, prompts)
-    embeddings = _with_slots(icae, prompts, icae.encode(contexts, token_budget))
-    rows = PackedRows(torch.cat([torch.arange(n) for n in lengths]), cumulative(lengths), max(lengths))
-    logits = icae.base_model.lm_head(icae.backbone.forward(embeddings, rows.to(icae.device)))
-    width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(lengths)
-    padded = pad_sequence(logits.split(lengths), batch_first=True)
-    padded = F.pad(padded, (0, 0, 0, width - padded.shape[1]))
-    return {"loss": None if targets is None else _loss(logits, targets), "logits": padded}
+ACTIVATION_BUDGET = ActivationBudget()
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class TokenLosses:
     Args:
         losses: (n,) fp32, with a graph.
         correct: (n,) bool, whether the label has the highest logit.
-        rows: (n,) int64 row of each.
+        rows: (n,) int64 index of the row of each.
     """
 
     losses: torch.Tensor
@@ -61,13 +50,12 @@ class TokenLosses:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the decoder's answers are distilled from; see `icae_fast.step.head_loss` for the loss.
+    """Hidden states to distil the decoder's answers from; see `icae_fast.step.head_loss` for the loss.
 
     Args:
-        hidden: (m, d) final-normed hidden states of the base model, which predict those labelled tokens that have a
-            teacher.
-        covered: (n,) bool, which of all labelled tokens these are; the others have their cross-entropy alone.
-        alpha: share of the divergence from the teacher.
+        hidden: (m, d) final-normed hidden states of the base model, one for each labelled token that has a teacher.
+        covered: (n,) bool, which labelled tokens these are; the others have their cross-entropy only.
+        alpha: weight of the divergence from the teacher.
         temperature: tau.
     """
 
@@ -77,56 +65,134 @@ class Teacher:
     temperature: float = 1.0
 
 
+def forward(
+    core: ICAECore,
+    input_ids: Rows,
+    prompt_answer_ids: Rows,
+    labels: Rows | None = None,
+    token_budget: int | None = None,
+) -> dict[str, torch.Tensor | None]:
+    """Run the reference's training forward, for any number of rows.
+
+    Contexts are compressed, memory ids in `prompt_answer_ids` are replaced in order by the slots of all spans, and
+    the frozen decoder is scored on the labels:
+
+        loss = mean over labels that are not -100 of -log p(label_t | before t),  shifted by one
+
+    Args:
+        input_ids: (B, L) contexts, right-padded with the [PAD] id, or a list of (L_i,).
+        prompt_answer_ids: (B, S), likewise; row i has as many memory ids as its spans times k.
+        labels: (B, S), -100 where nothing is learned, or None for no loss.
+        token_budget: see `encode`.
+
+    Returns:
+        `{"loss": () fp32 or None, "logits": (B, S, base vocabulary)}`; logits of padding are zeros.
+
+    Raises:
+        InvalidInputError: shapes or ids that do not fit, or a number of memory ids that is not the number of slots.
+    """
+    pad = core.vocabulary.pad
+    contexts, prompts = check_contexts(core.vocabulary, unpad(input_ids, pad)), unpad(prompt_answer_ids, pad)
+    targets = None if labels is None else shifted_targets(labels, prompts, core.vocabulary.n_base)
+    lengths = check_prompt_lengths(contexts, prompts, core.max_positions)
+    embeddings = _with_slots(core, prompts, encode(core, contexts, token_budget))
+    rows = PackedRows(torch.cat([torch.arange(n) for n in lengths]), cumulative(lengths), max(lengths))
+    logits = core.base_model.lm_head(core.backbone.forward(embeddings, rows.to(core.device)))
+    width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(lengths)
+    padded = pad_sequence(logits.split(lengths), batch_first=True)
+    padded = F.pad(padded, (0, 0, 0, width - padded.shape[1]))
+    return {"loss": None if targets is None else _mean_loss(logits, targets), "logits": padded}
+
+
 def token_losses(
-    icae: ICAE,
+    core: ICAECore,
     contexts: Sequence[torch.Tensor],
     prompts: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
-    budget: ActivationBudget,
+    budget: ActivationBudget = ACTIVATION_BUDGET,
     memory_size: int | None = None,
     teacher: Teacher | None = None,
     slots: Sequence[torch.Tensor] | None = None,
 ) -> TokenLosses:
-    """See `ICAE.token_losses`."""
-    hidden, targets, row_of = _scored_hidden(icae, contexts, prompts, labels, budget, memory_size, slots)
-    return TokenLosses(*_head_losses(hidden, icae.base_model.lm_head, targets, teacher), row_of)
+    """Return the losses of `forward`, one per labelled token, at a fraction of its time and memory.
+
+    No logits are kept. The head and the last layer's queries run for labelled positions only, and what exceeds
+    `budget` is recomputed in the backward. The mean of the losses is the loss of `forward`, with the same gradients.
+
+    Args:
+        contexts: (L_i,) int64 ids of base tokens, one for each row.
+        prompts: (S_i,) int64, the decoder's input of row i, with a memory id for each slot.
+        labels: (S_i,) int64, -100 where nothing is learned.
+        budget: memory for what the backward would otherwise recompute.
+        memory_size: slots per span, the first k' of the k; see `encode`.
+        teacher: hidden states for distillation, in the order of the losses.
+        slots: (n_spans_i * k', d) for each context, instead of the encoder's; gradients go to them.
+
+    Raises:
+        InvalidInputError: shapes or ids that do not fit, a number of memory ids that is not the number of slots, or a
+            teacher of another batch.
+        ContextTooLongError: a row is longer than `max_positions`.
+    """
+    hidden, targets, row_of = _scored_hidden(core, contexts, prompts, labels, budget, memory_size, slots)
+    return TokenLosses(*_head_losses(hidden, core.base_model.lm_head, targets, teacher), row_of)
 
 
 @torch.no_grad()
 def token_guesses(
-    icae: ICAE,
+    core: ICAECore,
     contexts: Sequence[torch.Tensor],
     prompts: Sequence[torch.Tensor],
     labels: Sequence[torch.Tensor],
     memory_size: int | None = None,
     slots: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """See `ICAE.token_guesses`."""
-    # Without a graph nothing is kept, whatever the budget.
-    hidden, _, _ = _scored_hidden(icae, contexts, prompts, labels, ActivationBudget(), memory_size, slots)
-    head = icae.base_model.lm_head
+    """Return the decoder's argmax at each labelled token, teacher-forced on the tokens before it.
+
+    Args:
+        contexts, prompts, labels, memory_size, slots: as for `token_losses`.
+
+    Returns:
+        (n,) int64 ids, in the order of the losses, without a graph.
+
+    Raises:
+        InvalidInputError, ContextTooLongError: see `token_losses`.
+    """
+    # Without a graph nothing is kept, so any budget does.
+    hidden, _, _ = _scored_hidden(core, contexts, prompts, labels, ACTIVATION_BUDGET, memory_size, slots)
+    head = core.base_model.lm_head
     return head_argmax(hidden, head.weight, bias=head.bias)
 
 
-def _scored_hidden(icae, contexts, prompts, labels, budget, memory_size, slots):
-    """The decoder's final hidden states that predict a label, those labels, and the row of each."""
-    contexts = _contexts(icae, _integer_rows(contexts, "contexts"))
-    prompts = _integer_rows(prompts, "prompts")
-    targets = _targets(labels, prompts, icae.vocabulary.n_base)
-    rows, kept, scored = _scored_rows(_lengths(icae, contexts, prompts), targets)
+def _scored_hidden(
+    core: ICAECore,
+    contexts: Sequence[torch.Tensor],
+    prompts: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    budget: ActivationBudget,
+    memory_size: int | None,
+    slots: Sequence[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the final hidden states that predict a label, those labels, and the row of each."""
+    contexts = check_contexts(core.vocabulary, integer_rows(contexts, "contexts"))
+    prompts = integer_rows(prompts, "prompts")
+    targets = shifted_targets(labels, prompts, core.vocabulary.n_base)
+    rows, kept, scored = scored_rows(check_prompt_lengths(contexts, prompts, core.max_positions), targets)
     if slots is not None and (len(slots) != len(prompts) or any(s.dim() != 2 for s in slots)):
         raise InvalidInputError(f"slots are given for {len(slots)} of {len(prompts)} rows; give (n, d) for each")
-    step = TrainingStep(icae, contexts if slots is None else [], len(kept), budget, memory_size)
-    embeddings = _with_slots(icae, prompts, step.encode() if slots is None else slots)[kept.to(icae.device)]
-    hidden = step.decode(embeddings, rows.to(icae.device))
+    step = TrainingStep(core, contexts if slots is None else [], len(kept), budget, memory_size)
+    embeddings = _with_slots(core, prompts, step.encode() if slots is None else slots)[kept.to(core.device)]
+    hidden = step.decode(embeddings, rows.to(core.device))
+    assert rows.cu_seqlens_out is not None  # `scored_rows` sets it
     row_of = torch.arange(len(prompts)).repeat_interleave(rows.cu_seqlens_out.diff())
     if len(scored) < len(row_of):
-        hidden, row_of = hidden[scored.to(icae.device)], row_of[scored]
-    return hidden, targets[targets != IGNORE].to(icae.device), row_of
+        hidden, row_of = hidden[scored.to(core.device)], row_of[scored]
+    return hidden, targets[targets != IGNORE].to(core.device), row_of
 
 
-def _head_losses(hidden, head, targets, teacher):
-    """Losses and correctness of each labelled token, with a teacher for those that are covered."""
+def _head_losses(
+    hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, teacher: Teacher | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return loss and correctness of each labelled token, distilled where the teacher covers it."""
     if teacher is None:
         return head_loss(hidden, head.weight, targets, bias=head.bias)
     if len(teacher.covered) != len(targets) or int(teacher.covered.sum()) != len(teacher.hidden):
@@ -139,79 +205,14 @@ def _head_losses(hidden, head, targets, teacher):
     parts = [(covered.nonzero()[:, 0], own), ((~covered).nonzero()[:, 0], {})]
     found = [head_loss(hidden[i], head.weight, targets[i], bias=head.bias, **options) for i, options in parts]
     back = torch.cat([i for i, _ in parts]).argsort()
-    return (torch.cat(values)[back] for values in zip(*found, strict=True))
+    losses, correct = (torch.cat(values)[back] for values in zip(*found, strict=True))
+    return losses, correct
 
 
-def _scored_rows(lengths, targets):
-    """Where packed prompts are scored.
-
-    A row's queries in the last layer are its last ones, so a row ends with the last position that has a target, and
-    those from its first one on are asked for.
-
-    Returns:
-        the layout of the shortened rows; the positions that they keep of the packed prompts; which of the hidden
-        states that are asked for have a target.
-    """
-    lasts, counts, kept, scored, start, n_out = [], [], [], [], 0, 0
-    for i, row in enumerate((targets != IGNORE).split(lengths)):
-        found = row.nonzero()[:, 0]
-        if not len(found):
-            raise InvalidInputError(f"row {i} has no label to learn but -100; leave it out")
-        first, last = int(found[0]), int(found[-1])
-        lasts.append(last + 1)
-        counts.append(last + 1 - first)
-        kept.append(torch.arange(start, start + last + 1))
-        scored.append(found - first + n_out)
-        start, n_out = start + lengths[i], n_out + counts[-1]
-    return pack_ends(lasts, counts), torch.cat(kept), torch.cat(scored)
-
-
-def _contexts(icae, rows):
-    return [icae.vocabulary.check_context(r, f"context {i}") for i, r in enumerate(rows)]
-
-
-def _lengths(icae, contexts, prompts):
-    """Lengths of the prompts, checked against contexts and positions."""
-    if len(contexts) != len(prompts):
-        raise InvalidInputError(
-            f"there are {len(contexts)} contexts and {len(prompts)} prompts; give one of each a row"
-        )
-    lengths = [len(p) for p in prompts]
-    if max(lengths) > icae.max_positions:
-        raise ContextTooLongError(
-            f"a prompt with its slots takes {max(lengths)} positions, but the base model has {icae.max_positions}; "
-            "shorten it, or set icae.max_positions higher if the base model extrapolates"
-        )
-    return lengths
-
-
-def unpad(rows: Rows, pad: int) -> list[torch.Tensor]:
-    """Rows without their trailing [PAD] ids, on the CPU.
-
-    Raises:
-        InvalidInputError: not (B, L) or a list of (L_i,), not integers, or no row.
-    """
-    stripped = []
-    for row in _integer_rows(rows, "ids"):
-        real = (row != pad).nonzero()
-        stripped.append(row[: int(real[-1]) + 1] if len(real) else row[:0])
-    return stripped
-
-
-def _integer_rows(rows: Rows, what: str) -> list[torch.Tensor]:
-    """The rows of a tensor or list as int64 on the CPU."""
-    listed = list(rows) if isinstance(rows, (torch.Tensor, Sequence)) else []
-    if not listed or any(not isinstance(r, torch.Tensor) or r.dim() != 1 or r.is_floating_point() for r in listed):
-        raise InvalidInputError(
-            f"{what} must be an integer tensor of shape (rows, length) or a list of one-row tensors"
-        )
-    return [row.to(device="cpu", dtype=torch.int64) for row in listed]
-
-
-def _with_slots(icae, prompts, slots):
-    """Embeddings of all prompts packed, each memory id replaced by the next slot of its own row."""
-    ids = torch.cat(prompts).to(icae.device)
-    vocabulary = icae.vocabulary
+def _with_slots(core: ICAECore, prompts: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the packed embeddings of all prompts, each memory id replaced by the next slot of its row."""
+    ids = torch.cat(prompts).to(core.device)
+    vocabulary = core.vocabulary
     for i, (row, own) in enumerate(zip(prompts, slots, strict=True)):
         n = int(vocabulary.is_memory(row).sum())
         if len(row) == 0 or n != len(own):
@@ -224,27 +225,11 @@ def _with_slots(icae, prompts, slots):
                 f"row {i} of prompt_answer_ids holds ids outside 0 to {vocabulary.ft}, or [PAD] before its end"
             )
     is_memory = vocabulary.is_memory(ids)
-    embeddings = icae.tokens_to_embeddings(ids)
+    embeddings = core.tokens_to_embeddings(ids)
     return embeddings.index_put((is_memory.nonzero(as_tuple=True)[0],), torch.cat(slots).to(embeddings))
 
 
-def _targets(labels, prompts, n_base):
-    """Labels shifted by one, packed like the prompts: the target of a row's last position is ignored."""
-    rows = _integer_rows(labels, "labels")
-    if len(rows) != len(prompts) or any(len(r) < len(p) for r, p in zip(rows, prompts, strict=False)):
-        raise InvalidInputError("labels must have the shape of prompt_answer_ids")
-    packed = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        if bool((row[len(prompt) :] != IGNORE).any()):
-            raise InvalidInputError("labels stand where prompt_answer_ids is padding; set them to -100")
-        packed.append(F.pad(row[1 : len(prompt)], (0, 1), value=IGNORE))
-    target = torch.cat(packed)
-    if bool(((target != IGNORE) & ((target < 0) | (target >= n_base))).any()):
-        raise InvalidInputError(f"labels must be -100 or ids from 0 to {n_base - 1}")
-    return target
-
-
-def _loss(logits, targets):
-    """Mean cross-entropy in fp32 (fp64 for fp64 logits), as the reference's `nn.CrossEntropyLoss`."""
+def _mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy in fp32 (fp64 for fp64 logits), as the reference's `nn.CrossEntropyLoss`."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, targets.to(logits.device), ignore_index=IGNORE)

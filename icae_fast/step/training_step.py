@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from icae_fast.backbone.rows import PackedRows, micro_batches, span_tokens_on
 from icae_fast.backbone.sharding import least_of_all
 from icae_fast.core.encoder import embed_spans, memory_tokens_of, scale_slots, slot_norm
-from icae_fast.core.spans import cut_contexts, slots_per_span
+from icae_fast.core.spans import CutContext, slots_per_span
 from icae_fast.errors import UnsupportedModelError
 from icae_fast.ops._precision import compute_dtype
 from icae_fast.step.budget import ActivationBudget, plan
 from icae_fast.step.tape import Level, backward_stack, forward_stack
 
 if TYPE_CHECKING:
-    from icae_fast.model.icae import ICAE
+    from icae_fast.core.core import ICAECore
 
 
 class TrainingStep:
@@ -34,7 +34,7 @@ class TrainingStep:
     one with the most micro-batches of spans; the others stand by.
 
     Args:
-        icae: the model.
+        core: the model.
         contexts: (L_i,) ids.
         decoder_tokens: packed tokens that `decode` will read.
         budget: what may be kept.
@@ -46,27 +46,28 @@ class TrainingStep:
 
     def __init__(
         self,
-        icae: ICAE,
+        core: ICAECore,
         contexts: Sequence[torch.Tensor],
         decoder_tokens: int,
         budget: ActivationBudget,
         memory_size: int | None = None,
     ) -> None:
-        k = slots_per_span(icae.config, memory_size)
-        self.icae, self.budget, self.memory_size = icae, budget, k
-        spans, span_counts = cut_contexts(contexts, icae.config)
+        k = slots_per_span(core.config, memory_size)
+        self.core, self.budget, self.memory_size = core, budget, k
+        cuts = [CutContext.of(ids, core.config).spans() for ids in contexts]
+        spans = [span for cut in cuts for span in cut]
         sizes = [len(s) + k for s in spans]
-        ranges = list(micro_batches(sizes, span_tokens_on(icae.device, budget.span_tokens)))
+        ranges = list(micro_batches(sizes, span_tokens_on(core.device, budget.span_tokens)))
         self.batches = [[spans[i] for i in r] for r in ranges]
-        self.slot_counts = [n * k for n in span_counts]
-        self.plain = icae.backbone.is_plain_stack(icae.base_model.get_input_embeddings().weight)
-        sharded = icae.backbone.is_sharded
+        self.slot_counts = [len(cut) * k for cut in cuts]
+        self.plain = core.backbone.is_plain_stack(core.base_model.get_input_embeddings().weight)
+        sharded = core.backbone.is_sharded
         # Autograd would keep gathered weights, which the tape does not.
         self.keep_all = not torch.is_grad_enabled() or (budget.bytes is None and not sharded)
         self.plan = None
         if self.plain and not self.keep_all:
             tokens = [sum(sizes[i] for i in r) for r in ranges]
-            self.plan = plan(budget, icae.backbone, icae.dtype.itemsize, decoder_tokens, tokens)
+            self.plan = plan(budget, core.backbone, core.dtype.itemsize, decoder_tokens, tokens)
         elif sharded and not self.keep_all:
             raise UnsupportedModelError(
                 "the base model is sharded by FSDP2, and some of its layers are not what the kernels compute (another "
@@ -81,20 +82,20 @@ class TrainingStep:
         The second counts in the order of the backward, and is the least of the processes that run any again.
         """
         n, n_kept = len(self.batches), sum(_keeps(levels) for levels in self.plan.spans) if self.plan else 0
-        least = least_of_all([-n, n_kept if n_kept < n else sys.maxsize], self.icae.device)
+        least = least_of_all([-n, n_kept if n_kept < n else sys.maxsize], self.core.device)
         return -least[0], least[1]
 
     def encode(self) -> list[torch.Tensor]:
         """Slots of each context, (n_spans_i * k, d)."""
-        icae = self.icae
-        lora = icae.adapter.pack(icae.dtype)
-        norm = slot_norm(icae)
+        core = self.core
+        lora = core.adapter.pack(core.dtype)
+        norm = slot_norm(core)
         if self.plan:
             memory_tokens, factors = (
-                memory_tokens_of(icae, self.memory_size),
+                memory_tokens_of(core, self.memory_size),
                 (*(p.a for p in lora), *(p.b for p in lora)),
             )
-            slots = _Encode.apply(self, lora, norm, memory_tokens, icae.slot_gain, *factors)
+            slots = _Encode.apply(self, lora, norm, memory_tokens, core.slot_gain, *factors)
         else:
             slots = torch.cat([self._encode_by_autograd(spans, lora, norm) for spans in self.batches])
             self.stand_by_for_others()
@@ -103,16 +104,16 @@ class TrainingStep:
     def stand_by_for_others(self) -> None:
         """Take part in the forwards of other processes' micro-batches of spans, where this one has fewer."""
         for _ in range(len(self.batches), self.passes):
-            self.icae.backbone.stand_by(1)
+            self.core.backbone.stand_by(1)
 
     def _encode_by_autograd(self, spans, lora, norm):
-        icae = self.icae
+        core = self.core
 
         def run(weight, gain):
-            x, rows = embed_spans(icae, spans, weight[: self.memory_size].to(icae.dtype))
-            return scale_slots(icae.backbone.forward(x, rows, lora), norm, gain)
+            x, rows = embed_spans(core, spans, weight[: self.memory_size].to(core.dtype))
+            return scale_slots(core.backbone.forward(x, rows, lora), norm, gain)
 
-        return self._again(run, icae.memory_token_embed.weight, icae.slot_gain)
+        return self._again(run, core.memory_token_embed.weight, core.slot_gain)
 
     def decode(self, x: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """Final-normed hidden states that the frozen decoder gives at `rows.out_rows`, (Tq, d).
@@ -121,7 +122,7 @@ class TrainingStep:
             x: (T, d) embeddings.
             rows: their layout.
         """
-        backbone = self.icae.backbone
+        backbone = self.core.backbone
         if not self.plan:
             return self._again(lambda x: backbone.forward(x, rows), x)
         return backbone.final_norm(_Decode.apply(self, rows, x))
@@ -137,7 +138,7 @@ class TrainingStep:
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step, rows, x):
-        out, ctx.tape = forward_stack(step.icae.backbone, x, rows, None, step.plan.decoder, offload=step.budget.offload)
+        out, ctx.tape = forward_stack(step.core.backbone, x, rows, None, step.plan.decoder, offload=step.budget.offload)
         return out
 
     @staticmethod
@@ -169,7 +170,7 @@ class _Encode(torch.autograd.Function):
         step, runs = ctx.step, _used_up(ctx.runs)
         ctx.runs = None
         memory_tokens, gain, *factors = ctx.saved_tensors
-        everything = (Level.ALL,) * step.icae.backbone.n_layers
+        everything = (Level.ALL,) * step.core.backbone.n_layers
         parts = grad.split([len(spans) * len(memory_tokens) for spans in step.batches])
         sums = [None] * (2 + len(factors))
         # Micro-batches that kept something come first, to be rid of it.
@@ -177,9 +178,9 @@ class _Encode(torch.autograd.Function):
         for n_done in range(step.passes):
             i = order[n_done] if n_done < len(order) else None
             if n_done >= step.first_again and (i is None or runs[i]):
-                step.icae.backbone.stand_by(1)
+                step.core.backbone.stand_by(1)
             if i is None:
-                step.icae.backbone.stand_by(-1)
+                step.core.backbone.stand_by(-1)
                 continue
             hidden, tape = runs[i] or _run_spans(step, step.batches[i], ctx.lora, memory_tokens, everything)
             runs[i] = None
@@ -200,13 +201,13 @@ def _keeps(levels):
 
 
 def _run_spans(step, spans, lora, memory_tokens, levels):
-    x, rows = embed_spans(step.icae, spans, memory_tokens)
-    return forward_stack(step.icae.backbone, x, rows, lora, levels, offload=step.budget.offload)
+    x, rows = embed_spans(step.core, spans, memory_tokens)
+    return forward_stack(step.core.backbone, x, rows, lora, levels, offload=step.budget.offload)
 
 
 def _finish(step, hidden, norm, gain):
     """The last layer's hidden states to slots."""
-    return scale_slots(step.icae.backbone.final_norm(hidden), norm, gain)
+    return scale_slots(step.core.backbone.final_norm(hidden), norm, gain)
 
 
 def _finish_backward(step, hidden, norm, gain, grad):

@@ -46,7 +46,7 @@ def test_merged_weights_are_the_formula(make_icae, make_base):
     for base in (make_base(), make_base().bfloat16(), make_base().double()):
         icae = make_icae(base=base)
         for layer, factors, merged in zip(
-            base.model.layers, icae.adapter.layers, adapter_mode.merge(icae), strict=True
+            base.model.layers, icae.adapter.layers, adapter_mode.merge(icae.backbone, icae.adapter), strict=True
         ):
             a, wide = layer.self_attn, torch.float64
             delta = {p: 4.0 / 3 * factors[f"{p}_B"].to(wide) @ factors[f"{p}_A"].to(wide) for p in "qv"}
@@ -186,9 +186,12 @@ def test_dropout_without_gradients_is_fused(merged, random_ids):
 
 def test_autocast_does_not_narrow_the_merged_weights(make_icae):
     icae = make_icae()
-    exact = adapter_mode.merge(icae)
+    exact = adapter_mode.merge(icae.backbone, icae.adapter)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(a.weight, b.weight) for a, b in zip(adapter_mode.merge(icae), exact, strict=True))
+        assert all(
+            torch.equal(a.weight, b.weight)
+            for a, b in zip(adapter_mode.merge(icae.backbone, icae.adapter), exact, strict=True)
+        )
 
 
 def test_two_threads_compress_at_once(merged, random_ids):
@@ -225,7 +228,7 @@ def test_copies_and_pickles_keep_the_mode_and_not_the_weights(merged, random_ids
     ):  # fmt: skip
         assert (other.adapter_mode, other.adapter_mode_in_use) == ("merged", None)
         assert torch.equal(other.compress(ids)[0].slots, slots)
-    assert adapter_mode.merged_bytes(merged) == sum(m.weight.nbytes for m in merged.encoder_weights._held[1])
+    assert adapter_mode.merged_bytes(merged.backbone) == sum(m.weight.nbytes for m in merged.encoder_weights._held[1])
 
 
 def test_weights_can_be_let_go(merged, random_ids):
@@ -254,7 +257,7 @@ class TestAuto:
     @pytest.mark.parametrize("pays", [True, False])
     @pytest.mark.parametrize("memory", [0, 2**40])
     def test_it_pays_and_fits_or_is_fused(self, make_icae, monkeypatch, pays, memory):
-        monkeypatch.setattr(adapter_mode, "merging_pays", lambda icae: pays)
+        monkeypatch.setattr(adapter_mode, "merging_pays", lambda backbone, config: pays)
         monkeypatch.setattr(adapter_mode, "available_memory", lambda device: memory)
         icae = make_icae()
         icae.compress([5, 6, 7])

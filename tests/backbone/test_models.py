@@ -7,7 +7,8 @@ import torch
 from torch.func import functional_call
 from transformers import DynamicCache
 
-from icae_fast.backbone.stack import packed, packed_qkv
+from icae_fast.backbone.families.table import view_of
+from icae_fast.backbone.packing import packed, packed_qkv
 from icae_fast.core.spans import span_lengths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,9 +149,10 @@ def test_layers_without_a_window_have_none(make_icae):
 
 
 def test_packed_weights_share_memory_with_the_modules(make_base, model_kind):
-    attention = make_base(model_kind).model.layers[0].self_attn
+    base = make_base(model_kind)
+    attention, layer = base.model.layers[0].self_attn, view_of(base).layer(0)
     values = [p.detach().clone() for m in (attention.q_proj, attention.k_proj, attention.v_proj) for p in [m.weight]]
-    weight, bias = packed_qkv(attention)
+    weight, bias = packed_qkv(layer)
     assert torch.equal(weight, torch.cat(values))
     assert (bias is None) == (attention.q_proj.bias is None)
     with torch.no_grad():
@@ -160,7 +162,7 @@ def test_packed_weights_share_memory_with_the_modules(make_base, model_kind):
     row = attention.q_proj.weight.shape[0] + 1
     assert (weight[row] == 7.0).all()
     assert bias is None or (bias[-attention.v_proj.bias.shape[0] :] == 3.0).all()
-    again, _ = packed_qkv(attention)
+    again, _ = packed_qkv(layer)
     assert again.data_ptr() == weight.data_ptr() == attention.q_proj.weight.data_ptr()
 
 

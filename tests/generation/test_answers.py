@@ -180,8 +180,16 @@ def test_restoring_takes_the_same_options(icae, memory):
 
 
 def test_the_docstring_names_every_option():
+    from icae_fast.generation import writing
     from icae_fast.generation.sampling import GenerationOptions
-    from icae_fast.generation.writing import GenerationMixin
 
     for name in inspect.signature(GenerationOptions).parameters:
-        assert f"`{name}`" in GenerationMixin.__doc__
+        assert f"`{name}`" in writing.__doc__
+
+
+def test_keyword_types_are_the_options():
+    from dataclasses import fields
+
+    from icae_fast.generation.sampling import GenerationKwargs, GenerationOptions
+
+    assert list(GenerationKwargs.__annotations__) == [f.name for f in fields(GenerationOptions)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from helpers.kv import assert_path, hf_path
+from icae_fast.generation.memory_kv import memory_pieces
 from icae_fast.kv.segments import DecoderRows
-from icae_fast.kv.slots import memory_pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

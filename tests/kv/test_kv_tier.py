@@ -8,7 +8,7 @@ import torch
 
 from helpers.store import file_of, memory_for
 from icae_fast import MemoryStore, SlotKV, errors
-from icae_fast.kv.slots import memory_pieces
+from icae_fast.generation.memory_kv import memory_pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,17 +1,16 @@
 """`bind_decode_step` gives what `decode_step` gives, and refuses what cannot be right."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 
-from icae_fast.ops import REGISTRY, bind_decode_step, decode_step
+from icae_fast.ops import REGISTRY, StepCache, StepWeights, bind_decode_step, decode_step
 
 decode_step_module = sys.modules["icae_fast.ops.decode_step"]  # the package gives the function by this name
 
 SPEC = REGISTRY["decode_step"]
-WEIGHTS = ("embedding", "norms", "matrices", "biases", "qk_norms", "head")
-SETTINGS = ("num_q_heads", "num_kv_heads", "scale", "norm_eps", "windows")
 
 
 def make(name, dtype):
@@ -30,13 +29,20 @@ def read_lengths(inputs):
     return read
 
 
+def weights_of(inputs):
+    return StepWeights(**{f.name: inputs[f.name] for f in dataclasses.fields(StepWeights)})
+
+
+def cache_of(inputs):
+    return StepCache(
+        inputs["tail_keys"], inputs["tail_values"], inputs["prefix_keys"], inputs["prefix_values"],
+        inputs["prefix_rows"],
+    )  # fmt: skip
+
+
 def bind(inputs, cos, sin, **changes):
     given = inputs | changes
-    return bind_decode_step(
-        *(given[n] for n in WEIGHTS), cos, sin, given["tail_keys"], given["tail_values"],
-        given["tail_starts"].tolist(), given["prefix_keys"], given["prefix_values"], given["prefix_rows"],
-        **{n: given[n] for n in SETTINGS},
-    )  # fmt: skip
+    return bind_decode_step(weights_of(given), cos, sin, cache_of(given), given["tail_starts"].tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,7 +55,10 @@ def test_it_equals_the_op(name, dtype):
     lengths = inputs["tail_lengths"].tolist()
     positions = torch.tensor([r + n - 1 for r, n in zip(read_lengths(inputs), lengths, strict=True)], dtype=torch.int64)
     caches = {n: inputs[n].clone() for n in ("tail_keys", "tail_values")}
-    expected = decode_step(**(inputs | {"cos": cos[positions], "sin": sin[positions]}))
+    expected = decode_step(
+        inputs["tokens"], weights_of(inputs), cos[positions], sin[positions], cache_of(inputs), inputs["tail_starts"],
+        inputs["tail_lengths"],
+    )  # fmt: skip
     step = bind(inputs | caches, cos, sin)
     for _ in range(2):  # the second time finds the key and value that the first one wrote, and writes the same
         torch.testing.assert_close(step.step(inputs["tokens"], lengths), expected, rtol=0, atol=0)

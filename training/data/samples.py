@@ -53,7 +53,7 @@ class SampleLayout:
         self.max_positions = icae.max_positions
         if not self.eos_token_ids:
             raise ConfigError("neither the base model nor its tokenizer has an EOS token, which ends what is learned")
-        self._before, (self._ft, *self._behind) = prompts.prompt_ids(
+        self._before, (self._ft, *self._behind) = prompts.layout_ids(
             [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids
         )
 

@@ -10,7 +10,8 @@ from torch import nn
 from icae_fast import ICAE
 from icae_fast.core.spans import slots_per_span
 from icae_fast.step.budget import ActivationBudget
-from icae_fast.step.loss import IGNORE, Teacher
+from icae_fast.step.labels import IGNORE
+from icae_fast.step.loss import Teacher
 from icae_fast.step.training_step import TrainingStep
 from icae_fast.training.methods.batch import Batch
 from icae_fast.training.methods.curriculum import ALONE, CODE, WARM

@@ -30,7 +30,7 @@ from icae_fast.errors import CheckpointError, NonFiniteError
 from icae_fast.io.checkpoints import TENSORS_FILE, read_header, write_adapter
 from icae_fast.io.files import load_tensors
 from icae_fast.io.identity import base_identity, compare_identities, tensors_hash
-from icae_fast.step.loss import IGNORE
+from icae_fast.step.labels import IGNORE
 from icae_fast.training.loop.checkpoint_folder import (
     OPTIMIZER_FILE,
     PROGRESS_FILE,

@@ -29,7 +29,7 @@ from icae_fast.backbone.rows import micro_batches, pack_ends
 from icae_fast.backbone.sharding import least_of_all
 from icae_fast.core.inputs import is_int
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
-from icae_fast.step.loss import IGNORE
+from icae_fast.step.labels import IGNORE
 from icae_fast.training.methods.batch import Batch
 from icae_fast.training.methods.curriculum import check_keys
 from icae_fast.training.methods.objectives import OBJECTIVES, Objective

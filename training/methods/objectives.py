@@ -21,7 +21,7 @@ from icae_fast import ICAE, ICAEConfig
 from icae_fast.core.inputs import Vocabulary
 from icae_fast.core.spans import count_spans, slots_per_span
 from icae_fast.errors import InvalidInputError
-from icae_fast.step.loss import IGNORE
+from icae_fast.step.labels import IGNORE
 
 MIN_TOKENS_FOR_LM = 64
 LEAVE_TOKENS_FOR_LM = 8

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.step.budget import ActivationBudget
-from icae_fast.step.loss import IGNORE, Teacher
+from icae_fast.step.labels import IGNORE
+from icae_fast.step.loss import Teacher
 from icae_fast.training.methods.batch import pack
 from icae_fast.training.methods.distill import Distillation, distillation_loss, teacher_hidden, teacher_rows
 from icae_fast.training.methods.objectives import (
