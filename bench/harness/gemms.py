@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from icae_fast import ICAE
-from icae_fast.backbone.rows import micro_batches
 from icae_fast.backbone.packing import packed_qkv
+from icae_fast.backbone.rows import micro_batches
 
 Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m, k) times (k, n) into (m, n)
 

@@ -45,7 +45,7 @@ class LoRAAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A from a Kaiming uniform distribution (a = sqrt(5)) and set B to zero, so B A = 0 (LoRA, section 4.1)."""
+        """Draw A by Kaiming's uniform rule (a = sqrt(5)) and zero B, so that B A = 0 (LoRA, section 4.1)."""
         for layer in self.layers:
             for p in PROJECTIONS:
                 nn.init.kaiming_uniform_(layer[f"{p}_A"], a=math.sqrt(5))

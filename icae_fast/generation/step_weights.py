@@ -22,8 +22,8 @@ def step_weights(backbone: Backbone) -> StepWeights | None:
     """Return the weights of a token step, or None where `decode_step` does not compute what the model's modules do.
 
     It does not for activations other than SiLU, layers without RoPE, hooks, weights in several dtypes, sharded weights,
-    parameters that require a gradient, a head with a bias, and devices without a kernel of the whole step. Decoding then
-    runs the stack layer by layer.
+    parameters that require a gradient, a head with a bias, and devices without a kernel of the whole step. Decoding
+    then runs the stack layer by layer.
     """
     view = backbone.view
     like = view.embedding.weight

@@ -59,7 +59,7 @@ class TestModels:
         wrapped = peft.get_peft_model(make_base(), peft.LoraConfig(target_modules=["q_proj"]))
         for model in (wrapped, wrapped.get_base_model()):
             with pytest.raises(
-                errors.UnsupportedModelError, match=r"PEFT adapters; pass what `model.unload\(\)` gives"
+                errors.UnsupportedModelError, match=r"PEFT adapters; pass the model that `model.unload\(\)`"
             ):
                 ICAE.from_base(model)
         assert make_icae(base=wrapped.unload()).compress([5])[0].n_slots == 4

@@ -45,7 +45,8 @@ def decode_step(
     Returns:
         (R, V') logits in the compute dtype.
     """
-    return torch.ops.icae_fast.decode_step(*StepArguments.of(weights, cos, sin, cache, tail_starts, tokens, tail_lengths))
+    arguments = StepArguments.of(weights, cos, sin, cache, tail_starts, tokens, tail_lengths)
+    return torch.ops.icae_fast.decode_step(*arguments)
 
 
 class BoundStep(Protocol):

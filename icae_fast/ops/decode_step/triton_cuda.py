@@ -28,7 +28,7 @@ def _split_heads(
     qkv, qk_norm, cos, sin, q, keys, values, tail_starts, tail_lengths, eps, key_stride, key_head_stride, value_stride,
     value_head_stride, HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Norm and RoPE of one head of one row; writes queries to q, keys and values to the last place of the row's tail."""
+    """Norm and RoPE of one head of one row; stores queries in q, keys and values at the end of the row's tail."""
     row, head = tl.program_id(0), tl.program_id(1)
     place = (tl.load(tail_starts + row) + tl.load(tail_lengths + row) - 1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
