@@ -7,7 +7,7 @@ import torch
 
 from icae_fast.ops import EXTENSION_ERROR, fingerprint
 from icae_fast.ops._declare import interpreted
-from icae_fast.ops.fingerprint import _fingerprint_torch
+from icae_fast.ops.fingerprint import ref
 
 SIZES = (1, 7, 64, 1000, 70_001)
 
@@ -20,8 +20,8 @@ FLIPS = 8 if interpreted() else 60  # one takes the interpreter 30 ms
 @pytest.fixture(params=WAYS)
 def digest(request):
     if request.param == "triton":
-        return importlib.import_module("icae_fast.ops.triton_cuda_fingerprint").fingerprint
-    return fingerprint if request.param == "cpp" else _fingerprint_torch
+        return importlib.import_module("icae_fast.ops.fingerprint.triton_cuda").fingerprint
+    return fingerprint if request.param == "cpp" else ref.fingerprint
 
 
 def random(*shape, dtype=torch.float32, seed=0):
