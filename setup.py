@@ -1,4 +1,4 @@
-"""Builds `icae_fast._C` from csrc/; everything else about the package is in pyproject.toml.
+"""Build `icae_fast._C` from csrc/; everything else about the package is in pyproject.toml.
 
 `pip install --no-build-isolation .` installs with the C++ kernels; with ICAE_FAST_BUILD=0 in the environment
 it installs pure Python, which runs on the plain-torch reference. ICAE_FAST_SANITIZE=address,undefined (or one of
@@ -14,18 +14,22 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+SLOW = (
+    "icae_fast: ninja is not found, so the C++ kernels are compiled one file at a time, which takes nine "
+    "minutes or so; stop and run `pip install ninja` first to compile on all cores"
+)
 WITHOUT = "set ICAE_FAST_BUILD=0 to install without the C++ kernels, on the slow plain-torch reference"
 
 # OpenMP is torch's: at::parallel_for is inlined into the ops and needs the flag to compile, but linking with it
 # could bring in a second thread pool beside the one in torch/lib, so on Linux with GCC only the symbols are used.
 OPENMP = {"Linux": ["-fopenmp"]}.get(platform.system(), [])
-# Contraction to fused multiply-adds is what the kernels count on. No -march: each kernels/unit_*.cpp says itself
-# which instructions it may use.
+# The kernels rely on contraction to fused multiply-adds. No -march: each kernels/unit_*.cpp selects its own
+# instruction set.
 COMPILE = ["-O3", "-g0", "-falign-loops=64", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden"]
 COMPILE += ["-Wall", "-Wextra"]
-# GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes.
+# GCC 12 warns about the undefined operands inside its own AVX-512 intrinsics.
 COMPILE += ["-Wno-maybe-uninitialized", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
-# These come after Python's own flags too: under its -fwrapv no integer overflow would be a mistake.
+# These come after Python's own flags: its -fwrapv would make every integer overflow defined.
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", "-fno-sanitize-recover=undefined"]
 
 
@@ -34,23 +38,39 @@ def is_clang(compiler):
 
 
 def found(pattern):
-    """Files of csrc/, relative to this one: setuptools refuses absolute paths."""
+    """Return the files of csrc/, at any depth, relative to this one: setuptools refuses absolute paths."""
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(pattern))
 
 
 def sanitizers():
-    """What ICAE_FAST_SANITIZE asks for."""
-    asked = os.environ.get("ICAE_FAST_SANITIZE", "")
-    if asked not in ("", "address", "undefined", "address,undefined"):
-        sys.exit(f"icae_fast: ICAE_FAST_SANITIZE is {asked!r}; it may be address, undefined or address,undefined.")
-    return asked
+    """Return the sanitizers that ICAE_FAST_SANITIZE requests."""
+    requested = os.environ.get("ICAE_FAST_SANITIZE", "")
+    if requested not in ("", "address", "undefined", "address,undefined"):
+        sys.exit(f"icae_fast: ICAE_FAST_SANITIZE is {requested!r}; it may be address, undefined or address,undefined.")
+    return requested
+
+
+def build_command():
+    """Return torch's build_ext, which warns if the build will be slow."""
+    from torch.utils.cpp_extension import BuildExtension, is_ninja_available
+
+    class Build(BuildExtension):
+        def run(self):
+            # A virtual environment that is not activated has its own ninja, but not on PATH.
+            os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+            if not is_ninja_available():
+                print(SLOW, file=sys.stderr)
+                self.use_ninja = False
+            super().run()
+
+    return Build.with_options(no_python_abi_suffix=False)
 
 
 def extension():
-    """The extension and the command that builds it."""
+    """Return the arguments of `setup` for the extension and the command that builds it."""
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import CppExtension
     except ImportError as error:
         sys.exit(
             f"icae_fast: the C++ kernels are built against torch, which this Python cannot import ({error}); install "
@@ -62,7 +82,7 @@ def extension():
             f"icae_fast: there is no C++ compiler ({compiler!r} is not found); install one with C++20 such as "
             f"g++ 11, or {WITHOUT}."
         )
-    # Checks carry their file's name into the library, which then would differ from folder to folder.
+    # Checks embed their file's path, which would make the library differ from folder to folder.
     paths = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
     sanitized = sanitizers()
     sanitize = [f"-fsanitize={sanitized}", f'-DICAE_FAST_SANITIZE="{sanitized}"', *SANITIZE] if sanitized else []
@@ -74,7 +94,7 @@ def extension():
         extra_compile_args={"cxx": COMPILE + paths + sanitize},
         extra_link_args=(["-fopenmp"] if OPENMP and is_clang(compiler) else []) + sanitize[:1],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build_command()}}
 
 
 def packages():

@@ -1,6 +1,12 @@
-"""Benchmarks: the baseline, the latency table, and pytest-benchmark suites (`bench_*.py`).
+"""Benchmarks, run from a checkout.
 
-`icae_fast.benchmark.baseline` and `icae_fast.benchmark.latency` are also used by `icae-fast bench latency` and the
-demo, so nothing that
-they import needs pytest.
+* `harness`: shapes and workloads, providers, comparisons and targets.
+* `suites`: the pytest-benchmark suites, `bench_*.py`.
+* `kernels`: Triton kernels compiled for absent GPUs, and a cost model of them.
+* `gpu`: checks and timings on an NVIDIA GPU.
+* `quality`: accuracy of slots.
+* `rivals`: other systems.
+
+The baseline, the timing tools and the latency table are in `icae_fast.benchmark`, because `icae-fast bench latency`
+needs them too.
 """

@@ -1,18 +1,20 @@
-"""Glue between pytest-benchmark and `bench.harness.compare`.
+"""Options and fixtures that connect pytest-benchmark with `bench.harness.compare`.
 
-pytest bench                              the real sizes; writes docs/results/SUITE-MACHINE.json
-pytest bench --workload big               more and larger ones
-pytest bench --benchmark-disable          each benchmark once, checked and untimed, at small sizes
-pytest bench/suites/bench_encode.py -k 4x512     some of them; nothing is written
-pytest bench/suites/bench_encode*.py             the suite of compressing; targets stand at the end
-pytest bench/suites/bench_decode*.py             the suite of answering, likewise
-pytest bench/suites/bench_train*.py              the suite of training, likewise
+pytest bench                                   real sizes; writes docs/results/SUITE-MACHINE.json
+pytest bench --workload big                    more and larger sizes
+pytest bench --benchmark-disable               every benchmark once, checked but not timed, at small sizes
+pytest bench/suites/bench_encode.py -k 4x512   a selection; writes nothing
+pytest bench/suites/bench_encode*.py           compressing; prints the figures next to their targets
+pytest bench/suites/bench_decode*.py           answering, likewise
+pytest bench/suites/bench_train*.py            training, likewise
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,33 +35,37 @@ from bench.harness.shapes import (
 from bench.harness.targets import render
 from icae_fast.benchmark.machine import REPOSITORY, Bounds, describe_machine
 
-ROWS = pytest.StashKey[list]()
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--workload` and `--results`."""
     group = parser.getgroup("bench")
-    group.addoption("--workload", choices=sorted(WORKLOADS), help="Sizes; real, or small with --benchmark-disable.")
+    group.addoption(
+        "--workload", choices=sorted(WORKLOADS), help="Sizes (default: real, or small with --benchmark-disable)."
+    )
     group.addoption(
         "--results", type=Path, default=REPOSITORY / "docs" / "results", help="Folder for the JSON results."
     )
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect `bench_*.py`, and keep inductor's cache in the repository."""
     config.addinivalue_line("python_files", "bench_*.py")
-    # Inductor would write into the system's temporary folder, and compile again after a restart.
+    # By default inductor writes into the system's temporary folder and compiles again after a restart.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPOSITORY / ".cache" / "inductor"))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    """The measured figures beside the targets."""
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the measured figures next to their targets."""
     rows = config.stash.get(ROWS, [])
     if rows and (table := render(describe_machine(), rows)):
         terminalreporter.section("targets")
         terminalreporter.write_line(table)
 
 
-def pytest_generate_tests(metafunc):
-    """Some arguments stand for each case of the chosen workload."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise the arguments that stand for a case with all cases of the chosen workload."""
     disabled = metafunc.config.getoption("benchmark_disable")
     workload = metafunc.config.getoption("--workload") or ("small" if disabled else "real")
     arguments = {
@@ -74,7 +80,7 @@ def pytest_generate_tests(metafunc):
         "overfit_case": OVERFIT_WORKLOADS[workload],
     }
     for argument, chosen in arguments.items():
-        if argument in metafunc.fixturenames:  # session scope makes pytest run all that needs one model in a row
+        if argument in metafunc.fixturenames:  # with session scope, pytest runs all cases of one model in a row
             metafunc.parametrize(argument, chosen, ids=[c.name for c in chosen], scope="session")
     for argument, workloads in (("growing", GROWTH_WORKLOADS), ("lengthening", STEP_MEMORY_WORKLOADS)):
         if argument in metafunc.fixturenames:
@@ -83,21 +89,23 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="session")
-def machine():
-    """What the run is on."""
+def machine() -> dict[str, Any]:
+    """Return the machine, versions and commit of this run."""
     return describe_machine()
 
 
 @pytest.fixture(scope="session")
-def bounds():
-    """The bounds, measured before and after every comparison."""
+def bounds() -> Bounds:
+    """Return the bounds, which every comparison measures again before and after its timing."""
     return Bounds()
 
 
 @pytest.fixture(scope="session")
-def outcomes(request, machine, bounds):
-    """Outcomes of each file; written at the end of a timed run in which every benchmark took part and passed."""
-    files: dict[Path, list] = {}
+def outcomes(
+    request: pytest.FixtureRequest, machine: dict[str, Any], bounds: Bounds
+) -> Iterator[dict[Path, list[Any]]]:
+    """Yield the outcomes by file, and write every suite of which all benchmarks ran timed and passed."""
+    files: dict[Path, list[Any]] = {}
     yield files
     config, collected = request.config, {item.path for item in request.session.items}
     partial = (
@@ -110,7 +118,7 @@ def outcomes(request, machine, bounds):
         return
     config.stash[ROWS] = [outcome.row(bounds) for found in files.values() for outcome in found]
     for suite in {} if partial else dict.fromkeys(map(suite_of, files)):
-        # A suite may lie in several files, `bench_SUITE.py` and `bench_SUITE_*.py`; without one it is not whole.
+        # A suite may have several files, `bench_SUITE.py` and `bench_SUITE_*.py`; all must have run.
         members = [path for path in files if suite_of(path) == suite]
         neighbours = {path for path in members[0].parent.glob("bench_*.py") if suite_of(path) == suite}
         if neighbours <= collected:
@@ -120,13 +128,19 @@ def outcomes(request, machine, bounds):
 
 
 def suite_of(path: Path) -> str:
-    """The suite that a file of benchmarks belongs to: "encode" for `bench_encode_shapes.py`."""
+    """Return the suite of a benchmark file, e.g. "encode" for `bench_encode_shapes.py`."""
     return path.stem.split("_")[1]
 
 
 @pytest.fixture
-def compare(request, benchmark, machine, bounds, outcomes):
-    """A `bench.harness.compare.Compare` for one benchmark; see there."""
+def compare(
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    machine: dict[str, Any],
+    bounds: Bounds,
+    outcomes: dict[Path, list[Any]],
+) -> Iterator[Compare]:
+    """Yield the `Compare` of one benchmark and collect its outcome."""
     limits = [request.config.getoption(f"benchmark_{name}") for name in ("min_rounds", "max_time")]
     comparison = Compare(benchmark, bounds, machine, limits[0], float(limits[1]))
     yield comparison

@@ -1,5 +1,5 @@
-// The Python module icae_fast._C. The ops are registered by the files in ops/ when the library is loaded; the
-// module itself only tells what was built and what runs.
+// The Python module icae_fast._C. The files in ops/ register the ops when the library is loaded; the module itself
+// reports what was built and which unit runs.
 #include <Python.h>
 #include <torch/version.h>
 
@@ -37,7 +37,8 @@ PyObject* cpu_features(PyObject*, PyObject*) { return to_list(icae_fast::cpu_fea
 
 PyObject* runnable_isas(PyObject*, PyObject*) { return to_list(icae_fast::runnable_isas()); }
 
-// Asks Linux for huge pages under memory that nobody has touched yet. Only a hint: what comes of it is not told.
+// Advise Linux to use huge pages for memory that has not been touched yet. It is only a hint: failure is not
+// reported.
 PyObject* prefer_huge_pages(PyObject*, PyObject* arguments) {
   unsigned long long address = 0, bytes = 0;
   if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
@@ -73,10 +74,10 @@ PyObject* build_info(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Name of the instruction set whose kernels run."},
-    {"cpu_features", cpu_features, METH_NOARGS, "The CPU's features that matter here and that the OS permits."},
-    {"runnable_isas", runnable_isas, METH_NOARGS, "Those of the build's instruction sets that this CPU can run."},
+    {"cpu_features", cpu_features, METH_NOARGS, "The CPU's features that kernels here use and the OS enables."},
+    {"runnable_isas", runnable_isas, METH_NOARGS, "The instruction sets of this build that this CPU can run."},
     {"prefer_huge_pages", prefer_huge_pages, METH_VARARGS,
-     "prefer_huge_pages(address, nbytes): ask for huge pages under memory that is not touched yet."},
+     "prefer_huge_pages(address, nbytes): advise huge pages for memory that has not been touched yet."},
     {"build_info", build_info, METH_NOARGS,
      "Compiler, torch version, sanitizers and instruction sets of this build."},
     {nullptr, nullptr, 0, nullptr},
@@ -92,7 +93,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           nullptr,
                           nullptr};
 
-// A wrong ICAE_FAST_ISA must not pass for a missing build, which is an ImportError and tolerated.
+// Raise BackendError for a wrong ICAE_FAST_ISA. An ImportError would look like a missing build, which is tolerated.
 void raise_backend_error(const char* message) {
   PyObject* errors = PyImport_ImportModule("icae_fast.errors");
   PyObject* type = errors == nullptr ? nullptr : PyObject_GetAttrString(errors, "BackendError");

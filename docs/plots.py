@@ -1,4 +1,4 @@
-"""Draws plots from docs/results anew, beside the figures: `python -m docs.plots`."""
+"""Draw every plot of docs/results from the published figures: `python -m docs.plots`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from docs.overview import OVERVIEW, comparisons, draw_overview
 from docs.tables import RESULTS, plot_name
 
 OURS, BASELINE = "icae_fast", "baseline"
@@ -24,11 +26,11 @@ NAMES = {OURS: "icae_fast", BASELINE: "baseline (the reference's way)"}
 
 
 def step_memory(result: dict[str, Any], path: Path) -> None:
-    """Peak memory of a training step against the context, both axes logarithmic; extrapolated points are hollow.
+    """Draw the peak memory of a training step against its context, on two log axes; extrapolated points are hollow.
 
     Args:
-        result: of `bench-train`, with a row of memory.
-        path: without an ending; `.png` and `.svg` are written.
+        result: results of `make bench-train` that hold a row with `memory`.
+        path: output path without a suffix; `.png` and `.svg` are written.
     """
     row = next(row for row in result["rows"] if "memory" in row)
     with _figure(path) as axes:
@@ -50,9 +52,9 @@ def step_memory(result: dict[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def _figure(path: Path) -> Iterator[Any]:
-    """Axes to draw on, written as `.png` and `.svg` afterwards."""
-    # Text as text, and nothing of the time of drawing: the same figures give the same file.
+def _figure(path: Path) -> Iterator[Axes]:
+    """Yield axes to draw on, and write them as `.png` and `.svg` afterwards."""
+    # Text stays text and the date is left out, so that the same figures give the same file.
     with plt.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.size": 11}):
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         yield axes
@@ -62,12 +64,12 @@ def _figure(path: Path) -> Iterator[Any]:
 
 
 def adapter_curves(result: dict[str, Any], path: Path) -> None:
-    """Accuracy over the runs that an adapter was trained in, and those that led nowhere.
+    """Draw the accuracy of an adapter over its training runs, discarded runs included.
 
     Args:
-        result: its `runs`: each has a `name`, `points` and `held_out`, both lists of (core hours, accuracy), and
-            `failed`, which says that nothing was kept of it; `xlabel` and `ylabel` where they are others.
-        path: without an ending; `.png` and `.svg` are written.
+        result: has `runs`, each with a `name`, `points` and `held_out` (lists of (core hours, accuracy)) and `failed`
+            (true if nothing of the run was kept); `xlabel` and `ylabel` override the axis labels.
+        path: output path without a suffix; `.png` and `.svg` are written.
     """
     with _figure(path) as axes:
         dashes = cycle(["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))])
@@ -85,13 +87,13 @@ def adapter_curves(result: dict[str, Any], path: Path) -> None:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=2, frameon=False, fontsize=7)
 
 
-def _line(axes, name, found):
+def _line(axes: Axes, name: str, found: dict[str, Any]) -> None:
     points, color = found["points"], COLORS[name]
     measured = [p for p in points if not p["extrapolated"]]
     rest = [p for p in points if p["extrapolated"]]
     label = f"{NAMES[name]}, {found['bytes_per_token'] / 1e3:,.0f} KB a context token"
 
-    def draw(chosen, **style):
+    def draw(chosen: list[dict[str, Any]], **style: Any) -> None:
         axes.plot([p["tokens"] for p in chosen], [p["peak_mb"] / 1e3 for p in chosen], color=color, **style)
 
     draw(measured, marker="o", label=label)
@@ -101,7 +103,9 @@ def _line(axes, name, found):
 
 
 def main() -> None:
-    """Draw for every `train-*.json` that has a row of memory, and every `adapter-*.json`."""
+    """Draw the overview, every `train-*.json` that holds a memory row, and every `adapter-*.json`."""
+    if bars := comparisons(RESULTS):
+        draw_overview(bars, RESULTS / OVERVIEW.name)
     for results in sorted(RESULTS.glob("train-*.json")):
         result = json.loads(results.read_text())
         if any("memory" in row for row in result["rows"]):

@@ -1,29 +1,31 @@
-"""Writes generated tables anew: `python -m docs.tables README.md docs/kernels.md`.
+"""Regenerate the tables of Markdown pages: `python -m docs.tables README.md docs/*.md`.
 
-A table stands between `<!-- table:NAME -->` and `<!-- end -->`. What ops there are, on which devices and
-in which dtypes comes from the op specs alone, and figures from docs/results, so the README cannot say else.
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`, on any page. The table of ops is generated from the op
+specs and figures are read from docs/results, so no page can disagree with them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.kernels.tables import kernels_table, paper_tables
+from bench.kernels.tables import kernels_table, prediction_tables
 from icae_fast.ops import REGISTRY, OpSpec
 
 RESULTS = Path(__file__).parent / "results"
+LINK = "results:"  # before the name of a file in docs/results; `fill` makes it a path relative to the page
 
-# Device that each backend serves; a device without a compiled backend of its own is served by the reference.
-DEVICES = {"reference": "without a kernel", "cpp": "CPU", "triton": "CUDA", "cublas": "CUDA"}
+# Device served by each backend. A device without a compiled backend falls back to the reference.
+DEVICES = {"reference": "any", "cpp": "CPU", "triton": "CUDA", "cublas": "CUDA"}
 
 
 def ops_table() -> str:
-    """Op by backend by device by dtype, from the specs."""
+    """Return the ops with their backends, devices and dtypes, read from the specs."""
     lines = ["| op | backend | device | dtypes | gradient |", "| --- | --- | --- | --- | --- |"]
     for spec in REGISTRY.values():
         for backend, dtypes in spec.dtypes.items():
@@ -35,11 +37,11 @@ def ops_table() -> str:
 
 
 def _gradient(spec: OpSpec) -> str:
-    return ", ".join(f"`{n}`" for n in spec.differentiable) or "is one"
+    return ", ".join(f"`{n}`" for n in spec.differentiable) or "none"
 
 
 def latency_tables() -> str:
-    """Every `latency-*.json` under docs/results, each with what it was measured on."""
+    """Return a table for each `latency-*.json`, with the machine it was measured on."""
     return "\n\n".join(_latency(json.loads(p.read_text())) for p in sorted(RESULTS.glob("latency-*.json")))
 
 
@@ -53,7 +55,7 @@ def _latency(result: dict[str, Any]) -> str:
         f"{threads} threads, {isa}, torch {versions['torch']}, commit {commit[:8]}; medians of {sizes['rounds']} "
         "interleaved rounds:",
         "",
-        "| | compress, s | first token, s | ms a token | total, s | peak over the weights, MB | times as fast as the baseline |",  # noqa: E501
+        "| | compress, s | first token, s | ms per token | total, s | peak above the weights, MB | times as fast as the baseline |",  # noqa: E501
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
@@ -66,7 +68,7 @@ def _latency(result: dict[str, Any]) -> str:
 
 
 def encode_tables() -> str:
-    """Every `encode-*.json` under docs/results: how many times as fast as the others, and how near to bare GEMMs."""
+    """Return a table for each `encode-*.json`: speedups over the other encoders, and time over bare GEMMs."""
     return "\n\n".join(_encode(json.loads(p.read_text())) for p in sorted(RESULTS.glob("encode-*.json")))
 
 
@@ -75,12 +77,12 @@ def _encode(result: dict[str, Any]) -> str:
         f"Compressing, {result['machine']['cpu']}, {result['machine']['threads']} threads, {result['machine']['isa']}, "
         f"commit {result['machine']['commit'][:8]}; medians of ratios between neighbouring calls:",
         "",
-        "| documents | over baseline | over compiled | over compiled frozen | time over GEMMs | of the GEMM rate |",
+        "| documents | over baseline | over compiled | over compiled frozen | time over GEMMs | of GEMM rate |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
         over = row.get("speedup_over", {})
-        if "baseline" in over:  # other rows are of attention alone, and of growth
+        if "baseline" in over:  # the other rows are those of attention and of growth
             ratios = [over.get(n) for n in ("baseline", "merged compiled", "merged compiled frozen")]
             cells = ["-" if r is None else f"{r['median']:.3g}" for r in (*ratios, row.get("time_over_gemms"))]
             rate = row["rates"]["icae_fast"]["fraction_of_bound"]
@@ -89,7 +91,7 @@ def _encode(result: dict[str, Any]) -> str:
 
 
 def decode_tables() -> str:
-    """Every `decode-*.json` under docs/results: answering against transformers, the baseline and the bandwidth."""
+    """Return a table for each `decode-*.json`: answering against transformers, the baseline and the bandwidth."""
     return "\n\n".join(_decode(json.loads(p.read_text())) for p in sorted(RESULTS.glob("decode-*.json")))
 
 
@@ -99,7 +101,7 @@ def _decode(result: dict[str, Any]) -> str:
         f"commit {result['machine']['commit'][:8]}; times are medians, and ratios medians of those between "
         "neighbouring calls:",
         "",
-        "| | icae_fast | against | which takes | times as fast |",
+        "| | icae_fast | against | its time | times as fast |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
@@ -108,7 +110,7 @@ def _decode(result: dict[str, Any]) -> str:
 
 
 def _decode_cells(row: dict[str, Any]) -> Iterator[list[str]]:
-    """The table's lines of one row: what, icae_fast's time, against what, its time, and the ratio."""
+    """Yield the table lines of one row: task, icae_fast's time, the rival, its time, and the ratio."""
     name = f"`{row['case']}`"
     if "fraction_of_read" in row:
         n = row["new_tokens"]
@@ -116,7 +118,7 @@ def _decode_cells(row: dict[str, Any]) -> Iterator[list[str]]:
         bound = f"reading {row['weight_bytes'] / 1e6:.0f} MB of weights at {row['read_gbs']:.3g} GB/s"
         times = row["step_ms"] | {bound: {"median": row["weight_bytes"] / row["read_gbs"] / 1e6}}
         yield _line(f"{name}, a token after the first", times, bound, row["fraction_of_read"], "ms")
-    elif "step_speedup_over" in row:  # of `bench.rivals.llama_cpp`
+    elif "step_speedup_over" in row:  # written by `bench.rivals.llama_cpp`
         for other, ratio in row["step_speedup_over"].items():
             yield _line(f"{name}, a token after the first", row["step_ms"], other, ratio, "ms")
     elif "kv" in row:
@@ -127,7 +129,7 @@ def _decode_cells(row: dict[str, Any]) -> Iterator[list[str]]:
             yield _line(f"{name}, first token, {tier} stored", row["seconds"], "baseline", ratio, ours=provider)
 
 
-def _question_cells(row, name):
+def _question_cells(row: dict[str, Any], name: str) -> Iterator[list[str]]:
     what = f"{name}, {row['prompts']} prompts, {row['new_tokens']} tokens for each, compressing included"
     for other, ratio in row["speedup_over"].items():
         cells = _line(what, row["seconds"], other, ratio)
@@ -140,13 +142,16 @@ def _question_cells(row, name):
     yield [what, rest, "one memory's slots", f"{kv['memory_mb']:.3g} MB", "-"]
 
 
-def _line(what, times, other, ratio, unit="s", ours="icae_fast") -> list[str]:
+def _line(
+    what: str, times: dict[str, dict[str, float]], other: str, ratio: dict[str, float], unit: str = "s",
+    ours: str = "icae_fast",
+) -> list[str]:  # fmt: skip
     own, its = (f"{times[provider]['median']:.3g} {unit}" for provider in (ours, other))
     return [what, own, other, its, f"{ratio['median']:.3g}"]
 
 
 def accuracy_tables() -> str:
-    """Every `accuracy-*.json` under docs/results: distances of slots to the baseline's."""
+    """Return a sentence for each `accuracy-*.json`: the distance of slots from the baseline's."""
     return "\n\n".join(_accuracy(json.loads(p.read_text())) for p in sorted(RESULTS.glob("accuracy-*.json")))
 
 
@@ -162,7 +167,7 @@ def _accuracy(result: dict[str, Any]) -> str:
 
 
 def slots_tables() -> str:
-    """Every `quantized-slots-*.json` under docs/results: restoration loss with slots in fewer bits."""
+    """Return a table for each `quantized-slots-*.json`: restoration loss with quantised slots."""
     return "\n\n".join(_slots(json.loads(p.read_text())) for p in sorted(RESULTS.glob("quantized-slots-*.json")))
 
 
@@ -183,13 +188,13 @@ def _slots(result: dict[str, Any]) -> str:
 
 
 def train_tables() -> str:
-    """Every `train-*.json` under docs/results: a step, its memory by length, and passages learned by heart."""
+    """Return a table for each `train-*.json`: a step, its memory by context length, and memorised passages."""
     paths = sorted(RESULTS.glob("train-*.json"))
-    return "\n\n".join(_train(json.loads(p.read_text()), f"docs/results/{plot_name(p)}.svg") for p in paths)
+    return "\n\n".join(_train(json.loads(p.read_text()), f"{LINK}{plot_name(p)}.svg") for p in paths)
 
 
 def plot_name(results: Path) -> str:
-    """The name of the plot of a `train-MACHINE.json`, without its ending: `train-memory-MACHINE`."""
+    """Return the plot's file name for a `train-MACHINE.json`, without a suffix: `train-memory-MACHINE`."""
     return results.stem.replace("train-", "train-memory-", 1)
 
 
@@ -199,7 +204,7 @@ def _train(result: dict[str, Any], plot: str) -> str:
         f"{result['machine']['threads']} threads, {result['machine']['isa']}, commit "
         f"{result['machine']['commit'][:8]}; times are medians:",
         "",
-        "| context | | s | tokens/s | peak over the weights, MB | of the baseline's |",
+        "| context | | s | tokens/s | peak above the weights, MB | over the baseline's |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     said = []
@@ -214,7 +219,7 @@ def _train(result: dict[str, Any], plot: str) -> str:
     return "\n\n".join(["\n".join(lines), *said])
 
 
-def _step_lines(row):
+def _step_lines(row: dict[str, Any]) -> Iterator[str]:
     for name, times in row["seconds"].items():
         peak = row["peak_bytes"][name] / 1e6
         rate, share = row["rates"][name]["tokens_per_s"], peak / (row["peak_bytes"]["baseline"] / 1e6)
@@ -224,7 +229,7 @@ def _step_lines(row):
         )
 
 
-def _step_memory_lines(row):
+def _step_memory_lines(row: dict[str, Any]) -> Iterator[str]:
     for of_all in zip(*(found["points"] for found in row["memory"].values()), strict=True):
         by_name = dict(zip(row["memory"], of_all, strict=True))
         for name, point in by_name.items():
@@ -236,45 +241,49 @@ def _step_memory_lines(row):
             yield f"| {what} | {name} | {' | '.join(cells)} | {peak} | {share:.2g} |"
 
 
-def _slopes(row):
+def _slopes(row: dict[str, Any]) -> str:
     ours, baseline = (row["memory"][name]["bytes_per_token"] for name in ("icae_fast", "baseline"))
     return (
-        f"A context token takes {ours:,.0f} bytes more of icae_fast's step, and {baseline:,.0f} of the baseline's "
+        f"Each further context token adds {ours:,.0f} bytes to icae_fast's step and {baseline:,.0f} to the baseline's "
         "(slopes over the upper half of the measured lengths)."
     )
 
 
-def _overfit(found):
+def _overfit(found: dict[str, Any]) -> str:
     return (
-        f"A new adapter learns {found['passages']} passages of {found['tokens']} tokens in {found['slots']} slots each "
-        f"by heart in {found['warm_steps']} steps of the warm start and {found['steps']} of autoencoding, "
-        f"{found['seconds']:.0f} s in all: the loss is {found['loss']:.2g}, and {found['restored']} of "
+        f"A new adapter memorises {found['passages']} passages of {found['tokens']} tokens, {found['slots']} slots "
+        f"each, in {found['warm_steps']} steps of the warm start and {found['steps']} of autoencoding "
+        f"({found['seconds']:.0f} s in total): the loss is {found['loss']:.2g}, and {found['restored']} of "
         f"{found['passages']} come back exactly."
     )
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "ops": ops_table, "latency": latency_tables, "encode": encode_tables, "decode": decode_tables,
     "accuracy": accuracy_tables, "slots": slots_tables, "train": train_tables,
-    "kernels": kernels_table, "paper": paper_tables,
+    "kernels": kernels_table, "paper": prediction_tables,
 }  # fmt: skip
 
 
-def fill(text: str) -> str:
-    """The text with every marked table written anew.
+def fill(text: str, folder: Path) -> str:
+    """Return a page with every marked table regenerated.
+
+    Args:
+        text: the page.
+        folder: the page's folder, to which links to files in docs/results are relative.
 
     Raises:
-        KeyError: a marker names no table.
+        KeyError: a marker has an unknown name.
     """
-    return re.sub(
-        r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",
-        lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}",
-        text,
-        flags=re.DOTALL,
-    )
+    link = Path(os.path.relpath(RESULTS, folder.resolve())).as_posix()
+
+    def table(marked: re.Match[str]) -> str:
+        return f"{marked[1]}{TABLES[marked[2]]().replace(f']({LINK}', f']({link}/')}\n{marked[3]}"
+
+    return re.sub(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         path = Path(name)
-        path.write_text(fill(path.read_text()))
+        path.write_text(fill(path.read_text(), path.parent))

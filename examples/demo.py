@@ -1,7 +1,7 @@
-"""`make demo`: a real language model reads a compressed document.
+"""`make demo`: let a real language model read a compressed document.
 
-Compresses `harrow_point.txt` with the adapter that comes with the package, restores it passage by passage,
-asks two questions about it, and times four ways to read it.
+Compress `harrow_point.txt` with the bundled adapter, restore it passage by passage, ask two questions about it, and
+time four ways to read it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     console.print(f"{len(text)} characters, {memory.n_source_tokens} tokens")
     console.print(f"spans        {len(memory.span_lengths)} of up to {max(memory.span_lengths)} tokens")
     console.print(f"slots        {memory.n_slots} vectors of {icae.backbone.hidden_size}")
-    console.print(f"ratio        {memory.compression_ratio:.2f} tokens a slot")
+    console.print(f"ratio        {memory.compression_ratio:.2f} tokens per slot")
     console.print(f"memory       {memory.nbytes:,} bytes (the text's KV cache would be {raw:,})")
 
     restore(icae, document, memory)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def restore(icae: ICAE, document: list[int], memory: Memory) -> None:
-    """Restore the document span by span, each from its own slots, and show what is not as it was in the first ones."""
+    """Restore the document span by span, each from its own slots, and show the differences in the first spans."""
     spans = torch.tensor(document).split(memory.span_lengths)
     console.rule(
         f"restore ({len(spans)} passages of up to {max(map(len, spans))} tokens, from {memory.memory_size} slots each)"
@@ -78,19 +78,19 @@ def restore(icae: ICAE, document: list[int], memory: Memory) -> None:
         if i < SHOWN_SPANS:
             console.print(before, after, sep="\n", end="\n\n")
     console.print(
-        f"These are the first {SHOWN_SPANS}, with what is wrong struck out and yellow. Of all passages, {n_right} of "
-        f"{n_words} words came back in their places."
+        f"The first {SHOWN_SPANS} passages are shown, with wrong words struck out and in yellow. Over all passages, "
+        f"{n_right} of {n_words} words were restored in place."
     )
 
 
 def ask(icae: ICAE, document: list[int]) -> None:
-    """Ask about the beginning of the document."""
+    """Ask questions about the beginning of the document."""
     console.rule("ask")
     memory = icae.compress(torch.tensor(document[: 2 * icae.config.max_span_tokens]))[0]
     for question, answer in zip(QUESTIONS, icae.generate(memory, QUESTIONS, max_new_tokens=40), strict=True):
         console.print(f"[bold]{question}[/bold]")
         console.print(" ".join(answer.split()) or "(nothing)", markup=False)
-    console.print("[dim]So answers a model of 135 million parameters: it makes things up behind the text itself, too.")
+    console.print("[dim]The model has 135 million parameters; it also makes things up when it reads the text itself.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`ICAEConfig`: what an adapter is, apart from its weights."""
+"""`ICAEConfig`: sizes and conventions of an adapter, i.e. everything except its weights."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ SinkToken = Literal["none", "bos"]
 
 @dataclass(frozen=True)
 class ICAEConfig:
-    """Sizes and conventions of an ICAE adapter; a saved adapter carries the one it was trained with.
+    """Sizes and conventions of an ICAE adapter; they are saved with it.
 
     Args:
-        memory_size: k, memory tokens (and so slots) a span.
-        compression_rate: context tokens a slot; a span holds at most `memory_size * compression_rate`.
+        memory_size: k, memory tokens (and memory slots) per span.
+        compression_rate: context tokens per slot; a span has at most `memory_size * compression_rate` tokens.
         lora_rank: r of the LoRA on the query and value projections.
-        lora_alpha: the LoRA product is scaled by `lora_alpha / lora_rank`.
-        lora_dropout: dropout on the LoRA's input in training.
-        memory_positions: `"append"`, the reference's: position ids go on after the context; `"spread"`:
-            memory token i of k takes the position of the end of its share of a span of L tokens,
+        lora_alpha: scales the LoRA product by `lora_alpha / lora_rank`.
+        lora_dropout: dropout probability on the LoRA's input in training.
+        memory_positions: position ids of the memory tokens. `"append"` (the reference): they continue after the
+            context. `"spread"`: memory token i of k takes the last position of its share of a span of L tokens,
             `max(0, floor((i + 1) * L / k) - 1)` (arXiv 2409.14364), which learns far faster.
-        slot_scale: None, the reference's: slots are the final-normed hidden states; `"embedding_norm"`:
-            each slot is scaled to the mean norm of the token embeddings times `exp(gain)`, a learned scalar.
-        prompt_format: what stands around the slots when a prompt is answered. `"chat"`, the reference's v2:
-            `template, slots, FT, prompt, template`, the template being the tokenizer's own (empty
-            without one); `"plain"`: `slots, FT, prompt`; `"v1"`: `slots, FT, prompt, FT`.
-        sink_token: what the encoder reads before each span, and the decoder before the slots where no template
-            stands there. `"none"`, the reference's; `"bos"`: the base model's BOS token. A language model turns its
-            first position into an attention sink and loses what stands there (arXiv 2309.17453), so that without BOS
-            the first token of a text and the first slot of a memory hardly survive.
-        base_model: name or path by which `from_pretrained` finds the base model again.
-        base_revision: its revision on the hub.
+        slot_scale: None (the reference): slots are the final-normed hidden states. `"embedding_norm"`: each slot is
+            scaled to the mean norm of the token embeddings times `exp(gain)`, where gain is a learned scalar.
+        prompt_format: tokens around the slots when a prompt is answered. `"chat"` (the reference's v2):
+            `template, slots, FT, prompt, template` with the tokenizer's chat template, which is empty if the
+            tokenizer has none. `"plain"`: `slots, FT, prompt`. `"v1"`: `slots, FT, prompt, FT`.
+        sink_token: token before each span in the encoder, and before the slots in the decoder where no template
+            precedes them. `"none"` (the reference) or `"bos"`, the base model's BOS token. A language model turns
+            its first position into an attention sink and loses its content (arXiv 2309.17453); without BOS, the
+            first token of a text and the first slot of a memory hardly survive.
+        base_model: name or path of the base model, from which `from_pretrained` loads it.
+        base_revision: revision of the base model on the hub.
 
     Raises:
         ConfigError: a value is out of range.
@@ -78,43 +78,46 @@ class ICAEConfig:
 
     @property
     def lora_scale(self) -> float:
-        """`lora_alpha / lora_rank`, the factor of the LoRA product."""
+        """Factor of the LoRA product, `lora_alpha / lora_rank`."""
         return self.lora_alpha / self.lora_rank
 
     @property
     def max_span_tokens(self) -> int:
-        """The longest span, in context tokens: `memory_size * compression_rate`."""
+        """Longest span in context tokens, `memory_size * compression_rate`."""
         return self.memory_size * self.compression_rate
 
     def with_memory_size(self, memory_size: int) -> ICAEConfig:
-        """The config of an adapter of the first `memory_size` memory tokens, with spans as long as before.
+        """Return the config of an adapter that uses the first `memory_size` memory tokens on the same spans.
 
-        Its compression rate is `k * rate / memory_size`; see `ICAE.with_memory_size`.
+        The compression rate becomes `k * rate / memory_size`; see `ICAE.with_memory_size`.
+
+        Args:
+            memory_size: slots per span, 1 to k; it must divide `k * rate`.
 
         Raises:
-            ConfigError: not a whole number from 1 to k, or one that does not divide `k * rate`.
+            ConfigError: the memory size is out of range or does not divide `k * rate`.
         """
         whole = isinstance(memory_size, int) and not isinstance(memory_size, bool)
         if not whole or not 1 <= memory_size <= self.memory_size:
-            raise ConfigError(f"a memory size of {memory_size!r} is asked for; it must be 1 to {self.memory_size}")
+            raise ConfigError(f"memory_size is {memory_size!r}; it must be 1 to {self.memory_size}")
         if self.max_span_tokens % memory_size:
             raise ConfigError(
-                f"spans of {self.max_span_tokens} tokens cannot be shared by {memory_size} slots; the memory size must "
-                "divide memory_size * compression_rate"
+                f"spans of {self.max_span_tokens} tokens cannot be shared by {memory_size} slots; give a memory_size "
+                f"that divides {self.max_span_tokens}"
             )
         return self.replace(memory_size=memory_size, compression_rate=self.max_span_tokens // memory_size)
 
     def replace(self, **changes: Any) -> ICAEConfig:
-        """A copy with some fields changed, checked again."""
+        """Return a checked copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """Return all fields as JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ICAEConfig:
-        """The config with these fields, the others at their defaults.
+        """Return a config with these fields, and defaults for the others.
 
         Raises:
             ConfigError: a field is unknown or out of range.
@@ -128,5 +131,5 @@ class ICAEConfig:
         return cls(**values)
 
     def to_json(self) -> str:
-        """All fields as indented JSON text."""
+        """Return all fields as indented JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"

@@ -1,12 +1,12 @@
-"""Every error that bad input can cause, one class for each kind of mistake.
+"""Typed errors for bad input and failed operations, one class for each kind of mistake.
 
-All derive from `ICAEError`, so that a caller can catch the package's errors alone; each message says
-what was found and what to do about it.
+All derive from `ICAEError`, so that a caller can catch this package's errors separately. Each message says what is
+wrong and what to do about it.
 """
 
 
 class ICAEError(Exception):
-    """Base class of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(ICAEError, ValueError):
@@ -14,58 +14,65 @@ class ConfigError(ICAEError, ValueError):
 
 
 class InvalidInputError(ICAEError, ValueError):
-    """The text, token ids, prompts or labels given cannot be used."""
+    """The text, token ids, prompts, labels or options passed in cannot be used."""
 
 
 class ContextTooLongError(InvalidInputError):
-    """A context or prompt needs more positions than the base model has, or more memory than there is."""
+    """A context or prompt exceeds the base model's positions or the available memory."""
 
 
 class UnsupportedModelError(ICAEError, TypeError):
-    """The base model's architecture, or the kind of one of its layers, is not supported."""
+    """The base model's architecture, or the type of one of its layers, is not supported."""
 
 
 class CheckpointError(ICAEError, ValueError):
-    """A checkpoint or memory is truncated, damaged, incomplete, misshaped or carries something unknown."""
+    """A checkpoint or memory file is truncated, damaged or incomplete, or has unknown or misshaped tensors."""
 
 
 class BaseModelMismatchError(CheckpointError):
-    """The adapter or the memory was made with another base model or another adapter."""
+    """The adapter or the memory belongs to a different base model or a different adapter."""
 
 
 class TokenizerMismatchError(ICAEError, ValueError):
-    """The tokenizer is missing where text is used, or does not belong to the base model."""
+    """Text is used without a tokenizer, or the tokenizer does not belong to the base model."""
 
 
 class DataError(ICAEError, ValueError):
-    """Training or evaluation data cannot be found or read, or holds rows that cannot be used."""
+    """Training or evaluation data cannot be found or read, or has unusable rows."""
 
 
 class NonFiniteError(ICAEError, ArithmeticError):
-    """Weights or results hold NaN or infinity."""
+    """Weights or results contain NaN or infinity."""
 
 
-class CacheError(ICAEError, OSError):
-    """The cache folder cannot be written, or what it holds is damaged."""
+class CacheFolderError(ICAEError, OSError):
+    """The folder for converted models or tokenised rows cannot be written, or its content is damaged."""
+
+
+CacheError = CacheFolderError  # the public name of version 0.1
+
+
+class MissingPackageError(ICAEError, ImportError):
+    """An optional Python package is not installed; the message has the command that installs it."""
 
 
 class StoreError(ICAEError, OSError):
-    """A memory store's folder cannot be used, or its index is damaged or busy."""
+    """A memory store cannot be used, or its index is damaged or locked."""
 
 
 class MemoryNotFoundError(ICAEError, KeyError):
     """A memory store has no entry under this key."""
 
-    __str__ = Exception.__str__  # KeyError's shows the message's repr
+    __str__ = Exception.__str__  # KeyError shows the repr of its message
 
 
 class OutputError(ICAEError, OSError):
-    """A file that results are written to cannot be opened or written, or another process is writing it."""
+    """An output file cannot be opened or written, or another process is writing it."""
 
 
 class ChatModelError(ICAEError, RuntimeError):
-    """A chat model, a teacher or a judge, cannot be reached, or refuses every request."""
+    """A chat model (teacher or judge) cannot be reached, or refuses every request."""
 
 
 class BackendError(ICAEError, RuntimeError):
-    """An op's compiled backend is missing where it was required, or was called with what it cannot do."""
+    """A required compiled backend is missing, or does not support the arguments of the call."""

@@ -1,4 +1,4 @@
-"""What is installed, what the machine can do, and which backend serves each op."""
+"""Facts about the installation and the machine: versions, CPU features, and the backend of each op."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PACKAGES = ("icae-fast", "torch", "transformers", "peft", "triton", "flash-attn
 
 
 def collect_info() -> dict[str, Any]:
-    """Versions, device, CPU features, instruction sets, threads, and the backend of each op, as JSON values.
+    """Return versions, device, CPU features, instruction sets, threads, and the backend of each op, as JSON values.
 
-    Under `cpu`, `isa` is the instruction set whose kernels run, `build.isas` are those that this build has, and
-    `runnable_isas` those of them that this CPU can run.
+    Under `cpu`: `isa` is the instruction set of the kernels that run, `build.isas` are the sets in this build, and
+    `runnable_isas` are the sets in this build that this CPU supports.
     """
     cuda = torch.cuda.is_available()
     return {

@@ -1,4 +1,7 @@
-"""The error budget of ops: what a backend may be off by, against fp64 and plain torch."""
+"""The error budget of ops: how far a backend may be from fp64, relative to plain torch.
+
+It is in the package because both tests/ and bench/ use it. Tolerances of whole models are in tests/helpers.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,30 @@ SEED = 1234
 
 
 def make_inputs(sample: Sample, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
-    """A sample's arguments, the same ones each time and on each device."""
+    """Return a sample's arguments, the same on every call and every device."""
     return sample.make(dtype, torch.device(device), torch.Generator().manual_seed(SEED))
 
 
 def as_tuple(results: Any) -> tuple:
-    """An op's results as a tuple, where it has one only too."""
+    """Return an op's results as a tuple, even if it has a single one."""
     return results if isinstance(results, tuple) else (results,)
 
 
 def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with floating tensors in fp64."""
+    """Return the arguments with floating-point tensors in fp64."""
     return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
 
 
 def check_op(spec: OpSpec, backend: str, inputs: dict[str, Any]) -> None:
-    """Raise unless a backend gives results within the error budget.
+    """Assert that a backend's results are within the error budget and have the dtypes of the op's fake.
+
+    Args:
+        spec: the op.
+        backend: name of the backend to check.
+        inputs: arguments by name.
 
     Raises:
-        AssertionError: see `assert_within_budget`; or a result has another dtype than the op's fake.
+        AssertionError: see `assert_within_budget`; or a dtype is wrong.
     """
     got = as_tuple(call_backend(spec, backend)(**inputs))
     truth = as_tuple(spec.reference(**to_float64(inputs)))
@@ -48,10 +56,16 @@ def assert_within_budget(
     truth: Sequence[torch.Tensor],
     plain: Sequence[torch.Tensor],
 ) -> None:
-    """Allow twice the error that plain torch makes in the same dtype, against fp64; by RMS and by maximum.
+    """Assert that the error against fp64 is at most twice plain torch's in the same dtype, by RMS and by maximum.
+
+    Args:
+        spec, backend: named in messages; the spec adds a floor per dtype.
+        got: the backend's results.
+        truth: the reference's results in fp64.
+        plain: the reference's results in the dtype of `got`, without upcasting.
 
     Raises:
-        AssertionError: a result has another shape, is finite where the truth is not, or is off by more.
+        AssertionError: a shape differs, a value is finite where the truth is not, or an error is over the budget.
     """
     for name, g, t, p in zip(spec.outputs, got, truth, plain, strict=True):
         assert g.shape == t.shape, f"{spec.name}/{backend}: {name} has shape {tuple(g.shape)}, not {tuple(t.shape)}"

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported kind, and SmolLM2, for all tests."""
+"""Fixtures of all tests: tiny random models of every supported family, SmolLM2, tokenizers, a memory store."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from helpers.store import make_origin
 from icae_fast import ICAE, ICAEConfig, MemoryStore
 from icae_fast.cli import app as cli
 from icae_fast.generation import decoding
-from icae_fast.io import bundled as embedded
+from icae_fast.io import bundled
 
 # No time limit (machines differ), the same examples each run, and nothing written into the checkout.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -33,7 +33,7 @@ _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-# Windows are shorter than a span with its memory tokens, so that they matter.
+# Windows are shorter than a span with its memory tokens, so that they change results.
 _KINDS = {
     "llama": ("llama", {}),
     "llama3": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3_ROPE}),
@@ -50,7 +50,7 @@ MODEL_KINDS = tuple(_KINDS)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where tests/model/test_golden.py runs")
+    parser.addoption("--device", default="cpu", help="device of tests/model/test_golden.py")
 
 
 def pytest_configure(config):
@@ -58,26 +58,26 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart(session):
-    """`make sanitize` must not test the normal build unnoticed."""
-    asked = os.environ.get("ICAE_FAST_SANITIZE", "")
-    if asked:
+    """Refuse to run under `make sanitize` with a build that is not sanitized."""
+    requested = os.environ.get("ICAE_FAST_SANITIZE", "")
+    if requested:
         from icae_fast import _C
 
         built = _C.build_info().get("sanitizers")
-        if built != asked:
-            raise pytest.UsageError(f"{_C.__file__} is built with the sanitizers {built!r}, not with {asked!r}")
+        if built != requested:
+            raise pytest.UsageError(f"{_C.__file__} is built with the sanitizers {built!r}, not with {requested!r}")
         session.config.get_terminal_writer().line(f"{_C.__file__}: {built}, {_C.isa()}")
 
 
 def pytest_generate_tests(metafunc):
-    """A test with an argument `model_kind` runs for every kind of model."""
+    """Run a test with an argument `model_kind` once for each kind of model."""
     if "model_kind" in metafunc.fixturenames:
         metafunc.parametrize("model_kind", MODEL_KINDS)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def offline():
-    """No test may depend on a hub, nor wait for one."""
+    """Forbid the hub to all tests and their subprocesses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setenv("HF_HUB_OFFLINE", "1")  # for subprocesses
@@ -86,16 +86,16 @@ def offline():
 
 @pytest.fixture(scope="session", autouse=True)
 def model_cache(tmp_path_factory):
-    """The user's cache where SmolLM2 lies in it, else one of this session: nothing is written into a home."""
+    """Use the user's cache if it holds SmolLM2, else a temporary one, so that no test writes into a home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        if not any(embedded.cache_folder().glob(f"{embedded.EMBEDDED_NAME}-*/config.json")):
+        if not any(bundled.cache_folder().glob(f"{bundled.BUNDLED_NAME}-*/config.json")):
             patch.setenv("ICAE_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 @pytest.fixture
 def one_thread():
-    """Tiny models gain nothing from threads, and lose much where other processes keep the cores busy."""
+    """Run with one thread: tiny models gain nothing from more, and lose much where other processes use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -104,7 +104,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def make_base():
-    """`make_base(kind="llama", seed=0, **config)`: a tiny model; biases and norms are random, too."""
+    """`make_base(kind="llama", seed=0, **config)` returns a tiny model with random biases and norms."""
 
     def make(kind="llama", seed=0, **overrides):
         model_type, fields = _KINDS[kind]
@@ -123,7 +123,7 @@ def make_base():
 
 @pytest.fixture(scope="session")
 def make_icae(make_base):
-    """`make_icae(kind="llama", seed=0, base=None, tokenizer=None, **config)`: k = 4, rate 4, B not zero."""
+    """`make_icae(kind="llama", seed=0, base=None, tokenizer=None, **config)` returns one: k = 4, rate 4, random B."""
 
     def make(kind="llama", seed=0, base=None, tokenizer=None, **fields):
         base = make_base(kind, seed) if base is None else base
@@ -142,13 +142,13 @@ def make_icae(make_base):
 
 @pytest.fixture(scope="session")
 def tiny_icae(make_icae):
-    """One tiny ICAE for tests that only read it."""
+    """A tiny ICAE that is shared by the session; tests must not change it."""
     return make_icae()
 
 
 @pytest.fixture(scope="session")
 def random_ids():
-    """`random_ids(n, seed=0)`: n base-token ids without the special ones, (n,) int64."""
+    """`random_ids(n, seed=0)` returns n ids of ordinary base tokens, (n,) int64."""
 
     def make(n, seed=0):
         return torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(seed))
@@ -158,7 +158,7 @@ def random_ids():
 
 @pytest.fixture
 def count_tokens(monkeypatch):
-    """`count_tokens(icae)`: a list that grows by the tokens of each forward of the frozen decoder, steps included."""
+    """`count_tokens(icae)` returns a list that gets the number of tokens of each decoder forward and token step."""
 
     def watch(icae):
         calls, forward, bind = [], icae.backbone.forward, decoding.bind_decode_step
@@ -195,7 +195,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def make_tokenizer():
-    """`make_tokenizer(size=96)`: word `w7` is id 7."""
+    """`make_tokenizer(size=96)` returns a word tokenizer in which `w7` has id 7."""
 
     def make(size=96, **options):
         words = ["<pad>", "<bos>", "</s>", *(f"w{i}" for i in range(3, size))]
@@ -209,13 +209,13 @@ def make_tokenizer():
 
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "</s>"}
-# Merges within characters and across them come of these.
+# Training text of the byte-level BPE, chosen to produce merges within characters and across them.
 _BPE_TEXT = "the cat sat on the mat, naïve café; 日本語の文 日本語 😀😃😄 zażółć gęślą jaźń " * 4
 
 
 @pytest.fixture(scope="session")
 def byte_tokenizer():
-    """A byte-level BPE tokenizer of 320 tokens, like GPT-2's: ids 0 to 2 are special, many others half characters."""
+    """A byte-level BPE tokenizer of 320 tokens, like GPT-2's: ids 0 to 2 are special, many are partial characters."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -230,7 +230,7 @@ def byte_tokenizer():
 
 @pytest.fixture(scope="session")
 def fallback_tokenizer():
-    """A tokenizer like LLaMA 2's: words begin with a blank, unknown characters are byte tokens."""
+    """A tokenizer like LLaMA 2's: words begin with a space, unknown characters become byte tokens."""
     words = [*_SPECIAL.values(), *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghij", "▁ab", "▁a", "ab"]
     vocabulary = {word: i for i, word in enumerate(words)}
     merges = [("a", "b"), ("▁", "a"), ("▁", "ab")]
@@ -244,7 +244,7 @@ def fallback_tokenizer():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs `icae-fast` with some arguments in this process; gives (exit code, stdout, stderr)."""
+    """`run(*arguments)` runs `icae-fast` in this process and returns (exit code, stdout, stderr)."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["icae-fast", *map(str, arguments)])
@@ -258,7 +258,7 @@ def run(monkeypatch, capsys):
 
 
 class RecordingStreamer:
-    """A transformers streamer that keeps what it is given."""
+    """A transformers streamer that records ids and the number of ends."""
 
     def __init__(self):
         self.ids, self.ended = [], 0
@@ -279,24 +279,24 @@ def streamer():
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct in fp32."""
-    return embedded.load_smollm2(torch.float32)
+    return bundled.load_smollm2(torch.float32)
 
 
 @pytest.fixture(scope="session")
 def smollm2_bf16():
     """(model, tokenizer) of SmolLM2-135M-Instruct in bf16."""
-    return embedded.load_smollm2(torch.bfloat16)
+    return bundled.load_smollm2(torch.bfloat16)
 
 
 @pytest.fixture(scope="session")
 def long_text():
-    """Some 4000 tokens of English prose."""
+    """English prose of about 4000 tokens."""
     return (Path(__file__).parents[1] / "examples" / "harrow_point.txt").read_text()
 
 
 @pytest.fixture(scope="session")
 def make_pieces():
-    """`make_pieces(lengths=LENGTHS, seed=0)`: random embeddings of the tiny models."""
+    """`make_pieces(lengths=LENGTHS, seed=0)` returns random embeddings (length, 32), one tensor a piece."""
 
     def make(lengths=LENGTHS, seed=0):
         return torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(seed)).split(list(lengths))

@@ -1,4 +1,4 @@
-"""The report of `bench.gpu.check` for people."""
+"""The readable report of `bench.gpu.check`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def report(result: dict[str, Any]) -> str:
-    """All parts as markdown."""
+    """Return all parts as Markdown."""
     machine, gpu = result["machine"], result["gpu"]
     on = (
         f"{gpu['name']}, sm {gpu['capability']}, {gpu['memory_gb']:.0f} GB, CUDA {gpu['cuda']}"
@@ -24,7 +24,7 @@ def report(result: dict[str, Any]) -> str:
         "",
         f"**{len(failed)} of {len(result['parts'])} parts failed: {', '.join(failed)}.**"
         if failed
-        else "All parts are well.",
+        else "All parts passed.",
     ]
     for name, part in result["parts"].items():
         lines += ["", f"## {name}: {'ok' if part['ok'] else 'FAILED'} ({part['seconds']:.1f} s)", "", *_part(part)]

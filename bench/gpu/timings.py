@@ -1,4 +1,4 @@
-"""The parts of `bench.gpu.check` that take times beside the baseline, in interleaved rounds, with memory peaks."""
+"""The parts of `bench.gpu.check` that time icae_fast against the baseline in interleaved rounds, with memory peaks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from bench.gpu.setting import Setting
 from bench.harness import encoders
 from bench.harness.compare import OURS
 from bench.harness.decoders import GENERATE, answer_limits, prompts_for
@@ -23,19 +24,16 @@ from icae_fast.benchmark.latency import latency_table
 from icae_fast.benchmark.machine import synchronize
 from icae_fast.benchmark.measure import interleave, pair_ratios, peak_memory
 from icae_fast.core.spans import pack_spans
-
-if TYPE_CHECKING:
-    from bench.gpu.check import Setting
+from icae_fast.model.icae import ICAE
 
 _BACKENDS = "icae_fast.ops.varlen_attention.backends"
-Run = Callable[["Setting"], dict[str, Any]]
+Run = Callable[[Setting], dict[str, Any]]
 
-
-LARGE, LARGE_BYTES = "llama2-7b", 60e9  # three copies of its weights, and what they need
+LARGE, LARGE_BYTES = "llama2-7b", 60e9  # room for three copies of its weights and their working memory
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """What is compressed and asked: the paper's grid among them, on random weights, where they fit."""
+    """Yield the workloads: the paper's grid among them, with random weights, if the GPU's memory is large enough."""
     if setting.small:
         yield Case("tiny", "fp32", 2, 32, memory_size=8, rank=8, new_tokens=4, prompts=2)
         return
@@ -52,23 +50,23 @@ def compare(
     calls: Mapping[str, Callable[[], Any]], setting: Setting, difference: Callable[[Any, Any], float] | None = None,
     against: str = encoders.BASELINE,
 ) -> dict[str, Any]:  # fmt: skip
-    """Try every call by itself, which warms it up, tunes it and gives its peak; then time those that ran.
+    """Run every call once to warm up, tune and measure its peak, then time the calls that ran.
 
     Args:
-        calls: by provider.
-        setting: of the check.
-        difference: of a provider's result to that of `against`, for the report.
-        against: whose time is divided by the others'.
+        calls: calls by provider.
+        setting: how the check runs.
+        difference: returns the difference of a provider's result from that of `against`, for the report.
+        against: the provider whose time is divided by the others'.
 
     Returns:
-        `rows`: `name`, `seconds` (median), `rounds`, `peak_mb`, `times_as_fast` (median, min, max), `difference`; and
-        `failures` and `tracebacks` of those that did not run. That another than icae_fast is short of memory is no
-        failure but one of the `notes`.
+        `rows` with `name`, `seconds` (median), `rounds`, `peak_mb`, `times_as_fast` (median, min, max), `difference`;
+        `failures` and `tracebacks` of the calls that failed. If a provider other than icae_fast runs out of memory,
+        that is one of the `notes`, not a failure.
     """
     results, peaks, failures, notes, tracebacks = {}, {}, [], [], {}
     for name, call in calls.items():
         try:
-            call()  # compiles and tunes, whose memory is no peak
+            call()  # compiles and tunes; this memory does not count as peak
             results[name], peaks[name] = peak_memory(call, setting.device)
         except Exception as error:
             bearable = isinstance(error, torch.OutOfMemoryError) and not name.startswith(OURS)
@@ -88,8 +86,8 @@ def compare(
     return {"rows": rows, "failures": failures, "notes": notes, "tracebacks": tracebacks}
 
 
-def _timed(call, device):
-    def run():
+def _timed(call: Callable[[], Any], device: str) -> Callable[[], float]:
+    def run() -> float:
         synchronize(device)
         start = time.perf_counter()
         call()
@@ -104,9 +102,9 @@ def _slots(result: Any) -> torch.Tensor:
 
 
 def encoding(case: Case) -> Run:
-    """Compressing all documents: icae_fast both ways, the baseline, merged weights, and those compiled."""
+    """Return the part that compresses all documents: icae_fast in both modes, baseline, merged weights, compiled."""
 
-    def run(setting):
+    def run(setting: Setting) -> dict[str, Any]:
         models, documents = models_for(case, setting.device), documents_for(case)
         spans, icae = torch.cat(documents).split(case.span_lengths), models.icae
         calls = {
@@ -117,9 +115,9 @@ def encoding(case: Case) -> Run:
         }
         if not setting.small:
             calls[encoders.COMPILED] = lambda: models.compiled.compress(spans)
-        models.baseline, models.merged  # noqa: B018  (made here: their weights are no peak)
+        models.baseline, models.merged  # noqa: B018  (built here, so that weights do not count as peak memory)
         result = compare(calls, setting, lambda a, b: rms_difference(_slots(a).cpu(), _slots(b).cpu()))
-        tolerance = TOLERANCE[case.torch_dtype] * (1.0 if case.shape.embedded else encoders.RANDOM_TOLERANCE)
+        tolerance = TOLERANCE[case.torch_dtype] * (1.0 if case.shape.bundled else encoders.RANDOM_TOLERANCE)
         _judge(result, tolerance, "slots")
         flops = encode_flops(case.shape, case.span_lengths, case.memory_size, case.rank)
         for row in result["rows"]:
@@ -129,8 +127,8 @@ def encoding(case: Case) -> Run:
     return run
 
 
-def _judge(result, tolerance, what):
-    """Adds a failure for each of icae_fast's rows that is further from the baseline's than rounding explains."""
+def _judge(result: dict[str, Any], tolerance: float, what: str) -> None:
+    """Add a failure for each row of icae_fast whose difference is over the tolerance."""
     for row in result["rows"]:
         if row["name"].startswith(OURS) and row.get("difference", 0.0) > tolerance:
             result["failures"].append(
@@ -139,15 +137,15 @@ def _judge(result, tolerance, what):
 
 
 def answering(case: Case) -> Run:
-    """A prompt about each document's memory: icae_fast in one batch; the baseline one after another, one measured."""
+    """Return the part that answers a prompt about each memory: icae_fast in one batch, the baseline one document."""
 
-    def run(setting):
+    def run(setting: Setting) -> dict[str, Any]:
         models, documents, prompts = models_for(case, setting.device), documents_for(case), prompts_for(case)
         icae, baseline, limits = models.icae, models.baseline, answer_limits(case)
         memories = icae.compress(documents)
         prefix, suffix = icae.prompt_ids(prompts[0])
 
-        def ours(n):
+        def ours(n: int) -> list[list[int]]:
             icae.clear_kv()
             return icae.generate(memories[:n], prompts[:n], return_ids=True, **limits)
 
@@ -170,9 +168,9 @@ def answering(case: Case) -> Run:
 
 
 def latency(case: Case) -> Run:
-    """The table of `icae-fast bench latency`: raw context, baseline, icae_fast cold and from a stored memory."""
+    """Return the part that measures the table of `icae-fast bench latency`."""
 
-    def run(setting):
+    def run(setting: Setting) -> dict[str, Any]:
         models = models_for(case, setting.device)
         prompt = prompts_for(case)[0]
         arguments = (models.icae, documents_for(case)[0], prompt, case.new_tokens, setting.rounds)
@@ -182,14 +180,14 @@ def latency(case: Case) -> Run:
 
 
 def training(case: Case) -> Run:
-    """`icae(...)["loss"].backward()` of the drop-in module, for one document as the baseline takes it."""
+    """Return the part that runs `icae(...)["loss"].backward()` on one document, like the baseline."""
 
-    def run(setting):
+    def run(setting: Setting) -> dict[str, Any]:
         models, document = models_for(case, setting.device), documents_for(case)[0][:2048]
         row, labels = _autoencoding(models.icae, document)
         inputs = [t[None].to(setting.device) for t in (document, row, labels)]
 
-        def step(model):
+        def step(model: torch.nn.Module) -> torch.Tensor:
             model.zero_grad(set_to_none=True)
             loss = model(*inputs)["loss"]
             loss.backward()
@@ -207,8 +205,8 @@ def training(case: Case) -> Run:
     return run
 
 
-def _autoencoding(icae, document):
-    """A row of slots, AE and the document, and labels for the document."""
+def _autoencoding(icae: ICAE, document: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a row of memory ids, AE and the document, and its labels."""
     v, k = icae.vocabulary, icae.config.memory_size
     n = -(-len(document) // icae.config.max_span_tokens) * k
     memory = torch.arange(v.first_memory, v.ae).repeat(n // k)
@@ -217,9 +215,9 @@ def _autoencoding(icae, document):
 
 
 def compiled(case: Case) -> Run:
-    """The backbone under `torch.compile(fullgraph=True)`, beside itself."""
+    """Return the part that runs the backbone under `torch.compile(fullgraph=True)`, against the eager one."""
 
-    def run(setting):
+    def run(setting: Setting) -> dict[str, Any]:
         torch.compiler.reset()
         icae, lengths = models_for(case, setting.device).icae, case.span_lengths[:4]
         rows = pack_spans(lengths, icae.config).to(icae.device)
@@ -242,16 +240,16 @@ def compiled(case: Case) -> Run:
 
 
 def attention_backends(case: Case) -> Run:
-    """One layer's attention by each backend that is installed, and by torch's own where rows are of one length."""
+    """Return the part that runs one layer's attention with each installed backend and with torch's."""
 
-    def run(setting):
+    def run(setting: Setting) -> dict[str, Any]:
         s, tokens = case.shape, case.span_lengths[0] + case.memory_size
         generator = torch.Generator(setting.device).manual_seed(1)
         rows = [(tokens, tokens)] * len(case.span_lengths)
         arguments = Inputs(case.torch_dtype, setting.device, generator).varlen_attention(s, rows)
         call, n = torch.ops.icae_fast.varlen_attention, len(rows)
 
-        def torch_sdpa():
+        def torch_sdpa() -> torch.Tensor:
             q, k, v = (arguments[x].unflatten(0, (n, tokens)).transpose(1, 2) for x in "qkv")
             options = {"is_causal": True, "enable_gqa": True}
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
@@ -268,16 +266,16 @@ def attention_backends(case: Case) -> Run:
     return run
 
 
-def _backend_names(setting):
-    """Backends of attention that can run; what is not installed is left out."""
+def _backend_names(setting: Setting) -> list[str]:
+    """Return the attention backends that are installed."""
     if setting.device != "cuda" or importlib.util.find_spec(_BACKENDS) is None:
         return []
     installed = importlib.util.find_spec("flash_attn") is not None
     return ["triton", "torch", *(["flash_attn"] if installed else [])]
 
 
-def _with_backend(name, call):
-    def run():
+def _with_backend(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
         choose = importlib.import_module(_BACKENDS).set_attention_backend
         choose(name)
         try:

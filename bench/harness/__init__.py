@@ -1,1 +1,1 @@
-"""What the benchmark suites share: shapes, rivals, timing and targets."""
+"""Shared parts of the benchmark suites: workloads, providers, comparisons and targets."""

@@ -1,4 +1,4 @@
-"""What one benchmark does: check, then time all providers in interleaved rounds, then say what was reached."""
+"""One benchmark: check all providers, time them in interleaved rounds, and report the result."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ GEMM_BOUND = {torch.bfloat16: "gemm_bf16", torch.float32: "gemm_fp32"}
 
 @dataclass(frozen=True)
 class Work:
-    """What a call gets done, the same for every provider that gives the result, whatever it computes besides.
+    """The least work of a call's result, the same for every provider that computes it.
 
     Args:
-        bound: which bound the work is compared with: "gemm_bf16" or "gemm_fp32" (then `flops` counts) or
-            "read" (then `bytes` does).
-        flops: the least multiplications and additions that the result takes.
-        bytes: the least bytes that must be read.
+        bound: the bound to compare with: "gemm_bf16" or "gemm_fp32" (uses `flops`), or "read" (uses `bytes`).
+        flops: multiplications and additions that the result needs at least.
+        bytes: bytes that must be read at least.
         tokens: context tokens compressed, rows of a packed batch, or tokens generated.
     """
 
@@ -39,7 +38,7 @@ class Work:
     tokens: int = 0
 
     def rates(self, seconds: float, bounds: Bounds) -> dict[str, float]:
-        """Rates at this time for a call: tokens_per_s, gflops, gbs, and the fraction of the bound."""
+        """Return `tokens_per_s`, `gflops`, `gbs` and `fraction_of_bound` of a call; rates of zero are left out."""
         amount = self.bytes if self.bound == "read" else self.flops
         rates = {
             "tokens_per_s": self.tokens / seconds,
@@ -52,15 +51,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison found.
+    """The result of a comparison.
 
     Args:
-        name: the benchmark's; facts: workload and mode.
+        name: name of the benchmark.
+        facts: workload and mode.
         seconds: each provider's times, round by round.
         peaks: each provider's working memory in bytes.
-        work: what a call gets done.
+        work: the work of a call.
         backends: op name to the backend that ran it.
-        lesser: provider to what it gets done, for those that do only a part.
+        lesser: the work of those providers that compute only a part of the result.
     """
 
     name: str
@@ -72,12 +72,12 @@ class Outcome:
     lesser: Mapping[str, Work] = field(default_factory=dict)
 
     def row(self, bounds: Bounds) -> dict[str, Any]:
-        """The outcome as JSON values.
+        """Return the outcome as JSON values.
 
         Returns:
             `name`, the facts, `rounds`, `seconds` (median and min of each provider), `speedup_over` (each other
-            provider's time over icae_fast's, of the ratios round by round: median, min, max, and of_minima, the
-            ratio of the best times), `rates` (at the median), `bound`, `peak_bytes`, `backends`.
+            provider's time over icae_fast's, round by round: median, min, max, and `of_minima`, the ratio of the best
+            times), `rates` (at the median), `bound`, `peak_bytes`, `backends`.
         """
         medians = {name: statistics.median(times) for name, times in self.seconds.items()}
         ours = self.seconds[OURS]
@@ -95,21 +95,21 @@ class Outcome:
 
 
 class Compare:
-    """Compares providers with pytest-benchmark's `benchmark`, whose own statistics are those of `icae_fast`.
+    """A comparison of providers through pytest-benchmark's `benchmark`, whose statistics are those of `icae_fast`.
 
-    Each round of `benchmark.pedantic` is a timed call of `icae_fast`; its untimed `setup` times one call of every
-    other provider just before, so the rounds interleave in one process. With `--benchmark-disable` every
-    provider runs once and is checked.
+    Each round of `benchmark.pedantic` is a timed call of `icae_fast`. Its untimed `setup` times one call of every other
+    provider just before, so the rounds interleave in one process. With `--benchmark-disable` every provider runs once
+    and is checked.
 
     Args:
         benchmark: the fixture.
-        bounds: of this run.
-        machine: of `describe_machine`.
-        min_rounds, max_time: as many rounds as fit into `max_time` seconds, and at least `min_rounds`.
-        device: what to wait for, and whose memory to look at.
+        bounds: bounds of this run.
+        machine: result of `describe_machine`.
+        min_rounds, max_time: run the rounds that fit into `max_time` seconds, and at least `min_rounds`.
+        device: device to synchronise with and to measure memory of.
 
     Attributes:
-        outcome: what was found, once it has run: anything with the `row` of an `Outcome`.
+        outcome: the result after the run, any object with an `Outcome`'s `row`.
     """
 
     def __init__(
@@ -136,17 +136,17 @@ class Compare:
         derive: Callable[[Mapping[str, list[float]]], dict[str, Any]] | None = None,
         **facts: Any,
     ) -> None:
-        """Run the comparison, and fill `benchmark.extra_info`.
+        """Run the comparison and report its outcome.
 
         Args:
-            calls: provider name to a call without arguments; "icae_fast" is one of them.
-            check: gets each provider's result by name, and raises if they are not the same.
-            work: what one call gets done.
-            ops: names of this package's ops that are involved.
-            lesser: what a call of those providers gets done that do only a part of it.
+            calls: provider name to a call without arguments; "icae_fast" must be present.
+            check: called with the results by provider name; raises unless they are the same.
+            work: the work of one call.
+            ops: names of this package's ops that run.
+            lesser: the work of those providers that compute only a part of the result.
             rounds: see `measure`.
-            derive: makes further facts of each provider's times, round by round.
-            facts: what else the row should say (workload, mode).
+            derive: returns further facts from each provider's times, round by round.
+            facts: further values of the row (workload, mode).
         """
         seconds, peaks = self.measure(calls, check, rounds=rounds)
         backends = {op: backend_of(op, self.device) for op in ops}
@@ -160,20 +160,20 @@ class Compare:
         target: str = OURS,
         rounds: int | None = None,
     ) -> tuple[dict[str, list[float]], dict[str, int]]:
-        """Check, note peaks, and time in interleaved rounds.
+        """Check the results, measure peak memory, and time in interleaved rounds.
 
         Args:
-            calls, check: as above.
-            target: the call whose times pytest-benchmark gets.
-            rounds: for calls of many seconds: this many rounds, or `min_rounds` if that is less, and the calls that are
-                checked note the peak as well and are the only warm-up. 1, for calls of minutes: one call of each is
-                checked, notes the peak and is timed, faults of new pages included.
+            calls, check: see `__call__`.
+            target: the call whose times are reported to pytest-benchmark.
+            rounds: None for short calls. For calls of many seconds, the number of rounds (at most `min_rounds`); the
+                checked calls also measure the peak and are the only warm-up. 1 for calls of minutes: a single call of
+                each is checked, measured and timed, page faults included.
 
         Returns:
             Each call's times, round by round, and its working memory in bytes.
         """
         peaks: dict[str, int] = {}
-        measured = {name: self._noting_peak(name, call, peaks) for name, call in calls.items()}
+        measured = {name: self._measuring_peak(name, call, peaks) for name, call in calls.items()}
         if not self.benchmark.enabled or rounds == 1:
             seconds, results = self._time(measured, target, rounds=1, warmup=0)
             check(results)
@@ -188,36 +188,38 @@ class Compare:
                 call()
             enough = max(self.min_rounds, math.ceil(self.max_time / (time.perf_counter() - start)))
             self.bounds.probe()
-            # One round to warm up: measuring the peak has given freed pages back to the system.
+            # One warm-up round, because measuring the peak has returned freed pages to the system.
             seconds, _ = self._time(calls, target, enough, warmup=1)
         self.bounds.probe()
         return seconds, peaks
 
     def report(self, outcome: Any) -> None:
-        """Keep what was found, and tell pytest-benchmark."""
+        """Keep an outcome and put its row into `benchmark.extra_info`."""
         self.outcome = outcome
         machine = {k: self.machine[k] for k in ("device", "cpu", "isa", "threads", "versions", "commit", "dirty")}
         self.benchmark.extra_info.update(outcome.row(self.bounds), **machine, bounds=self.bounds.as_dict())
 
-    def _noting_peak(self, name, call, peaks):
-        def run():
+    def _measuring_peak(self, name: str, call: Callable[[], Any], peaks: dict[str, int]) -> Callable[[], Any]:
+        def run() -> Any:
             result, peaks[name] = peak_memory(call, self.device)
             return result
 
         return run
 
-    def _time(self, calls, target, rounds, warmup):
+    def _time(
+        self, calls: Mapping[str, Callable[[], Any]], target: str, rounds: int, warmup: int
+    ) -> tuple[dict[str, list[float]], dict[str, Any]]:
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         results: dict[str, Any] = {}
 
-        def timed(name):
+        def timed(name: str) -> None:
             synchronize(self.device)
             start = time.perf_counter()
             results[name] = calls[name]()
             synchronize(self.device)
             seconds[name].append(time.perf_counter() - start)
 
-        def others():
+        def others() -> None:
             for name in calls:
                 if name != target:
                     timed(name)
@@ -227,7 +229,18 @@ class Compare:
 
 
 def write_results(folder: Path, suite: str, machine: dict[str, Any], bounds: Bounds, outcomes: Sequence[Any]) -> Path:
-    """Write `SUITE-MACHINE.json`, in place of what an earlier run on this kind of machine left there."""
+    """Write `SUITE-MACHINE.json`, replacing that of an earlier run on this kind of machine.
+
+    Args:
+        folder: made if it does not exist.
+        suite: name of the suite.
+        machine: result of `describe_machine`.
+        bounds: bounds of this run.
+        outcomes: objects with an `Outcome`'s `row`.
+
+    Returns:
+        The file's path.
+    """
     path = folder / f"{suite}-{machine_slug(machine)}.json"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [rounded(outcome.row(bounds)) for outcome in outcomes]

@@ -1,4 +1,4 @@
-"""What the benchmarks of answering share: providers' names, prompts, parts of calls, and what is said beside times."""
+"""Shared parts of the decoding benchmarks: providers, prompts, split timings, and the facts of a row."""
 
 from __future__ import annotations
 
@@ -27,72 +27,70 @@ BASELINE, KV_TIER = "baseline", f"{OURS} KV tier"
 LLAMA_CPP = "llama.cpp 4-bit"
 
 PROMPT_TOKENS = 16
-# The baselines take minutes for all prompts, each of which costs them the same; they are timed for so many.
+# The baselines take minutes for all prompts, and the same time for each prompt, so only this many are timed.
 MEASURED_PROMPTS = 2
 
 
 def prompts_for(case: Case) -> list[torch.Tensor]:
-    """The case's prompts: random ids of base tokens, (PROMPT_TOKENS,) int64 each."""
+    """Return the case's prompts: random ids of base tokens, (PROMPT_TOKENS,) int64 each."""
     generator = torch.Generator().manual_seed(SEED + 1)
     return list(torch.randint(case.shape.vocabulary, (case.prompts, PROMPT_TOKENS), generator=generator))
 
 
 def answer_limits(case: Case) -> dict[str, int]:
-    """Arguments by which every answer has `case.new_tokens` tokens, whichever they are."""
+    """Return the arguments that make every answer `case.new_tokens` tokens long."""
     return {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens}
 
 
 def weight_bytes(case: Case) -> int:
-    """Bytes of the matrices that a step reads, the layers' and the head's; embeddings tied to the head count once."""
+    """Return the bytes of the matrices that a step reads, the layers' and the head's; tied embeddings count once."""
     return case.shape.decode_weights() * case.element_size
 
 
 def decode_work(case: Case) -> Work:
-    """The least that a step for all prompts reads, `case.new_tokens` times; keys and values come on top."""
+    """Return the work of decoding: one read of the weights per step for all prompts, without keys and values."""
     tokens = case.prompts * case.new_tokens
     return Work("read", bytes=case.new_tokens * weight_bytes(case), tokens=tokens)
 
 
 def reading_work(case: Case) -> Work:
-    """What `weight_reader` reads."""
+    """Return the work of `weight_reader`."""
     return dataclasses.replace(decode_work(case), bytes=(case.new_tokens - 1) * weight_bytes(case), tokens=0)
 
 
 def weight_reader(case: Case) -> Callable[[], None]:
-    """A call that reads as many bytes as the weights have, once for each step after the first token.
+    """Return a call that reads as many bytes as the weights have, once for each step after the first token.
 
-    What it reads is one contiguous buffer of the weights' own size and next to nothing is computed (see
-    `icae_fast.benchmark.machine.plain_read`), so that no decoder which reads its weights at every step is expected to
-    be faster. It
-    lasts as long as the steps themselves would and is timed next to them: on a shared machine the bandwidth
-    changes by the minute, and the best one of the whole run would be no bound for any of them.
+    It reads one contiguous buffer of the weights' size and computes almost nothing (`plain_read`), so no decoder that
+    reads its weights at every step should be faster. It takes as long as the steps and is timed next to them: on a
+    shared machine the bandwidth changes by the minute, so the best bandwidth of the whole run is no bound for a round.
     """
     call = plain_read(torch.ones(weight_bytes(case) // 4))
 
-    def read():
+    def read() -> None:
         for _ in range(case.new_tokens - 1):
             call()
 
     return read
 
 
-class Parted:
-    """A call that also notes how long it took up to a moment within it, and from there on.
+class SplitTimer:
+    """A call that is timed in two parts, before and after a moment that it reports.
 
     Args:
-        call: gives its result and the moment by `time.perf_counter`.
+        call: returns its result and the moment, by `time.perf_counter`.
 
     Attributes:
         before, after: seconds of the two parts, call by call.
     """
 
-    def __init__(self, call: Callable[[], tuple[Any, float]]) -> None:
+    def __init__(self, call: Callable[[], tuple[Any, float | None]]) -> None:
         self._call = call
         self.before: list[float] = []
         self.after: list[float] = []
 
     def __call__(self) -> Any:
-        """Make the call; gives its result."""
+        """Make the call, record both times, and return its result."""
         start = time.perf_counter()
         result, moment = self._call()
         end = time.perf_counter()
@@ -101,38 +99,40 @@ class Parted:
         return result
 
 
-def middle(times: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    """Median and min of times, scaled."""
+def median_and_min(times: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """Return median and min of times, multiplied by `scale`."""
     return {"median": statistics.median(times) * scale, "min": min(times) * scale}
 
 
 def step_facts(steps: int, after: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """What a row says about the tokens after the first.
+    """Return the facts about the tokens after the first.
 
     Args:
-        steps: how many; after: each provider's seconds for them, round by round.
+        steps: number of these tokens.
+        after: each provider's seconds for all of them, round by round.
 
     Returns:
-        `step_ms`, milliseconds a token of each provider (median and min); `step_speedup_over`, how many times as long
-        as icae_fast's each other one's take, of the ratios round by round (median, min, max, of_minima).
+        `step_ms`, milliseconds per token of each provider (median and min); `step_speedup_over`, each other provider's
+        time over icae_fast's, round by round (median, min, max, of_minima).
     """
     return {
-        "step_ms": {name: middle(times, 1e3 / steps) for name, times in after.items()},
+        "step_ms": {name: median_and_min(times, 1e3 / steps) for name, times in after.items()},
         "step_speedup_over": {name: speedup(after[OURS], times) for name, times in after.items() if name != OURS},
     }
 
 
 def bandwidth_facts(n_bytes: int, steps: int, after: Sequence[float], read: Sequence[float]) -> dict[str, Any]:
-    """What a row says about the bandwidth bound.
+    """Return the facts about the bandwidth bound.
 
     Args:
-        n_bytes: that a step reads.
-        steps: how many steps, and how many reads of as many bytes.
-        after, read: seconds for these and for those, round by round.
+        n_bytes: bytes that a step reads.
+        steps: number of steps, and of plain reads of as many bytes.
+        after: seconds of the steps, round by round.
+        read: seconds of the plain reads, round by round.
 
     Returns:
-        `weight_bytes`; `step_gbs` and `read_gbs`, 10^9 bytes a second at the median; `fraction_of_read`, the time of
-        reading over that of the steps, round by round (median, min, max, of_minima).
+        `weight_bytes`; `step_gbs` and `read_gbs`, 10^9 bytes/s at the median; `fraction_of_read`, the time of the reads
+        over that of the steps, round by round (median, min, max, of_minima).
     """
     gbs = {"step_gbs": after, "read_gbs": read}
     return {
@@ -145,15 +145,16 @@ def bandwidth_facts(n_bytes: int, steps: int, after: Sequence[float], read: Sequ
 def scaled_times(
     prompts: int, measured: int, by_prompt: Sequence[float], compress: Sequence[float], asking: Sequence[float]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times of both baselines for all prompts, from those for some.
+    """Extrapolate both baselines' times from the measured prompts to all prompts.
 
     Args:
-        prompts, measured: how many there are and how many were asked.
-        by_prompt: seconds of compressing and asking for each that was asked, round by round.
-        compress, asking: seconds of compressing once, and of asking then.
+        prompts: number of prompts.
+        measured: number of prompts that were timed.
+        by_prompt: seconds of compressing and asking for each timed prompt, round by round.
+        compress, asking: seconds of compressing once, and of asking the timed prompts then.
 
     Returns:
-        Each baseline's times, and in words how they were had; the words are missing if all prompts were asked.
+        Each baseline's times, and a description of the extrapolation (empty if all prompts were timed).
     """
     factor = prompts / measured
     times = {
@@ -167,31 +168,31 @@ def scaled_times(
 
 
 @contextlib.contextmanager
-def kv_noted() -> Iterator[list[int]]:
-    """While it is open, the bytes of keys and values of every session that icae_fast decodes in are put on the list."""
+def recorded_kv_bytes() -> Iterator[list[int]]:
+    """Record, while open, the bytes of keys and values of every decode session of icae_fast."""
     held: list[int] = []
 
-    def noted(*arguments, **options):
+    def recording(*arguments: Any, **options: Any) -> DecodeSession:
         session = DecodeSession(*arguments, **options)
         held.append(session.nbytes)
         return session
 
-    with mock.patch.object(answers, "DecodeSession", noted):
+    with mock.patch.object(answers, "DecodeSession", recording):
         yield held
 
 
 def kv_facts(case: Case, n_bytes: int, own_tokens: int) -> dict[str, Any]:
-    """What a row says about keys and values.
+    """Return the facts about keys and values.
 
     Args:
-        case: whose prompts share one document's memory.
-        n_bytes: of all that the decoding held.
-        own_tokens: of all rows behind the slots, prompts and answers, which no two rows can share.
+        case: its prompts share the memory of one document.
+        n_bytes: bytes held by the decode session.
+        own_tokens: tokens after the slots in all rows (prompts and answers), which rows cannot share.
 
     Returns:
-        `kv`: `mb` (10^6 bytes) in all, `memory_mb` of one memory's slots, `own_mb` of the rows' own tokens, and
-        `memories`, how many times the slots' keys and values the rest is: 1 and a little for what stands before the
-        slots if all rows share one memory, `case.prompts` if each has its own.
+        `kv`: `mb` (10^6 bytes) in total, `memory_mb` for one memory's slots, `own_mb` for the rows' own tokens, and
+        `memories`, the rest as a multiple of `memory_mb`. It is slightly above 1 (for the prefix) if all rows share one
+        memory, and `case.prompts` if every row holds a copy.
     """
     token = case.shape.kv_elements() * case.element_size
     memory, own = len(case.span_lengths) * case.memory_size * token, own_tokens * token
@@ -205,10 +206,13 @@ def kv_facts(case: Case, n_bytes: int, own_tokens: int) -> dict[str, Any]:
 def assert_answers(
     models: Models, case: Case, slots: torch.Tensor, asked: Sequence[torch.Tensor], given: Sequence[list[int]]
 ) -> None:
-    """Raise unless there is an answer of the right length to each prompt, each greedy by the baseline on these slots.
+    """Assert that every prompt has an answer of the right length that is greedy by the baseline on these slots.
 
-    Raises:
-        AssertionError: see `icae_fast.benchmark.checks.assert_greedy`.
+    Args:
+        models, case: the models and the workload.
+        slots: slots that the answers were generated from.
+        asked: ids of the prompts.
+        given: ids of the answers.
     """
     assert len(given) == len(asked), f"there are {len(given)} answers to {len(asked)} prompts"
     forbidden = models.icae.eos_token_ids

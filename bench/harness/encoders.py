@@ -1,4 +1,4 @@
-"""What the benchmarks of compressing share: providers' names, the work, the check, and what is said beside times."""
+"""Shared parts of the encoding benchmarks: providers, work, checks, and the facts of a row."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from icae_fast.core.memory import Memory
 BASELINE, MERGED, COMPILED, FROZEN = "baseline", "merged", "merged compiled", "merged compiled frozen"
 OURS_FUSED, OURS_MERGED, WITHOUT_LORA = f"{OURS} fused", f"{OURS} merged", f"{OURS} without LoRA"
 GEMMS = "gemms"
-# Random weights make more of rounding than trained ones: llama-1b's slots lay 3.1e-2 from the baseline's, and those of
+# Random weights amplify rounding more than trained ones: llama-1b's slots were 3.1e-2 from the baseline's, and those of
 # Hugging Face with merged weights 3.3e-2.
 RANDOM_TOLERANCE = 2.0
-SDPA, EXPANDED = "sdpa", "sdpa expanded"  # of attention alone
+SDPA, EXPANDED = "sdpa", "sdpa expanded"  # attention only
 
 
 def encoder_work(case: Case) -> Work:
-    """The least work that compresses the case's documents."""
+    """Return the least work that compresses the case's documents."""
     flops = encode_flops(case.shape, case.span_lengths, case.memory_size, case.rank)
     return Work(GEMM_BOUND[case.torch_dtype], flops=flops, tokens=case.documents * case.tokens)
 
 
 def lesser_work(case: Case) -> dict[str, Work]:
-    """What the providers do that give no slots, or other ones."""
+    """Return the work of the providers that compute no slots (bare GEMMs) or different ones (without LoRA)."""
     sizes = (case.shape, case.span_lengths, case.memory_size)
     flops = {GEMMS: encode_gemm_flops(*sizes, case.rank), WITHOUT_LORA: encode_flops(*sizes, rank=0)}
     return {name: dataclasses.replace(encoder_work(case), flops=n) for name, n in flops.items()}
 
 
 def encoder_check(case: Case) -> Callable[[dict[str, Any]], None]:
-    """Raises unless all slots are the baseline's, and the GEMMs did the operations that the analysis counts."""
+    """Return a check that all slots are the baseline's and that the GEMMs did the operations of the analysis."""
     gemm_flops = lesser_work(case)[GEMMS].flops
-    tolerance = TOLERANCE[case.torch_dtype] * (1.0 if case.shape.embedded else RANDOM_TOLERANCE)
+    tolerance = TOLERANCE[case.torch_dtype] * (1.0 if case.shape.bundled else RANDOM_TOLERANCE)
 
-    def check(results):
+    def check(results: dict[str, Any]) -> None:
         expected = results[BASELINE]
         for name, result in results.items():
             slots = torch.cat([m.slots for m in result]) if isinstance(result, list) else result
             if name == GEMMS:
                 assert result == gemm_flops, f"the GEMMs are {result} operations, not {gemm_flops}"
-            elif name == WITHOUT_LORA:  # other slots, by its nature; tests/bench/test_bench.py checks them
+            elif name == WITHOUT_LORA:  # its slots are different ones; tests/bench checks their values
                 assert slots.shape == expected.shape
                 assert bool(slots.isfinite().all())
             else:
@@ -57,14 +57,14 @@ def encoder_check(case: Case) -> Callable[[dict[str, Any]], None]:
 
 
 def encoder_facts(case: Case) -> Callable[[Mapping[str, list[float]]], dict[str, Any]]:
-    """`Compare`'s `derive`.
+    """Return the `derive` argument of `Compare` for encoders.
 
-    Facts are `time_over_gemms` (icae_fast's time over that of its bare products), and where both were timed
-    `lora_cost` (time with the fused LoRA over that without one, less 1) beside `lora_flops_share`; each of the ratios
-    round by round: median, min, max, and of_minima.
+    The facts are `time_over_gemms`, icae_fast's time over that of its bare products, and, if both were timed,
+    `lora_cost`, the time with the fused LoRA over that without LoRA minus 1, with `lora_flops_share`. Ratios are taken
+    round by round: median, min, max and of_minima.
     """
 
-    def derive(seconds):
+    def derive(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
         facts: dict[str, Any] = {"time_over_gemms": speedup(seconds[GEMMS], seconds[OURS])}
         if WITHOUT_LORA in seconds:
             cost = speedup(seconds[WITHOUT_LORA], seconds[OURS_FUSED])
@@ -76,7 +76,7 @@ def encoder_facts(case: Case) -> Callable[[Mapping[str, list[float]]], dict[str,
 
 
 def assert_same_beginnings(results: Mapping[str, list[Memory]], dtype: torch.dtype) -> None:
-    """Raise unless all results begin with the same memories: what is compressed along does not matter."""
+    """Assert that all results begin with the same memories, whatever else was in the batch."""
     longest = max(results.values(), key=len)
     for name, memories in results.items():
         for i, (memory, other) in enumerate(zip(memories, longest, strict=False)):

@@ -1,4 +1,4 @@
-"""Nothing but the matrix products that icae_fast's encoder does: what is left of its time is its own doing."""
+"""The bare matrix products of icae_fast's encoder; the rest of the encoder's time is overhead."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m, k) times (k, n)
 
 
 class BareGemms:
-    """The products of `icae.compress` with the adapter fused, by `torch.mm` into buffers made beforehand.
+    """The products of `icae.compress` with the fused adapter, by `torch.mm` into preallocated buffers.
 
-    A layer has packed QKV, LoRA down for q and v in one, LoRA up for q and for v, the output projection, gate and up
-    in one, and down; the last layer has keys and values for all rows and the rest for memory rows alone. Weights are
-    the model's own, so that each layer's come from memory as they do in the encoder; what they are multiplied with is
-    random, and products are not added up.
+    A layer has packed QKV, one LoRA down-projection for q and v, LoRA up for q and for v, the output projection, one
+    product for gate and up, and down. The last layer computes keys and values for all rows and everything else for
+    memory rows only. Weights are the model's, so every layer's are read from memory as in the encoder. The other
+    factor is random, and results are not accumulated.
 
     Args:
         icae: the model.
         span_lengths: tokens of each span.
-        token_budget: of a micro-batch, as in `icae.compress`.
+        token_budget: tokens of a micro-batch, as in `icae.compress`.
 
     Attributes:
         flops: multiplications and additions of a call.
@@ -43,7 +43,7 @@ class BareGemms:
 
     @torch.no_grad()
     def __call__(self) -> int:
-        """Do the products, and say how many operations they were."""
+        """Run the products and return the number of operations."""
         for x, weight, out in self._products:
             torch.mm(x, weight, out=out)
         return self.flops
@@ -74,7 +74,7 @@ class BareGemms:
 
 
 def _layer_weights(icae: ICAE) -> list[dict[str, torch.Tensor]]:
-    """Each layer's matrices, (out, in)."""
+    """Return each layer's matrices, (out, in)."""
     q_features = icae.backbone.num_q_heads * icae.backbone.head_dim
     weights = []
     with torch.no_grad():
@@ -89,7 +89,7 @@ def _layer_weights(icae: ICAE) -> list[dict[str, torch.Tensor]]:
 
 
 def _one_block(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Both, one above the other: a view where they lie so in memory, else a copy."""
+    """Return both stacked by rows: a view if they are adjacent in memory, else a copy."""
     storage = first.untyped_storage()
     end = storage.data_ptr() + storage.nbytes()
     if second.data_ptr() == first.data_ptr() + first.nbytes and second.data_ptr() + second.nbytes <= end:

@@ -1,4 +1,4 @@
-"""How time and memory grow with the number of spans."""
+"""Growth of time and memory with the number of spans."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from icae_fast.benchmark.machine import Bounds
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """The slope of log time against log size: 1 for a time in proportion to the size."""
+    """Return the slope of log time over log size: 1 if time is proportional to size."""
     return float(numpy.polyfit([math.log(n) for n in sizes], [math.log(s) for s in seconds], 1)[0])
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What a benchmark of growth found.
+    """The result of a growth benchmark.
 
     Args:
-        name: the benchmark's; facts: workload.
+        name: name of the benchmark.
+        facts: workload.
         seconds: times for each number of spans, round by round.
-        peaks: working memory in bytes for each.
-        slots: bytes of the slots that are returned, which are no working memory.
+        peaks: peak memory in bytes for each number of spans.
+        slots: bytes of the returned slots, which are not working memory.
         backends: op name to the backend that ran it.
     """
 
@@ -38,11 +39,11 @@ class Growth:
     backends: dict[str, str]
 
     def row(self, bounds: Bounds) -> dict[str, Any]:
-        """The outcome as JSON values.
+        """Return the outcome as JSON values.
 
         Returns:
-            `name`, the facts, `rounds`, `exponent` (fitted to the best times), `points` (for each number of `spans`
-            the `seconds`, median and min, `peak_mb` over the weights, `slots_mb` in it, and `working_mb`, the
+            `name`, the facts, `rounds`, `exponent` (fitted to the best times), `points` (for each number of `spans`:
+            `seconds`, median and min, `peak_mb` above the weights, `slots_mb` included in it, and `working_mb`, the
             rest), `backends`.
         """
         points = [

@@ -1,4 +1,4 @@
-"""The models under comparison, built from a `Case`: the same weights for every provider."""
+"""The compared models, built from a `Case` with the same weights for every provider."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SEED = 0
 
 
 def build_base(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
-    """(causal language model, tokenizer or None) of a shape in `MODELS`; random weights are the same in every run."""
+    """Return (causal language model, tokenizer or None) for a name in `MODELS`; random weights are reproducible."""
     shape = MODELS[name]
-    if shape.embedded:
+    if shape.bundled:
         model, tokenizer = load_smollm2(dtype)
         return model.to(device), tokenizer
     config = LlamaConfig(
@@ -33,13 +33,13 @@ def build_base(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Any,
         num_attention_heads=shape.q_heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
         intermediate_size=shape.mlp, max_position_embeddings=8192, tie_word_embeddings=False,
     )  # fmt: skip
-    with torch.random.fork_rng(), torch.device(device):  # made where they are to be: 7B take minutes on a CPU
+    with torch.random.fork_rng(), torch.device(device):  # on the device itself: drawing 7B takes minutes on a CPU
         torch.manual_seed(SEED)
         return LlamaForCausalLM._from_config(config, dtype=dtype).eval(), None
 
 
 def build_icae(base: Any, config: ICAEConfig, tokenizer: Any = None) -> ICAE:
-    """An `ICAE` whose LoRA acts: a new adapter's B is zero, and comparing it would compare nothing."""
+    """Return an `ICAE` with random LoRA B factors; a new adapter's are zero, and the LoRA would change nothing."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         icae = ICAE.from_base(base, config, tokenizer).eval()
@@ -51,9 +51,9 @@ def build_icae(base: Any, config: ICAEConfig, tokenizer: Any = None) -> ICAE:
 
 
 def in_adapter_mode(icae: ICAE, mode: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """A call that runs with `icae.adapter_mode` at "auto", "fused" or "merged", and puts back what it was."""
+    """Return a call that runs with `icae.adapter_mode` set to "auto", "fused" or "merged", and restores the mode."""
 
-    def run():
+    def run() -> Any:
         before = icae.adapter_mode
         icae.adapter_mode = mode
         try:
@@ -66,9 +66,9 @@ def in_adapter_mode(icae: ICAE, mode: str, call: Callable[[], Any]) -> Callable[
 
 @torch.no_grad()
 def encode_without_lora(icae: ICAE, spans: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What `icae.compress` would give if there were no adapter, (len(spans) * k, d): what the LoRA costs is the rest.
+    """Return what `icae.compress` would return without an adapter, (len(spans) * k, d), to measure the LoRA's cost.
 
-    The same micro-batches of the same packed rows go through the same backbone. Slots are not scaled.
+    The same micro-batches of packed rows run through the same backbone. Slots are not scaled.
     """
     config, slots = icae.config, []
     memory_tokens = icae.memory_token_embed.weight[: config.memory_size].to(icae.dtype)
@@ -82,7 +82,7 @@ def encode_without_lora(icae: ICAE, spans: Sequence[torch.Tensor]) -> torch.Tens
 
 @contextlib.contextmanager
 def with_threads(count: int) -> Iterator[None]:
-    """Runs with `count` threads, 0 for as many as there were."""
+    """Run with `count` torch threads; 0 keeps the current number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -92,10 +92,10 @@ def with_threads(count: int) -> Iterator[None]:
 
 
 class MergedEncoder:
-    """The strongest plain Hugging Face encoder: LoRA merged into the weights, body only, spans in one eager batch.
+    """The strongest plain Hugging Face encoder: LoRA merged into the weights, no head, spans in one eager batch.
 
-    It cannot decode with the same weights, so it is a bound on what merging could give, not a way to run ICAE. Memory
-    positions are `append` and slots are not scaled.
+    Its weights cannot decode, so it is a bound for merging and not a way to run ICAE. Memory positions are `append` and
+    slots are not scaled.
     """
 
     def __init__(self, icae: ICAE) -> None:
@@ -110,11 +110,11 @@ class MergedEncoder:
 
     @torch.no_grad()
     def compress(self, spans: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Slots of (L,) spans, all of one length, (len(spans) * k, d)."""
+        """Compress (L,) spans, all of one length, into slots (len(spans) * k, d)."""
         return self.encode(torch.stack(list(spans)).to(self.memory_tokens.device))
 
     def encode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Slots of a (B, L) batch of spans."""
+        """Compress a (B, L) batch of spans."""
         text = self.model.embed_tokens(ids)
         embeddings = torch.cat((text, self.memory_tokens.expand(len(ids), -1, -1)), dim=1)
         hidden = self.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
@@ -122,13 +122,17 @@ class MergedEncoder:
 
 
 class CompiledEncoder:
-    """A `MergedEncoder` under `torch.compile`: one graph for each shape, without a break.
+    """A `MergedEncoder` under `torch.compile`, one graph per shape without breaks.
 
-    With `freezing`, inductor takes the weights for constants, which lets oneDNN lay them out for its kernels when
-    the graph is compiled. Dynamo looks at the global setting while it traces, so that `options` alone would come too
-    late; without them it would take the graph of the other encoder for this one's. Both want gradients to be off.
+    With `freezing`, inductor treats the weights as constants, so oneDNN can lay them out for its kernels at compile
+    time. Dynamo reads the global setting while it traces, which is before `options` apply; without `options` it would
+    reuse the graph of the other encoder. Both settings require gradients to be off.
 
-    The first call for a shape compiles; see `bench/conftest.py` for where that is cached.
+    The first call for a shape compiles; `bench/conftest.py` sets the cache folder.
+
+    Args:
+        merged: the encoder to compile.
+        freezing: whether weights become constants.
     """
 
     def __init__(self, merged: MergedEncoder, freezing: bool) -> None:
@@ -137,17 +141,22 @@ class CompiledEncoder:
 
     @torch.no_grad()
     def compress(self, spans: Sequence[torch.Tensor]) -> torch.Tensor:
-        """As `MergedEncoder.compress`."""
+        """Compress like `MergedEncoder.compress`."""
         with torch._inductor.config.patch(freezing=self.freezing):
             return self._encode(torch.stack(list(spans)).to(self.device))
 
 
 class Models:
-    """Every provider of one model with the same weights; each is made when it is first asked for.
+    """Every provider of one model with the same weights; each is built on first use.
+
+    Args:
+        name: a name in `MODELS`.
+        dtype: dtype of the base model.
+        config: config of the adapter.
+        device: device of all providers.
 
     Attributes:
-        icae: `icae_fast.ICAE`; baseline: `BaselineICAE`; training_baseline: the same with the second copy that the
-        reference trains with; merged: `MergedEncoder`; compiled, frozen: `CompiledEncoder` without and with freezing.
+        icae: the `icae_fast.ICAE`.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, config: ICAEConfig, device: str = "cpu") -> None:
@@ -156,46 +165,46 @@ class Models:
 
     @functools.cached_property
     def baseline(self) -> BaselineICAE:
-        """The reference's way."""
+        """The baseline."""
         return BaselineICAE.from_icae(self.icae)
 
     @functools.cached_property
     def training_baseline(self) -> BaselineICAE:
-        """The reference's way of training."""
+        """The baseline with the second copy that the reference trains with."""
         return BaselineICAE.from_icae(self.icae, two_copies=True)
 
     @functools.cached_property
     def merged(self) -> MergedEncoder:
-        """Hugging Face with merged weights."""
+        """Hugging Face's model with merged weights."""
         return MergedEncoder(self.icae)
 
     @functools.cached_property
     def compiled(self) -> CompiledEncoder:
-        """The same under torch.compile."""
+        """`merged` under torch.compile."""
         return CompiledEncoder(self.merged, freezing=False)
 
     @functools.cached_property
     def frozen(self) -> CompiledEncoder:
-        """The same under torch.compile with constant weights."""
+        """`merged` under torch.compile with constant weights."""
         return CompiledEncoder(self.merged, freezing=True)
 
     def gemms(self, spans: Sequence[torch.Tensor]) -> BareGemms:
-        """icae_fast's matrix products for these spans, and nothing else."""
+        """Return icae_fast's bare matrix products for these spans."""
         return BareGemms(self.icae, [len(s) for s in spans], token_budget_on(self.icae.device))
 
 
-@functools.lru_cache(maxsize=1)  # cases of one model follow one another, and two models may not fit into memory
+@functools.lru_cache(maxsize=1)  # cases of one model run in a row, and two models may not fit into memory
 def _models(name: str, dtype: torch.dtype, config: ICAEConfig, device: str) -> Models:
     return Models(name, dtype, config, device)
 
 
 def models_for(case: Case, device: str = "cpu") -> Models:
-    """The providers for a case; the last model asked for is kept."""
+    """Return the providers for a case; the most recent ones are cached."""
     config = ICAEConfig(memory_size=case.memory_size, compression_rate=case.rate, lora_rank=case.rank)
     return _models(case.model, case.torch_dtype, config, device)
 
 
 def documents_for(case: Case) -> list[torch.Tensor]:
-    """The case's documents: random ids of base tokens, (tokens,) int64 each."""
+    """Return the case's documents: random ids of base tokens, (tokens,) int64 each."""
     generator = torch.Generator().manual_seed(SEED)
     return [torch.randint(case.shape.vocabulary, (case.tokens,), generator=generator) for _ in range(case.documents)]

@@ -1,7 +1,7 @@
-"""Learning a few passages by heart: a new adapter is trained on one batch until the decoder restores all of it.
+"""Overfit a new adapter on a few passages: train on one batch until the decoder restores all of it.
 
-The warm start gives the slots something to say before the decoder is asked: without it, 117 steps of autoencoding of 64
-tokens in 32 slots left SmolLM2's loss at 4.2, and with 40 steps of it 89 brought the loss to 1.0.
+The encoder-only warm start makes the slots informative before the decoder reads them. For 64 tokens in 32 slots, 117
+steps of autoencoding without it left SmolLM2's loss at 4.2; after 40 warm steps, 89 steps brought the loss to 1.0.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from icae_fast.training.methods.objectives import autoencoding_sample
 from icae_fast.training.methods.warm_start import warm_start_loss
 
 LEARNING_RATE, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
-RAMP_STEPS = 10  # until the learning rate is reached
+RAMP_STEPS = 10  # steps until the full learning rate
 TEXT = REPOSITORY / "examples" / "harrow_point.txt"
 
 
 def new_icae(case: OverfitCase) -> ICAE:
-    """A new adapter of a kind that learns fast: spread positions, scaled slots, LoRA at scale 1, no dropout."""
+    """Return a new adapter with settings that learn fast: spread positions, scaled slots, LoRA scale 1, no dropout."""
     base, tokenizer = build_base(case.model, DTYPES[case.dtype])
     config = ICAEConfig(
         memory_size=case.memory_size, compression_rate=-(-case.tokens // case.memory_size), lora_alpha=128,
@@ -39,7 +39,7 @@ def new_icae(case: OverfitCase) -> ICAE:
 
 
 def passages_for(case: OverfitCase, icae: ICAE) -> list[torch.Tensor]:
-    """The case's passages, (tokens,) int64 each: the beginning of a text, or random ids without a tokenizer."""
+    """Return the case's passages, (tokens,) int64 each, from the start of a text, or random ids without a tokenizer."""
     count = case.passages * case.tokens
     if icae.tokenizer is None:
         ids = torch.randint(icae.vocabulary.n_base, (count,), generator=torch.Generator().manual_seed(SEED))
@@ -51,13 +51,19 @@ def passages_for(case: OverfitCase, icae: ICAE) -> list[torch.Tensor]:
 def learn(
     case: OverfitCase, icae: ICAE, passages: Sequence[torch.Tensor], learning_rate: float = LEARNING_RATE
 ) -> dict[str, Any]:
-    """Warm start, then autoencoding, each step on all passages, until the decoder gives all of them back.
+    """Train on all passages at once, warm start and then autoencoding, until the decoder restores all of them.
 
-    It is asked to only when the loss is below the case's goal and every label has the highest logit. The loss alone
-    does not tell: at 0.047, two passages of eight still broke off in one run.
+    Restoration is tried only once the loss is below the case's goal and every label is the argmax. The loss is not
+    enough: at 0.047, two of eight passages still broke off in one run.
+
+    Args:
+        case: steps and goal.
+        icae: the adapter to train.
+        passages: ids, (tokens,) each.
+        learning_rate: peak learning rate of AdamW.
 
     Returns:
-        `warm_losses` and `losses`, those before each step; `reached`, whether it came to the end.
+        `warm_losses` and `losses`, the losses before each step; `reached`, whether all passages were restored.
     """
     model = TrainingModel(icae).train()
     batch = pack([autoencoding_sample(icae, p.tolist()) for p in passages])
@@ -65,7 +71,7 @@ def learn(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / RAMP_STEPS))
 
-    def descend(loss):
+    def descend(loss: torch.Tensor) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
@@ -92,19 +98,21 @@ def learn(
 
 
 def restored(icae: ICAE, passages: Sequence[torch.Tensor]) -> list[bool]:
-    """Which passages come back exactly, from their slots alone: every token, greedily, and the end behind them."""
+    """Return, for each passage, whether greedy decoding from its slots restores every token and then ends."""
     answers = icae.restore(icae.compress(list(passages)), return_ids=True)
     return [answer == [*p.tolist(), icae.eos_token_ids[0]] for answer, p in zip(answers, passages, strict=True)]
 
 
 @dataclass(frozen=True)
 class Overfit:
-    """What a benchmark of learning by heart found.
+    """The result of an overfitting benchmark.
 
     Args:
-        name: the benchmark's; case: what was learned.
-        learned: of `learn`; exact: of `restored`.
-        seconds: of learning and restoring.
+        name: name of the benchmark.
+        case: the workload.
+        learned: result of `learn`.
+        exact: result of `restored`.
+        seconds: time of training and restoring.
         backends: op name to the backend that ran it.
     """
 
@@ -116,11 +124,11 @@ class Overfit:
     backends: dict[str, str]
 
     def row(self, bounds: Bounds) -> dict[str, Any]:
-        """The outcome as JSON values.
+        """Return the outcome as JSON values.
 
         Returns:
-            `name`, `case`, `overfit` (`passages`, `tokens` and `slots` of each, `warm_steps`, `steps`, `seconds`,
-            `goal`, `loss` (the last), `restored` (how many passages exactly), `losses` (every tenth)), `backends`.
+            `name`, `case`, `overfit` (`passages`, `tokens` and `slots` per passage, `warm_steps`, `steps`, `seconds`,
+            `goal`, `loss` (the last one), `restored` (passages restored exactly), `losses` (every tenth)), `backends`.
         """
         losses = self.learned["losses"]
         return {

@@ -1,4 +1,4 @@
-"""How the memory of a training step grows with the context, and what it would be where it does not fit."""
+"""Memory of a training step as a function of context length, extrapolated where the step does not fit."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from icae_fast import ICAE
 from icae_fast.benchmark.machine import Bounds
 from icae_fast.benchmark.measure import peak_memory
 
-# How far the baseline goes: a step that would take longer, or more of the free memory, is extrapolated.
+# Limits of a step that is run; a step expected to take longer, or a larger share of free memory, is extrapolated.
 MAX_SECONDS, MEMORY_SHARE = 120.0, 0.8
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step at one length.
+    """A step at one context length.
 
     Args:
-        tokens: of the context.
+        tokens: context tokens.
         peak: bytes of working memory.
-        seconds: of the step, None where it was not run.
+        seconds: time of the step, None if it was not run.
     """
 
     tokens: int
@@ -35,17 +35,18 @@ class Point:
 
     @property
     def extrapolated(self) -> bool:
-        """Was it not run?"""
+        """Whether the step was not run."""
         return self.seconds is None
 
 
 @dataclass(frozen=True)
 class Line:
-    """A straight line through peaks.
+    """A straight line fitted to peaks.
 
     Args:
-        slope: bytes a token; intercept: bytes.
-        error: how far the farthest of the fitted peaks lies from it, as a fraction.
+        slope: bytes per token.
+        intercept: bytes.
+        error: largest deviation of a fitted peak, as a fraction of it.
     """
 
     slope: float
@@ -54,7 +55,7 @@ class Line:
 
     @classmethod
     def through(cls, points: Sequence[Point]) -> Line:
-        """The best one through the upper half of the points, which are two at least."""
+        """Fit a line to the upper half of the points, at least two."""
         upper = points[min(len(points) // 2, len(points) - 2) :]
         tokens, peaks = [p.tokens for p in upper], [p.peak for p in upper]
         slope, intercept = (float(v) for v in numpy.polyfit(tokens, peaks, 1))
@@ -62,7 +63,7 @@ class Line:
         return cls(slope, intercept, error)
 
     def at(self, tokens: int) -> int:
-        """Its height there, in bytes."""
+        """Return the line's value at `tokens`, in bytes."""
         return round(self.slope * tokens + self.intercept)
 
 
@@ -71,15 +72,15 @@ def measure_affordable(
     free: Callable[[], float] | None = None,
     max_seconds: float | None = None,
 ) -> tuple[list[Point], dict[str, Any] | None]:
-    """Run steps of growing length until the next would take too long or more memory than there is, by the line so far.
+    """Run steps of growing length until the fitted line predicts too much time or memory for the next one.
 
     Args:
-        calls: context tokens to a step, ascending; the first two are run in any case.
-        free: gives the free bytes; the machine's by default.
-        max_seconds: that a step may take; `MAX_SECONDS` by default.
+        calls: context tokens to a step, ascending; the first two always run.
+        free: returns the free bytes, by default those of the machine.
+        max_seconds: limit for a step, by default `MAX_SECONDS`.
 
     Returns:
-        Points of all lengths, extrapolated from where it stopped; and where and why it did, None if it did not.
+        Points of all lengths, extrapolated after the stop; and where and why it stopped, None if all steps ran.
     """
     free = free or (lambda: psutil.virtual_memory().available)
     max_seconds = MAX_SECONDS if max_seconds is None else max_seconds
@@ -106,7 +107,7 @@ def measure_affordable(
 
 @contextlib.contextmanager
 def positions_up_to(icae: ICAE, positions: int) -> Iterator[None]:
-    """Lets the decoder use so many positions, where the base model's limit is lower."""
+    """Raise the decoder's limit of positions to at least `positions`."""
     before = icae.max_positions
     icae.max_positions = max(before, positions)
     try:
@@ -117,13 +118,14 @@ def positions_up_to(icae: ICAE, positions: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a benchmark of memory by length found.
+    """The result of a memory benchmark.
 
     Args:
-        name: the benchmark's; facts: workload.
-        points: of each provider, ascending.
-        positions: that the decoder takes, by context tokens.
-        stopped: of `measure_affordable`.
+        name: name of the benchmark.
+        facts: workload.
+        points: points of each provider, ascending.
+        positions: decoder positions by context tokens.
+        stopped: where and why the baseline stopped, from `measure_affordable`.
         backends: op name to the backend that ran it.
     """
 
@@ -135,12 +137,12 @@ class StepMemory:
     backends: dict[str, str]
 
     def row(self, bounds: Bounds) -> dict[str, Any]:
-        """The outcome as JSON values.
+        """Return the outcome as JSON values.
 
         Returns:
-            `name`, the facts, `memory` (for each provider `bytes_per_token`, the slope over the upper half of the
-            measured lengths, its `fit_error`, and `points`: context `tokens`, decoder `positions`, `peak_mb` over the
-            weights, `seconds`, `extrapolated`), `baseline_stopped`, `backends`.
+            `name`, the facts, `memory` (for each provider: `bytes_per_token`, the slope over the upper half of the
+            measured lengths, its `fit_error`, and `points` with context `tokens`, decoder `positions`, `peak_mb` above
+            the weights, `seconds`, `extrapolated`), `baseline_stopped`, `backends`.
         """
         memory = {}
         for name, points in self.points.items():

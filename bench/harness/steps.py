@@ -1,7 +1,7 @@
-"""What the benchmarks of training share: a step of icae_fast and of the baseline, and when the two are the same.
+"""Shared parts of the training benchmarks: a step of icae_fast and of the baseline, and checks that they agree.
 
-A step is the forward and backward of one document. There is no optimiser's in it: both sides train the same
-parameters, and would take the same.
+A step is the forward and backward of one document. The optimiser's step is left out: both sides train the same
+parameters, so it takes the same time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from icae_fast.training.methods.objectives import Sample
 NOTHING_KEPT, ALL_KEPT = f"{OURS} budget 0", f"{OURS} everything kept"
 BUDGETS = {NOTHING_KEPT: ActivationBudget(bytes=0), ALL_KEPT: EVERYTHING, OURS: ActivationBudget()}
 
-# Of the loss. The baseline's is a bf16 number, 0.4 % from the next, and a mean of losses of bf16 logits: SmolLM2's lay
-# up to 1.2 % from it, and 1.0 % from the fp32 one.
+# Relative difference of losses. The baseline's loss is a bf16 number (0.4 % apart), a mean over bf16 logits: with
+# SmolLM2, losses were up to 1.2 % from it, and it was 1.0 % from the fp32 one.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-# Each provider draws a dropout of its own, 0.05 of LoRA's input.
+# With dropout every provider draws different masks, over 0.05 of the LoRA's input.
 DROPOUT_TOLERANCE = 5e-2
 
 Call = Callable[[], "Step"]
@@ -35,12 +35,12 @@ Call = Callable[[], "Step"]
 
 @dataclass(frozen=True)
 class Step:
-    """What a step gave.
+    """The result of a step.
 
     Args:
         loss: mean over the labels.
-        gradients_finite: of all trained parameters.
-        gradients: by the reference's names, where they were asked for.
+        gradients_finite: whether all trained parameters have finite gradients.
+        gradients: gradients by the reference's names, None unless they were kept.
     """
 
     loss: float
@@ -49,21 +49,21 @@ class Step:
 
 
 def our_step(icae: ICAE, sample: Sample, budget: ActivationBudget, keep_gradients: bool = False) -> Step:
-    """A step of icae_fast under an activation budget."""
+    """Run a step of icae_fast under an activation budget."""
     context, prompt, labels = (torch.tensor(v) for v in (sample.input_ids, sample.prompt_answer_ids, sample.labels))
     loss = icae.token_losses([context], [prompt], [labels], budget).losses.mean()
     return _backward(loss, dict(icae.reference_named_parameters()), keep_gradients)
 
 
 def baseline_step(baseline: BaselineICAE, sample: Sample, keep_gradients: bool = False) -> Step:
-    """A step of the baseline. Its logits are not held beyond the forward, as the reference's `Trainer` does not."""
+    """Run a step of the baseline; logits are released after the forward, as by the reference's `Trainer`."""
     rows = (torch.tensor([v]) for v in (sample.input_ids, sample.prompt_answer_ids, sample.labels))
     loss = baseline(*rows)["loss"]
     parameters = {name: p for name, p in baseline.named_parameters() if p.requires_grad}
     return _backward(loss, parameters, keep_gradients)
 
 
-def _backward(loss, parameters, keep):
+def _backward(loss: torch.Tensor, parameters: dict[str, nn.Parameter], keep: bool) -> Step:
     loss.backward()
     found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     finite = len(found) == len(parameters) and all(bool(g.isfinite().all()) for g in found.values())
@@ -73,7 +73,7 @@ def _backward(loss, parameters, keep):
 
 
 def step_calls(icae: ICAE, baseline: BaselineICAE, sample: Sample, keep_gradients: bool = False) -> dict[str, Call]:
-    """A call for each provider: the baseline, and icae_fast with each of `BUDGETS`."""
+    """Return a call for each provider: the baseline, and icae_fast with each of `BUDGETS`."""
     ours = {
         name: lambda budget=budget: our_step(icae, sample, budget, keep_gradients) for name, budget in BUDGETS.items()
     }
@@ -82,7 +82,12 @@ def step_calls(icae: ICAE, baseline: BaselineICAE, sample: Sample, keep_gradient
 
 @contextlib.contextmanager
 def in_training(*models: nn.Module, dropout: bool = True) -> Iterator[None]:
-    """Training mode, with the baseline's checkpointing, and with dropout or without; evaluation mode afterwards."""
+    """Put models into training mode (with the baseline's checkpointing), and into evaluation mode afterwards.
+
+    Args:
+        models: an `ICAE`, a `BaselineICAE`, or both.
+        dropout: whether dropout is active.
+    """
     for model in models:
         model.train()
         if not dropout:
@@ -99,13 +104,13 @@ def in_training(*models: nn.Module, dropout: bool = True) -> Iterator[None]:
 
 
 def assert_finite(steps: Mapping[str, Step]) -> None:
-    """Raise unless every trained parameter of each step had a finite gradient."""
+    """Assert that every trained parameter of each step had a finite gradient."""
     for name, step in steps.items():
         assert step.gradients_finite, f"{name}: a trained parameter has no gradient, or one with NaN or infinity"
 
 
 def assert_same_losses(steps: Mapping[str, Step], tolerance: float) -> None:
-    """Raise unless all losses are the baseline's within a tolerance, and all gradients finite."""
+    """Assert that all losses are the baseline's within a relative tolerance and that all gradients are finite."""
     assert_finite(steps)
     expected = steps[BASELINE].loss
     for name, step in steps.items():
@@ -113,10 +118,10 @@ def assert_same_losses(steps: Mapping[str, Step], tolerance: float) -> None:
 
 
 def assert_same_steps(steps: Mapping[str, Step], dtype: torch.dtype) -> None:
-    """Raise unless steps without dropout are the same: losses, and in fp32 gradients.
+    """Assert that steps without dropout agree: losses, and gradients in fp32.
 
-    In bf16 gradients are noise to a good part, for one document: SmolLM2's lay 0.15 to 0.47 of their RMS from the fp32
-    ones, and the baseline's 0.09 to 0.84. They are then only to be finite.
+    In bf16 the gradients of one document are largely noise: SmolLM2's were 0.15 to 0.47 of their RMS from the fp32
+    ones, and the baseline's 0.09 to 0.84. They are only checked to be finite.
     """
     assert_same_losses(steps, LOSS_TOLERANCE[dtype])
     if dtype == torch.float32:

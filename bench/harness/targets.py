@@ -1,15 +1,16 @@
-"""What the suites are held against: `python -m bench.harness.targets docs/results/{encode,decode,train}-MACHINE.json`.
+"""Performance targets of the suites: `python -m bench.harness.targets docs/results/{encode,decode,train}-MACHINE.json`.
 
-Each measured figure stands beside its target with "met" or "missed"; a figure without one is there to be read.
-Targets are judged on medians, and nothing fails when one is missed.
+Prints each measured figure next to its target, with "met" or "missed"; figures without a target are informative.
+Targets are judged on medians. A missed target is not a failure.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bench.harness.decoders import BY_PROMPT, GENERATE, KV_TIER, LLAMA_CPP, ONE_
 from bench.harness.encoders import BASELINE, COMPILED, EXPANDED, FROZEN, MERGED, SDPA
 from bench.harness.steps import ALL_KEPT, NOTHING_KEPT
 
-WIDTH = 160  # no line of the table breaks
+WIDTH = 160  # wide enough that no line of the table breaks
 AT_LEAST, AT_MOST = ">=", "<="
 
 
@@ -32,8 +33,8 @@ class Target:
 
     Args:
         sign: ">=" or "<=".
-        plain, amx: the bound on a CPU without and with AMX, whose products are many times as fast and leave more of
-            the time to all else.
+        plain, amx: the bound on a CPU without and with AMX. AMX makes products many times faster, so everything else
+            takes a larger share of the time.
     """
 
     sign: str
@@ -41,11 +42,11 @@ class Target:
     amx: float
 
     def bound(self, amx: bool) -> float:
-        """The one that counts on this machine."""
+        """Return the bound for a machine with or without AMX."""
         return self.amx if amx else self.plain
 
     def met(self, value: float, amx: bool) -> bool:
-        """Is it?"""
+        """Return whether a value meets the bound."""
         return value >= self.bound(amx) if self.sign == AT_LEAST else value <= self.bound(amx)
 
 
@@ -62,10 +63,10 @@ FRACTION_OF_READ = Target(AT_LEAST, 0.8, 0.8)
 OVER_LLAMA_CPP = Target(AT_LEAST, 1.0, 1.0)
 OVER_BY_PROMPT = Target(AT_LEAST, 20.0, 20.0)
 OVER_ONE_BY_ONE = Target(AT_LEAST, 10.0, 10.0)
-MEMORIES_HELD = Target(AT_MOST, 1.1, 1.1)  # one, and the template before its slots
+MEMORIES_HELD = Target(AT_MOST, 1.1, 1.1)  # one memory, and the template before its slots
 FIRST_TOKEN_FROM_SLOTS = Target(AT_LEAST, 8.0, 8.0)
 FIRST_TOKEN_FROM_KV = Target(AT_LEAST, 50.0, 50.0)
-# make bench-train; peaks are of memory above the weights, by context tokens where they are told apart
+# make bench-train; peaks are memory above the weights, by context tokens where the target depends on them
 STEP_OVER_BASELINE = Target(AT_LEAST, 2.0, 2.0)
 STEP_PEAK = Target(AT_MOST, 1 / 4, 1 / 4)
 PEAK_OVER_BASELINE = {8192: Target(AT_MOST, 1 / 8, 1 / 8)}
@@ -77,9 +78,10 @@ class Figure:
     """One line of the table.
 
     Args:
-        where, what: the row's name, and the figure's.
-        ratio: median, and where they are known min, max and of_minima.
-        target: None for a figure that is only there to be read.
+        where: name of the row.
+        what: name of the figure.
+        ratio: `median`, and if known `min`, `max` and `of_minima`.
+        target: None for an informative figure.
     """
 
     where: str
@@ -89,7 +91,7 @@ class Figure:
 
 
 def figures(row: dict[str, Any]) -> Iterator[Figure]:
-    """What one row of the suite's results says."""
+    """Yield the figures of one row of a suite's results."""
     if "exponent" in row:
         yield from _growth_figures(row)
     elif SDPA in row.get("speedup_over", ()):
@@ -113,8 +115,8 @@ def figures(row: dict[str, Any]) -> Iterator[Figure]:
         yield from _overfit_figures(row)
 
 
-def _encoder_figures(row):
-    # Targets are for the workload that runs all providers; the other models and shapes are there to be read.
+def _encoder_figures(row: dict[str, Any]) -> Iterator[Figure]:
+    # Targets apply to the workload that runs all providers; other models and shapes are informative.
     judged = "lora_cost" in row
     for name, target in ((BASELINE, OVER_BASELINE), (MERGED, None), (COMPILED, OVER_COMPILED), (FROZEN, None)):
         if name in row["speedup_over"]:
@@ -126,7 +128,7 @@ def _encoder_figures(row):
         yield Figure(row["case"], what, over_share, LORA_COST_OVER_SHARE)
 
 
-def _attention_figures(row):
+def _attention_figures(row: dict[str, Any]) -> Iterator[Figure]:
     best = min((SDPA, EXPANDED), key=lambda name: row["speedup_over"][name]["median"])
     judged = row["rows_by_tokens"].endswith("x640")  # a span of 512 tokens and its memory tokens
     yield Figure(
@@ -135,7 +137,7 @@ def _attention_figures(row):
     )  # fmt: skip
 
 
-def _growth_figures(row):
+def _growth_figures(row: dict[str, Any]) -> Iterator[Figure]:
     points = row["points"]
     yield Figure(f"1 to {points[-1]['spans']} spans", "exponent of time", {"median": row["exponent"]}, EXPONENT)
     most = max(point["working_mb"] for point in points[:-1])
@@ -143,7 +145,7 @@ def _growth_figures(row):
     yield Figure(f"{points[-1]['spans']} spans", what, {"median": points[-1]["working_mb"] / most})
 
 
-def _decode_figures(row):
+def _decode_figures(row: dict[str, Any]) -> Iterator[Figure]:
     where = f"{row['case']}, {row['new_tokens']} tokens"
     yield Figure(where, f"over {GENERATE}", row["speedup_over"][GENERATE], OVER_GENERATE)
     yield Figure(where, f"a token after the first, over {GENERATE}", row["step_speedup_over"][GENERATE])
@@ -152,7 +154,7 @@ def _decode_figures(row):
     yield Figure(where, "GB/s, of weights in decoding", {"median": row["step_gbs"]})
 
 
-def _question_figures(row):
+def _question_figures(row: dict[str, Any]) -> Iterator[Figure]:
     where = f"{row['case']}, {row['prompts']} prompts"
     for name, target in ((BY_PROMPT, OVER_BY_PROMPT), (ONE_BY_ONE, OVER_ONE_BY_ONE)):
         measured = row["prompts_measured"][name]
@@ -161,27 +163,27 @@ def _question_figures(row):
     yield Figure(where, "memories whose KV is held", {"median": row["kv"]["memories"]}, MEMORIES_HELD)
 
 
-def _first_token_figures(row):
+def _first_token_figures(row: dict[str, Any]) -> Iterator[Figure]:
     for name, target in ((OURS, FIRST_TOKEN_FROM_SLOTS), (KV_TIER, FIRST_TOKEN_FROM_KV)):
         if name in row["first_token_speedup"]:
             what = f"first token of {name}, over {BASELINE}"
             yield Figure(row["case"], what, row["first_token_speedup"][name], target)
 
 
-def _step_figures(row):
+def _step_figures(row: dict[str, Any]) -> Iterator[Figure]:
     peaks = row["peak_bytes"]
     for name in (OURS, NOTHING_KEPT, ALL_KEPT):
         judged = name == OURS
         if judged:
             over = row["speedup_over"][BASELINE]
-        else:  # of medians: rounds are not kept
+        else:  # the ratio of medians, since the results hold no single rounds
             over = {"median": row["seconds"][BASELINE]["median"] / row["seconds"][name]["median"]}
         yield Figure(row["case"], f"step of {name}, over {BASELINE}", over, STEP_OVER_BASELINE if judged else None)
         share = {"median": peaks[name] / peaks[BASELINE]}
         yield Figure(row["case"], f"peak of {name} over {BASELINE}'s", share, STEP_PEAK if judged else None)
 
 
-def _step_memory_figures(row):
+def _step_memory_figures(row: dict[str, Any]) -> Iterator[Figure]:
     ours, baseline = (row["memory"][name] for name in (OURS, BASELINE))
     for own, its in zip(ours["points"], baseline["points"], strict=True):
         tokens, note = own["tokens"], ", extrapolated" if its["extrapolated"] else ""
@@ -194,20 +196,25 @@ def _step_memory_figures(row):
         yield Figure(f"memory of {name}", "bytes a context token", {"median": found["bytes_per_token"]})
 
 
-def _overfit_figures(row):
+def _overfit_figures(row: dict[str, Any]) -> Iterator[Figure]:
     found = row["overfit"]
-    where = f"{found['passages']} passages by heart"
+    where = f"{found['passages']} passages overfitted"
     if found["goal"] is None:
         return
     yield Figure(where, "loss", {"median": found["loss"]}, Target(AT_MOST, found["goal"], found["goal"]))
     all_of_them = Target(AT_LEAST, found["passages"], found["passages"])
     yield Figure(where, "restored exactly", {"median": found["restored"]}, all_of_them)
-    yield Figure(where, "steps, behind a warm start", {"median": found["steps"]})
+    yield Figure(where, "steps after the warm start", {"median": found["steps"]})
     yield Figure(where, "seconds", {"median": found["seconds"]})
 
 
 def render(machine: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
-    """The table as text; empty if no row has a figure."""
+    """Return the table as text; empty if no row has a figure.
+
+    Args:
+        machine: result of `describe_machine`.
+        rows: rows of a suite's results.
+    """
     amx = "amx_bf16" in (machine["cpu_features"] or ())
     table = Table(title=f"{machine['cpu']}, {machine['threads']} threads, {'AMX' if amx else 'no AMX'}")
     for column in ("", "figure", "median", "min to max", "best times", "target", ""):
@@ -230,12 +237,14 @@ def render(machine: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
     return console.file.getvalue()
 
 
-def main() -> None:
-    """Show the table of the results named on the command line."""
-    for name in sys.argv[1:]:
-        result = json.loads(Path(name).read_text())
+def main(arguments: Sequence[str]) -> None:
+    """Print the table of each results file named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.harness.targets", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="encode-, decode- or train-MACHINE.json")
+    for path in parser.parse_args(arguments).results:
+        result = json.loads(path.read_text())
         print(render(result["machine"], result["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

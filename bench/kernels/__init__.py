@@ -1,1 +1,1 @@
-"""Compile checks of Triton kernels and their cost model."""
+"""Triton kernels without a GPU: compile checks, and a cost model."""

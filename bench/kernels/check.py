@@ -1,10 +1,9 @@
-"""Compiles every Triton kernel for GPUs that are not there, and judges it: `python -m bench.kernels.check`.
+"""Compile every Triton kernel for absent GPUs and check it against limits: `python -m bench.kernels.check`.
 
 For sm_80, sm_90 and sm_100, every configuration that a kernel may be tuned to at the shapes of `bench.kernels.shapes`
-is
-compiled in bf16, and each configuration at least once in fp16; registers, spills, shared memory and tensor core
-instructions of it are read. Exit status 1 where a limit is passed. Needs no GPU; what is compiled is kept under
-`.cache/triton`.
+is compiled in bf16, and each configuration at least once in fp16. Registers, spills, shared memory and tensor core
+instructions are read from the binary. The exit status is 1 if a limit is exceeded. No GPU is needed; binaries are
+cached in `.cache/triton`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,16 @@ RESULTS = REPOSITORY / "docs" / "results" / "kernels.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile by one configuration."""
+    """One kernel to compile in one configuration.
+
+    Args:
+        kernel: the kernel's name.
+        arch: compute capability, e.g. 90.
+        dtype: a key of `DTYPES`.
+        call: the op and the call that launched it.
+        launch: the recorded launch.
+        config: the Triton configuration.
+    """
 
     kernel: str
     arch: int
@@ -47,22 +55,22 @@ class Job:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What tells the job from others."""
+        """The identifying values of the job."""
         return {
             "kernel": self.kernel, "arch": self.arch, "dtype": self.dtype, "call": self.call,
             "config": config_name(self.config),
         }  # fmt: skip
 
     def run(self) -> dict[str, Any]:
-        """Compile; gives the facts and what was found, or `error`."""
+        """Compile, and return the facts with the figures of the binary, or with `error`."""
         try:
             return self.facts | inspect(self.launch.compile(self.config), self.arch)
-        except Exception as error:  # whatever the compiler stumbles over belongs into the table
+        except Exception as error:  # any error of the compiler belongs into the table
             return self.facts | {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"}
 
 
 def config_name(config: Any) -> str:
-    """A configuration in one word for each setting."""
+    """Return a configuration as `NAME=VALUE` words."""
     settings = {**config.kwargs, "warps": config.num_warps, "stages": config.num_stages}
     if config.maxnreg is not None:
         settings["maxnreg"] = config.maxnreg
@@ -72,14 +80,20 @@ def config_name(config: Any) -> str:
 def collect(
     listed: Iterable[Call], archs: Sequence[int], dtypes: Sequence[str], every: bool = False
 ) -> tuple[list[Job], list[str]]:
-    """Every different kernel that the calls launch, in every configuration, and what went wrong in asking for them.
+    """Collect every distinct kernel that the calls launch, in every configuration.
 
     Args:
         listed: the calls.
-        archs, dtypes: for and in which.
-        every: in all dtypes; else those after the first have each configuration of a kernel once, not for each shape.
+        archs: compute capabilities.
+        dtypes: keys of `DTYPES`.
+        every: compile each configuration for each shape in all dtypes, not just in the first one.
+
+    Returns:
+        The jobs, and a sentence for each op without a call and each call that failed.
     """
-    jobs, wrong, seen = [], [], set()
+    jobs: list[Job] = []
+    wrong: list[str] = []
+    seen: set[Any] = set()
     listed = list(listed)
     served = {spec.name for spec in REGISTRY.values() if spec.gpu is not None}
     for op in sorted(served - {c.op for c in listed}):
@@ -97,7 +111,7 @@ def collect(
     return jobs, wrong
 
 
-def _jobs(launch, arch, dtype, call, seen, whole):
+def _jobs(launch: Launch, arch: int, dtype: str, call: Call, seen: set[Any], whole: bool) -> Iterator[Job]:
     for config in launch.configs():
         job = Job(label(launch.kernel), arch, dtype, f"{call.op}, {call.name}", launch, config)
         key = (arch, launch.source(config).hash() if whole else (job.kernel, dtype), str(config))
@@ -107,8 +121,8 @@ def _jobs(launch, arch, dtype, call, seen, whole):
 
 
 def one_each(jobs: Iterable[Job], configurations: bool = False) -> list[Job]:
-    """The first job of each kernel and architecture, or of each of their configurations."""
-    first: dict[tuple, Job] = {}
+    """Return the first job of each kernel and architecture, or of each of their configurations."""
+    first: dict[tuple[str, int, str | None], Job] = {}
     for job in jobs:
         first.setdefault((job.kernel, job.arch, str(job.config) if configurations else None), job)
     return list(first.values())
@@ -118,9 +132,14 @@ _jobs_of_workers: list[Job] = []
 
 
 def compile_all(jobs: Sequence[Job], processes: int) -> list[dict[str, Any]]:
-    """What was found of each job, sorted."""
+    """Return the row of each job, sorted.
+
+    Args:
+        jobs: what to compile.
+        processes: number of worker processes.
+    """
     if processes > 1:
-        # Launches hold functions that cannot be sent; a forked process has them already.
+        # Launches hold functions that cannot be pickled; a forked process inherits them.
         _jobs_of_workers[:] = jobs
         with multiprocessing.get_context("fork").Pool(processes) as pool:
             rows = list(pool.imap_unordered(_run_job, range(len(jobs))))
@@ -129,17 +148,17 @@ def compile_all(jobs: Sequence[Job], processes: int) -> list[dict[str, Any]]:
     return sorted(rows, key=row_key)
 
 
-def _run_job(i):
+def _run_job(i: int) -> dict[str, Any]:
     return _jobs_of_workers[i].run()
 
 
-def row_key(row: dict[str, Any]) -> tuple:
-    """By which rows are sorted and found again."""
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the key by which rows are sorted and matched with recorded ones."""
     return tuple(row[name] for name in ("kernel", "arch", "dtype", "call", "config"))
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows, one a line, and the compiler's version."""
+    """Write the compiler's version and the rows, one per line."""
     import triton
 
     lines = ",\n".join(json.dumps(row) for row in rows)
@@ -147,7 +166,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """The worst of each kernel and architecture."""
+    """Print the worst figures of each kernel and architecture."""
     from rich.console import Console
     from rich.table import Table
 
@@ -161,22 +180,26 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives its exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.check", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel and architecture")
     parser.add_argument("--once", action="store_true", help="each configuration once, in bf16 and at one shape")
-    parser.add_argument("--every", action="store_true", help="in fp16, too, each configuration for each shape")
-    parser.add_argument("--compare", type=Path, help="results that none may be worse than, instead of writing new ones")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where a whole run is written")
-    parser.add_argument("--only", default="", help="part of a kernel's name; nothing is written")
+    parser.add_argument("--every", action="store_true", help="each configuration at each shape in fp16 too")
+    parser.add_argument("--compare", type=Path, help="fail if a kernel is worse than in these results; write nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file for the results of a whole run")
+    parser.add_argument("--only", default="", help="part of a kernel's name; write nothing")
     parser.add_argument(
-        "--archs", type=int, nargs="+", default=ARCHITECTURES, help="others than the usual ones; nothing is written"
+        "--archs", type=int, nargs="+", default=ARCHITECTURES, help="other architectures, e.g. 89; write nothing"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    options = _parser().parse_args(arguments)
     if INTERPRETED:
-        print("Triton interprets kernels here instead of compiling them: unset TRITON_INTERPRET.", file=sys.stderr)
+        print("Triton would interpret the kernels instead of compiling them; unset TRITON_INTERPRET.", file=sys.stderr)
         return 2
     part = options.quick or options.once
     jobs, wrong = collect(calls(), options.archs, ["bf16"] if part else list(DTYPES), options.every)

@@ -1,7 +1,7 @@
-"""Counts what kernels load, store and multiply, in Triton's interpreter: `counted(call)`.
+"""Count the loads, stores and products of kernels in Triton's interpreter: `counted(call)`.
 
-Nothing is measured and little is computed: products give zeros. Library calls of the launchers (`torch.mm` and the
-like) are counted by their tensors. Wants TRITON_INTERPRET=1.
+Nothing is timed and little is computed; products return zeros. Library calls of the launchers (e.g. `torch.mm`) are
+counted by their tensors. TRITON_INTERPRET=1 must be set.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PICKING = ("index_select", "embedding", "gather", "index")
 
 @dataclass
 class Traffic:
-    """What launches do.
+    """The memory traffic and operations of launches.
 
     Args:
-        launches: how many.
-        read, written: bytes, each counted once a launch however many blocks ask for it: what must come from memory.
-        requested: bytes that all blocks together ask for and write, most of which a cache should serve.
-        flops: multiplications and additions of products, those on padding and behind masks included.
+        launches: number of launches.
+        read, written: unique bytes per launch, which must come from or go to memory.
+        requested: bytes that all blocks together load and store; a cache should serve most of the repeated ones.
+        flops: multiplications and additions of products, padding and masked elements included.
     """
 
     launches: int = 0
@@ -54,7 +54,7 @@ class Traffic:
 
 
 class _Touched:
-    """Which elements of the known tensors one launch has touched."""
+    """The elements of the known tensors that one launch has accessed."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         spans = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -63,7 +63,7 @@ class _Touched:
         self._marks: dict[tuple[int, int], np.ndarray] = {}
 
     def mark(self, addresses: np.ndarray, size: int) -> None:
-        """Elements of so many bytes at addresses."""
+        """Mark the elements of `size` bytes at `addresses`."""
         if not addresses.size:
             return
         low, high = np.searchsorted(self._starts, (addresses.min(), addresses.max()), side="right") - 1
@@ -74,32 +74,35 @@ class _Touched:
         for i in np.unique(where):
             self._mark(i, addresses[where == i], size)
 
-    def _mark(self, i, addresses, size):
+    def _mark(self, i: int, addresses: np.ndarray, size: int) -> None:
         start, length = self._spans[i]
         if i < 0 or int(addresses.max()) >= start + length:
-            raise ValueError("a kernel reads or writes outside of the tensors that it was given")
+            raise ValueError("a kernel reads or writes outside the tensors that it was given")
         if (i, size) not in self._marks:
             self._marks[i, size] = np.zeros(-(-length // size), bool)
         self._marks[i, size][(addresses - np.uint64(start)) >> np.uint64(size.bit_length() - 1)] = True
 
     def bytes(self) -> int:
-        """How many bytes they are."""
+        """Return the number of bytes accessed."""
         return sum(size * int(np.count_nonzero(marks)) for (_, size), marks in self._marks.items())
 
 
 class _Counter(TorchDispatchMode):
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         super().__init__()
-        self.tensors, self.found, self.idle, self._inside = tensors, {}, False, False
+        self.tensors, self.idle, self._inside = tensors, False, False
+        self.found: dict[str, Traffic] = {}
 
     def add(self, name: str, traffic: Traffic) -> None:
         self.found[name] = self.found.get(name, Traffic()) + traffic
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
-        if func.namespace != "aten":  # one of the package's own ops: what it launches counts
+        if func.namespace != "aten":  # an op of this package: count what it launches
             with self:
                 return func(*args, **kwargs)
         flops = flop_registry.get(func._overloadpacket)
@@ -133,14 +136,14 @@ _CALL = _triton.Kernel.__call__
 
 
 def _read(name: str, tensors: list[torch.Tensor], written: int) -> int:
-    """Bytes that a library's function reads: all of what it is given, or what it picks out of it."""
+    """Return the bytes that a library function reads: all of its arguments, or only the elements that it gathers."""
     if name in _PICKING:
         return written + sum(t.nbytes for t in tensors if not t.is_floating_point())
     return sum(t.nbytes for t in tensors)
 
 
-def _uncomputed(func, args, kwargs):
-    """The result of a library's product, of zeros."""
+def _uncomputed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return zeros in the shape of a library product's result."""
     if "out" in kwargs:
         return kwargs["out"]
     shape = func(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), args), **kwargs)
@@ -149,31 +152,31 @@ def _uncomputed(func, args, kwargs):
 
 @contextlib.contextmanager
 def _watched(read: _Touched, written: _Touched, total: Traffic) -> Iterator[None]:
-    """Notes what the interpreter's builder is asked for."""
+    """Record the loads, stores and products of the interpreter's builder."""
     builder = interpreter.interpreter_builder
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def note(touched, pointers, mask):
+    def record(touched: _Touched, pointers: Any, mask: Any) -> None:
         size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
         addresses = pointers.data if mask.data.all() else pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
         total.requested += addresses.size * size
         touched.mark(addresses.ravel(), size)
 
-    def counted_load(pointers, mask, *rest):
-        note(read, pointers, mask)
+    def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        record(read, pointers, mask)
         kind = pointers.get_element_ty()
         if not kind.is_floating():
             return load(pointers, mask, *rest)
-        # Zeros for what is read: at most it depends on values whether a masked part is -inf.
+        # Loads return zeros; masked elements keep their fill value, since kernels may compare it with -inf.
         other = rest[0].data if rest and rest[0] is not None else 0
         values = np.where(mask.data, 0, other).astype(interpreter._get_np_dtype(kind))
         return interpreter.TensorHandle(np.broadcast_to(values, pointers.data.shape), kind)
 
-    def counted_store(pointers, value, mask, *rest):
-        note(written, pointers, mask)
+    def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        record(written, pointers, mask)
         return store(pointers, value, mask, *rest)
 
-    def counted_dot(a, b, d, *_):
+    def counted_dot(a: Any, b: Any, d: Any, *_: Any) -> Any:
         total.flops += 2 * a.data.size * b.data.shape[-1]
         return d
 
@@ -185,21 +188,21 @@ def _watched(read: _Touched, written: _Touched, total: Traffic) -> Iterator[None
 
 
 def counted(call: Callable[[], Any], inputs: Any, arch: int = 0) -> dict[str, Traffic]:
-    """What a call launches: traffic by the kernel's name, or that of the library's function.
+    """Return the traffic of a call by the name of the kernel or library function.
 
     Args:
-        call: calls launchers with tensors of the CPU.
-        inputs: the tensors that kernels may read by addresses that the host has put together, in any nesting.
-        arch: the first configuration for this architecture is used; 0 for the interpreter's own.
+        call: calls launchers with CPU tensors.
+        inputs: the tensors that kernels may access through addresses computed on the host, in any nesting.
+        arch: architecture whose first configuration is used; 0 for the interpreter's configuration.
     """
     counter = _Counter([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
 
-    def launch(kernel, grid, **arguments):
+    def launch(kernel: _triton.Kernel, grid: Any, **arguments: Any) -> None:
         counter.launch(kernel, grid, **arguments)
 
     patches = (mock.patch.object(_triton.Kernel, "__call__", launch), mock.patch.object(_triton, "INTERPRETER_ARCH", arch))  # noqa: E501  # fmt: skip
     with patches[0], patches[1], torch.no_grad(), counter:
-        counter.idle = True  # what launchers work out once for all layers, such as lists of tiles, is there already
+        counter.idle = True  # launchers compute some things once for all layers, e.g. lists of tiles: not counted
         call()
         counter.found, counter.idle = {}, False
         call()

@@ -1,11 +1,11 @@
-"""What a compiled kernel takes of an SM, and what it may take."""
+"""Resources that a compiled kernel uses of an SM, and their limits."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,16 @@ MAX_REGISTERS = 255
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What an SM has: bytes of shared memory, those that one block may have, warps and blocks.
+    """The resources of an SM.
 
-    Registers are 64 K of 32 bits, a quarter for each scheduler, given out by 256 to a warp. Source: the table of
-    compute capabilities in NVIDIA's CUDA C++ Programming Guide.
+    An SM has 64 K registers of 32 bits, a quarter for each scheduler, allocated to warps in units of 256. Source: the
+    table of compute capabilities in NVIDIA's CUDA C++ Programming Guide.
+
+    Args:
+        shared: bytes of shared memory.
+        block_shared: bytes of shared memory that one block may have.
+        warps: resident warps.
+        blocks: resident blocks.
     """
 
     shared: int
@@ -30,15 +36,17 @@ class Multiprocessor:
     blocks: int
 
     def occupancy(self, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> float:
-        """The share of warps that can be on the SM at once.
+        """Return the share of the SM's warps that can be resident at once.
 
         Args:
-            registers: of a thread; shared: bytes of a block; warps: of a block;
-            tensor_memory: columns of a block, of the 512 that sm_100 has.
+            registers: registers per thread.
+            shared: shared memory per block, bytes.
+            warps: warps per block.
+            tensor_memory: tensor memory columns per block, of the 512 of sm_100.
         """
         of_warp = -(-max(registers, 1) * 32 // 256) * 256
         blocks = min(self.blocks, self.warps // warps, 4 * (16384 // of_warp) // warps)
-        blocks = min(blocks, self.shared // (shared + 1024))  # the system takes 1 KB of each block
+        blocks = min(blocks, self.shared // (shared + 1024))  # the system reserves 1 KB per block
         if tensor_memory:
             blocks = min(blocks, 512 // tensor_memory)
         return blocks * warps / self.warps
@@ -50,21 +58,25 @@ MULTIPROCESSORS = {
     90: Multiprocessor(228 << 10, 227 << 10, 64, 32),
     100: Multiprocessor(228 << 10, 227 << 10, 64, 32),
 }
-# By what PTX tells them. The first two are the names of families: mma.sync and wgmma.mma_async.
+# Patterns in PTX. mma and wgmma are families: mma.sync and wgmma.mma_async.
 _INSTRUCTIONS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
 _NARROW_DOT = re.compile(r"tt\.dot\b[^\n]*:\s*tensor<[0-9x]+x(?:bf16|f16)>")
 
 
 def inspect(compiled: Any, arch: int) -> dict[str, Any]:
-    """Figures of a compiled kernel.
+    """Return the resource figures of a compiled kernel.
+
+    Args:
+        compiled: the kernel, from Triton's compiler.
+        arch: its compute capability.
 
     Returns:
-        `warps`, `registers` of a thread, `spills` (bytes of stack and local memory of a thread), `shared` (bytes of a
+        `warps`, `registers` per thread, `spills` (bytes of stack and local memory per thread), `shared` (bytes per
         block), `occupancy`, `dots` (`tl.dot` of 16-bit factors in the source), `tensor_cores` (the instructions).
     """
     ptx, usage = compiled.asm["ptx"], resource_usage(compiled.asm["cubin"])
     warps = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)[1]) // 32  # with those that Triton adds
-    # What a launch asks for is not in the cubin; what is there is the system's own kilobyte since sm_90.
+    # The cubin does not hold the launch's shared memory; since sm_90 it holds the system's reserved kilobyte.
     shared = compiled.metadata.shared
     occupancy = MULTIPROCESSORS[arch].occupancy(usage["REG"], shared, warps, compiled.metadata.tmem_size or 0)
     return {
@@ -79,7 +91,7 @@ def inspect(compiled: Any, arch: int) -> dict[str, Any]:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """What `cuobjdump` says of the one function in a cubin: REG, STACK, SHARED, LOCAL."""
+    """Return REG, STACK, SHARED and LOCAL of the only function in a cubin, as `cuobjdump` reports them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -89,13 +101,13 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def complaints(row: dict[str, Any]) -> list[str]:
-    """A sentence for each limit that a kernel passes."""
+    """Return a sentence for each limit that a kernel exceeds."""
     what = f"{row['kernel']} on sm_{row['arch']} in {row['dtype']} ({row['config']}; {row['call']})"
     if "error" in row:
         return [f"{what} does not compile: {row['error']}"]
     limit, said = MULTIPROCESSORS[row["arch"]].block_shared, []
     if row["spills"]:
-        said.append(f"{what} spills {row['spills']} bytes of registers a thread; the limit is none")
+        said.append(f"{what} spills {row['spills']} bytes of registers per thread; no spills are allowed")
     if row["registers"] > MAX_REGISTERS:
         said.append(f"{what} takes {row['registers']} registers; the limit is {MAX_REGISTERS}")
     if row["shared"] > limit:
@@ -103,17 +115,17 @@ def complaints(row: dict[str, Any]) -> list[str]:
     elif not row["occupancy"]:
         said.append(f"{what} does not fit on a multiprocessor: {row['warps']} warps of {row['registers']} registers")
     if row["dots"] and not row["tensor_cores"]:
-        said.append(f"{what} has {row['dots']} products and no tensor core instruction")
+        said.append(f"{what} has {row['dots']} products but no tensor core instruction")
     return said
 
 
 def worse(rows: Iterable[dict[str, Any]], recorded: dict[str, Any]) -> list[str]:
-    """A sentence for each kernel that has become worse than it is recorded to be."""
+    """Return a sentence for each kernel that is worse than recorded, none if the compiler's version differs."""
     if recorded["triton"] != triton.__version__:
-        return []  # another compiler, another matter: what is left are the limits
+        return []
     names = ("kernel", "arch", "dtype", "call", "config")
     known = {tuple(row[n] for n in names): row for row in recorded["rows"]}
-    said = []
+    said: list[str] = []
     for row in rows:
         if "error" not in row:
             before = known.get(tuple(row[n] for n in names))
@@ -124,7 +136,7 @@ def worse(rows: Iterable[dict[str, Any]], recorded: dict[str, Any]) -> list[str]
     return said
 
 
-def _worse(row: dict[str, Any], before: dict[str, Any]) -> Sequence[str]:
+def _worse(row: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
     what = f"{row['kernel']} on sm_{row['arch']} in {row['dtype']} ({row['config']}; {row['call']})"
     if row["spills"] > before["spills"]:
         yield f"{what} spills {row['spills']} bytes instead of {before['spills']}"

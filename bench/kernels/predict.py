@@ -1,8 +1,8 @@
-"""What compressing and answering cost on paper: `TRITON_INTERPRET=1 python -m bench.kernels.predict`.
+"""Predict the cost of compressing and answering on GPUs: `TRITON_INTERPRET=1 python -m bench.kernels.predict`.
 
-Every kernel's bytes and operations are counted in Triton's interpreter from its own loads, stores and products at the
-model's real widths, for one span and for two; the rest is a straight line, since all of encoding is linear in spans.
-Against published limits of GPUs that gives times. They are PREDICTIONS: nothing here has run on a GPU.
+Bytes and operations of every kernel are counted in Triton's interpreter from its loads, stores and products, at the
+model's real widths, for one span and for two. Encoding is linear in spans, so more spans are extrapolated along a
+line. Divided by published limits of GPUs, the counts become times. They are PREDICTIONS: nothing here ran on a GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from icae_fast.benchmark.shapes import ModelShape
 from icae_fast.ops import REGISTRY
 from icae_fast.ops._triton import INTERPRETED
 
-NOTE = "Predictions: counted on paper and divided by published limits. Nothing here was measured on a GPU."
+NOTE = "Predictions: counted in an interpreter and divided by published limits. Nothing here was measured on a GPU."
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Dense bf16 and plain fp32 operations a second, and bytes a second."""
+    """Published limits of a GPU: dense bf16 and plain fp32 operations per second, and bytes per second."""
 
     bf16: float
     fp32: float
@@ -48,18 +48,26 @@ GPUS = {
     "H100": Limits(989.5e12, 67e12, 3.35e12),
     "H200": Limits(989.5e12, 67e12, 4.8e12),
 }
-# Assumptions, none of them measured: which part of a limit kernels reach, and what a launch costs the host.
+# Assumptions, not measurements: the part of a limit that kernels reach, and the host's time per launch.
 REACHED = {"products": 0.6, "bandwidth": 0.8}
 HOST_SECONDS, GRAPH_SECONDS = {"torch": 5e-6, "icae_fast": 20e-6}, 1.5e-6
 PROMPT, NEW_TOKENS = 16, 128
-# Documents and their tokens, and the paper's seconds with LLaMA-7B on hardware that it does not name in the text: of
-# the plain model, of compressing and of answering from slots (arXiv 2307.06945, table 7).
+# (documents, tokens each) to the paper's seconds with LLaMA-7B, on hardware that its text does not name: plain model,
+# compressing, answering from slots (arXiv 2307.06945, table 7).
 GRID = {(8, 2048): (24.0, 3.4, 3.9), (8, 512): (9.3, 0.6, 3.7), (32, 512): (24.3, 2.6, 4.2)}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is looked at: a model, spans of `tokens` into `slots` at a LoRA rank, and for which GPU's configurations."""
+    """The workload of a prediction.
+
+    Args:
+        model: a name in `MODELS`.
+        tokens: context tokens of a span.
+        slots: slots of a span.
+        rank: LoRA rank.
+        arch: architecture whose kernel configurations are counted.
+    """
 
     model: str = "llama2-7b"
     tokens: int = 512
@@ -73,11 +81,17 @@ class Setting:
         return MODELS[self.model]
 
 
-Counts = dict[str, dict[str, Traffic]]  # by op, and by kernel
+Counts = dict[str, dict[str, Traffic]]  # by op, then by kernel
 
 
 def layer_counts(setting: Setting, spans: int, last: bool = False) -> Counts:
-    """What each op of one encoder layer launches; `last` is the layer where only memory tokens have queries."""
+    """Count the launches of one encoder layer.
+
+    Args:
+        setting: the workload.
+        spans: spans in the batch.
+        last: whether it is the last layer, in which only memory tokens have queries.
+    """
     s, span = setting.shape, setting.tokens + setting.slots
     tokens, slots = spans * span, spans * setting.slots
     out = slots if last else tokens
@@ -99,9 +113,16 @@ def layer_counts(setting: Setting, spans: int, last: bool = False) -> Counts:
 
 @functools.cache
 def step_counts(setting: Setting, rows: int, slots: int, tail: int, layers: int) -> dict[str, Traffic]:
-    """What a token step launches for rows that have a memory of so many slots each, but for the head's product.
+    """Count the launches of a decode step, without the head's product.
 
-    A CPU would make fp32 copies for that, which CUDA does not; see `head_traffic`.
+    On a CPU that product would make fp32 copies, which it does not on CUDA; `head_traffic` computes it instead.
+
+    Args:
+        setting: the workload.
+        rows: rows of the batch, each with a separate memory.
+        slots: slots of each memory.
+        tail: tokens after the slots.
+        layers: layers to count.
     """
     segments = [(slots, r, r + 1) for r in range(rows)]
     shape = dataclasses.replace(setting.shape, vocabulary=1)
@@ -109,7 +130,7 @@ def step_counts(setting: Setting, rows: int, slots: int, tail: int, layers: int)
 
 
 def head_traffic(s: ModelShape, rows: int) -> Traffic:
-    """The head's product with fp32 results; its launch is in `step_counts`."""
+    """Return the traffic of the head's product with fp32 results; its launch is counted by `step_counts`."""
     read, written = 2 * s.hidden_size * (s.vocabulary + rows), 4 * rows * s.vocabulary
     return Traffic(0, read, written, read + written, 2 * rows * s.hidden_size * s.vocabulary)
 
@@ -118,18 +139,18 @@ def _count(setting: Setting, op: str, arguments: dict[str, Any]) -> dict[str, Tr
     return counted(lambda: launch(op, arguments), arguments, setting.arch)
 
 
-def line(first: Counts, second: Counts, n: int) -> Counts:
-    """Counts for n spans from those for one and for two."""
-    return {op: along(first[op], second[op], n) for op in first}
+def extrapolated(first: Counts, second: Counts, n: int) -> Counts:
+    """Return the counts for n spans from those for one and for two."""
+    return {op: op_extrapolated(first[op], second[op], n) for op in first}
 
 
-def along(first: dict[str, Traffic], second: dict[str, Traffic], n: int) -> dict[str, Traffic]:
-    """The same of one op."""
+def op_extrapolated(first: dict[str, Traffic], second: dict[str, Traffic], n: int) -> dict[str, Traffic]:
+    """Return the counts of one op for n spans (or layers) from those for one and for two."""
     return {name: first[name] + (second[name] - first[name]) * (n - 1) for name in first}
 
 
 def gpu_seconds(steps: Iterable[Traffic | Step], gpu: Limits, reached: dict[str, float] = REACHED) -> float:
-    """The time of launches one after another, each bound by its operations or by its bytes, whichever takes longer."""
+    """Return the time of consecutive launches, each bound by its operations or its bytes, whichever takes longer."""
     total = 0.0
     for step in steps:
         n_bytes = step.bytes if isinstance(step, Step) else step.read + step.written
@@ -139,15 +160,15 @@ def gpu_seconds(steps: Iterable[Traffic | Step], gpu: Limits, reached: dict[str,
 
 
 def with_host(seconds: float, launches: int, provider: str) -> float:
-    """The time of launches that the host makes one by one, meanwhile."""
+    """Return the larger of the GPU's time and the host's time to launch."""
     return max(seconds, launches * HOST_SECONDS[provider])
 
 
 class Prediction:
-    """Times of one model, from counts that are made once.
+    """Predicted times of one workload; kernels are counted once.
 
     Args:
-        setting: what is looked at.
+        setting: the workload.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -155,37 +176,37 @@ class Prediction:
         self._inner, self._last = ([layer_counts(setting, n, last) for n in (1, 2)] for last in (False, True))
 
     def layer(self, spans: int) -> Counts:
-        """An inner layer for so many spans in one batch."""
-        return line(*self._inner, spans)
+        """Return the counts of an inner layer for `spans` spans in one batch."""
+        return extrapolated(*self._inner, spans)
 
     def encode(self, spans: int, gpu: Limits) -> float:
-        """Seconds to compress so many spans, in micro-batches of the package's own size."""
+        """Return the seconds to compress `spans` spans, in the package's micro-batches."""
         per_batch = max(1, token_budget_on(torch.device("cuda")) // (self.setting.tokens + self.setting.slots))
         batches = [per_batch] * (spans // per_batch) + [spans % per_batch] * (spans % per_batch > 0)
         seconds, launches = 0.0, 0
         for batch in batches:
-            inner, last = _flat(line(*self._inner, batch)), _flat(line(*self._last, batch))
+            inner, last = _flat(extrapolated(*self._inner, batch)), _flat(extrapolated(*self._last, batch))
             steps = inner * (self.setting.shape.layers - 1) + last
             seconds, launches = seconds + gpu_seconds(steps, gpu), launches + sum(t.launches for t in steps)
         return with_host(seconds, launches, "icae_fast")
 
     def decode(self, rows: int, slots: int, gpu: Limits) -> float:
-        """Seconds to read slots and prompts, by the least work, and to answer in one batch under a CUDA graph."""
+        """Return the seconds of the prefill (by its least work) and of answering in one batch with a CUDA graph."""
         s = self.setting.shape
         reading = encode_flops(s, [slots] * rows, PROMPT, 0) / (gpu.bf16 * REACHED["products"])
         tail = PROMPT + NEW_TOKENS // 2
         one, two = (step_counts(self.setting, rows, slots, tail, layers) for layers in (1, 2))
-        steps = [*along(one, two, s.layers).values(), head_traffic(s, rows)]
+        steps = [*op_extrapolated(one, two, s.layers).values(), head_traffic(s, rows)]
         seconds = sum(gpu_seconds([t], gpu) for t in steps) + sum(t.launches for t in steps) * GRAPH_SECONDS
         return reading + (NEW_TOKENS - 1) * seconds
 
     def encode_unfused(self, spans: int, gpu: Limits, batch: int = 1) -> float:
-        """Seconds of PEFT's launches, so many spans at once; the reference takes one."""
+        """Return the seconds of PEFT's launches with `batch` spans at once; the reference runs one at a time."""
         s, span = self.setting.shape, self.setting.tokens + self.setting.slots
         return spans // batch * _unfused(s, [(span, span)] * batch, self.setting.rank, span * batch, gpu)
 
     def decode_unfused(self, rows: int, slots: int, gpu: Limits, batch: int = 1) -> float:
-        """Seconds to read slots and prompts and to answer, so many documents at once; the reference takes one."""
+        """Return the seconds of PEFT's prefill and decoding with `batch` documents at once; the reference runs one."""
         s, keys = self.setting.shape, slots + PROMPT
         reading = _unfused(s, [(keys, keys)] * batch, 0, keys * batch, gpu)
         step = _unfused(s, [(1, keys + NEW_TOKENS // 2)] * batch, 0, batch, gpu)
@@ -196,13 +217,13 @@ def _flat(counts: Counts) -> list[Traffic]:
     return [traffic for kernels in counts.values() for traffic in kernels.values()]
 
 
-def _unfused(s, rows, rank, tokens, gpu):
+def _unfused(s: ModelShape, rows: list[tuple[int, int]], rank: int, tokens: int, gpu: Limits) -> float:
     steps = unfused_layer(s, rows, rank) * s.layers + unfused_head(s, tokens)
     return with_host(gpu_seconds(steps, gpu), sum(step.launches for step in steps), "torch")
 
 
 def layer_rows(prediction: Prediction, spans: int) -> list[dict[str, Any]]:
-    """One layer of our kernels, a row for each."""
+    """Return the rows of one layer's kernels."""
     rows = []
     for op, kernels in prediction.layer(spans).items():
         for name, traffic in kernels.items():
@@ -212,14 +233,14 @@ def layer_rows(prediction: Prediction, spans: int) -> list[dict[str, Any]]:
 
 
 def unfused_rows(setting: Setting, spans: int) -> list[dict[str, Any]]:
-    """One layer of PEFT's, likewise."""
+    """Return the rows of PEFT's launches for one layer."""
     span = setting.tokens + setting.slots
     steps = unfused_layer(setting.shape, [(span, span)] * spans, setting.rank)
     return [asdict(step) for step in steps]
 
 
 def grid_rows(prediction: Prediction) -> list[dict[str, Any]]:
-    """The paper's grid on each GPU; decoding is left out where no kernel serves it."""
+    """Return the rows of the paper's grid on each GPU; decoding is None if no kernel serves it."""
     rows, setting = [], prediction.setting
     decodes = REGISTRY["decode_step"].gpu is not None
     for (documents, tokens), published in GRID.items():
@@ -244,14 +265,14 @@ def _digits(value: float) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.predict", description=__doc__)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama2-7b")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "results", help="folder")
-    parser.add_argument("--spans", type=int, default=8, help="of the table of one layer")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "results", help="output folder")
+    parser.add_argument("--spans", type=int, default=8, help="spans in the table of one layer (%(default)s)")
     options = parser.parse_args(arguments)
     if not INTERPRETED:
-        print("Counting wants Triton's interpreter: set TRITON_INTERPRET=1.", file=sys.stderr)
+        print("Counting needs Triton's interpreter; set TRITON_INTERPRET=1.", file=sys.stderr)
         return 2
     setting = Setting(options.model)
     prediction = Prediction(setting)

@@ -1,12 +1,12 @@
-"""What the kernels are looked at with where there is no GPU: each op's inputs at the sizes of real models.
+"""Inputs of every op at the sizes of real models.
 
-`calls()` is the list that `bench.kernels.check` compiles; `bench.kernels.predict` counts the same inputs of one layer.
+`calls()` lists what `bench.kernels.check` compiles. `bench.kernels.predict` counts the inputs of one layer.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -28,9 +28,9 @@ class Call:
     """A call of an op.
 
     Args:
-        name: what for, such as "llama2-7b encode".
-        op: its name in the registry.
-        make: gives the arguments by name.
+        name: its purpose, e.g. "llama2-7b encode".
+        op: name in the registry.
+        make: returns the arguments by name.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Call:
     make: Callable[[Inputs], dict[str, Any]]
 
     def launch(self, dtype: torch.dtype, device: str = "meta") -> Any:
-        """Call the op's GPU launcher with inputs in `dtype` on `device`; gives its result."""
+        """Call the op's GPU launcher with inputs in `dtype` on `device` and return its result."""
         return launch(self.op, self.make(Inputs(dtype, device)))
 
 
 def launch(op: str, arguments: dict[str, Any]) -> Any:
-    """Call an op's GPU launcher itself, whatever the device."""
+    """Call an op's GPU launcher directly, on any device."""
     spec = REGISTRY[op]
     module, function = spec.gpu.launcher.split(":")
     with torch.no_grad():
@@ -51,20 +51,21 @@ def launch(op: str, arguments: dict[str, Any]) -> Any:
 
 
 def label(kernel: Any) -> str:
-    """A kernel's name: `rms_norm.forward`, or `rms_norm_backward.dx` where it lies in `triton_cuda_backward.py`."""
+    """Return a kernel's name, e.g. `rms_norm.forward`, or `rms_norm_backward.dx` for `triton_cuda_backward.py`."""
     *_, folder, module = kernel.function.fn.__module__.split(".")
     return f"{folder}{module.removeprefix('triton_cuda')}.{kernel.name.lstrip('_')}"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Makes the arguments of ops, in a dtype and on a device.
+    """A maker of op arguments in one dtype on one device.
 
-    Each method that is named after an op gives that op's arguments by name.
+    Each method named after an op returns that op's arguments by name.
 
     Args:
-        dtype, device: of what is made.
-        generator: draws floating values, on that device; they are zero without one.
+        dtype: dtype of floating-point tensors.
+        device: device of all tensors.
+        generator: draws floating-point values, on `device`; None makes them zero.
     """
 
     dtype: torch.dtype
@@ -72,29 +73,29 @@ class Inputs:
     generator: torch.Generator | None = None
 
     def floats(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Values of standard deviation 0.1, small enough for products of products in fp16."""
+        """Return values of standard deviation 0.1, small enough for products of products in fp16."""
         dtype = dtype or self.dtype
         if self.generator is None:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         return torch.randn(shape, dtype=dtype, device=self.device, generator=self.generator) * 0.1
 
     def ints(self, values: Sequence[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        """Integers that the host must not ask for."""
+        """Return integers whose values the host may not read back."""
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def starts(self, lengths: Sequence[int]) -> torch.Tensor:
-        """Where rows of these lengths begin, which the host knows."""
+        """Return the cu_seqlens of rows of these lengths, whose values the host knows."""
         values = [0, *accumulate(lengths)]
         return remember(self.ints(values), values)
 
     def rms_norm(self, s: ModelShape, tokens: int, residual: bool = True) -> dict[str, Any]:
-        """A norm of so many rows."""
+        """Return the arguments of a norm over `tokens` rows."""
         x = self.floats(tokens, s.hidden_size)
         other = self.floats(tokens, s.hidden_size) if residual else None
         return {"x": x, "residual": other, "weight": self.floats(s.hidden_size), "eps": 1e-5}
 
     def rms_norm_backward(self, s: ModelShape, tokens: int, residual: bool = True) -> dict[str, Any]:
-        """Its gradient."""
+        """Return the arguments of the norm's backward."""
         forward = self.rms_norm(s, tokens, residual)
         rest = {"total": self.floats(tokens, s.hidden_size), "weight": forward["weight"], "eps": 1e-5}
         return {"dy": forward["x"], "dsum": forward["residual"], **rest}
@@ -103,7 +104,7 @@ class Inputs:
         self, s: ModelShape, tokens: int, rank: int = RANK, queries: Sequence[int] | None = None,
         dropout: float = 0.0, norm: bool = False, bias: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
-        """Projections of so many rows; `queries` are the rows that get a query."""
+        """Return the arguments of the projections of `tokens` rows; `queries` are the rows that need a query."""
         d, q, kv = s.hidden_size, s.q_heads * s.head_dim, s.kv_heads * s.head_dim
         cos, sin = (self.floats(tokens, s.head_dim // 2, dtype=torch.float32) for _ in range(2))
         return {
@@ -119,7 +120,7 @@ class Inputs:
         }  # fmt: skip
 
     def lora_qkv_rope_backward(self, s: ModelShape, tokens: int, **options: Any) -> dict[str, Any]:
-        """Their gradients."""
+        """Return the arguments of the projections' backward."""
         forward = self.lora_qkv_rope(s, tokens, **options)
         queries = options.get("queries")
         dq = self.floats(tokens if queries is None else len(queries), s.q_heads, s.head_dim)
@@ -129,7 +130,7 @@ class Inputs:
     def varlen_attention(
         self, s: ModelShape, rows: Sequence[tuple[int, int]], window: int = 0, used: Sequence[int] | None = None
     ) -> dict[str, Any]:
-        """Rows of (queries, keys); `used` are the keys of each row that count."""
+        """Return the arguments of attention over rows of (queries, keys); `used` counts the valid keys per row."""
         q, k = ([row[side] for row in rows] for side in (0, 1))
         return {
             "q": self.floats(sum(q), s.q_heads, s.head_dim), "k": self.floats(sum(k), s.kv_heads, s.head_dim),
@@ -138,15 +139,17 @@ class Inputs:
             "max_seqlen_q": max(q), "max_seqlen_k": max(k), "scale": s.head_dim**-0.5, "window": window,
         }  # fmt: skip
 
-    def varlen_attention_backward(self, s: ModelShape, rows: Sequence[tuple[int, int]], **options: Any) -> dict:
-        """Its gradients."""
+    def varlen_attention_backward(
+        self, s: ModelShape, rows: Sequence[tuple[int, int]], **options: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of attention's backward."""
         forward = self.varlen_attention(s, rows, **options)
         tensors = {name: forward.pop(name) for name in "qkv"}
         out, lse = self.floats(*tensors["q"].shape), self.floats(*tensors["q"].shape[1::-1], dtype=torch.float32)
         return {"dout": self.floats(*out.shape), "dlse": self.floats(*lse.shape, dtype=lse.dtype), **tensors, "out": out, "lse": lse, **forward}  # noqa: E501  # fmt: skip
 
     def swiglu(self, s: ModelShape, tokens: int, keep: bool = False, bias: bool = False) -> dict[str, Any]:
-        """The gated half of an MLP."""
+        """Return the arguments of the gated half of an MLP."""
         weight = self.floats(2 * s.mlp, s.hidden_size)
         return {
             "x": self.floats(tokens, s.hidden_size), "weight": weight,
@@ -154,21 +157,24 @@ class Inputs:
         }  # fmt: skip
 
     def swiglu_backward(self, s: ModelShape, tokens: int, kept: bool = True) -> dict[str, Any]:
-        """Its gradient, with what the forward kept or without."""
+        """Return the arguments of swiglu's backward, with the forward's kept values or without."""
         forward = self.swiglu(s, tokens)
         forward.pop("keep")
         gate_up = self.floats(tokens, 2 * s.mlp) if kept else self.floats(0)
         return {"dy": self.floats(tokens, s.mlp), **forward, "gate_up": gate_up}
 
     def linear(self, tokens: int, inner: int, outer: int) -> dict[str, Any]:
-        """A projection from `inner` to `outer`."""
+        """Return the arguments of a projection from `inner` to `outer` features."""
         return {"x": self.floats(tokens, inner), "weight": self.floats(outer, inner), "bias": None}
 
-    def _prefixes(self, s, rows, segments, tail, leading=()):
+    def _prefixes(
+        self, s: ModelShape, rows: int, segments: Sequence[tuple[int, int, int]], tail: int,
+        leading: tuple[int, ...] = (),
+    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:  # fmt: skip
         shape = (*leading, s.kv_heads, s.head_dim)
         at = len(leading)
 
-        def cache(n):
+        def cache(n: int) -> torch.Tensor:
             return self.floats(*shape[:at], n, *shape[at:])
 
         keys = [cache(n) for n, _, _ in segments]
@@ -182,7 +188,10 @@ class Inputs:
         self, s: ModelShape, rows: int, segments: Sequence[tuple[int, int, int]], tail: int, queries: int = 1,
         window: int = 0,
     ) -> dict[str, Any]:  # fmt: skip
-        """Rows with `queries` each; segments are (keys, first row, end row), and every tail has `tail` keys."""
+        """Return the arguments for `rows` rows of `queries` queries.
+
+        Segments are (keys, first row, end row), and every row has a tail of `tail` keys.
+        """
         prefixes, k, v = self._prefixes(s, rows, segments, tail)
         q = self.floats(rows * queries, s.q_heads, s.head_dim)
         cu = self.starts([queries] * rows)
@@ -193,7 +202,7 @@ class Inputs:
         self, s: ModelShape, rows: int, segments: Sequence[tuple[int, int, int]], tail: int, layers: int = 1,
         norm: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
-        """A token of each row in a model of so many layers."""
+        """Return the arguments of a decode step of `rows` rows; segments and tail as in `shared_prefix_attention`."""
         d, q, kv = s.hidden_size, s.q_heads * s.head_dim, s.kv_heads * s.head_dim
         prefixes, keys, values = self._prefixes(s, rows, segments, tail, (layers,))
         shapes = [(q + 2 * kv, d), (d, q), (2 * s.mlp, d), (d, s.mlp)] * layers
@@ -210,21 +219,21 @@ class Inputs:
 
 
 def memory_rows(spans: int, tokens: int = TOKENS, slots: int = SLOTS) -> list[int]:
-    """Rows of a packed batch that are memory tokens."""
+    """Return the rows of a packed batch that are memory tokens."""
     return [i * (tokens + slots) + tokens + j for i in range(spans) for j in range(slots)]
 
 
 def calls() -> list[Call]:
-    """Every call whose kernels are compiled."""
+    """Return every call whose kernels are compiled."""
     listed = [c for name in ("llama2-7b", "smollm2-135m") for c in (*_encode(name), *_train(name), *_decode(name))]
     return [*listed, *_qk_norm("qwen3-0.6b"), *(c for size in HEAD_SIZES for c in _head_size(size))]
 
 
-def _call(name, op, *args, method=None, **options):
+def _call(name: str, op: str, *args: Any, method: str | None = None, **options: Any) -> Call:
     return Call(name, op, lambda inputs: getattr(inputs, method or op)(*args, **options))
 
 
-def _encode(name):
+def _encode(name: str) -> Iterator[Call]:
     s, tokens, queries = MODELS[name], SPANS * (TOKENS + SLOTS), memory_rows(SPANS)
     full, last = [(TOKENS + SLOTS,) * 2] * SPANS, [(SLOTS, TOKENS + SLOTS)] * SPANS
     yield _call(f"{name} encode", "rms_norm", s, tokens)
@@ -240,7 +249,7 @@ def _encode(name):
     yield _call(f"{name} encode", "linear", tokens, s.q_heads * s.head_dim, s.hidden_size)
 
 
-def _train(name):
+def _train(name: str) -> Iterator[Call]:
     s, tokens, queries = MODELS[name], SPANS * (TOKENS + SLOTS), memory_rows(SPANS)
     full, last = [(TOKENS + SLOTS,) * 2] * SPANS, [(SLOTS, TOKENS + SLOTS)] * SPANS
     yield _call(f"{name} train", "lora_qkv_rope", s, tokens, dropout=0.05)
@@ -257,7 +266,7 @@ def _train(name):
     yield _call(f"{name} train, recomputed", "swiglu_backward", s, tokens, kept=False)
 
 
-def _decode(name):
+def _decode(name: str) -> Iterator[Call]:
     s = MODELS[name]
     for rows in (1, 16):
         segments, what = [(4 * SLOTS, 0, rows)], f"{name} decode {rows}"
@@ -267,7 +276,7 @@ def _decode(name):
     yield _call(f"{name} read prompts", "shared_prefix_attention", s, 16, segments, PROMPT, queries=PROMPT)
 
 
-def _qk_norm(name):
+def _qk_norm(name: str) -> Iterator[Call]:
     s, tokens = MODELS[name], SPANS * (TOKENS + SLOTS)
     yield _call(f"{name} encode", "lora_qkv_rope", s, tokens, norm=True)
     yield _call(f"{name} encode, last layer", "lora_qkv_rope", s, tokens, norm=True, queries=memory_rows(SPANS))
@@ -275,7 +284,7 @@ def _qk_norm(name):
     yield _call(f"{name} decode 16", "decode_step", s, 16, [(4 * SLOTS, 0, 16)], 48, layers=2, norm=True)
 
 
-def _head_size(size):
+def _head_size(size: int) -> Iterator[Call]:
     s = ModelShape(f"heads of {size}", 2048, 1, 8, 2, size, 4096, 32000)
     rows = {"": [(TOKENS + SLOTS,) * 2] * SPANS, ", last layer": [(SLOTS, TOKENS + SLOTS)] * SPANS}
     for what, lengths in rows.items():

@@ -1,18 +1,19 @@
-"""The tables of docs/kernels.md about kernels on GPUs, from docs/results."""
+"""The tables of docs/kernels.md about GPU kernels, made from docs/results."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from icae_fast.benchmark.machine import REPOSITORY
+
+RESULTS = REPOSITORY / "docs" / "results"
 HEADINGS = ("kernel", "architecture", "registers", "spills, bytes", "shared memory, KB", "occupancy", "tensor cores")
 
 
 def kernel_cells(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """A line for each kernel and architecture: the worst over configurations and dtypes."""
+    """Yield a line for each kernel and architecture, with the worst figures over configurations and dtypes."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["arch"]), []).append(row)
@@ -26,7 +27,7 @@ def kernel_cells(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def kernels_table() -> str:
-    """`docs/results/kernels.json`, a line for each kernel and architecture."""
+    """Return the table of `docs/results/kernels.json`."""
     result = json.loads((RESULTS / "kernels.json").read_text())
     rows = result["rows"]
     lines = [
@@ -39,12 +40,12 @@ def kernels_table() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in kernel_cells(rows))])
 
 
-def paper_tables() -> str:
-    """Every `paper-*.json` under docs/results: what a layer costs, and predicted times."""
-    return "\n\n".join(_paper(json.loads(p.read_text())) for p in sorted(RESULTS.glob("paper-*.json")))
+def prediction_tables() -> str:
+    """Return the tables of each `paper-*.json` that `bench.kernels.predict` wrote: a layer's cost, predicted times."""
+    return "\n\n".join(_prediction(json.loads(p.read_text())) for p in sorted(RESULTS.glob("paper-*.json")))
 
 
-def _paper(result: dict[str, Any]) -> str:
+def _prediction(result: dict[str, Any]) -> str:
     setting = result["setting"]
     span = setting["tokens"] + setting["slots"]
     headings = ["op", "kernel", "launches", "asked for, MB", "unique, MB", "GFLOP"]

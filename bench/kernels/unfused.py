@@ -1,7 +1,7 @@
-"""What PEFT on today's transformers launches for a layer, one line each: what the kernels' cost is held against.
+"""The launches of PEFT on current transformers for one layer, to compare the kernels' cost with.
 
-A LLaMA layer in bf16 with LoRA on q and v, whose factors PEFT keeps in fp32 (`autocast_adapter_dtype`); tests count the
-launches of `icae_fast.benchmark.baseline` and compare.
+It is a LLaMA layer in bf16 with LoRA on q and v, whose factors PEFT keeps in fp32 (`autocast_adapter_dtype`). A test
+compares this list with the launches of `icae_fast.benchmark.baseline`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ class Step:
     """Launches of one kind.
 
     Args:
-        name: of what; launches: how many; bytes: read and written by all of them; flops: of products;
-        fp32: whether the products are in fp32, which tensor cores do not help.
+        name: the operation.
+        launches: number of launches.
+        bytes: bytes read and written by all of them.
+        flops: operations of products.
+        fp32: whether the products are in fp32, without tensor cores.
     """
 
     name: str
@@ -32,9 +35,12 @@ class Step:
 
 
 def unfused_layer(s: ModelShape, rows: Sequence[tuple[int, int]], rank: int) -> list[Step]:
-    """A layer over rows of (queries, keys): all of a row's keys but its queries' own come from the cache.
+    """Return the launches of one layer.
 
-    With rank 0 the adapter is switched off, as for decoding.
+    Args:
+        s: the model.
+        rows: (queries, keys) of each row; keys beyond the queries come from the cache.
+        rank: LoRA rank; 0 switches the adapter off, as in decoding.
     """
     t, keys = sum(q for q, _ in rows), sum(k for _, k in rows)
     d, q, kv, mlp = s.hidden_size, s.q_heads * s.head_dim, s.kv_heads * s.head_dim, s.mlp
@@ -45,7 +51,7 @@ def unfused_layer(s: ModelShape, rows: Sequence[tuple[int, int]], rank: int) -> 
         _product("k_proj", t, d, kv),
         *_projection("v_proj", t, d, kv, rank),
         *_rotary(t, q, kv),
-        # DynamicCache puts keys and values into new tensors, the old ones included.
+        # DynamicCache concatenates old and new keys and values into new tensors.
         Step("cache, cat of k and of v", 2, 2 * NARROW * kv * (2 * keys)),
         Step("scaled_dot_product_attention", 1, NARROW * (2 * t * q + 2 * keys * kv), scores),
         _product("o_proj", t, q, d),
@@ -61,7 +67,7 @@ def unfused_layer(s: ModelShape, rows: Sequence[tuple[int, int]], rank: int) -> 
 
 
 def unfused_head(s: ModelShape, tokens: int) -> list[Step]:
-    """Embedding, final norm and head over all tokens, which the reference runs for encoding as well."""
+    """Return embedding, final norm and head over all tokens, which the reference runs for encoding too."""
     d = s.hidden_size
     return [
         _elementwise("embedding", tokens * d, NARROW, NARROW),
@@ -70,16 +76,16 @@ def unfused_head(s: ModelShape, tokens: int) -> list[Step]:
     ]
 
 
-def _product(name, t, inner, outer, fp32=False):
+def _product(name: str, t: int, inner: int, outer: int, fp32: bool = False) -> Step:
     size = WIDE if fp32 else NARROW
     return Step(name, 1, size * (t * inner + inner * outer + t * outer), 2 * t * inner * outer, fp32)
 
 
-def _elementwise(name, n, read, written):
+def _elementwise(name: str, n: int, read: int, written: int) -> Step:
     return Step(name, 1, n * (read + written))
 
 
-def _norm(name, t, d):
+def _norm(name: str, t: int, d: int) -> list[Step]:
     n = t * d
     return [
         _elementwise(f"{name}: to fp32", n, NARROW, WIDE),
@@ -92,7 +98,7 @@ def _norm(name, t, d):
     ]
 
 
-def _projection(name, t, d, outer, rank):
+def _projection(name: str, t: int, d: int, outer: int, rank: int) -> list[Step]:
     base = _product(name, t, d, outer)
     if not rank:
         return [base]
@@ -107,7 +113,7 @@ def _projection(name, t, d, outer, rank):
     ]
 
 
-def _rotary(t, q, kv):
+def _rotary(t: int, q: int, kv: int) -> list[Step]:
     n = t * (q + kv)
     return [
         Step("rotary of q and of k: times cos", 2, n * 2 * NARROW),

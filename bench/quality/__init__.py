@@ -1,1 +1,1 @@
-"""Accuracy of slots against the baseline."""
+"""Accuracy of slots: in bf16, and quantised."""

@@ -1,7 +1,7 @@
-"""How far bf16 slots are from the baseline's: `python -m bench.quality.accuracy examples/harrow_point.txt`.
+"""Distance of bf16 slots from the baseline's: `python -m bench.quality.accuracy examples/harrow_point.txt`.
 
-Two implementations that round differently cannot agree better than each agrees with exact arithmetic, so
-the distance between them is given in units of the baseline's own bf16 error:
+Two implementations that round differently cannot agree better than each agrees with exact arithmetic. The distance is
+therefore reported in units of the baseline's bf16 error:
 
     |ours_bf16 - baseline_bf16| / |baseline_bf16 - baseline_fp32|    by RMS over all slots
 
@@ -10,8 +10,10 @@ Writes docs/results/accuracy-MACHINE.json.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ from icae_fast.io.bundled import load_smollm2
 
 TOKENS = (700, 1100)
 ADAPTER_MODES = ("fused", "merged")
-LORA_B_STD = (0.0, 0.02, 0.2)  # of the up-projections; 0 is a new adapter
+LORA_B_STD = (0.0, 0.02, 0.2)  # standard deviation of the LoRA's up-projections; 0 is a new adapter
 
 
 def with_adapter(dtype: torch.dtype, std: float) -> ICAE:
-    """SmolLM2 in `dtype` with the same random adapter at the paper's sizes in each dtype."""
+    """Return SmolLM2 in `dtype` with a random adapter at the paper's sizes, the same for every dtype."""
     icae = build_icae(load_smollm2(torch.float32)[0], ICAEConfig())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -42,13 +44,18 @@ def with_adapter(dtype: torch.dtype, std: float) -> ICAE:
 
 
 def rms(t: torch.Tensor) -> float:
-    """Root mean square."""
+    """Return the root mean square."""
     return t.float().pow(2).mean().sqrt().item()
 
 
 @torch.no_grad()
 def compare(ids: torch.Tensor, std: float) -> list[dict[str, Any]]:
-    """The distances for one context in each adapter mode, as JSON values."""
+    """Return the distances for one context in each adapter mode, as JSON values.
+
+    Args:
+        ids: ids of the context, (L,).
+        std: standard deviation of the LoRA's B factors.
+    """
     exact, narrow = with_adapter(torch.float32, std), with_adapter(torch.bfloat16, std)
     truth, rounded_truth = (BaselineICAE.from_icae(i).compress(ids[None]).float() for i in (exact, narrow))
     error = rms(rounded_truth - truth)
@@ -70,9 +77,11 @@ def compare(ids: torch.Tensor, std: float) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Compare on the file named on the command line."""
-    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+def main(arguments: Sequence[str]) -> None:
+    """Compare on the text file named on the command line, and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.accuracy", description=__doc__)
+    parser.add_argument("text", type=Path, help="a UTF-8 text file")
+    text = parser.parse_args(arguments).text.read_text(encoding="utf-8")
     ids = torch.tensor(load_smollm2()[1](text)["input_ids"])
     rows = [rounded(row) for n in TOKENS for std in LORA_B_STD for row in compare(ids[:n], std)]
     machine = describe_machine()
@@ -83,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,15 +1,15 @@
-"""What storing slots in fewer bits does to restoration: `python -m bench.quality.quantized_slots
-examples/harrow_point.txt`.
+"""Restoration loss with slots stored in fewer bits: `python -m bench.quality.quantized_slots TEXT`.
 
-The figure is the autoencoding loss: the frozen decoder reads the slots as a `MemoryStore` gives them back and is scored
-on the text, teacher-forced, in nats a token. Everything is computed in fp32, so that rows differ by the storage alone.
-The adapter is the package's own, at the sizes that it was trained for, on a text that it was not trained on.
+The figure is the autoencoding loss: the frozen decoder reads the slots as a `MemoryStore` returns them and is scored on
+the text with teacher forcing, in nats per token. Everything is computed in fp32, so rows differ only by the storage.
+The adapter is the bundled one, at the sizes that it was trained for, on a text that it was not trained on.
 
 Writes docs/results/quantized-slots-MACHINE.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -28,17 +28,17 @@ from icae_fast.training.methods.objectives import autoencoding_sample, collate
 
 STORED: tuple[SlotDtype | None, ...] = (None, "bfloat16", "int8")
 ADAPTER = "smollm2-135m"
-CASES = ((2, 32), (4, 32), (2, 16))  # compression rate of 32 slots, and slots a span
+CASES = ((2, 32), (4, 32), (2, 16))  # (compression rate at 32 slots, slots per span)
 
 
 def stored(slots: torch.Tensor, dtype: SlotDtype | None) -> torch.Tensor:
-    """Slots (n, d) as they come back from a store with this `dtype`, in their own dtype."""
+    """Return slots (n, d) as a store with this `dtype` would return them, in their own dtype."""
     return unpack_slots(pack_slots(slots, dtype), slots.dtype).to(slots.dtype)
 
 
 @contextlib.contextmanager
 def slots_changed(icae: ICAE, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Iterator[None]:
-    """While it is open the decoder gets what `change` makes of the slots of all rows."""
+    """Let the decoder read `change(slots of all rows)` while open."""
     encode = icae.encode
     icae.encode = lambda *arguments: change(encode(*arguments))
     try:
@@ -49,11 +49,16 @@ def slots_changed(icae: ICAE, change: Callable[[list[torch.Tensor]], list[torch.
 
 @torch.no_grad()
 def restoration(icae: ICAE, windows: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Loss of restoring each window (of one length), and how far storage moves slots, for each dtype in `STORED`.
+    """Return the loss of restoring windows, and the error of the stored slots, for each dtype in `STORED`.
+
+    Args:
+        icae: the adapter.
+        windows: ids, all of one length.
 
     Returns:
-        `loss` (nats a token) and `slot_error` (RMS over the RMS of slots), by name, "own" for unchanged; and
-        `loss_from_others`, with the slots of the next window: what the decoder guesses without the memory.
+        `loss` (nats per token) and `slot_error` (RMS over the RMS of slots) by dtype name, "own" for unchanged slots;
+        `loss_from_others`, the loss with the slots of the next window, which is what the decoder guesses without the
+        memory.
     """
     batch = collate(icae, [autoencoding_sample(icae, w.tolist()) for w in windows])
     slots = torch.cat(icae.encode(list(windows)))
@@ -69,7 +74,7 @@ def restoration(icae: ICAE, windows: Sequence[torch.Tensor]) -> dict[str, Any]:
 
 
 def measure(text: str) -> list[dict[str, Any]]:
-    """A row for each of `CASES`, as JSON values."""
+    """Return a row for each of `CASES`, as JSON values."""
     base, tokenizer = load_smollm2(torch.float32)
     ids = torch.tensor(tokenizer(text)["input_ids"])
     rows = []
@@ -83,9 +88,12 @@ def measure(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Measure on the file named on the command line."""
-    rows, machine = measure(Path(sys.argv[1]).read_text(encoding="utf-8")), describe_machine()
+def main(arguments: Sequence[str]) -> None:
+    """Measure on the text file named on the command line, and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.quantized_slots", description=__doc__)
+    parser.add_argument("text", type=Path, help="a UTF-8 text file, e.g. examples/harrow_point.txt")
+    rows = measure(parser.parse_args(arguments).text.read_text(encoding="utf-8"))
+    machine = describe_machine()
     path = REPOSITORY / "docs" / "results" / f"quantized-slots-{machine_slug(machine)}.json"
     path.write_text(json.dumps({"suite": "quantized-slots", "machine": machine, "rows": rows}, indent=1) + "\n")
     for row in rows:
@@ -93,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,1 +1,1 @@
-"""Other systems to compare with."""
+"""Comparisons with other systems."""

@@ -1,1 +1,1 @@
-"""The benchmark suites that pytest runs."""
+"""The pytest-benchmark suites."""

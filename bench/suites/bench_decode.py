@@ -1,27 +1,26 @@
-"""Decoding one long answer behind a memory that has been read: icae_fast, transformers' `generate`, a bare read.
+"""Decode one long answer from a memory whose keys and values exist: icae_fast, transformers' `generate`, a plain read.
 
-`make bench-decode` runs this and its neighbours `bench_decode_*.py`, whose rows stand in one file; see
-`bench.harness.targets`
-for what they are held against, and `bench.rivals.llama_cpp` for a row that is measured by itself.
+`make bench-decode` runs this and `bench_decode_*.py` and writes their rows into one file. Targets are in
+`bench.harness.targets`; `bench.rivals.llama_cpp` adds a row for llama.cpp.
 """
 
 from bench.harness import decoders
 from bench.harness.compare import OURS
-from bench.harness.decoders import GENERATE, WEIGHTS_READ, Parted
+from bench.harness.decoders import GENERATE, WEIGHTS_READ, SplitTimer
 from bench.harness.models import documents_for, models_for
 from icae_fast.benchmark.measure import FirstToken
 
-ROUNDS = 5  # of a quarter of a minute
+ROUNDS = 5  # a round takes a quarter of a minute
 
 
 def test_decode(compare, decode_case):
     case = decode_case
     models, limits = models_for(case), decoders.answer_limits(case)
     icae = models.icae
-    _ = models.baseline  # made here: its weights are no peak
+    _ = models.baseline  # built here, so that its weights do not count as peak memory
     memory, prompts = icae.compress(documents_for(case))[0], decoders.prompts_for(case)
     icae.clear_kv()
-    icae.generate(memory, prompts, max_new_tokens=1, return_ids=True)  # reads the slots
+    icae.generate(memory, prompts, max_new_tokens=1, return_ids=True)  # computes the slots' keys and values
     pad = icae.eos_token_ids[0]
 
     def ours():
@@ -29,7 +28,7 @@ def test_decode(compare, decode_case):
         return icae.generate(memory, prompts, return_ids=True, streamer=clock, **limits), clock.at
 
     def generate():
-        # The cache is a copy of the kept keys and values: milliseconds of seconds.
+        # The cache is a copy of the kept keys and values; it takes milliseconds of the seconds measured.
         inputs = icae.generation_inputs(memory, prompts, case.new_tokens)
         clock = FirstToken(skip=1)
         ids = icae.base_model.generate(
@@ -37,7 +36,7 @@ def test_decode(compare, decode_case):
         )
         return ids.tolist(), clock.at
 
-    calls = {GENERATE: Parted(generate), WEIGHTS_READ: decoders.weight_reader(case), OURS: Parted(ours)}
+    calls = {GENERATE: SplitTimer(generate), WEIGHTS_READ: decoders.weight_reader(case), OURS: SplitTimer(ours)}
 
     def check(results):
         for name in (GENERATE, OURS):

@@ -1,25 +1,27 @@
-"""The first token of an answer about a document whose memory is stored; the baseline has to compress the document."""
+"""First token of an answer about a document whose memory is stored; the baseline must compress the document."""
+
+from pathlib import Path
 
 from bench.harness import decoders
 from bench.harness.compare import OURS, Work
 from bench.harness.decoders import BASELINE, KV_TIER
 from bench.harness.models import documents_for, models_for
-from icae_fast import MemoryStore
+from icae_fast import ICAE, Memory, MemoryStore
 from icae_fast.benchmark.checks import assert_same
 from icae_fast.benchmark.measure import speedup
 
 KEY = "document"
-ROUNDS = 3  # of a quarter of a minute
+ROUNDS = 3  # a round takes a quarter of a minute
 
 
-def put(folder, icae, memory):
+def put(folder: Path, icae: ICAE, memory: Memory) -> None:
     """Store a memory with its keys and values."""
     with MemoryStore(folder, icae) as store:
         store.put(KEY, memory, kv=True)
 
 
-def get(folder, icae, kv):
-    """The memory from a store that is opened anew, into a model that has read none."""
+def get(folder: Path, icae: ICAE, kv: bool) -> Memory:
+    """Open the store again and load the memory into a model without cached keys and values."""
     icae.clear_kv()
     with MemoryStore(folder, icae) as store:
         return store.get(KEY, kv=kv)

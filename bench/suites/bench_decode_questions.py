@@ -1,16 +1,19 @@
-"""Many questions about one document, compressing included: icae_fast in one call, and the baseline in two ways."""
+"""Many questions about one document, compressing included: icae_fast in one call, and the baseline in two ways.
+
+The baseline compresses the document for every question ("by prompt"), or once ("one by one").
+"""
 
 import time
 
 from bench.harness import decoders
 from bench.harness.compare import OURS, Outcome
-from bench.harness.decoders import BY_PROMPT, MEASURED_PROMPTS, ONE_BY_ONE, Parted
+from bench.harness.decoders import BY_PROMPT, MEASURED_PROMPTS, ONE_BY_ONE, SplitTimer
 from bench.harness.models import documents_for, models_for
 from icae_fast import backend_of
 from icae_fast.benchmark.checks import assert_same
 
 OPS = ("lora_qkv_rope", "varlen_attention", "shared_prefix_attention", "decode_step")
-ROUNDS = 3  # of a minute
+ROUNDS = 3  # a round takes a minute
 
 
 def test_questions(compare, question_case):
@@ -19,7 +22,7 @@ def test_questions(compare, question_case):
     icae, baseline, (document,) = models.icae, models.baseline, documents_for(case)
     prompts = decoders.prompts_for(case)
     sides, few = [icae.prompt_ids(p) for p in prompts], range(MEASURED_PROMPTS)
-    icae.compress(document[:8])  # packs the weights: that is no peak
+    icae.compress(document[:8])  # packs the weights, so that they do not count as peak memory
 
     def ask_baseline(slots, i):
         prefix, suffix = sides[i]
@@ -42,7 +45,7 @@ def test_questions(compare, question_case):
         memory = icae.compress(document)[0]
         return memory.slots, icae.generate(memory, prompts, return_ids=True, **limits)
 
-    once = Parted(one_by_one)
+    once = SplitTimer(one_by_one)
     calls = {BY_PROMPT: by_prompt, ONE_BY_ONE: once, OURS: ours}
 
     def check(results):
@@ -51,7 +54,7 @@ def test_questions(compare, question_case):
             assert_same(slots, expected, case.torch_dtype, f"slots of {name}")
             decoders.assert_answers(models, case, slots, prompts if name == OURS else prompts[: len(few)], answers)
 
-    with decoders.kv_noted() as held:
+    with decoders.recorded_kv_bytes() as held:
         seconds, peaks = compare.measure(calls, check, rounds=ROUNDS)
     assert len(set(held)) == 1, f"one call's sessions held {held} bytes of keys and values"
     rounds = len(seconds[OURS])

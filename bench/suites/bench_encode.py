@@ -1,7 +1,7 @@
-"""Compressing documents: icae_fast, the reference's way, merged weights, and bare GEMMs; and how time grows.
+"""Compress documents with icae_fast, the baseline, merged weights and bare GEMMs; and the growth of time with spans.
 
-`make bench-encode` runs this and its neighbours `bench_encode_*.py`, whose rows stand in one file; see
-`bench.harness.targets` for what they are held against.
+`make bench-encode` runs this and `bench_encode_*.py` and writes their rows into one file. Targets are in
+`bench.harness.targets`.
 """
 
 import torch
@@ -13,14 +13,14 @@ from bench.harness.models import documents_for, encode_without_lora, in_adapter_
 from icae_fast import backend_of
 
 OPS = ("lora_qkv_rope", "varlen_attention")
-# A round of all providers takes five seconds a document, and one of growth a minute.
+# A round of all providers takes five seconds per document, and a round of growth a minute.
 DOCUMENTS_IN_ALL_ROUNDS, LEAST_ROUNDS, GROWTH_ROUNDS = 16, 3, 2
 
 
 def test_compress(compare, encode_case):
     case = encode_case
     models, documents = models_for(case), documents_for(case)
-    # Made here: their weights are no peak.
+    # Built here, so that their weights do not count as peak memory.
     icae, baseline, merged, compiled, frozen = (
         models.icae, models.baseline, models.merged, models.compiled, models.frozen
     )  # fmt: skip
@@ -64,7 +64,7 @@ def test_growth(compare, growing):
         slots.update({name: sum(m.slots.nbytes for m in memories) for name, memories in results.items()})
         encoders.assert_same_beginnings(results, largest.torch_dtype)
 
-    icae.compress(documents[:1])  # packs the weights: that is no peak
+    icae.compress(documents[:1])  # packs the weights, so that they do not count as peak memory
     seconds, peaks = compare.measure(
         {name: lambda n=case.documents: icae.compress(documents[:n]) for name, case in cases.items()},
         check,

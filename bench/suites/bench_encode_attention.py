@@ -11,7 +11,7 @@ from icae_fast.backbone.rows import cumulative
 from icae_fast.benchmark.checks import assert_same
 from icae_fast.ops import varlen_attention
 
-DTYPE, TOLERANCE = torch.bfloat16, 2e-2  # one op rounds a few times only
+DTYPE, TOLERANCE = torch.bfloat16, 2e-2  # a single op rounds only a few times
 
 
 def test_attention(compare, rows):
@@ -20,7 +20,7 @@ def test_attention(compare, rows):
     sizes = (shape.q_heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (torch.randn(n, length, heads, shape.head_dim, generator=g).to(DTYPE) for heads in sizes)
     packed = [t.flatten(0, 1) for t in (q, k, v)]
-    # One batch of equal rows, contiguous heads: torch's best. Expanding keys and values beforehand is not counted.
+    # One batch of equal rows with contiguous heads is torch's best case. Expanding keys and values is not timed.
     batch = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
     groups = shape.q_heads // shape.kv_heads
     expanded = [batch[0], *(t.repeat_interleave(groups, dim=1) for t in batch[1:])]

@@ -1,6 +1,6 @@
-"""Compressing with a larger model, and spans longer and shorter than usual, on one thread and on two.
+"""Compress with a larger model, and with longer and shorter spans, on one thread and on two.
 
-Rates are fractions of what all threads reach, whatever a row runs on; bare GEMMs have a row's own threads.
+Rates are fractions of the bound of all threads, even for rows on one thread; bare GEMMs run on the row's threads.
 """
 
 import torch
@@ -9,14 +9,14 @@ from bench.harness import encoders
 from bench.harness.compare import OURS
 from bench.harness.models import documents_for, models_for, with_threads
 
-# A call may take half a minute: such are timed once.
+# Calls with more operations may take half a minute and are timed once.
 LONG_FLOPS = 2e12
 
 
 def test_compress_shape(compare, shape_case):
     case = shape_case
     models, documents = models_for(case), documents_for(case)
-    icae, baseline = models.icae, models.baseline  # made here: their weights are no peak
+    icae, baseline = models.icae, models.baseline  # built here, so that weights do not count as peak memory
     spans = torch.cat(documents).split(case.span_lengths)
     work = encoders.encoder_work(case)
     calls = {
@@ -24,7 +24,7 @@ def test_compress_shape(compare, shape_case):
         encoders.GEMMS: models.gemms(spans),
         OURS: lambda: icae.compress(documents),
     }
-    if not case.shape.embedded:  # of SmolLM2 `bench_encode.py` has it
+    if not case.shape.bundled:  # `bench_encode.py` measures SmolLM2 with merged weights
         merged = models.merged
         calls[encoders.MERGED] = lambda: merged.compress(spans)
     icae.compress(documents[0][:8])  # packs the weights

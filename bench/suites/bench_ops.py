@@ -1,4 +1,6 @@
-"""Each op alone against plain torch, at the shapes of one layer that encodes the case's documents."""
+"""Single ops against plain torch, at the shapes of one layer that encodes the case's documents."""
+
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -6,24 +8,31 @@ import torch.nn.functional as F
 
 from bench.harness.compare import GEMM_BOUND, OURS, Work
 from bench.harness.models import SEED
-from bench.harness.shapes import attention_flops, qkv_flops
+from bench.harness.shapes import Case, attention_flops, qkv_flops
 from icae_fast.backbone.rows import cumulative
 from icae_fast.benchmark.checks import assert_same
 from icae_fast.ops import lora_qkv_rope, varlen_attention
 
 MODES = ("fwd", "fwd_bwd")
-# One op rounds a few times only.
+# A single op rounds only a few times.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def _random(generator, dtype, *shape, std=1.0, grad=False):
+def _random(
+    generator: torch.Generator, dtype: torch.dtype, *shape: int, std: float = 1.0, grad: bool = False
+) -> torch.Tensor:
     return (torch.randn(*shape, generator=generator) * std).to(dtype).requires_grad_(grad)
 
 
-def _run(forward, leaves, gradients, mode):
-    """A call of `forward`, in mode "fwd_bwd" with gradients of the leaves; gives all of it as a flat list."""
+def _run(
+    forward: Callable[[], Sequence[torch.Tensor]],
+    leaves: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    mode: str,
+) -> Callable[[], list[torch.Tensor]]:
+    """Return a call that runs `forward`, in mode "fwd_bwd" also the backward, and returns outputs and gradients."""
 
-    def call():
+    def call() -> list[torch.Tensor]:
         if mode == "fwd":
             with torch.no_grad():
                 return list(forward())
@@ -33,8 +42,8 @@ def _run(forward, leaves, gradients, mode):
     return call
 
 
-def _check_all(case, names):
-    def check(results):
+def _check_all(case: Case, names: Sequence[str]) -> Callable[[dict[str, list[torch.Tensor]]], None]:
+    def check(results: dict[str, list[torch.Tensor]]) -> None:
         for provider, tensors in results.items():
             for name, a, b in zip(names, tensors, results["torch"], strict=False):
                 assert_same(a, b, case.torch_dtype, f"{name} of {provider}", TOLERANCE[case.torch_dtype])
@@ -42,8 +51,8 @@ def _check_all(case, names):
     return check
 
 
-def _sdpa(q, k, v, mask):
-    """One row (Lq, Hq, D) against (Lk, Hkv, D) by torch's own attention."""
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Run torch's attention for one row, (Lq, Hq, D) against (Lk, Hkv, D)."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out[0].transpose(0, 1)
@@ -74,7 +83,7 @@ def test_varlen_attention(compare, case, queries, mode):
     compare(
         {"torch": _run(torch_forward, (q, k, v), (dout,), mode), OURS: _run(our_forward, (q, k, v), (dout,), mode)},
         _check_all(case, ("out", "dq", "dk", "dv")),
-        # The backward has five such products to the forward's two.
+        # The backward has five such products, the forward two.
         Work(GEMM_BOUND[dtype], flops=flops if mode == "fwd" else flops * 7 // 2, tokens=sum(lk)),
         ops=("varlen_attention", "varlen_attention_backward")[: 1 + grad],
         case=case.name,
@@ -83,8 +92,8 @@ def test_varlen_attention(compare, case, queries, mode):
     )
 
 
-def _rope(x, cos, sin):
-    """RoPE as in Hugging Face's modeling_llama: x (T, H, D), cos and sin (T, 1, D)."""
+def _rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE as Hugging Face's modeling_llama does: x (T, H, D), cos and sin (T, 1, D)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -120,13 +129,13 @@ def test_lora_qkv_rope(compare, case, mode):
         return lora_qkv_rope(x, weight, None, a, b, cos, sin, lora_scale=scale, **sizes)
 
     calls = {"torch": _run(torch_forward, (x, a, b), gradients, mode)}
-    if not grad:  # with merged weights there is nothing to train
+    if not grad:  # merged weights cannot be trained
         aq, av = a.chunk(2)
         bq, bv = b.split((nq, nkv))
         merged = torch.cat((wq + scale * bq @ aq, wk, wv + scale * bv @ av))
         calls["merged"] = _run(lambda: heads(*F.linear(x, merged).split((nq, nkv, nkv), -1)), (), (), mode)
     flops = qkv_flops(s, tokens, r)
-    frozen = 2 * tokens * d * (nq + 2 * nkv)  # base weights get no gradient: one product for x and none for W
+    frozen = 2 * tokens * d * (nq + 2 * nkv)  # base weights have no gradient: one product for x and none for W
     compare(
         {**calls, OURS: _run(our_forward, (x, a, b), gradients, mode)},
         _check_all(case, ("q", "k", "v", "dx", "dlora_a", "dlora_b")),

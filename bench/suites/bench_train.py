@@ -1,13 +1,13 @@
-"""A training step: icae_fast under three activation budgets, and the reference's way.
+"""A training step of icae_fast under three activation budgets, and of the baseline.
 
-`make bench-train` runs this and its neighbours `bench_train_*.py`, whose rows stand in one file; see
-`bench.harness.targets` for what they are held against.
+`make bench-train` runs this and `bench_train_*.py` and writes their rows into one file. Targets are in
+`bench.harness.targets`.
 """
 
 from bench.harness import steps
-from bench.harness.alone import alone
 from bench.harness.compare import GEMM_BOUND, Outcome, Work
 from bench.harness.models import documents_for, models_for
+from bench.harness.processes import in_new_process
 from bench.harness.shapes import Case
 from icae_fast import backend_of
 from icae_fast.benchmark.measure import peak_memory
@@ -17,11 +17,11 @@ OPS = (
     "lora_qkv_rope", "lora_qkv_rope_backward", "varlen_attention", "varlen_attention_backward", "rms_norm",
     "rms_norm_backward", "swiglu", "swiglu_backward",
 )  # fmt: skip
-ROUNDS = 3  # of more than a minute
+ROUNDS = 3  # a round takes more than a minute
 
 
 def peak_of_step(case: Case, provider: str) -> int:
-    """Bytes of working memory of a provider's step, after one of half the document."""
+    """Return the working memory, in bytes, of a provider's step that follows a step on half the document."""
     models, document = models_for(case), documents_for(case)[0].tolist()
     with steps.in_training(models.icae, models.training_baseline):
         for ids in (document[: len(document) // 2], document):
@@ -36,7 +36,7 @@ def test_step(compare, train_case):
     case = train_case
     models, document = models_for(case), documents_for(case)[0].tolist()
     both = icae, baseline = models.icae, models.training_baseline
-    with steps.in_training(*both, dropout=False):  # packs the weights as well: that is no peak
+    with steps.in_training(*both, dropout=False):  # also packs the weights
         half = autoencoding_sample(icae, document[: len(document) // 2])
         calls = steps.step_calls(icae, baseline, half, keep_gradients=True)
         same = {name: call() for name, call in calls.items()}
@@ -47,7 +47,7 @@ def test_step(compare, train_case):
             lambda results: steps.assert_same_losses(results, steps.DROPOUT_TOLERANCE),
             rounds=ROUNDS,
         )
-    peaks = {name: alone(peak_of_step, case, name) for name in calls}
+    peaks = {name: in_new_process(peak_of_step, case, name) for name in calls}
     facts = {
         "case": case.name,
         "objective": "autoencoding",

@@ -1,14 +1,14 @@
-"""Peak memory of a training step from 512 to 65,536 context tokens; the reference's as far as it goes."""
+"""Peak memory of a training step from 512 to 65,536 context tokens; the baseline is extrapolated where it must be."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from bench.harness import steps
-from bench.harness.alone import alone
 from bench.harness.compare import OURS
 from bench.harness.encoders import BASELINE
 from bench.harness.models import documents_for, models_for
+from bench.harness.processes import in_new_process
 from bench.harness.shapes import Case
 from bench.harness.step_memory import Point, StepMemory, measure_affordable, positions_up_to
 from bench.suites.bench_train import OPS
@@ -20,17 +20,17 @@ BUDGET = ActivationBudget()
 
 
 def samples_of(cases: Sequence[Case]) -> dict[int, Sample]:
-    """A step's sample by context tokens. What is learned does not matter to memory: the document's own beginning."""
+    """Return a training sample by context tokens; its target is the document's start, which does not affect memory."""
     icae, document = models_for(cases[-1]).icae, documents_for(cases[-1])[0].tolist()
     return {c.tokens: continuation_sample(icae, document[: c.tokens], document[: c.new_tokens]) for c in cases}
 
 
 def points_of(cases: Sequence[Case], provider: str) -> tuple[list[Point], dict[str, Any] | None]:
-    """What `measure_affordable` gives of a provider's steps; icae_fast's may take what they take."""
+    """Run `measure_affordable` on a provider's steps, for icae_fast without limits."""
     models = models_for(cases[-1])
     icae, baseline = models.icae, models.training_baseline
 
-    def step(sample):
+    def step(sample: Sample) -> None:
         found = steps.baseline_step(baseline, sample) if provider == BASELINE else steps.our_step(icae, sample, BUDGET)
         steps.assert_finite({f"{provider}, {len(sample.input_ids)} tokens": found})
 
@@ -39,7 +39,7 @@ def points_of(cases: Sequence[Case], provider: str) -> tuple[list[Point], dict[s
     limits = {} if provider == BASELINE else {"free": lambda: math.inf, "max_seconds": math.inf}
     positions = max(len(sample.prompt_answer_ids) for sample in samples.values())
     with positions_up_to(icae, positions), steps.in_training(icae, baseline):
-        calls[cases[0].tokens]()  # packs the weights: that is no peak
+        calls[cases[0].tokens]()  # packs the weights, so that they do not count as peak memory
         return measure_affordable(calls, **limits)
 
 
@@ -54,7 +54,7 @@ def test_memory(compare, lengthening):
     steps.assert_same_losses(same, steps.DROPOUT_TOLERANCE)
 
     def run():
-        return {provider: alone(points_of, lengthening, provider) for provider in (OURS, BASELINE)}
+        return {provider: in_new_process(points_of, lengthening, provider) for provider in (OURS, BASELINE)}
 
     found = compare.benchmark.pedantic(run, rounds=1)
     facts = {

@@ -1,4 +1,4 @@
-"""Eight passages learned by heart: the loss that is reached, and whether they come back from their slots."""
+"""Overfit a new adapter on eight passages: the final loss, and whether their slots restore them."""
 
 import math
 import time

@@ -1,12 +1,14 @@
-// Checks that several ops make of their arguments.
+// Argument checks that several ops share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cstdint>
 #include <vector>
 
-#include "../kernels/table.h"
+#include "abi/attention.h"
+#include "abi/numbers.h"
 
 namespace icae_fast {
 
@@ -24,7 +26,7 @@ inline Dtype dtype_of(const at::Tensor& t, const char* op, const char* name) {
   }
 }
 
-// The type that results are summed up in, and that tables and log-sum-exps have.
+// The type of sums, of cos and sin, and of log-sum-exps.
 inline at::ScalarType compute_type(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -34,15 +36,15 @@ inline void check_same_type(const at::Tensor& t, const at::Tensor& like, const c
               like.scalar_type(), " as the other tensors are");
 }
 
-// Kernels walk rows and heads by stride, but need each head's elements side by side.
+// Kernels take any stride between rows and heads, but need each head's elements next to each other.
 inline at::Tensor with_unit_stride(const at::Tensor& t) {
   return t.dim() == 0 || t.stride(-1) == 1 ? t : t.contiguous();
 }
 
-// Of a (tokens, heads, head_dim) tensor whose last stride is 1.
+// Strides of a (tokens, heads, head_dim) tensor whose last stride is 1.
 inline Strided strided(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
-// The values of a 1-d int32 tensor.
+// Values of a 1-d int32 tensor.
 inline std::vector<int32_t> int_values(const char* op, const at::Tensor& t, const char* name) {
   TORCH_CHECK(t.dim() == 1 && t.scalar_type() == at::kInt, op, ": ", name, " is 1-d int32, not ", t.sizes(), " ",
               t.scalar_type());

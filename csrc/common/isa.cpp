@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "common/isa.h"
 
 #include <algorithm>
 #include <chrono>
@@ -6,7 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "tiles.h"
+#include "common/tiles.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -19,7 +19,7 @@
 namespace icae_fast {
 namespace {
 
-// The last one: torch was built with oneDNN's AMX kernels, and no ONEDNN_MAX_CPU_ISA forbids them.
+// amx_in_torch: torch was built with oneDNN's AMX kernels, and no ONEDNN_MAX_CPU_ISA forbids them.
 const std::vector<std::string> kTileFeatures{"amx_tile", "amx_bf16", "amx_in_torch"};
 
 struct Unit {
@@ -47,7 +47,7 @@ std::vector<Unit> units() {
 }
 
 #if defined(__x86_64__)
-// The register states that the OS saves and restores; without that, using the registers faults.
+// Register states that the OS saves and restores. Using any other register faults.
 uint64_t enabled_states() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & (1u << 27))) return 0;
@@ -56,7 +56,7 @@ uint64_t enabled_states() {
   return (uint64_t{high} << 32) | low;
 }
 
-// Linux hands out the AMX tile registers only to a process that asks (kernel 5.16 and later).
+// Linux grants the AMX tile registers to a process only on request (kernel 5.16 and later).
 bool tiles_permitted() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -109,13 +109,13 @@ std::string join(const std::vector<std::string>& names) {
   return text;
 }
 
-// For tests alone: brgemm also runs without AMX, slowly, and so does the unit if it is forced.
+// For tests only: brgemm also runs without AMX, slowly, and so does the unit if it is forced.
 bool emulates_tiles() {
   const char* variable = std::getenv("ICAE_FAST_TEST_AMX");
   return variable != nullptr && std::string(variable) == "1";
 }
 
-// The features that `unit` needs and that neither this CPU nor `also` has.
+// Features that `unit` needs and that are neither this CPU's nor in `also`.
 std::vector<std::string> missing(const Unit& unit, const std::vector<std::string>& also = {}) {
   auto have = cpu_features();
   have.insert(have.end(), also.begin(), also.end());
@@ -134,12 +134,12 @@ double product_time(const Kernels& unit) {
   return std::chrono::duration<double>(Clock::now() - begin).count() / products;
 }
 
-// Of the two units for AVX512-BF16, the one that multiplies faster. `vdpbf16ps` does twice as much as FMAs do on
-// Zen 4, and half as much on Xeons that leave bf16 to AMX (Emerald Rapids). Measured in a tenth of a millisecond,
-// since neither the CPU's features nor its name say so; the best of many tries, which others on the machine cannot
-// all disturb.
-const Kernels& faster_dots() {
-  const Kernels* widening = nullptr;  // where this build has it and the CPU can run it
+// Return the faster of the two units for AVX512-BF16. `vdpbf16ps` multiplies twice as fast as FMAs on Zen 4, and
+// half as fast on Xeons that leave bf16 to AMX (Emerald Rapids). Neither the CPU's features nor its name tell, so
+// this measures both in a tenth of a millisecond. It takes the best of many tries, because other processes cannot
+// disturb all of those.
+const Kernels& faster_bf16_unit() {
+  const Kernels* widening = nullptr;  // null unless this build has the unit and the CPU can run it
   for (const auto& unit : units()) {
     if (std::string(unit.name) == "avx512_fp16" && missing(unit).empty()) widening = &unit.table();
   }
@@ -162,16 +162,16 @@ const Kernels* select() {
     const auto lacking = forced == unit.name && emulates_tiles() ? missing(unit, kTileFeatures) : missing(unit);
     if (forced == unit.name && !lacking.empty()) {
       throw std::runtime_error("ICAE_FAST_ISA=" + forced + ", but this CPU lacks " + join(lacking) +
-                               "; unset it and the best instruction set is chosen");
+                               "; unset it to choose the best instruction set");
     }
     if (lacking.empty() && (forced.empty() || forced == unit.name)) best = &unit.table();
   }
   if (best == nullptr) {
     throw std::runtime_error("ICAE_FAST_ISA is '" + forced + "'; this build knows " + join(built_isas()) +
-                             ", and when the variable is unset the best one that the CPU has");
+                             "; unset it to choose the best one that this CPU has");
   }
 #if defined(__x86_64__)
-  if (forced.empty() && best == &kernels_avx512()) best = &faster_dots();
+  if (forced.empty() && best == &kernels_avx512()) best = &faster_bf16_unit();
 #endif
   return best;
 }
@@ -181,7 +181,7 @@ const Kernels* select() {
 const Kernels& kernels() {
   static const Kernels* const selected = select();
 #if defined(__x86_64__)
-  static const Kernels* const without_tiles = selected == &kernels_amx() ? &faster_dots() : selected;
+  static const Kernels* const without_tiles = selected == &kernels_amx() ? &faster_bf16_unit() : selected;
   if (selected != without_tiles && !tiles_enabled()) return *without_tiles;
 #endif
   return *selected;

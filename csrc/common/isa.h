@@ -1,26 +1,26 @@
-// Which instruction set's kernels run: chosen once a process, from what the CPU and the OS allow or by the
+// The choice of the unit whose kernels run: once per process, by what the CPU and the OS support, or by the
 // environment variable ICAE_FAST_ISA.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "../kernels/table.h"
+#include "abi/kernels.h"
 
 namespace icae_fast {
 
-// The chosen unit; the faster one for AVX512-BF16 in place of that for AMX while oneDNN is switched off. Throws
-// std::runtime_error when ICAE_FAST_ISA names no unit or one that this CPU cannot run.
+// Return the chosen unit. While oneDNN is switched off, the AMX unit is replaced by the faster one for AVX512-BF16.
+// Throws std::runtime_error if ICAE_FAST_ISA names no unit, or one that this CPU cannot run.
 const Kernels& kernels();
 
-// Those of the CPU's features that kernels here use or will use, as far as the OS lets a process use them;
-// amx_in_torch says that torch uses AMX too.
+// The CPU's features that kernels here use or will use, if the OS lets a process use them. amx_in_torch means that
+// torch uses AMX too.
 std::vector<std::string> cpu_features();
 
-// Names of the units in this build, the plainest first.
+// Names of this build's units, the most basic first.
 std::vector<std::string> built_isas();
 
-// Those of them that this CPU can run.
+// Names of this build's units that this CPU can run.
 std::vector<std::string> runnable_isas();
 
 }  // namespace icae_fast

@@ -1,4 +1,4 @@
-// Work sharing for tasks of unequal size.
+// Parallel loops over tasks of unequal size.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,10 +9,10 @@
 
 namespace icae_fast {
 
-// Calls f(begin, end) for pieces of `rows` rows with about `row_size` elements each.
+// Call f(begin, end) for ranges of `rows` rows with about `row_size` elements each.
 template <class F>
 void for_rows(int64_t rows, int64_t row_size, const F& f) {
-  constexpr int64_t kElementsPerTask = 1 << 15;  // some 10 us of work, against 5 us to wake a thread
+  constexpr int64_t kElementsPerTask = 1 << 15;  // about 10 us of work, against 5 us to wake a thread
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, row_size));
   at::parallel_for(0, rows, grain, f);
 }
@@ -22,9 +22,9 @@ inline int64_t max_workers(int64_t tasks) {
   return std::max<int64_t>(1, std::min<int64_t>(tasks, at::get_num_threads()));
 }
 
-// Calls f(task, worker) once for each task. Threads take the next task when they are done with one, since causal
-// tiles differ in size up to the length of a row; results may not depend on which thread does what. Workers are
-// numbered here and not by at::get_thread_num, which inside somebody else's parallel region can be any number.
+// Call f(task, worker) once for each task. A thread takes the next task when it has finished one, since causal
+// tiles differ in size by up to the length of a row. Results must not depend on which thread runs a task. Workers
+// are numbered here, because at::get_thread_num can return any number inside a caller's parallel region.
 template <class F>
 void for_each_task(int64_t tasks, const F& f) {
   if (tasks == 0) return;

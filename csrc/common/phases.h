@@ -1,5 +1,5 @@
-// Work that goes on phase after phase on one set of threads: a token step has some two hundred phases of 30 us or
-// so, and opening a parallel region for each would cost as much as a tenth of it.
+// Consecutive phases of work on one set of threads. A token step has about two hundred phases of about 30 us;
+// opening a parallel region for each would cost up to a tenth of that.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -18,9 +18,9 @@
 
 namespace icae_fast {
 
-// Threads take tasks of a phase until there are none, and go on when all of them are done, whoever did them. So it
-// does not matter how many threads come, nor when: one alone does everything, and one that comes late finds the
-// first phases done. Each thread has a `Worker` of its own.
+// Threads take tasks of a phase until none is left, and continue when all are done, whichever thread ran them. So
+// neither the number of threads nor their arrival matters: a single thread runs everything, and a thread that
+// arrives late finds the first phases done. Each thread has its own `Worker`.
 class Phases {
  public:
   explicit Phases(int64_t n) : phases_(n + 1) {}
@@ -29,10 +29,10 @@ class Phases {
    public:
     explicit Worker(Phases& phases) : phases_(phases) {}
 
-    // Runs f(task) for the tasks of the next phase that this thread takes; `before(task)` first, if it takes any.
-    // Then, until all are done, `idle(task)` again and again with the task of the phase after this one that this
-    // thread will begin with (there may be none of that number); it says whether there was something to do. What
-    // the phase wrote is seen by all who return from it, and where a task raises all of them do.
+    // Run f(task) for each task of the next phase that this thread takes; `before(task)` runs first if it takes
+    // any. While waiting for the others, call `idle(task)` repeatedly with this thread's first task of the
+    // following phase (that phase may have fewer tasks). `idle` returns whether it found work. Everything that the
+    // phase wrote is visible when this returns. If a task throws, every thread throws.
     template <class Before, class F, class Idle>
     void run(int64_t tasks, const Before& before, const F& f, Idle idle) {
       auto &now = phases_.phases_[phase_++], &then = phases_.phases_[phase_];
@@ -62,7 +62,7 @@ class Phases {
     std::atomic<int64_t> next{0}, done{0};
   };
 
-  // Others must not wait for what will never be done.
+  // Stop the other threads from waiting for tasks that will never finish.
   void fail(std::exception_ptr error) {
     if (failing_.test_and_set()) return;
     error_ = std::move(error);
@@ -70,7 +70,7 @@ class Phases {
   }
 
   static void pause(int64_t spins) {
-    constexpr int64_t kSpins = 1 << 12;  // some 100 us; then this thread may be in the way of the one it waits for
+    constexpr int64_t kSpins = 1 << 12;  // about 100 us; a longer wait may block the thread that it waits for
     if (spins > kSpins) return std::this_thread::yield();
 #if defined(__x86_64__)
     _mm_pause();
@@ -83,11 +83,12 @@ class Phases {
   std::exception_ptr error_;
 };
 
-// Cuts n outputs into tasks: a long one for each worker, and the last sixteenth in short ones for whoever comes
-// first. Each task is a new stream of weights, which the hardware's prefetching has to find first: with tasks that
-// grow shorter from a quarter on, threads ended together too, but SmolLM2's matrices took 10 % longer at 55 GB/s.
-// Bounds of the tasks; inner ones are multiples of 16, so that no two tasks write into one cache line. All threads
-// must cut alike, so `workers` is to be asked for outside of the parallel region: inside, at::get_num_threads
+// Cut n outputs into tasks: one long task per worker, and the last sixteenth in short ones that any worker may
+// take. Each task starts a new stream of weights, which the hardware prefetcher must detect first. Tasks that
+// shrink from a quarter on also let threads end together, but SmolLM2's matrices took 10 % longer at 55 GB/s.
+//
+// Returns the tasks' bounds. Inner bounds are multiples of 16, so that no two tasks write to one cache line. All
+// threads must cut alike, so call at::get_num_threads for `workers` outside of the parallel region: inside, it
 // differs between threads.
 inline std::vector<int64_t> cut_outputs(int64_t n, int64_t bytes_each, int64_t workers) {
   constexpr int64_t kLeastBytes = 24 << 10;  // 2 us of one core's bandwidth

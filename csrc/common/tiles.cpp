@@ -1,9 +1,10 @@
-#include "tiles.h"
+#include "common/tiles.h"
 
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
-#include "../kernels/table.h"
+#include "abi/numbers.h"
+#include "abi/tiles.h"
 
 namespace icae_fast {
 namespace {

@@ -1,5 +1,5 @@
-// AMX tiles as torch lends them: ATen's brgemm, which runs oneDNN's micro-kernels. The product itself is
-// tile_product, declared in kernels/table.h.
+// AMX tiles through torch: ATen's brgemm, which runs oneDNN's micro-kernels. abi/tiles.h declares the product,
+// `tile_product`.
 #pragma once
 
 namespace icae_fast {
@@ -7,7 +7,7 @@ namespace icae_fast {
 // Whether brgemm would use AMX on this CPU.
 bool has_tiles();
 
-// Whether brgemm takes packed bf16 at all just now; not where the user has switched oneDNN off.
+// Whether brgemm accepts packed bf16 at the moment. It does not while the user has switched oneDNN off.
 bool tiles_enabled();
 
 }  // namespace icae_fast

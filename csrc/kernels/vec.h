@@ -1,9 +1,10 @@
-// Vectors of the unit's width over GCC's vector extension, with intrinsics where the compiler's own choice is
-// poor. Included inside a unit's namespace: ICAE_VECTOR_BYTES is the width, ICAE_AVX2 and ICAE_AVX512 say which
-// intrinsics there are. Functions take and give vectors by value and are always inlined.
+// Vectors of the unit's width on GCC's vector extension, with intrinsics where the compiler's code is poor.
+// Functions pass vectors by value and are always inlined.
+#pragma once
 
-#define ICAE_FORCED inline __attribute__((always_inline))
-#define ICAE_INLINE static ICAE_FORCED
+#include "kernels/unit.h"
+
+namespace icae_fast::ICAE_UNIT {
 
 template <class C>
 struct Vec;
@@ -35,7 +36,7 @@ using V = typename Vec<C>::V;
 template <class C>
 using I = typename Vec<C>::I;
 
-// What a storage type is computed in, and how exact its exp has to be (the degree of the polynomial).
+// The compute type of a storage type, and the degree of the polynomial that makes exp exact enough for it.
 template <class T>
 struct Elem {
   using C = T;
@@ -44,7 +45,7 @@ struct Elem {
 template <>
 struct Elem<bf16> {
   using C = float;
-  static constexpr int kExpDegree = 4;  // 2.6e-6 of the value, where bf16 rounds at 2e-3
+  static constexpr int kExpDegree = 4;  // relative error 2.6e-6; bf16 rounds at 2e-3
 };
 
 template <class C>
@@ -59,7 +60,7 @@ ICAE_INLINE I<C> set1_int(int64_t x) {
   return static_cast<typename Vec<C>::Int>(x) + I<C>{};
 }
 
-// The second argument wherever either is NaN, so that a NaN there is kept.
+// Maximum and minimum. If either operand is NaN, the result is the second one, so that a NaN there is kept.
 ICAE_INLINE V<float> vmax(V<float> a, V<float> b) {
 #if defined(ICAE_AVX512)
   return _mm512_max_ps(a, b);
@@ -118,7 +119,7 @@ ICAE_INLINE I<C> load_int(const typename Vec<C>::Int* p) {
 }
 
 #if defined(ICAE_AVX512)
-// 16 elements of bf16. GCC 12 makes five instructions of the conversion in `load`, through halves.
+// 16 elements of bf16. For `load`, GCC 12 generates five instructions, through halves.
 ICAE_INLINE V<float> widen(__m256i x) { return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
 #endif
 ICAE_INLINE V<float> load(const bf16* p) {
@@ -137,7 +138,7 @@ ICAE_INLINE void store(bf16* p, V<float> v) {
 #else
   const Vec<float>::U u = (Vec<float>::U)v;
   const Vec<float>::U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const Vec<float>::U kept = v == v ? rounded : (u >> 16) | 0x40;  // rounding could carry a NaN into a number
+  const Vec<float>::U kept = v == v ? rounded : (u >> 16) | 0x40;  // rounding could turn a NaN into a number
   const Vec<float>::Half half = __builtin_convertvector(kept, Vec<float>::Half);
   __builtin_memcpy(p, &half, sizeof half);
 #endif
@@ -152,19 +153,18 @@ ICAE_INLINE float to_compute(bf16 x) {
 ICAE_INLINE float to_compute(float x) { return x; }
 ICAE_INLINE double to_compute(double x) { return x; }
 
-ICAE_INLINE void assign(float* p, float x) { *p = x; }
-ICAE_INLINE void assign(double* p, double x) { *p = x; }
-ICAE_INLINE void assign(bf16* p, float x) {
+ICAE_INLINE void store_one(float* p, float x) { *p = x; }
+ICAE_INLINE void store_one(double* p, double x) { *p = x; }
+ICAE_INLINE void store_one(bf16* p, float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, sizeof u);
   const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   p->bits = static_cast<uint16_t>(x == x ? rounded : (u >> 16) | 0x40);
 }
 
-// The first n < width elements, the others 0.
+// Load or store the first n elements, n < width. Other loaded elements are 0.
 template <class T>
 ICAE_INLINE V<typename Elem<T>::C> load_n(const T* p, int64_t n) {
-  using C = typename Elem<T>::C;
 #if defined(ICAE_AVX512)
   const __mmask16 mask = (1u << n) - 1;
   if constexpr (sizeof(T) == 2) {
@@ -175,6 +175,7 @@ ICAE_INLINE V<typename Elem<T>::C> load_n(const T* p, int64_t n) {
     return _mm512_maskz_loadu_pd(mask, p);
   }
 #else
+  using C = typename Elem<T>::C;
   C buffer[Vec<C>::kWidth] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = to_compute(p[i]);
   return load(buffer);
@@ -195,7 +196,7 @@ ICAE_INLINE void store_n(T* p, V<typename Elem<T>::C> v, int64_t n) {
   using C = typename Elem<T>::C;
   C buffer[Vec<C>::kWidth];
   store(buffer, v);
-  for (int64_t i = 0; i < n; ++i) assign(p + i, buffer[i]);
+  for (int64_t i = 0; i < n; ++i) store_one(p + i, buffer[i]);
 #endif
 }
 
@@ -213,7 +214,7 @@ ICAE_INLINE bool any(I<C> v) {
 #endif
 }
 
-// The sum of all elements.
+// Sum of all elements.
 template <class C>
 ICAE_INLINE C sum(V<C> v) {
 #if defined(ICAE_AVX512)
@@ -226,17 +227,18 @@ ICAE_INLINE C sum(V<C> v) {
   C x[Vec<C>::kWidth];
   store(x, v);
   for (int n = Vec<C>::kWidth / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];  // a tree: one after the other would wait for each addition
+    for (int i = 0; i < n; ++i)
+      x[i] += x[i + n];  // a tree: in sequence, each addition would wait for the previous one
   }
   return x[0];
 #endif
 }
 
 #if defined(ICAE_AVX512)
-// The sums of 16 vectors, each into one element.
+// The sums of 16 vectors, as the elements of one vector.
 ICAE_INLINE V<float> sum_each(V<float> (&x)[16]) {
   __m512i t[16];
-  // Halves the number of vectors by adding neighbours, within and then across 128-bit parts.
+  // Add neighbouring vectors, which halves their number: within 128-bit parts first, then across them.
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const __m512 a = x[2 * i], b = x[2 * i + 1];
@@ -256,99 +258,27 @@ ICAE_INLINE V<float> sum_each(V<float> (&x)[16]) {
 }
 #endif
 
-ICAE_INLINE float log_of(float x) { return __builtin_logf(x); }
-ICAE_INLINE double log_of(double x) { return __builtin_log(x); }
-// Of positive numbers; NaN and infinity give NaN.
-ICAE_INLINE V<float> log_of(V<float> x) {
-  // x = 2^e m with m from sqrt(1/2) to sqrt(2), and log m = 2 artanh(s), whose next term is at most 7e-10.
-  constexpr int32_t kRootOfHalf = 0x3F3504F3;
-  const I<float> bits = (I<float>)x - kRootOfHalf;
-  const V<float> e = __builtin_convertvector(bits >> 23, V<float>);
-  const V<float> m = (V<float>)((bits & 0x7FFFFF) + kRootOfHalf);
-  const V<float> s = (m - 1.0f) / (m + 1.0f), z = s * s;
-  const V<float> series = ((z * (1.0f / 9) + 1.0f / 7) * z + 1.0f / 5) * z + 1.0f / 3;
-  return e * 0.693147181f + (2.0f * s + 2.0f * s * z * series) + (x - x);
-}
-ICAE_INLINE V<double> log_of(V<double> x) {
-  for (int i = 0; i < Vec<double>::kWidth; ++i) x[i] = log_of(x[i]);
-  return x;
-}
-
-// ---- exp -----------------------------------------------------------------------------------------------------
-
-// Minimax polynomials of 2^f on [-1/2, 1/2], lowest power first; largest relative error 2.6e-6, 1.9e-9, 3e-18.
-constexpr double kExp4[] = {0.9999992614, 0.6931218147, 0.2402474482, 0.05591786031, 0.009570102015};
-constexpr double kExp6[] = {
-    1.0, 0.6931472057, 0.2402264689, 0.05550328777, 0.009618488957, 0.001339993121, 0.0001534581216};
-constexpr double kExp11[] = {1.0,
-                             0.69314718055994533046,
-                             0.24022650695910156205,
-                             0.055504108664819921483,
-                             0.0096181291075883350833,
-                             0.0013333558146789950323,
-                             0.00015403530462514613026,
-                             0.0000152527334899608046,
-                             1.3215433089594629037e-6,
-                             1.0178198033328527662e-7,
-                             7.0741056262456593708e-9,
-                             4.4352809446103361611e-10};
-
-template <int degree>
-constexpr const double* exp_coefficients() {
-  return degree == 4 ? kExp4 : degree == 6 ? kExp6 : kExp11;
-}
-
-template <class C, int degree>
-ICAE_INLINE V<C> exp2_polynomial(V<C> f) {
-  constexpr const double* c = exp_coefficients<degree>();
-  V<C> p = set1(C(c[degree]));
-#pragma GCC unroll 16
-  for (int i = degree - 1; i >= 0; --i) p = p * f + C(c[i]);
-  return p;
-}
-
-// 2^t for t <= 127 or so; 0 for minus infinity; NaN stays. What is smaller than any normal number may be 0.
-template <class C, int degree>
-ICAE_INLINE V<C> exp2(V<C> t) {
-#if defined(ICAE_AVX512)
-  // 6.8 cycles a vector on Zen 4 where putting the exponent together from integers takes 8.2. At minus infinity the
-  // polynomial is NaN, which scalef turns into 0, as it is specified to where the power is minus infinity.
-  if constexpr (sizeof(C) == 4) {
-    const V<C> n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_scalef_ps(exp2_polynomial<C, degree>(t - n), n);
-  } else {
-    const V<C> n = _mm512_roundscale_pd(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_scalef_pd(exp2_polynomial<C, degree>(t - n), n);
-  }
-#else
-  t = vmax(set1(C(-Vec<C>::kBias)), t);
-  const V<C> shifted = t + Vec<C>::kRound;
-  const V<C> p = exp2_polynomial<C, degree>(t - (shifted - Vec<C>::kRound));
-  // The integer stands in the low bits of `shifted`; at -bias the exponent field becomes 0, and so the factor.
-  const I<C> power = ((I<C>)shifted << Vec<C>::kMantissa) + ((I<C>{} + Vec<C>::kBias) << Vec<C>::kMantissa);
-  return p * (V<C>)power;
-#endif
-}
-
-// e^-x, the largest power of two for all x below that: 1 + it is as good as infinity in a sigmoid.
-template <class C, int degree>
-ICAE_INLINE V<C> exp_of_negative(V<C> x) {
-  return exp2<C, degree>(vmin(set1(C(Vec<C>::kBias - 1)), x * C(-1.4426950408889634)));
-}
-
-// Calls `f(d, n)` for parts of n elements, of a vector's width but for the last.
+// Call f(d, n) for n elements from d on, a vector at a time. Only the last call may have n < W.
 template <int W, class F>
-ICAE_INLINE void in_parts(int64_t size, F f) {
+ICAE_INLINE void for_vectors(int64_t size, F f) {
   int64_t d = 0;
   for (; d + W <= size; d += W) f(d, int64_t{W});
   if (d < size) f(d, size - d);
 }
 
+// Load or store n elements, n <= width. Loaded elements past n are 0.
 template <class T>
-ICAE_INLINE V<typename Elem<T>::C> get(const T* p, int64_t n) {
+ICAE_INLINE V<typename Elem<T>::C> load_up_to(const T* p, int64_t n) {
   return n == Vec<typename Elem<T>::C>::kWidth ? load(p) : load_n(p, n);
 }
 template <class T>
-ICAE_INLINE void put(T* p, V<typename Elem<T>::C> v, int64_t n) {
+ICAE_INLINE void store_up_to(T* p, V<typename Elem<T>::C> v, int64_t n) {
   n == Vec<typename Elem<T>::C>::kWidth ? store(p, v) : store_n(p, v, n);
 }
+// Load a whole vector, or the last elements if fewer are left.
+template <class T>
+ICAE_INLINE V<typename Elem<T>::C> load_at_most(const T* p, int64_t left) {
+  return left >= Vec<typename Elem<T>::C>::kWidth ? load(p) : load_n(p, left);
+}
+
+}  // namespace icae_fast::ICAE_UNIT

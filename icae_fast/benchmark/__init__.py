@@ -1,1 +1,4 @@
-"""The baseline, the measuring tools and `icae-fast bench`."""
+"""The baseline, the measuring tools and the latency table of `icae-fast bench latency`.
+
+Nothing here needs pytest, and nothing imports `bench/` or `docs/`, which are in no wheel.
+"""

@@ -1,4 +1,4 @@
-"""The baseline: ICAE as the public reference runs it, on today's transformers and PEFT."""
+"""The baseline: ICAE as the public reference runs it, on current transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -19,46 +19,49 @@ GAIN_KEY = "slot_gain"
 
 
 class BaselineICAE(nn.Module):
-    """ICAE as getao/icae `code/icae_v2` computes it, for comparison in accuracy, time and memory.
+    """ICAE as getao/icae `code/icae_v2` computes it, to compare accuracy, time and memory with.
 
-    As in the reference:
-        * LoRA on q and v as PEFT's unmerged modules with PEFT's defaults (so in fp32 beside a bf16 base,
-          `autocast_adapter_dtype`), switched off for decoding by `disable_adapter()`;
-        * the base's embeddings and head are resized for [PAD], k memory tokens, AE, LM and FT; the trained
-          embeddings of the last k + 3 are in `memory_token_embed` (fp32), and replace rows of `inputs_embeds`;
-        * encoding runs the whole causal language model, head included, with `output_hidden_states=True` and the
-          model's default `use_cache`, one document and one span after another;
-        * slots are collected in an fp32 tensor on the CPU;
-        * decoding feeds template, slots and prompt anew for every prompt, with the head over all of their
-          positions, and then one token a step with a `DynamicCache` and a host synchronisation each;
-        * logits of added tokens are sliced off before the argmax;
-        * with `two_copies` (the reference in training) a second, unresized copy decodes, with gradient checkpointing
+    Same as the reference:
+        * LoRA on q and v uses PEFT's unmerged modules with PEFT's defaults (so fp32 factors next to a bf16 base,
+          `autocast_adapter_dtype`); `disable_adapter()` switches it off for decoding.
+        * The base's embeddings and head are resized for [PAD], k memory tokens, AE, LM and FT. The trained embeddings
+          of the last k + 3 are in `memory_token_embed` (fp32) and overwrite rows of `inputs_embeds`.
+        * Encoding runs the whole causal language model, head included, with `output_hidden_states=True` and the
+          model's default `use_cache`, one document and one span at a time.
+        * Slots are collected in an fp32 tensor on the CPU.
+        * Decoding runs the prefill of template, slots and prompt again for every prompt, with the head over all of
+          their positions, and then one token a step with a `DynamicCache` and one host synchronisation each.
+        * Logits of added tokens are sliced off before the argmax.
+        * With `two_copies` (the reference in training) a second, unresized copy decodes, with gradient checkpointing
           in training mode.
 
-    Not as in the reference:
-        * flash-attn is not required: attention is the base model's own (SDPA by default), what a user
-          without a GPU for flash-attn gets;
-        * `torch.cuda.empty_cache()` after each span is left out, which only helps the baseline;
-        * the loss is over the base vocabulary also without `two_copies`; the reference's shared decoder (its
-          evaluation mode) has the added tokens in the softmax, its training decoder has not;
-        * the embeddings of [PAD] and of the other added rows are newly initialised here, so that what v1's
-          padding does to slots (`compress_batch`) is alike in kind, not in digits;
-        * end-of-sequence ids, `min_new_tokens` and a streamer are arguments;
-        * `memory_positions="spread"` and `slot_gain` do not exist there; they are here, at the same cost, so that
-          newer adapters can be compared too.
+    Different from the reference:
+        * flash-attn is not required: attention is the base model's own (SDPA by default), which is what a user
+          without a GPU for flash-attn runs.
+        * `torch.cuda.empty_cache()` after each span is left out, which only helps the baseline.
+        * The loss is over the base vocabulary even without `two_copies`. The reference's shared decoder (its
+          evaluation mode) includes the added tokens in the softmax; its training decoder does not.
+        * The embeddings of [PAD] and of the other added rows are newly initialised, so the effect of v1's padding on
+          slots (`compress_batch`) is reproduced in kind, not in digits.
+        * End-of-sequence ids, `min_new_tokens` and a streamer are arguments.
+        * `memory_positions="spread"` and `slot_gain` do not exist in the reference. They are implemented here at the
+          same cost, so that newer adapters can be compared too.
 
     Args:
-        base_model: a Hugging Face causal language model, which this takes over and resizes: pass a copy.
-        memory_size: k, memory tokens a span.
-        compression_rate: context tokens a slot.
-        lora_rank, lora_alpha, lora_dropout: of the LoRA.
+        base_model: a Hugging Face causal language model; it is resized in place, so pass a copy.
+        memory_size: k, memory tokens per span.
+        compression_rate: context tokens per slot.
+        lora_rank, lora_alpha, lora_dropout: LoRA hyperparameters.
         two_copies: hold a second copy of the base as decoder, as the reference does in training.
         memory_positions: `"append"` or `"spread"`, as in `icae_fast.ICAEConfig`.
-        leading_ids: read before each span, as of `icae_fast.ICAE`; the reference has none.
+        leading_ids: ids read before each span, as `ICAE.leading_ids`; the reference has none.
 
     Attributes:
-        icae: the PEFT model; memory_token_embed: (k + 3, d); decoder: the second copy or None. The names of all
-        trained parameters are the keys of the reference's checkpoints.
+        icae: the PEFT model.
+        memory_token_embed: embeddings of memory and special tokens, (k + 3, d).
+        decoder: the second copy, or None.
+
+    The names of all trained parameters are the keys of the reference's checkpoints.
 
     Source: getao/icae, `code/icae_v2/modeling_icae_multi_span.py`, and `fine_tuned_inference.py` for decoding.
     """
@@ -80,7 +83,7 @@ class BaselineICAE(nn.Module):
         self.decoder = copy.deepcopy(base_model).requires_grad_(False) if two_copies else None
         if two_copies:
             self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # The mean and covariance that newer versions of transformers draw new rows from are costly and never read.
+        # Newer transformers draw new rows from the embeddings' mean and covariance: costly, and never used here.
         base_model.resize_token_embeddings(self.vocab_size + memory_size + 3, mean_resizing=False)
         lora = LoraConfig(
             r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none", task_type="CAUSAL_LM",
@@ -93,7 +96,7 @@ class BaselineICAE(nn.Module):
 
     @classmethod
     def from_icae(cls, icae: Any, two_copies: bool = False) -> BaselineICAE:
-        """A baseline with the weights of an `icae_fast.ICAE`, in evaluation mode; nothing is shared between the two."""
+        """Return a baseline with a copy of the weights of an `icae_fast.ICAE`, in evaluation mode."""
         c = icae.config
         baseline = cls(
             copy.deepcopy(icae.base_model), c.memory_size, c.compression_rate, c.lora_rank, c.lora_alpha,
@@ -103,10 +106,11 @@ class BaselineICAE(nn.Module):
         return baseline.eval()
 
     def load_reference_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy LoRA and memory embeddings in, under the reference's checkpoint keys.
+        """Load LoRA and memory embeddings by the reference's checkpoint keys.
 
         Raises:
-            KeyError: keys are missing or unknown. ValueError: a tensor has another shape.
+            KeyError: a key is missing or unknown.
+            ValueError: a tensor has the wrong shape.
         """
         tensors = dict(tensors)
         gain = tensors.pop(GAIN_KEY, None)
@@ -127,20 +131,20 @@ class BaselineICAE(nn.Module):
         return self.icae.get_base_model().get_input_embeddings()
 
     def span_lengths(self, length: int) -> list[int]:
-        """`n = ceil(L / (k * rate))` spans of `ceil(L / n)` tokens, the last one shorter."""
+        """Return the lengths of `n = ceil(L / (k * rate))` spans of `ceil(L / n)` tokens; the last may be shorter."""
         n = math.ceil(length / (self.memory_size * self.compression_rate))
         step = math.ceil(length / n)
         return [min(step, length - start) for start in range(0, length, step)]
 
     def tokens_to_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of base, memory and special ids: (B, L) to (B, L, d) in the base's dtype."""
+        """Embed base, memory and special ids: (B, L) to (B, L, d) in the base's dtype."""
         embeddings = self._embed_tokens(ids)
         added = ids >= self.vocab_size
         embeddings[added] = self.memory_token_embed(ids[added] - self.vocab_size).to(embeddings)
         return embeddings
 
     def _encode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Slots of a (B, L) batch of spans as it stands, pads and all, (B, k, d)."""
+        """Return the slots (B, k, d) of a (B, L) batch of spans; padding is read like text."""
         k, n_rows = self.memory_size, ids.shape[0]
         memory = torch.arange(self.vocab_size, self.vocab_size + k, device=ids.device).expand(n_rows, k)
         leading = torch.tensor(self.leading_ids, dtype=ids.dtype, device=ids.device).expand(n_rows, -1)
@@ -149,7 +153,7 @@ class BaselineICAE(nn.Module):
             length, n = ids.shape[1], len(self.leading_ids)
             spread = n + (torch.arange(1, k + 1) * length // k - 1).clamp_min(0)
             positions = torch.cat((torch.arange(n + length), spread)).to(ids.device).expand(n_rows, -1)
-            # With the mask said, transformers does not take the jump in positions for the start of a new sequence.
+            # With an explicit mask, transformers does not take the jump in positions for the start of a new sequence.
             extra = {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
         embeddings = self.tokens_to_embeddings(torch.cat((leading, ids, memory), dim=1))
         out = self.icae(inputs_embeds=embeddings, output_hidden_states=True, **extra)
@@ -169,7 +173,7 @@ class BaselineICAE(nn.Module):
 
     @torch.no_grad()
     def compress(self, input_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
-        """Slots of one document, span after span (the reference's `_compress`).
+        """Compress one document, span after span (the reference's `_compress`).
 
         Args:
             input_ids: (L,) or (1, L) ids of base tokens.
@@ -183,11 +187,11 @@ class BaselineICAE(nn.Module):
 
     @torch.no_grad()
     def compress_batch(self, rows: Sequence[torch.Tensor | Sequence[int]]) -> torch.Tensor:
-        """Slots of several documents of one span each in one batch, in the manner of the reference's version 1.
+        """Compress several documents of one span each in one batch, as the reference's version 1 does.
 
-        Rows are padded to the longest with [PAD], the memory tokens follow, and there is no attention mask: the
-        memory tokens of a shorter row read the padding and stand further from its text, so its slots are not those
-        of `compress` (getao/icae issues 3 and 23). With rows of equal length they are.
+        Rows are padded with [PAD] to the longest, the memory tokens follow, and there is no attention mask. The memory
+        tokens of a shorter row therefore read the padding and stand further from its text, so its slots differ from
+        those of `compress` (getao/icae issues 3 and 23). With rows of equal length they are the same.
 
         Returns:
             (B, k, d) in the base's dtype.
@@ -206,11 +210,12 @@ class BaselineICAE(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, prompt_answer_ids: torch.Tensor, labels: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The reference's training forward, for a batch of one.
+        """Run the reference's training forward for a batch of one.
 
         Args:
-            input_ids: (1, L) context; prompt_answer_ids: (1, S) with a memory id for every slot;
-            labels: (1, S), -100 where nothing is learned.
+            input_ids: context, (1, L).
+            prompt_answer_ids: (1, S), with one memory id per slot.
+            labels: (1, S), -100 at positions without a loss.
 
         Returns:
             `{"loss": (), "logits": (1, S, V + k + 3)}`, with `two_copies` (1, S, base vocabulary).
@@ -226,7 +231,7 @@ class BaselineICAE(nn.Module):
         scores = logits[:, :-1, : self.n_base].flatten(0, 1)
         return {"loss": F.cross_entropy(scores, labels[:, 1:].flatten(), ignore_index=IGNORE), "logits": logits}
 
-    def _decoder_input(self, slots, prompt_ids, prefix_ids):
+    def _decoder_input(self, slots: torch.Tensor, prompt_ids: Sequence[int], prefix_ids: Sequence[int]) -> torch.Tensor:
         prefix = self.tokens_to_embeddings(self._as_batch(prefix_ids))
         prompt = self.tokens_to_embeddings(self._as_batch(prompt_ids))
         return torch.cat((prefix, slots.to(prompt)[None], prompt), dim=1)
@@ -236,15 +241,15 @@ class BaselineICAE(nn.Module):
         self, slots: torch.Tensor, prompt_ids: Sequence[int], prefix_ids: Sequence[int] = (), max_new_tokens: int = 128,
         min_new_tokens: int = 0, eos_ids: Sequence[int] = (), streamer: Any = None,
     ) -> list[int]:  # fmt: skip
-        """Greedy answer from `prefix, slots, prompt`; everything is read anew for every call.
+        """Decode greedily from `prefix, slots, prompt`; every call runs the whole prefill again.
 
         Args:
-            slots: (n * k, d) of `compress`.
-            prompt_ids: ids behind the slots, special ones (AE, FT) included; at least one.
-            prefix_ids: ids before them.
+            slots: result of `compress`, (n * k, d).
+            prompt_ids: ids after the slots, special ones (AE, FT) included; at least one.
+            prefix_ids: ids before the slots.
             max_new_tokens, min_new_tokens: bounds of the answer's length.
-            eos_ids: ids that end it, not returned.
-            streamer: gets `put(ids)` for every token and `end()`, as transformers' streamers.
+            eos_ids: ids that end the answer; they are not returned.
+            streamer: called with `put(ids)` for every token and `end()`, like transformers' streamers.
 
         Returns:
             The new ids.
@@ -270,17 +275,17 @@ class BaselineICAE(nn.Module):
         return produced
 
     def answer(self, input_ids: torch.Tensor | Sequence[int], prompt_ids: Sequence[int], **options: Any) -> list[int]:
-        """`compress` and then `generate`, with its options."""
+        """Call `compress`, then `generate` with its options."""
         return self.generate(self.compress(input_ids), prompt_ids, **options)
 
     @torch.no_grad()
     def answer_logits(
         self, slots: torch.Tensor, prompt_ids: Sequence[int], answer: Sequence[int], prefix_ids: Sequence[int] = ()
     ) -> torch.Tensor:
-        """Logits that the frozen decoder gives at every token of `answer` (not in the reference; for checks).
+        """Return the frozen decoder's logits for every token of `answer` (used by checks; not in the reference).
 
         Returns:
-            (len(answer), base vocabulary) fp32: row t scores the candidates for `answer[t]`.
+            (len(answer), base vocabulary) fp32; row t scores the candidates for `answer[t]`.
         """
         embeddings = self._decoder_input(slots, [*prompt_ids, *answer[:-1]], prefix_ids)
         with self.icae.disable_adapter():

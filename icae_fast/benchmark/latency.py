@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +28,14 @@ RAW, BASELINE, COLD, STORED = "raw context", "baseline ICAE", "icae_fast, cold",
 
 @dataclass(frozen=True)
 class Timing:
-    """One answer.
+    """Timing of one answer.
 
     Args:
-        compress_s: until the memory was there, None where nothing is compressed.
-        first_token_s: until the first token, compression included.
-        total_s: until the last token.
+        compress_s: seconds until the memory was ready, None if nothing is compressed.
+        first_token_s: seconds until the first token, compression included.
+        total_s: seconds until the last token.
         answer: the new ids.
-        slots: the memory's, None for none.
+        slots: the slots that were made, None if none were.
     """
 
     compress_s: float | None
@@ -45,12 +45,12 @@ class Timing:
     slots: torch.Tensor | None
 
     def per_token_ms(self) -> float | None:
-        """Milliseconds for each token after the first; None if there is none."""
+        """Return the milliseconds per token after the first, None for an answer of one token."""
         return (self.total_s - self.first_token_s) / (len(self.answer) - 1) * 1e3 if len(self.answer) > 1 else None
 
 
 class _Rows:
-    """The table's rows as calls without arguments, each giving a `Timing`."""
+    """The rows of the table, each a call without arguments that returns a `Timing`."""
 
     def __init__(
         self, icae: ICAE, baseline: BaselineICAE, document: torch.Tensor, prompt: list[int], new_tokens: int
@@ -61,11 +61,13 @@ class _Rows:
         self.stored = icae.compress([document])[0]
 
     def calls(self) -> dict[str, Callable[[], Timing]]:
-        """Row name to call, in the table's order."""
+        """Return the calls by row name, in the table's order."""
         return {RAW: self.raw, BASELINE: self.baseline_icae, COLD: self.cold, STORED: self.from_store}
 
-    def _timed(self, compress: Callable[[], Any] | None, answer: Callable[[Any, FirstToken], list[int]], skip: int = 0):
-        """Times `compress` and then `answer`, which gets its result and a streamer."""
+    def _timed(
+        self, compress: Callable[[], Any] | None, answer: Callable[[Any, FirstToken], list[int]], skip: int = 0
+    ) -> Timing:
+        """Time `compress` and then `answer`, which is called with the memory and a streamer."""
         clock, compressed, memory = FirstToken(skip), None, None
         synchronize(self.icae.device)
         start = time.perf_counter()
@@ -80,12 +82,12 @@ class _Rows:
         return Timing(compressed, clock.at - start, total, ids, slots)
 
     def raw(self) -> Timing:
-        """The plain base model reads template, document and prompt: `generate` of transformers, with its KV cache."""
-        ids = [*self.prefix, *self.document.tolist(), *self.suffix]
-        ids = [i for i in ids if i < self.baseline.n_base]  # without FT, which is ICAE's
-        ids = torch.tensor([ids], device=self.icae.device)
+        """Answer from template, document and prompt with the plain base model and transformers' `generate`."""
+        row = [*self.prefix, *self.document.tolist(), *self.suffix]
+        row = [i for i in row if i < self.baseline.n_base]  # without FT, which only ICAE knows
+        ids = torch.tensor([row], device=self.icae.device)
 
-        def answer(_, clock):
+        def answer(_: None, clock: FirstToken) -> list[int]:
             out = self.icae.base_model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.n, min_new_tokens=self.n,
                 do_sample=False, num_beams=1, use_cache=True, streamer=clock,
@@ -96,7 +98,7 @@ class _Rows:
         return self._timed(None, answer, skip=1)
 
     def baseline_icae(self) -> Timing:
-        """The reference's way, document and prompt anew."""
+        """Compress and answer with the baseline."""
         return self._timed(
             lambda: self.baseline.compress(self.document),
             lambda slots, clock: self.baseline.generate(
@@ -106,23 +108,23 @@ class _Rows:
 
     def _answer(self, memory: Memory, clock: FirstToken) -> list[int]:
         limits = {"max_new_tokens": self.n, "min_new_tokens": self.n}
-        self.icae.clear_kv()  # a first question: the slots have not been read
+        self.icae.clear_kv()  # a first question: the slots' keys and values are not computed yet
         return self.icae.generate(memory, [self.prompt], return_ids=True, streamer=clock, **limits)[0]
 
     def cold(self) -> Timing:
-        """icae_fast compresses and answers."""
+        """Compress and answer with icae_fast."""
         return self._timed(lambda: self.icae.compress([self.document])[0], self._answer)
 
     def from_store(self) -> Timing:
-        """icae_fast answers from a memory that is there already."""
+        """Answer with icae_fast from an existing memory."""
         return self._timed(None, lambda _, clock: self._answer(self.stored, clock))
 
     def check(self, timings: dict[str, Timing]) -> None:
-        """Raise unless the baseline and icae_fast agree up to rounding, and all answers have the length asked for."""
+        """Assert that the baseline and icae_fast agree up to rounding and that all answers have `n` tokens."""
         slots = timings[BASELINE].slots
         assert_same(timings[COLD].slots.to(slots), slots, self.icae.dtype, "slots")
         for name, timing in timings.items():
-            assert len(timing.answer) == self.n, f"{name} gave {len(timing.answer)} tokens instead of {self.n}"
+            assert len(timing.answer) == self.n, f"{name} returned {len(timing.answer)} tokens instead of {self.n}"
             if name != RAW:
                 own = self.stored.slots if timing.slots is None else timing.slots
                 sides = (self.prefix, self.suffix, timing.answer)
@@ -133,33 +135,33 @@ def latency_table(
     icae: ICAE, document_ids: Sequence[int] | torch.Tensor, prompt_ids: Sequence[int] | torch.Tensor,
     new_tokens: int = 32, rounds: int = 3, baseline: BaselineICAE | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Time four ways to answer a prompt about a document, each of which must give `new_tokens` tokens.
+    """Time four ways to answer a prompt about a document.
 
-    An untimed call of each row gives its peak memory and warms it up; of these results, the baseline's and
-    icae_fast's must agree. Then the rows are timed in turn, round after round, in this process.
+    One untimed call of each row warms it up and measures its peak memory; the baseline's and icae_fast's results of
+    these calls must agree. The rows are then timed in interleaved rounds in this process.
 
     Args:
         icae: the model; its base model also reads the raw context.
-        document_ids: (L,) ids of base tokens.
+        document_ids: ids of base tokens, (L,).
         prompt_ids: ids of base tokens.
-        new_tokens: tokens of every answer; it may not end before.
-        rounds: how many; medians are shown.
-        baseline: one with the same weights; made from `icae` (a second copy of the weights) if None.
+        new_tokens: tokens of every answer; no answer ends earlier.
+        rounds: number of rounds; medians are reported.
+        baseline: a baseline with the same weights; None makes one from `icae` (a second copy of the weights).
 
     Returns:
         JSON values: `machine`, `bounds`, `backends`, `model`, `dtype`, `document_tokens`, `prompt_tokens`, `slots`,
-        `new_tokens`, `rounds`, `least_ms_per_token` (reading the layers' and the head's weights once at the measured
-        bandwidth), and `rows`, each with `name`, medians `compress_s` (None where nothing is compressed),
-        `first_token_s` (compression included), `per_token_ms` (after the first; None for a single token),
-        `total_s`, `peak_mb` (10^6 bytes over the weights), and `speedup_over_baseline`, of the baseline's total
-        over the row's, round by round: median, min, max.
+        `new_tokens`, `rounds`, `least_ms_per_token` (time to read the layers' and the head's weights once at the
+        measured bandwidth), and `rows`. Each row has `name`, the medians `compress_s` (None if nothing is compressed),
+        `first_token_s` (compression included), `per_token_ms` (after the first token; None for a single token) and
+        `total_s`, `peak_mb` (10^6 bytes above the weights), and `speedup_over_baseline` (baseline's total over the
+        row's, round by round: median, min, max).
 
     Raises:
         ValueError: new_tokens or rounds is below 1.
         AssertionError: the two implementations do not agree.
     """
     if new_tokens < 1 or rounds < 1:
-        raise ValueError(f"new_tokens={new_tokens} and rounds={rounds}: give at least 1 of each")
+        raise ValueError(f"new_tokens is {new_tokens} and rounds is {rounds}; both must be at least 1")
     document = torch.as_tensor(document_ids, dtype=torch.int64)
     prompt = torch.as_tensor(prompt_ids, dtype=torch.int64).tolist()
     rows = _Rows(icae, baseline or BaselineICAE.from_icae(icae), document, prompt, new_tokens)
@@ -187,9 +189,9 @@ def latency_table(
 
 
 def _row(name: str, timings: dict[str, list[Timing]], peak: int) -> dict[str, Any]:
-    def median(values):
-        values = list(values)
-        return None if None in values else statistics.median(values)
+    def median(values: Iterable[float | None]) -> float | None:
+        known = list(values)
+        return None if None in known else statistics.median(known)
 
     own = timings[name]
     return {
@@ -204,7 +206,7 @@ def _row(name: str, timings: dict[str, list[Timing]], peak: int) -> dict[str, An
 
 
 def render(result: dict[str, Any]) -> Table:
-    """The result of `latency_table` as a table for `rich`; the caption says what it was measured on."""
+    """Return the result of `latency_table` as a `rich` table; its caption names the machine and the versions."""
     machine, versions, bounds = result["machine"], result["machine"]["versions"], result["bounds"]
     table = Table(
         title=f"{result['document_tokens']} tokens of text, {result['slots']} slots, prompt of "
@@ -217,14 +219,8 @@ def render(result: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     table.add_column("", no_wrap=True)
-    for heading in (
-        "compress\ns",
-        "first\ntoken s",
-        "ms per\ntoken",
-        "total\ns",
-        "peak\nMB",
-        "times as fast\nas baseline",
-    ):
+    headings = ("compress\ns", "first\ntoken s", "ms per\ntoken", "total\ns", "peak\nMB", "times as fast\nas baseline")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
         ratio = {k: _number(v) for k, v in row["speedup_over_baseline"].items()}

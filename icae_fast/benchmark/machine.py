@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions, commit, and the bounds that were reached in the same run."""
+"""Provenance of a result: machine, versions, commit, and the bounds reached in the same run."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ import torch
 import icae_fast
 from icae_fast.info import collect_info
 
+# The checkout that this file is run from. In a wheel it is site-packages, which is no repository: see `_git`.
 REPOSITORY = Path(__file__).parents[2]
 
-# Large enough that neither a cache nor the start of a call matters; small enough to run before every comparison.
+# Large enough that neither caches nor call overhead matter, small enough to run before every comparison.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 READ_BYTES = {"cpu": 2**28, "cuda": 2**31}
 GEMM_DTYPES = {"gemm_bf16": torch.bfloat16, "gemm_fp32": torch.float32}
 
 
 def synchronize(device: torch.device | str = "cpu") -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished its queued work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """CPU, instruction set, threads, memory, versions, commit and date, as JSON values.
+    """Describe CPU, instruction set, threads, memory, versions, commit and date as JSON values.
+
+    Args:
+        device: device that is measured.
 
     Returns:
-        `device`, `cpu`, `cores`, `threads`, `isa`, `cpu_features`, `ram_gb` (10^9 bytes), `versions`, `commit`
-        (None outside a git checkout), `dirty` (uncommitted changes), `date` (UTC, ISO 8601).
+        `device`, `cpu`, `cores`, `threads`, `isa`, `cpu_features`, `ram_gb` (10^9 bytes), `versions`, `commit` and
+        `dirty` (uncommitted changes; both None outside a git checkout), `date` (UTC, ISO 8601).
     """
     info = collect_info()
     cpu = info["cpu"]
@@ -55,16 +59,16 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any]:
-    def run(*arguments):
+    def run(*arguments: str) -> str:
         return subprocess.run(
             ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
 
     try:
-        # An installed copy may lie below somebody else's repository, whose commit would say nothing about it.
+        # An installed package may lie inside a user's repository, whose commit says nothing about the package.
         if Path(run("rev-parse", "--show-toplevel")).resolve() != REPOSITORY.resolve():
             return {"commit": None, "dirty": None}
-        # Results and the tables made of them are rewritten by the run itself, and do not change what is measured.
+        # The run itself rewrites results and the tables made from them; they do not change what is measured.
         changes = run("status", "--porcelain", "--", ".", ":(exclude)docs", ":(exclude)README.md")
         return {"commit": run("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
@@ -72,7 +76,7 @@ def _git() -> dict[str, Any]:
 
 
 def machine_slug(machine: dict[str, Any]) -> str:
-    """A file name for the kind of machine: `amd-epyc-2-cores-avx512`, or the GPU's name."""
+    """Return a file name for the kind of machine, e.g. `amd-epyc-2-cores-avx512`, or the GPU's name."""
     parts = [machine["device"]] if machine["device"] != "cpu" else [machine["cpu"], f"{machine['cores']} cores"]
     if machine["device"] == "cpu":
         parts.append("amx" if "amx_bf16" in (machine["cpu_features"] or ()) else machine["isa"] or "no extension")
@@ -80,9 +84,14 @@ def machine_slug(machine: dict[str, Any]) -> str:
 
 
 def plain_read(buffer: torch.Tensor, tries: int = 3) -> Callable[[], torch.Tensor]:
-    """The faster of two calls that read a buffer over all threads and compute next to nothing: a maximum, or a sum.
+    """Return the faster of two calls that read a buffer on all threads and compute almost nothing: max or sum.
 
-    Two cores of a Zen 4 do not finish a sum at full speed; on an Emerald Rapids a maximum came at 19 GB/s, a sum at 28.
+    Neither is best everywhere: two cores of a Zen 4 do not reach full bandwidth with a sum, and on an Emerald Rapids
+    the maximum reached 19 GB/s and the sum 28.
+
+    Args:
+        buffer: what is read, larger than the caches.
+        tries: timed calls of each; the best time counts.
     """
     seconds = dict.fromkeys((buffer.max, buffer.sum), float("inf"))
     for _ in range(tries):
@@ -98,16 +107,16 @@ def plain_read(buffer: torch.Tensor, tries: int = 3) -> Callable[[], torch.Tenso
 class Bounds:
     """The best rates that plain torch reached on this machine in this run.
 
-    `probe()` measures again and keeps the best, so that on a shared machine a fraction of a bound never
-    looks better because the bound was measured in a bad moment.
+    `probe()` measures again and keeps the best. On a shared machine a fraction of a bound therefore never looks better
+    because the bound was measured at a bad moment.
 
     Args:
         device: where to measure.
 
     Attributes:
-        gemm_gflops: {"bf16", "fp32"} of a square matrix product, 10^9 operations a second. Factors in bf16 may be
-            widened first: where products in fp32 are the faster ones, their rate is that of bf16 too.
-        read_gbs: 10^9 bytes a second, of `plain_read` over a buffer larger than the caches, all threads.
+        rates: operations per second of a square matrix product, `gemm_bf16` and `gemm_fp32`, and bytes per second of
+            `plain_read`, `read`. If fp32 products are faster than bf16 ones, their rate counts for both, since bf16
+            factors can be widened first.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -119,7 +128,11 @@ class Bounds:
         self.rates = dict.fromkeys((*GEMM_DTYPES, "read"), 0.0)
 
     def probe(self, repeats: int = 2) -> Bounds:
-        """Measure every bound anew (about a quarter of a second on two cores) and keep the better value."""
+        """Measure every bound again (about a quarter of a second on two cores) and keep the better value.
+
+        Args:
+            repeats: calls for each bound.
+        """
         for name, a in self._factors.items():
             self._keep(name, 2 * a.shape[0] ** 3, lambda a=a: a @ a, repeats)
         self.rates["gemm_bf16"] = max(self.rates["gemm_bf16"], self.rates["gemm_fp32"])
@@ -135,7 +148,7 @@ class Bounds:
             self.rates[name] = max(self.rates[name], work / (time.perf_counter() - start))
 
     def as_dict(self) -> dict[str, Any]:
-        """The rates as JSON values."""
+        """Return the rates as JSON values: `gemm_gflops` (10^9 operations/s) and `read_gbs` (10^9 bytes/s)."""
         return {
             "gemm_gflops": {k.removeprefix("gemm_"): round(self.rates[k] / 1e9, 1) for k in GEMM_DTYPES},
             "read_gbs": round(self.rates["read"] / 1e9, 2),

@@ -1,4 +1,4 @@
-"""Timing in interleaved rounds, ratios of pairs, and peak memory."""
+"""Interleaved timing, ratios round by round, and peak memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def interleave(calls: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
-    """Call each once a round, round after round: on a shared machine all of them see the same good and bad minutes.
+    """Call each function once per round, so that all of them see the same good and bad minutes of a shared machine.
+
+    Args:
+        calls: functions by name.
+        rounds: number of rounds.
 
     Returns:
-        For each name its results, one a round.
+        For each name its results, one per round.
     """
     results: dict[str, list[Result]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -34,24 +38,23 @@ def interleave(calls: Mapping[str, Callable[[], Result]], rounds: int) -> dict[s
 
 
 def pair_ratios(times: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """How many times faster `times` is than `reference`: of the ratios round by round, median, min and max."""
+    """Return median, min and max of `reference / times`, round by round."""
     ratios = [r / t for t, r in zip(times, reference, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def speedup(times: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """`pair_ratios`, and `of_minima`: the ratio of the best times, which other people's work disturbs least."""
+    """Return `pair_ratios` and `of_minima`, the ratio of the best times, which other load disturbs least."""
     return {**pair_ratios(times, reference), "of_minima": min(reference) / min(times)}
 
 
 def peak_memory(call: Callable[[], Result], device: torch.device | str = "cpu") -> tuple[Result, int]:
-    """The result of a call, and by how many bytes memory rose above what was held before it.
+    """Return a call's result and by how many bytes memory rose above the level before it.
 
-    The weights are held before, so this is the working memory over the weights. On a GPU it is torch's
-    allocator that is asked. On a CPU it is the process's resident memory: freed pages are first given back to
-    the system, since a call that reuses them would seem to need none; the kernel keeps the peak where it
-    lets itself be asked (Linux), else a thread samples it. Pages given back must be faulted in again, so
-    the call is not to be timed.
+    The weights are allocated before, so this is the working memory above the weights. On a GPU the figure is torch's
+    allocator's. On a CPU it is the process's resident memory. Freed pages are first returned to the system, because a
+    call that reuses them would seem to need none; the kernel tracks the peak where it can be read (Linux), otherwise a
+    thread samples it. Returned pages must be faulted in again, so do not time the call.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -61,7 +64,7 @@ def peak_memory(call: Callable[[], Result], device: torch.device | str = "cpu") 
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        _CLEAR_REFS.write_text("5")  # sets the high-water mark to what is resident now
+        _CLEAR_REFS.write_text("5")  # resets the high-water mark to the current resident size
     except OSError:
         return _sampled_peak(call)
     before = _resident("VmHWM")
@@ -78,7 +81,7 @@ def _sampled_peak(call: Callable[[], Result], interval: float = 0.001) -> tuple[
     process, done = psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
 
-    def sample():
+    def sample() -> None:
         nonlocal peak
         while not done.wait(interval):
             peak = max(peak, process.memory_info().rss)
@@ -95,31 +98,32 @@ def _sampled_peak(call: Callable[[], Result], interval: float = 0.001) -> tuple[
 
 
 class FirstToken:
-    """A transformers streamer that notes when the first new token came.
+    """A transformers streamer that records when the first new token arrived.
 
     Args:
-        skip: puts to pass over first; `generate` of transformers puts the prompt.
+        skip: calls of `put` to ignore first; transformers' `generate` puts the prompt.
 
     Attributes:
         at: `time.perf_counter()` of the first new token, None before it.
     """
 
     def __init__(self, skip: int = 0) -> None:
-        self._skip, self.at = skip, None
+        self._skip = skip
+        self.at: float | None = None
 
     def put(self, value: Any) -> None:
-        """Called with every token."""
+        """Record the time of the first token that is not skipped."""
         if self._skip:
             self._skip -= 1
         elif self.at is None:
             self.at = time.perf_counter()
 
     def end(self) -> None:
-        """Called at the end."""
+        """Do nothing; part of the streamer interface."""
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
-    """JSON values with floats cut to some significant digits; more would be noise."""
+    """Return JSON values with floats rounded to `digits` significant digits; more would be noise."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):

@@ -1,8 +1,9 @@
-"""Sizes of a base model, and how much a token step of it reads."""
+"""Sizes of a base model, and the bytes that one decode step reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from icae_fast.backbone.families.table import view_of
 
@@ -12,9 +13,9 @@ class ModelShape:
     """Sizes of a LLaMA-like base model.
 
     Args:
-        name: as it stands in results.
+        name: the model's name in results.
         hidden_size, layers, q_heads, kv_heads, head_dim, mlp, vocabulary: its sizes.
-        embedded: the real SmolLM2 that comes without a hub; others get random weights.
+        bundled: whether it is the real SmolLM2, which needs no hub; other models get random weights.
     """
 
     name: str
@@ -25,11 +26,11 @@ class ModelShape:
     head_dim: int
     mlp: int
     vocabulary: int
-    embedded: bool = False
+    bundled: bool = False
 
     @classmethod
-    def of(cls, model) -> ModelShape:
-        """The shape of a Hugging Face causal language model."""
+    def of(cls, model: Any) -> ModelShape:
+        """Return the shape of a Hugging Face causal language model."""
         c = model.config
         head_dim = view_of(model).layer(0).head_dim
         return cls(
@@ -38,14 +39,14 @@ class ModelShape:
         )  # fmt: skip
 
     def layer_weights(self) -> int:
-        """Elements of one layer's matrices."""
+        """Return the elements of one layer's matrices."""
         attention = self.hidden_size * self.head_dim * (2 * self.q_heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden_size * self.mlp
 
     def decode_weights(self) -> int:
-        """Elements of all matrices that a decoding step reads: the layers and the head."""
+        """Return the elements of all matrices that a decode step reads: the layers' and the head's."""
         return self.layers * self.layer_weights() + self.hidden_size * self.vocabulary
 
     def kv_elements(self) -> int:
-        """Elements of one token's keys and values in all layers."""
+        """Return the elements of one token's keys and values in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim

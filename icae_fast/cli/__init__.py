@@ -1,5 +1,12 @@
 """The command line, `icae-fast`."""
 
-from icae_fast.cli.app import main
+from __future__ import annotations
 
-__all__ = ["main"]
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; see `icae_fast.cli.app.main`."""
+    from icae_fast.cli import app
+
+    app.main(argv)

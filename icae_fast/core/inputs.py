@@ -1,13 +1,13 @@
-"""Turns what a user gives (text, ids, one or many) into checked token ids."""
+"""Convert user input (text or ids, one or many) into checked token ids."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from icae_fast.checks import is_int
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 
@@ -18,13 +18,13 @@ MAX_UNUSED_VOCABULARY = 0.05
 
 
 class Vocabulary:
-    """Ids of the base model's tokens and of those that ICAE adds after them.
+    """Ids of the base model's tokens and of the tokens that ICAE adds after them.
 
     `size = base + 1` ([PAD] is id `size - 1`); memory tokens are `size .. size + k - 1`; then AE, LM, FT.
 
     Args:
         n_base: rows of the base model's token embedding.
-        config: gives k.
+        config: has k, the number of memory tokens.
 
     Source: getao/icae `code/icae_v2/modeling_icae_multi_span.py`, `ICAE.__init__`.
     """
@@ -39,14 +39,14 @@ class Vocabulary:
         self.ft = self.ae + 2
 
     def is_memory(self, ids: torch.Tensor) -> torch.Tensor:
-        """True where an id is a memory token's."""
+        """Return True where an id is a memory token's."""
         return (ids >= self.first_memory) & (ids < self.ae)
 
     def check_context(self, ids: torch.Tensor, what: str) -> torch.Tensor:
-        """The ids, if every one is a base token and there is at least one.
+        """Return the ids if there is at least one and all are base tokens.
 
         Raises:
-            InvalidInputError: see above.
+            InvalidInputError: no id, or one that is no base token.
         """
         if ids.numel() == 0:
             raise InvalidInputError(f"{what} is empty; give at least one token")
@@ -83,21 +83,11 @@ def _is_ids(value: Any) -> bool:
     return not isinstance(value, str) and len(value) > 0 and all(is_int(v) for v in value)
 
 
-def is_int(value: Any) -> bool:
-    """Whether a value is one whole number that fits into 64 bits; truth values and tensors are not."""
-    if isinstance(value, (bool, torch.Tensor)):
-        return False
-    try:
-        return -(2**63) <= operator.index(value) < 2**63
-    except TypeError:  # a NumPy array has `__index__`, too, and only as a scalar may it be used
-        return False
-
-
 def as_list(contexts: Any) -> list[Any]:
-    """One context or many as a list of contexts.
+    """Return one context or many as a list of contexts.
 
     Raises:
-        InvalidInputError: there is none.
+        InvalidInputError: no context, or a value of another type.
     """
     scalar = isinstance(contexts, torch.Tensor) and contexts.dim() == 0
     if scalar or isinstance(contexts, (bytes, Mapping)) or not hasattr(contexts, "__len__"):
@@ -110,7 +100,7 @@ def as_list(contexts: Any) -> list[Any]:
 
 
 def to_ids(value: Any, tokenizer: Any, what: str, *, add_special_tokens: bool) -> torch.Tensor:
-    """Text or ids as a (L,) int64 tensor; nothing is truncated.
+    """Return text or ids as a (L,) int64 tensor, untruncated.
 
     Raises:
         TokenizerMismatchError: text without a tokenizer.

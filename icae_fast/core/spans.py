@@ -1,4 +1,4 @@
-"""Cutting contexts into spans, placing their memory tokens, and packing spans into micro-batches."""
+"""Spans: cut contexts, place memory tokens, and pack spans into rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from icae_fast.backbone.rows import PackedRows, cumulative
+from icae_fast.checks import is_int
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import InvalidInputError
 
 
 def count_spans(length: int, config: ICAEConfig) -> int:
-    """Number of spans that a context of `length` tokens is cut into: `ceil(L / (k * rate))`.
+    """Return the number of spans of a context of `length` tokens: `ceil(L / (k * rate))`.
 
     Source: `compute_num_segments` in getao/icae `code/icae_v2/modeling_icae_multi_span.py`.
     """
@@ -21,7 +22,7 @@ def count_spans(length: int, config: ICAEConfig) -> int:
 
 
 def span_lengths(length: int, config: ICAEConfig) -> list[int]:
-    """Lengths of the spans of a context of `length` tokens, by the reference's rule.
+    """Return the span lengths of a context of `length` tokens, by the reference's rule.
 
     `n = ceil(L / (k * rate))` spans of `ceil(L / n)` tokens each, the last one shorter; none is empty.
     """
@@ -55,24 +56,24 @@ class CutContext:
 
 
 def slots_per_span(config: ICAEConfig, memory_size: int | None = None) -> int:
-    """`memory_size`, the number of memory tokens behind a span, or k where it is None.
+    """Return the number of memory tokens behind a span: `memory_size`, or k if it is None.
 
     Raises:
-        InvalidInputError: not a whole number from 1 to k.
+        InvalidInputError: `memory_size` is not a whole number from 1 to k.
     """
     k = config.memory_size
     if memory_size is None:
         return k
-    if isinstance(memory_size, bool) or not isinstance(memory_size, int) or not 1 <= memory_size <= k:
+    if not is_int(memory_size) or not 1 <= memory_size <= k:
         raise InvalidInputError(f"memory_size is {memory_size!r}; it must be a whole number from 1 to {k}, or None")
-    return memory_size
+    return int(memory_size)
 
 
 def memory_positions(length: int, config: ICAEConfig, memory_size: int | None = None) -> torch.Tensor:
-    """Position ids of the k memory tokens behind a span of `length` tokens, (k,) int64.
+    """Return the position ids of the k memory tokens behind a span of `length` tokens, (k,) int64.
 
-    `append`: L, L + 1, ...; `spread`: `max(0, floor((i + 1) * L / k) - 1)` for memory token i. With a `memory_size`
-    k' there are so many memory tokens, and k' stands for k.
+    `append`: L, L + 1, ...; `spread`: `max(0, floor((i + 1) * L / k) - 1)` for memory token i. If `memory_size` is
+    given, it replaces k.
     """
     k = slots_per_span(config, memory_size)
     if config.memory_positions == "append":
@@ -83,10 +84,10 @@ def memory_positions(length: int, config: ICAEConfig, memory_size: int | None = 
 def pack_spans(
     lengths: Sequence[int], config: ICAEConfig, memory_size: int | None = None, n_leading: int = 0
 ) -> PackedRows:
-    """The layout of a batch of spans, each followed at once by its k (or `memory_size`) memory tokens.
+    """Lay out a batch of spans, each directly followed by its k (or `memory_size`) memory tokens.
 
-    Only memory tokens are in `out_rows`, so that the last layer computes nothing for the context but its
-    keys and values. There is no padding. Before each span stand `n_leading` tokens, which move its positions on.
+    `out_rows` holds memory tokens only, so that the last layer computes nothing but keys and values for the context.
+    There is no padding. `n_leading` tokens stand before each span and shift its positions.
     """
     k = slots_per_span(config, memory_size)
     cu = cumulative([n_leading + n + k for n in lengths])

@@ -1,4 +1,4 @@
-"""The rows of one call, decoded together until each has come to its end."""
+"""The rows of one call, decoded together until each has ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from icae_fast.core.inputs import is_int
+from icae_fast.checks import is_int
 from icae_fast.core.memory import Memory
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
 from icae_fast.generation.decoding import DecodeSession
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["eos", "stop", "length"]
 
-# Coming back to Python takes 0.2 to 0.5 ms, where a token of SmolLM2 takes 6 to 9. Until then no interrupt is seen, and
-# no token of a stream, which looks smooth at 30 steps a second or more.
+# Returning to Python takes 0.2 to 0.5 ms, a token step of SmolLM2 6 to 9 ms. Until it returns, no interrupt is handled
+# and no token is streamed; a stream looks smooth at 30 steps a second or more.
 STEPS_AHEAD = 8
 SECONDS_AHEAD, SECONDS_AHEAD_OF_A_STREAM = 1 / 10, 1 / 30
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was written for one prompt.
+    """The answer to one prompt.
 
     Args:
-        ids: the new token ids, the end-of-sequence token last if it came to one.
-        text: their text without special tokens, cut before a stop string; None without a tokenizer.
+        ids: the new token ids; the last is the end-of-sequence token if the row ended with one.
+        text: text of the ids without special tokens, cut before a stop string; None without a tokenizer.
         finish_reason: "eos" for an end-of-sequence token, "stop" for a stop string or stopping criterion, "length"
             for `max_new_tokens`.
     """
@@ -46,20 +46,20 @@ class Answer:
 
 @dataclass(eq=False)
 class Row:
-    """An answer in the making: the decoder reads `prefix, slots of the memory, suffix`."""
+    """A row that is being decoded: the decoder reads `prefix, slots of the memory, suffix`, then the new ids."""
 
     index: int
     memory: Memory
     prefix: list[int]
     suffix: list[int]
-    prompt: list[int]  # what of the suffix is the user's
+    prompt: list[int]  # the user's part of the suffix
     limit: int  # most new tokens
     ids: list[int] = field(default_factory=list)
-    text: StoppableText | None = None  # where text is wanted while it comes
+    text: StoppableText | None = None  # set where text is decoded incrementally
     reason: FinishReason | None = None
 
     def push(self, token: int, is_eos: bool, stopped: bool) -> str:
-        """Add a token and see whether it is the last; gives the text that is now certain."""
+        """Append a token, set `reason` if it is the last one, and return the text that has become certain."""
         self.ids.append(token)
         piece = self.text.push(token) if self.text and not is_eos else ""
         if is_eos:
@@ -71,7 +71,7 @@ class Row:
         return piece + self.text.finish() if self.text and self.reason else piece
 
     def answer(self, tokenizer: Any) -> Answer:
-        """What has come of it."""
+        """Return the finished answer."""
         if self.text is not None:
             text = self.text.text
         elif tokenizer is not None:
@@ -83,7 +83,7 @@ class Row:
 
 
 class AnswerBatch:
-    """The rows of one call and all that decides about them; made and checked before anything is computed."""
+    """The rows of one call with their options, checked before anything is computed."""
 
     def __init__(
         self, core: ICAECore, rows: list[Row], min_new_tokens: int, options: GenerationOptions, streamer: Any = None,
@@ -97,7 +97,7 @@ class AnswerBatch:
             core.vocabulary.pad, core.device,
         )  # fmt: skip
         self._stop_strings = bool(options.stop_strings)
-        # How long a call may compute; none has told yet how long a step takes.
+        # Time limit of one greedy call, and the measured time of a step; no step has been measured yet.
         self._seconds = SECONDS_AHEAD if streamer is None and not incremental else SECONDS_AHEAD_OF_A_STREAM
         self._seconds_a_step = self._seconds
         if options.stop_strings or incremental:
@@ -132,20 +132,20 @@ class AnswerBatch:
                 )
 
     def finish(self) -> list[Answer]:
-        """Decode to the end."""
+        """Decode all rows and return their answers."""
         for _ in self.run():
             pass
         return [row.answer(self.core.tokenizer) for row in self.rows]
 
     @torch.no_grad()
     def run(self) -> Iterator[tuple[Row, str]]:
-        """Decode to the end: yields each active row after each of its tokens, with the text that this makes certain.
+        """Decode all rows; yield each active row after each of its tokens, with the text that has become certain.
 
-        A row whose `reason` is set has ended and is not seen again.
+        A row whose `reason` is set has ended and is not yielded again.
         """
         if self.streamer is not None and getattr(self.streamer, "skip_prompt", False):
             self.streamer.put(torch.tensor([self.rows[0].prompt]))
-        if any(row.limit for row in self.rows):  # one alone never has a limit of 0
+        if any(row.limit for row in self.rows):  # limits are either all 0 or all positive
             yield from self._decode(self.rows)
         else:
             for row in self.rows:
@@ -181,7 +181,7 @@ class AnswerBatch:
             chosen = self._next(session, active, tokens)
 
     def _next(self, session: DecodeSession, active: list[Row], tokens: torch.Tensor) -> torch.Tensor:
-        """(n, rows) tokens of the next steps: of several where nothing but the ids of `eos` has a say after each."""
+        """Return (n, rows) tokens of the next steps; n > 1 where only `eos` ids can end a row."""
         chooser = self.chooser
         if not (session.runs_ahead and chooser.takes_the_largest):
             return chooser.choose(session.step(tokens))[None]
@@ -196,7 +196,7 @@ class AnswerBatch:
 
 
 def _session(core: ICAECore, rows: Sequence[Row]) -> DecodeSession:
-    """Rows behind what the decoder has read of their memories, which is computed where it is not kept."""
+    """Start a session behind the slot KV of each row's memory, computing what is not cached."""
     pieces: dict[tuple[int, tuple[int, ...]], list[torch.Tensor]] = {}
     keys = [(id(row.memory), tuple(row.prefix)) for row in rows]
     for key, row in zip(keys, rows, strict=True):

@@ -1,6 +1,6 @@
-"""Reading prompts behind memories and decoding on, a batch of rows at a time.
+"""Prefill of prompts behind memories, and token steps, for a batch of rows.
 
-Which tokens are chosen is not decided here, but that `DecodeSession.greedy` goes on with the most likely ones.
+Token selection happens elsewhere, except that `DecodeSession.greedy` takes the argmax.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class DecodeSession:
-    """Rows that are decoded together: each reads shared segments and then a suffix of its own, and goes on from there.
+    """Rows that decode together: each reads shared segments, then its own suffix, then its new tokens.
 
-    Where rows share segments, these are read once for all of them. A step is one call of the op `decode_step`
-    where it computes the model (see `step_weights`), and else a forward of the backbone. On CUDA, steps of the same
-    rows are one CUDA graph.
+    Segments that rows share are read once for all of them. A step is one call of the op `decode_step` where that op
+    computes the model (see `step_weights`), and otherwise a forward of the backbone. On CUDA, the steps of a fixed
+    set of rows are one CUDA graph.
 
     Args:
         core: the model, whose frozen decoder runs.
         paths: the segments that each row reads first, in order; rows may share them.
-        suffixes: (S_r, d) embeddings that each row reads behind them, at least one.
-        max_new_tokens: steps that will be made at most.
+        suffixes: (S_r, d) embeddings of each row behind its segments, at least one.
+        max_new_tokens: the most steps.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class DecodeSession:
         max_new_tokens: int,
     ) -> None:
         self._core = core
-        # Rows that share segments become neighbours; callers go on seeing their own order.
+        # Rows that share segments become neighbours; callers see their own order.
         self._order = tree_order(paths)
         self._suffixes = [suffixes[r] for r in self._order]
         self._rows = DecoderRows(
@@ -57,12 +57,12 @@ class DecodeSession:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, each shared segment counted once."""
+        """Bytes of all keys and values, with each shared segment counted once."""
         return self._rows.nbytes
 
     @torch.no_grad()
     def start(self) -> torch.Tensor:
-        """Read all suffixes; gives (R, V) logits of each row's first new token."""
+        """Read all suffixes and return the (R, V) logits of each row's first new token."""
         counts = [len(s) for s in self._suffixes]
         hidden = self._core.backbone.forward(torch.cat(self._suffixes), self._rows.append(counts), cache=self._rows)
         self._suffixes = []
@@ -70,10 +70,10 @@ class DecodeSession:
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Read one more token a row; gives (R, V) logits of the next one.
+        """Read one token per row and return the (R, V) logits of the next one.
 
         Args:
-            tokens: (R,) int64 ids of base tokens, in the order of the rows that are left.
+            tokens: (R,) int64 ids of base tokens, in the order of the remaining rows.
         """
         if self._capture is not None:
             return self._graph_step(tokens)
@@ -88,21 +88,21 @@ class DecodeSession:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether `greedy` can be called: one call of the op is a step, and it is no part of a graph."""
+        """Whether `greedy` can be called: a step is one call of the op, outside of a graph."""
         return self._capture is None and self._weights is not None and self._tables.fixed is not None
 
     @torch.no_grad()
     def greedy(self, tokens: torch.Tensor, most: int, eos: Sequence[int], least: int) -> torch.Tensor:
-        """Read one more token a row and go on with the most likely ones, without coming back for each.
+        """Read one token per row and continue with the argmax for several steps in one call.
 
         Args:
             tokens: see `step`.
-            most: steps at most, for which every row has room.
-            eos: ids after which no further step is made, whatever row they come in.
-            least: steps that give none of `eos`.
+            most: the most steps; every row must have the capacity.
+            eos: ids that end the call when any row yields one.
+            least: number of first steps that may not yield an id of `eos`.
 
         Returns:
-            (n, R) the tokens of the n steps that were made; the last ones have not been read yet.
+            (n, R) tokens of the n steps made; the last ones have not been read yet.
         """
         chosen = self._bound.greedy(self._in_own_order(tokens), self._rows.append_each(), most, list(eos), least)
         self._rows.append_each(len(chosen) - 1)
@@ -110,11 +110,11 @@ class DecodeSession:
 
     @functools.cached_property
     def _bound(self) -> BoundStep:
-        """A step of the rows that are left."""
+        """The step bound to the remaining rows."""
         return bind_decode_step(self._weights, *self._tables.fixed, step_cache(self._rows), self._rows.starts)
 
     def _unbound_step(self, tokens):
-        """A step at angles that depend on how long the rows have become."""
+        """Compute a step whose RoPE angles depend on the current row lengths."""
         rows = self._rows
         lengths = rows.append_each()
         cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
@@ -123,8 +123,8 @@ class DecodeSession:
     def _graph_step(self, tokens):
         rows = self._rows
         if self._graph is None:
-            starts, lengths = rows.tails  # each step raises the lengths by itself, on the device
-            # Without a reference to the session, so that its memory is free as soon as nobody holds it.
+            starts, lengths = rows.tails  # each step increments the lengths on the device
+            # `compute` holds no reference to the session, so that the session is freed with its last user.
             compute = functools.partial(_compute, self._weights, rows, starts, lengths)
             positions = [p + n for p, n in zip(rows.prefix_lengths, rows.lengths, strict=True)]
             self._graph = StepGraph(compute, self._tables.fixed, positions, lengths, self._order, self._capture)
@@ -132,7 +132,7 @@ class DecodeSession:
         return self._graph.step(tokens)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, given by their places among those that are left, in rising order."""
+        """Drop all rows but these, given by ascending index among the remaining rows."""
         wanted = {row: place for place, row in enumerate(rows)}
         kept = [i for i, row in enumerate(self._order) if row in wanted]
         self._order = [wanted[self._order[i]] for i in kept]

@@ -1,7 +1,7 @@
-"""Token steps of a `DecodeSession` as one CUDA graph: a launch a token instead of ten a layer.
+"""Token steps of a `DecodeSession` as one CUDA graph: one launch per token instead of ten per layer.
 
-No machine with a GPU was at hand: the buffers and their order are tested on the CPU with a stand-in for the graph, the
-capture itself has never run. `make gpu-check` runs it.
+The buffers and their order are tested on the CPU with a stand-in for the graph. `make gpu-check` runs the capture;
+docs/kernels.md has its figures on an H200.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Capture(Protocol):
-    """What a `StepGraph` asks of a device."""
+    """What a `StepGraph` needs from a device."""
 
     def run(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Call a function as `capture` will."""
+        """Call a function under the conditions of `capture`."""
 
     def capture(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """Record a function without running it: gives what runs it on its inputs of then, and where its result is."""
+        """Record a function without running it; return a replay function and the tensor that holds its result."""
 
 
 class StepGraph:
-    """Steps of the same rows, whose inputs stand in the same place every time.
+    """Token steps of a fixed set of rows over static input buffers.
 
-    The first step runs as it is, which compiles kernels, measures their configurations and writes their tables; the
-    second one is captured, and replayed from then on. Rows that leave make another `StepGraph` necessary.
+    The first step runs eagerly, which compiles and autotunes kernels and writes their tables. The second is captured
+    and replayed from then on. When rows leave, a new `StepGraph` is needed.
 
     Args:
-        compute: `compute(tokens, cos, sin)` gives (R, V) logits in the order of the rows; all else that it reads has to
-            stay where it is, and it may not wait for the device.
+        compute: `compute(tokens, cos, sin)` returns (R, V) logits in the order of the rows. Everything else that it
+            reads must stay in place, and it must not synchronise with the device.
         tables: cos and sin (positions, D / 2).
-        positions: of each row's next token.
-        tail_lengths: (R,) int32, which each step raises by one before it computes.
-        order: places among the caller's tokens that the rows have.
+        positions: position of each row's next token.
+        tail_lengths: (R,) int32; each step increments it before computing.
+        order: index among the caller's tokens of each row.
         capture: of the device.
     """
 
@@ -63,7 +63,7 @@ class StepGraph:
         self._logits: torch.Tensor | None = None
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(R, V) logits of the token after `tokens` (R,), both in the caller's order."""
+        """Return the (R, V) logits of the token after `tokens` (R,), both in the caller's order."""
         self._tokens.copy_(tokens)
         if not self._warm:
             self._warm = True
@@ -82,7 +82,7 @@ class StepGraph:
 
 
 class CudaCapture:
-    """Captures functions one after the other into CUDA graphs, of which the last one lives.
+    """Capture functions into CUDA graphs, one after the other; only the last graph stays alive.
 
     Args:
         device: a GPU.
@@ -94,7 +94,7 @@ class CudaCapture:
         self._alive: tuple[object, ...] = ()
 
     def run(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """See `Capture`. It is the stream that is captured later, for which the kernels' tables are then written."""
+        """See `Capture`. Runs on the stream that is captured later, so that the kernels' tables are written for it."""
         caller = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
@@ -105,7 +105,7 @@ class CudaCapture:
 
     def capture(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """See `Capture`."""
-        self._alive = ()  # the last graph's memory serves this one
+        self._alive = ()  # frees the last graph, whose memory pool this one reuses
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
         with kept() as tables, recording:
@@ -115,5 +115,5 @@ class CudaCapture:
 
 
 def capture_on(device: torch.device) -> Capture | None:
-    """What captures steps on a device, None where they run as they are."""
+    """Return the capture for a device, or None where steps run eagerly."""
     return CudaCapture(device) if device.type == "cuda" else None

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from icae_fast.checks import is_int
 from icae_fast.core.core import ICAECore
-from icae_fast.core.inputs import Context, as_list, is_int
+from icae_fast.core.inputs import Context, as_list
 from icae_fast.core.memory import Memory, SlotKV, check_kv
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError
 from icae_fast.generation.prompts import prefix_ids, prompt_ids

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: options, and the choice for a batch of rows that end one by one."""
+"""Choice of the next token from logits: the user's options, and the chooser for a batch whose rows end one by one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from icae_fast.core.inputs import is_int
+from icae_fast.checks import is_int
 from icae_fast.errors import InvalidInputError
 
-# (rows, length) int64 ids and (rows, vocabulary) fp32 scores to scores, as transformers' `LogitsProcessor`.
+# (ids (rows, length) int64, scores (rows, vocabulary) fp32) -> scores, like transformers' `LogitsProcessor`.
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# (rows, length) int64 ids and None to (rows,) bool, as transformers' `StoppingCriteria`.
+# (ids (rows, length) int64, None) -> (rows,) bool, like transformers' `StoppingCriteria`.
 Criterion = Callable[[torch.Tensor, None], torch.Tensor]
 
 
@@ -43,7 +43,7 @@ class GenerationKwargs(TypedDict, total=False):
 
 
 class RestoreKwargs(GenerationKwargs, total=False):
-    """Keyword arguments that `restore_by_span` hands to `restore`."""
+    """Keyword arguments that `restore_by_span` passes on to `restore`."""
 
     max_new_tokens: int | None
     min_new_tokens: int
@@ -52,34 +52,36 @@ class RestoreKwargs(GenerationKwargs, total=False):
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How tokens are chosen and what ends an answer, by the names of transformers' `GenerationConfig`.
+    """Options for choosing tokens and ending answers, named as in transformers' `GenerationConfig`.
 
-    The default is greedy. What the base model's own `generation_config` says is not used, its end-of-sequence ids
-    excepted.
+    The default is greedy decoding. Of the base model's `generation_config`, only the end-of-sequence ids are used.
 
     Args:
-        do_sample: draw each token from the distribution instead of taking the most likely one. The three next ones
-            and `seed` need it.
-        temperature: above 0; the logits are divided by it.
-        top_k: draw from the k most likely tokens (of equal ones at the end any); 0 for all.
-        top_p: draw from the fewest tokens whose probabilities add up to this; 1 for all.
-        seed: of the first row; row i has `seed + i`, or one seed is given for each row. What a row draws depends on
-            its seed and its logits alone, so row i of a batch gets what its prompt gets by itself with
-            `seed=seed + i`, as far as its logits are rounded alike. None takes seeds from torch's global generator.
-        repetition_penalty: above 1, makes tokens less likely that are in the prompt (without template and special
-            tokens) or have been generated. What is in the memory is not seen: slots have no ids.
-        stop_strings: a text or several; where one comes, the answer ends, and its text ends before it. Only visible
-            text counts, not special tokens. The ids end with the token that completes it.
-        eos_token_id: an id or several that end an answer, instead of the base model's.
-        logits_processor: further processors as transformers' (a `LogitsProcessorList` or any sequence), applied after
-            the penalty and before temperature, top-k and top-p. They see all rows in each call, so they may keep
-            state by row. Their ids are those of the prompts and of what was generated, filled up on the left with
-            the [PAD] id, the size of the base vocabulary; rows that have ended get [PAD] ids and scores of 0.
-        stopping_criteria: as transformers' (a `StoppingCriteriaList` or any sequence); they see the same ids, and
-            None for scores. A row ends where one says so. They cost one more host synchronisation a token.
+        do_sample: draw each token from the distribution instead of taking the argmax. `temperature`, `top_k`, `top_p`
+            and `seed` require it.
+        temperature: divisor of the logits, above 0; default 1.
+        top_k: draw from the k most likely tokens, with ties at the end broken arbitrarily; default 0, all tokens.
+        top_p: draw from the smallest set of tokens whose probabilities add up to at least this; default 1, all tokens.
+        seed: seed of the first row (row i uses `seed + i`), or one seed per row. A row's draws depend only on its seed
+            and its logits. Row i of a batch therefore draws what its prompt draws in a call of its own with
+            `seed=seed + i`, as long as rounding does not change its logits. By default (None), seeds are drawn from
+            torch's global generator.
+        repetition_penalty: values above 1 make tokens less likely that occur in the prompt (without template and
+            special tokens) or in the answer so far. Tokens in the memory have no effect, because slots have no ids.
+            Default 1, no penalty.
+        stop_strings: one string or several that end an answer. The text ends before the stop string, the ids with the
+            token that completes it. Stop strings are searched for in the visible text, which has no special tokens.
+        eos_token_id: one id or several that end an answer; default: those of the base model.
+        logits_processor: transformers' `LogitsProcessor`s (a `LogitsProcessorList` or any sequence), applied after the
+            penalty and before temperature, top-k and top-p. Each call sees all rows, so a processor may keep state per
+            row. The ids are those of prompt and answer, padded on the left with the [PAD] id (the size of the base
+            vocabulary). Rows that have ended have [PAD] ids and scores of 0.
+        stopping_criteria: transformers' `StoppingCriteria` (a `StoppingCriteriaList` or any sequence). They see the
+            same ids, and None as scores. A row ends as soon as one returns True for it. They cost one more host
+            synchronisation per token.
 
     Raises:
-        InvalidInputError: a value out of range, or one for sampling without `do_sample`.
+        InvalidInputError: a value is out of range, or a sampling option is set without `do_sample`.
     """
 
     do_sample: bool = False
@@ -97,58 +99,64 @@ class GenerationOptions:
         for name in ("temperature", "repetition_penalty"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value < math.inf:
-                hint = "; leave do_sample out for the most likely tokens" if name == "temperature" else ""
-                raise InvalidInputError(f"{name} is {value!r}; give a number above 0{hint}")
+                hint = "; for greedy decoding leave do_sample out" if name == "temperature" else ""
+                raise InvalidInputError(f"{name} is {value!r}; pass a number above 0{hint}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise InvalidInputError(f"top_p is {self.top_p!r}; give a number above 0 and up to 1")
+            raise InvalidInputError(f"top_p is {self.top_p!r}; pass a number above 0 and at most 1")
         if not is_int(self.top_k) or self.top_k < 0:
-            raise InvalidInputError(f"top_k is {self.top_k!r}; give a whole number, 0 for all tokens")
+            raise InvalidInputError(f"top_k is {self.top_k!r}; pass an integer of at least 0 (0 for all tokens)")
         if not self.do_sample:
             changed = [n for n in ("temperature", "top_k", "top_p") if getattr(self, n) != _DEFAULTS[n]]
             if changed or self.seed is not None:
                 names = ", ".join([*changed, *(["seed"] if self.seed is not None else [])])
-                raise InvalidInputError(f"{names} would change nothing without sampling; pass do_sample=True with it")
+                raise InvalidInputError(
+                    f"no effect without sampling: {names}; pass do_sample=True too, or leave it out"
+                )
         object.__setattr__(self, "stop_strings", _stop_strings(self.stop_strings))
         for name in ("logits_processor", "stopping_criteria"):
             value = getattr(self, name) or ()
             if not isinstance(value, (list, tuple)) or not all(map(callable, value)):
                 raise InvalidInputError(
-                    f"{name} is a {type(value).__name__}; give a list, as to transformers' generate"
+                    f"{name} is of type {type(value).__name__}; pass a list of callables, as to transformers' generate"
                 )
             object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GenerationOptions:
-        """The options with these values, the others at their defaults.
+        """Make options from a mapping of names to values; options not named keep their defaults.
 
         Raises:
-            InvalidInputError: there is no such option, or see above.
+            InvalidInputError: an option is unknown, or a value is refused by the constructor.
         """
         if unknown := sorted(set(values) - set(_DEFAULTS)):
             raise InvalidInputError(
-                f"there is no option {', '.join(unknown)}; besides the arguments of the call itself there are "
+                f"there is no option {', '.join(unknown)}; besides the arguments of the call itself, the options are "
                 f"{', '.join(_DEFAULTS)}"
             )
         return cls(**values)
 
     def eos_ids(self, default: Sequence[int], n_base: int) -> tuple[int, ...]:
-        """Ids that end a row, `default` unless they are given here.
+        """Return the ids that end a row.
+
+        Args:
+            default: ids to use if `eos_token_id` is None.
+            n_base: size of the base vocabulary.
 
         Raises:
-            InvalidInputError: one is no id of the base vocabulary, which has `n_base`.
+            InvalidInputError: an id of `eos_token_id` is outside the base vocabulary.
         """
         if self.eos_token_id is None:
             return tuple(default)
         ids = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else (self.eos_token_id,)
         if not all(is_int(i) and 0 <= i < n_base for i in ids):
-            raise InvalidInputError(f"eos_token_id is {self.eos_token_id!r}; give ids from 0 to {n_base - 1}")
+            raise InvalidInputError(f"eos_token_id is {self.eos_token_id!r}; pass ids from 0 to {n_base - 1}")
         return tuple(int(i) for i in ids)
 
     def row_seeds(self, n_rows: int) -> list[int]:
-        """A seed for each row.
+        """Return one seed per row.
 
         Raises:
-            InvalidInputError: another number of seeds than rows, or one out of range.
+            InvalidInputError: the number of seeds differs from the number of rows, or a seed is out of range.
         """
         seed = self.seed
         if seed is None:
@@ -157,13 +165,13 @@ class GenerationOptions:
             seed = [int(seed) + i for i in range(n_rows)]
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
         if not all(is_int(s) and 0 <= s < 2**63 for s in seeds):
-            raise InvalidInputError(f"seed is {self.seed!r}; give whole numbers from 0 to below 2**63")
+            raise InvalidInputError(f"seed is {self.seed!r}; pass integers from 0 to 2**63 - 1")
         if len(seeds) != n_rows:
-            raise InvalidInputError(f"there are {len(seeds)} seeds for {n_rows} rows; give one, or one for each row")
+            raise InvalidInputError(f"there are {len(seeds)} seeds for {n_rows} rows; pass one seed, or one per row")
         return [int(s) for s in seeds]
 
     def processors(self) -> LogitsProcessorList:
-        """What changes the scores by the ids before, in transformers' order."""
+        """Return the processors that change scores depending on the preceding ids, in transformers' order."""
         chain = LogitsProcessorList()
         if self.repetition_penalty != 1:
             chain.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
@@ -171,7 +179,7 @@ class GenerationOptions:
         return chain
 
     def warpers(self) -> LogitsProcessorList:
-        """What shapes the distribution that is drawn from, top-k excepted; it looks at no ids."""
+        """Return the processors for temperature and top-p, which ignore the ids; top-k is applied elsewhere."""
         chain = LogitsProcessorList()
         if self.temperature != 1:
             chain.append(TemperatureLogitsWarper(float(self.temperature)))
@@ -190,24 +198,24 @@ def _is_number(value: Any) -> bool:
 def _stop_strings(value: Any) -> tuple[str, ...]:
     texts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
     if not all(isinstance(t, str) and t for t in texts):
-        raise InvalidInputError(f"stop_strings is {value!r}; give a text or several, none of them empty")
+        raise InvalidInputError(f"stop_strings is {value!r}; pass one string or several, none of them empty")
     return tuple(texts)
 
 
 class TokenChooser:
-    """Chooses a token for every active row of a batch, step after step.
+    """Chooser of the next token of every active row of a batch, one decoding step at a time.
 
-    Nothing is read back from the device: what a row draws is fixed by its seed beforehand, as one number from 0 to 1
-    for each token, which is looked up in the cumulative distribution.
+    No value is read back from the device. Each row's seed fixes its draws in advance, as one uniform number per step,
+    which is then looked up in the cumulative distribution.
 
     Args:
-        options: how.
-        prompts: each row's prompt ids, for processors and stopping criteria.
-        max_new_tokens: the most steps.
-        min_new_tokens: steps in which no id of `eos` may be chosen.
+        options: how tokens are chosen.
+        prompts: prompt ids of each row, for processors and stopping criteria.
+        max_new_tokens: maximum number of steps.
+        min_new_tokens: number of first steps in which no id of `eos` may be chosen.
         eos: ids that end a row.
-        pad: an id past the vocabulary.
-        device: of the logits.
+        pad: padding id, outside the vocabulary.
+        device: device of the logits.
     """
 
     def __init__(
@@ -221,7 +229,8 @@ class TokenChooser:
         self._processors, self._see_all_rows = options.processors(), bool(options.logits_processor)
         self._top_k, self._warpers = int(options.top_k), options.warpers()
         self._criteria = StoppingCriteriaList(options.stopping_criteria)
-        self._history = self._uniform = None
+        self._history: torch.Tensor | None = None  # (rows, longest prompt + max_new_tokens) ids, prompts on the right
+        self._uniform: torch.Tensor | None = None  # (rows, max_new_tokens) uniform numbers
         if options.repetition_penalty != 1 or self._see_all_rows or self._criteria:
             history = torch.full((n, self._width + max_new_tokens), pad, dtype=torch.int64)
             for row, ids in zip(history, prompts, strict=True):
@@ -231,21 +240,25 @@ class TokenChooser:
             self._uniform = _uniform(options.row_seeds(n), max_new_tokens).to(device)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of every active row.
+        """Choose the next token of every active row.
 
         Args:
-            logits: (active rows, vocabulary), which may be overwritten.
+            logits: (active rows, vocabulary); they may be overwritten.
 
         Returns:
-            (active rows,) int64 on the logits' device; the vocabulary's size where scores are NaN or all -inf and
-            there is nothing to draw from.
+            (active rows,) int64 on the logits' device. When sampling, rows without a token to draw (scores NaN or all
+            -inf) get the size of the vocabulary.
         """
         if self._step < self._min_new_tokens:
-            # `MinNewTokensLengthLogitsProcessor` looks every id of the vocabulary up among those of `eos`.
+            # transformers' `MinNewTokensLengthLogitsProcessor` would search `eos` for every id of the vocabulary.
             logits.index_fill_(1, self._eos, float("-inf"))
         scores = self._processed(logits.float()) if self._processors else logits
-        # The first of the largest, as `argmax` gives, in a quarter of its time for one row of 49152 in bf16 (44 us).
-        tokens = scores.max(-1).indices if self._uniform is None else self._draw(scores)
+        # `max` returns the first of the largest like `argmax`, in a quarter of its time for one row of 49152 in bf16
+        # (44 us).
+        if self._uniform is None:
+            tokens = scores.max(-1).indices
+        else:
+            tokens = self._draw(scores, self._uniform[self._active, self._step, None])
         if self._history is not None:
             self._history[self._active, self._width + self._step] = tokens
         self._step += 1
@@ -253,26 +266,30 @@ class TokenChooser:
 
     @property
     def takes_the_largest(self) -> bool:
-        """Whether the most likely token is chosen (but for `steps_before_eos`), and nobody asks for those before."""
+        """Return whether the choice is the argmax (apart from `steps_before_eos`) and needs no preceding ids."""
         return self._uniform is None and self._history is None and not self._processors
 
     @property
     def steps_before_eos(self) -> int:
-        """Steps from now on in which no id of `eos` may be chosen."""
+        """Return the number of coming steps in which no id of `eos` may be chosen."""
         return max(0, self._min_new_tokens - self._step)
 
     def skip(self, steps: int) -> None:
-        """Go on as if `choose` had been called so many times, which `takes_the_largest` allows."""
+        """Count steps whose tokens were chosen elsewhere; valid only if `takes_the_largest`."""
         self._step += steps
 
     def stopped(self) -> list[bool]:
-        """Which active rows a stopping criterion ends; without criteria nothing is read back from the device."""
+        """Return which active rows a stopping criterion ends; without criteria no value is read from the device."""
         if not self._criteria:
             return [False] * len(self._active)
         return self._criteria(self._seen(), None)[self._active].tolist()
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Go on with some of the active rows, given by their places in rising order."""
+        """Keep only some of the active rows.
+
+        Args:
+            indices: positions among the active rows, ascending.
+        """
         self._active = self._active[torch.tensor(indices, device=self._active.device)]
 
     def _seen(self) -> torch.Tensor | None:
@@ -287,23 +304,24 @@ class TokenChooser:
         everyone = scores.new_zeros(len(seen), scores.shape[1]).index_copy_(0, self._active, scores)
         return self._processors(seen, everyone)[self._active]
 
-    def _draw(self, scores: torch.Tensor) -> torch.Tensor:
+    def _draw(self, scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         ids, vocabulary = None, scores.shape[1]
         if 0 < self._top_k < vocabulary:
-            # Then the sort for top-p and the sums are over k tokens (a sort of 49152 takes 3 ms a row on a CPU).
+            # With top-k first, the sort for top-p and the sums cover k tokens (sorting 49152 takes 3 ms per row on a
+            # CPU).
             scores, ids = scores.topk(self._top_k)
             ids = torch.nn.functional.pad(ids, (0, 1), value=vocabulary)
         scores = self._warpers(None, scores.float())
-        # In fp32 the sum would lose tokens less likely than 6e-8.
+        # In fp32 the running sum would lose tokens whose probability is below 6e-8.
         cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
         total = cumulative[:, -1:]
-        point = self._uniform[self._active, self._step, None] * total
-        below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not reach the end, past every token
+        point = uniform * total
+        below = torch.nextafter(total, torch.zeros_like(total))  # a point rounded up to `total` would match no token
         drawn = torch.searchsorted(cumulative, torch.minimum(point, below), right=True)
         return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
 def _uniform(seeds: Sequence[int], n: int) -> torch.Tensor:
-    """(rows, n) fp64 numbers from 0 to below 1, each row's from its own seed and the same on every device."""
+    """Return uniform fp64 numbers in [0, 1), (rows, n), that depend only on each row's seed and not on the device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.rand(n, dtype=torch.float64, generator=g) for g in generators])

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
+from icae_fast.checks import is_int
 from icae_fast.core.core import ICAECore
-from icae_fast.core.inputs import Context, as_list, is_int
+from icae_fast.core.inputs import Context, as_list
 from icae_fast.core.memory import Memory
 from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 from icae_fast.generation.answers import Answer, AnswerBatch, FinishReason, Row

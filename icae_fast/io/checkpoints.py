@@ -1,10 +1,10 @@
 """Adapters on disk: this package's folders and the reference's checkpoint files.
 
-Both use the reference's key names, so an adapter saved here loads there and the other way round:
+Both use the reference's key names, so an adapter saved by either loads in the other:
 
     icae.base_model.model.model.layers.N.self_attn.{q,v}_proj.lora_{A,B}.default.weight
     memory_token_embed.weight
-    slot_gain                       (only with `slot_scale="embedding_norm"`, which the reference lacks)
+    slot_gain                       (only with `slot_scale="embedding_norm"`, which the reference does not have)
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _BASE_KEY = re.compile(r"^(?:icae\.base_model\.model\.|decoder\.)(.+)$")
 
 
 def lora_key(layer: int, projection: str, factor: str) -> str:
-    """The reference's name for one LoRA factor."""
+    """Return the reference's key of one LoRA factor, e.g. of factor "A" of projection "q" in layer 0."""
     return f"icae.base_model.model.model.layers.{layer}.self_attn.{projection}_proj.lora_{factor}.default.weight"
 
 
 def _canonical(key: str) -> str:
-    """The key as this package writes it (older PEFT versions leave `.default` out)."""
+    """Return the key in the form this package writes; older PEFT versions omit `.default`."""
     match = _LORA_KEY.match(key)
     return lora_key(int(match[1]), match[2], match[3]) if match else key
 
@@ -52,19 +52,20 @@ def _canonical(key: str) -> str:
 def split_reference_tensors(
     tensors: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], list[tuple[str, torch.Tensor]]]:
-    """Separate a checkpoint into the adapter's tensors and the base weights that it may carry along.
+    """Split a checkpoint into the adapter's tensors and the base weights that it may contain.
 
-    The reference's trainer saves the whole model, and its v1 file has zeros in the place of LLaMA's weights.
+    The reference's trainer saves the whole model, and its v1 file has zeros for LLaMA's weights.
 
     Returns:
-        (adapter tensors under canonical keys, base weights under Hugging Face names, where one may stand twice:
-        as the encoder's and as the decoder's); keys that are neither stay among the first, to be reported.
+        (adapter tensors under canonical keys, base weights under Hugging Face names). A base weight appears twice if
+        the file has one for the encoder and one for the decoder. Unknown keys are among the adapter tensors, so that
+        loading reports them.
     """
     adapter: dict[str, torch.Tensor] = {}
     base: list[tuple[str, torch.Tensor]] = []
     for key, tensor in tensors.items():
         name = _canonical(key)
-        match = None if ".lora_" in name else _BASE_KEY.match(name)  # LoRA elsewhere than on q and v is unknown
+        match = None if ".lora_" in name else _BASE_KEY.match(name)  # LoRA on other projections is unknown
         if match:
             base.append((match[1].replace(".base_layer.", "."), tensor))
         else:
@@ -73,31 +74,36 @@ def split_reference_tensors(
 
 
 def check_base_weights(model: nn.Module, base: Iterable[tuple[str, torch.Tensor]], path: str) -> None:
-    """Raise if base weights that came with a checkpoint are other than the base model's; zeros stand for none.
+    """Raise if base weights in a checkpoint differ from the base model's; all-zero tensors are skipped.
+
+    Args:
+        model: the base model.
+        base: (Hugging Face name, tensor) of the weights in the checkpoint.
+        path: of the checkpoint, for the message.
 
     Raises:
-        BaseModelMismatchError: a tensor differs, or the base model has no such tensor.
+        BaseModelMismatchError: a tensor differs, or the base model has none of this name.
     """
     own = model.state_dict()
     for name, tensor in base:
         if "rotary_emb" in name or not tensor.any():
             continue
         if name not in own:
-            raise BaseModelMismatchError(f"{path} carries the base weight {name}, which the base model does not have")
+            raise BaseModelMismatchError(f"{path} has the base weight {name}, which the base model does not have")
         mine = own[name]
-        tensor = tensor[: mine.shape[0]]  # the reference appends rows for the tokens it adds
+        tensor = tensor[: mine.shape[0]]  # the reference appends rows for its special tokens
         same = tensor.shape == mine.shape
         if not same or not torch.allclose(tensor.to(mine).float(), mine.float(), rtol=1e-2, atol=1e-3):
             raise BaseModelMismatchError(
-                f"{path} was trained with another base model: {name} differs; pass the base model it carries"
+                f"{path} was trained with another base model: {name} differs; pass the base model it contains"
             )
 
 
 def infer_sizes(tensors: Mapping[str, torch.Tensor], path: str) -> tuple[int, int]:
-    """Memory size and LoRA rank of a reference checkpoint, from its tensors' shapes.
+    """Return (memory size, LoRA rank) of a reference checkpoint, from the shapes of its tensors.
 
     Raises:
-        CheckpointError: it has no memory embedding or no LoRA factor.
+        CheckpointError: it has no memory embedding, no LoRA factor, or several ranks.
     """
     ranks = {t.shape[0] for key, t in tensors.items() if (m := _LORA_KEY.match(key)) and m[3] == "A" and t.dim() == 2}
     memory = tensors.get(MEMORY_KEY)
@@ -126,11 +132,16 @@ def adapter_hash(core: ICAECore) -> str:
 
 
 def load_adapter_tensors(core: ICAECore, tensors: Mapping[str, torch.Tensor], path: str) -> None:
-    """Copy an adapter's tensors into the module, all or none.
+    """Copy an adapter's tensors into the module, either all or none.
+
+    Args:
+        core: the model.
+        tensors: by the reference's keys.
+        path: of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: keys are missing, unknown or misshaped; all are listed.
-        NonFiniteError: a tensor holds NaN or infinity.
+        CheckpointError: keys are missing, unknown or misshaped; the message lists the first twelve.
+        NonFiniteError: a tensor contains NaN or infinity.
     """
     own = dict(reference_named_parameters(core))
     problems = [f"missing {k}" for k in own if k not in tensors]
@@ -152,10 +163,10 @@ def load_adapter_tensors(core: ICAECore, tensors: Mapping[str, torch.Tensor], pa
 
 
 def read_reference_file(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a reference checkpoint: v2 `.safetensors`, or v1 `.pt` read with `weights_only=True`.
+    """Return the tensors of a reference checkpoint: v2 `.safetensors`, or v1 `.pt` read with `weights_only=True`.
 
     Raises:
-        CheckpointError: no such file, truncated, or more than tensors inside.
+        CheckpointError: the file is missing or truncated, or contains more than tensors.
     """
     if str(path).endswith(".safetensors"):
         return load_tensors(path)[0]
@@ -177,9 +188,9 @@ def save_adapter(core: ICAECore, folder: str | Path, dtype: torch.dtype | None =
     """Write `adapter.safetensors` (trained tensors only, under the reference's keys) and `icae_config.json`.
 
     Args:
-        folder: where to write.
-        dtype: of the tensors in the file; None for the fp32 in which they are held. bf16 halves the file and rounds
-            as bf16 compute does anyway, but an adapter that is trained further should keep fp32.
+        folder: target folder, created if necessary.
+        dtype: dtype of the tensors in the file; None for the fp32 in which they are held. bf16 halves the file and
+            rounds as bf16 compute does anyway, but an adapter that is trained further should keep fp32.
 
     Raises:
         CheckpointError: the folder cannot be written; no half-written file stays.
@@ -191,12 +202,12 @@ def save_adapter(core: ICAECore, folder: str | Path, dtype: torch.dtype | None =
 def write_adapter(
     folder: str | Path, config: ICAEConfig, base: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """`save_adapter` of an adapter whose parts are at hand, as where its weights are sharded.
+    """Write an adapter from its parts, e.g. when its weights are sharded; otherwise use `save_adapter`.
 
     Args:
-        folder: where to.
-        config: of the adapter.
-        base: as `base_identity` gives it.
+        folder: the target folder, created if necessary.
+        config: the adapter's config.
+        base: from `base_identity`.
         tensors: in the order and under the keys of `ICAE.reference_named_parameters`.
 
     Raises:
@@ -222,10 +233,10 @@ def write_adapter(
 
 
 def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
-    """Config and whole header (with `base` and `adapter_hash`) of a saved adapter.
+    """Return (config, header) of a saved adapter; the header has `base` and `adapter_hash`.
 
     Raises:
-        CheckpointError: the folder holds no adapter, or one of a newer format.
+        CheckpointError: the folder has no adapter, or one of a newer format version.
     """
     path = Path(folder) / CONFIG_FILE
     try:
@@ -247,16 +258,16 @@ def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
 
 
 def load_adapter(core: ICAECore, folder: str | Path, header: Mapping[str, Any]) -> None:
-    """Load the tensors of a saved adapter into a module made with its config.
+    """Load the tensors of a saved adapter into a model that has the adapter's config.
 
     Args:
         core: the model.
-        folder: where `save_adapter` wrote.
-        header: as `read_header` gives it.
+        folder: written by `save_adapter`.
+        header: from `read_header`.
 
     Raises:
-        BaseModelMismatchError: the module's base is another.
-        CheckpointError: the tensors are not those that the config file was saved with, or see
+        BaseModelMismatchError: the model has a different base model.
+        CheckpointError: the tensors were not saved together with the config file, or do not fit; see
             `load_adapter_tensors`.
     """
     check_base(core.base_model, header["base"], str(folder))

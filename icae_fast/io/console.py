@@ -1,12 +1,12 @@
-"""What the commands of `training` have in common, without importing anything heavy."""
+"""Console settings that commands share; importing this module is cheap."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
-KEY_ENV = "OPENAI_API_KEY"  # where the API key of an endpoint is looked for
+KEY_ENV = "OPENAI_API_KEY"  # default environment variable for the API key of an endpoint
 
 
 def stderr_console() -> Console:
-    """A console for notes and progress: stdout is for results."""
+    """Return a console for notes and progress on stderr; stdout is reserved for results."""
     return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)

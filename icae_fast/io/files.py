@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes, memory-mapped reads, and safetensors files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from icae_fast.errors import CheckpointError
 
 
 def write_atomically(files: Mapping[Path, bytes | bytearray]) -> None:
-    """Write files under temporary names beside them, sync them, and rename them into place when all are written.
+    """Write files under temporary names beside their targets, sync them, and rename all when all are written.
 
-    The files are on the disk when it returns, but for their names; see `sync_folder`.
+    On return the contents are on disk, but the names may not be; see `sync_folder`.
 
     Raises:
-        OSError: a folder cannot be written or is full; nothing is left behind and older files stay as they are.
+        OSError: a folder cannot be written or is full; no temporary file remains and older files are unchanged.
     """
     temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in files}
     try:
@@ -38,7 +38,7 @@ def write_atomically(files: Mapping[Path, bytes | bytearray]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk. Windows has no call for it and does it by itself."""
+    """Flush the names in a folder to disk; a no-op on Windows, which has no such call and does this itself."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -49,40 +49,40 @@ def sync_folder(folder: Path) -> None:
 
 
 def map_file(path: str | Path) -> torch.Tensor:
-    """The bytes of a file as a (size,) uint8 tensor that is mapped, not read.
+    """Map a file into memory and return its bytes as a (size,) uint8 tensor, without reading it.
 
-    The mapping is private: a write to the tensor stays in this process. No file descriptor is kept, so that any
-    number of files can be held; a file must not be truncated while it is (replacing or deleting it does no harm).
+    The mapping is private: writes to the tensor stay in this process. No file descriptor is kept, so any number of
+    files can be mapped. A mapped file must not be truncated; replacing or deleting it is safe.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     size = os.stat(path).st_size
-    if size == 0:  # which cannot be mapped
+    if size == 0:  # an empty file cannot be mapped
         return torch.empty(0, dtype=torch.uint8)
     try:
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     except RuntimeError as error:
-        if not os.path.exists(path):  # deleted since the line before
+        if not os.path.exists(path):  # deleted after os.stat
             raise FileNotFoundError(f"{path} was deleted") from error
         raise OSError(str(error).splitlines()[0]) from error
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file."""
+    """Return the content of a safetensors file."""
     return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, dict(metadata))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file atomically."""
     write_atomically({Path(path): tensor_bytes(tensors, metadata)})
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Return the tensors and metadata of a safetensors file.
 
     Raises:
-        CheckpointError: there is no such file, or it is truncated or no safetensors file.
+        CheckpointError: the file is missing, truncated or not a safetensors file.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}; check the path")

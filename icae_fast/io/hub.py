@@ -1,4 +1,4 @@
-"""Finds adapters and base models by name: folders, the hub, and the embedded model."""
+"""Resolve adapters, base models and tokenizers by name: a folder, a hub repository, or what the package ships."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import nn
 
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import CheckpointError, InvalidInputError
-from icae_fast.io.bundled import EMBEDDED_NAME, load_smollm2, load_smollm2_tokenizer
+from icae_fast.io.bundled import BUNDLED_NAME, load_smollm2, load_smollm2_tokenizer
 from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, read_header, save_adapter
+from icae_fast.io.packages import first_line
 
 if TYPE_CHECKING:
     from icae_fast.core.core import ICAECore
 
-
-ADAPTERS = Path(__file__).parent / "adapters"
+ADAPTERS = Path(__file__).parents[1] / "adapters"
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The dtype of a command line's `--dtype`.
+    """Return the dtype that the option `--dtype` names.
 
     Raises:
-        InvalidInputError: neither bfloat16 nor float32.
+        InvalidInputError: the name is neither bfloat16 nor float32.
     """
     if name not in _DTYPES:
         raise InvalidInputError(f"--dtype is {name!r}; give bfloat16 or float32")
@@ -36,12 +36,12 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def shipped_adapters() -> dict[str, Path]:
-    """The adapters that come with the package: name to folder."""
+    """Return the adapters that ship with the package, name to folder."""
     return {path.parent.name: path.parent for path in sorted(ADAPTERS.glob(f"*/{TENSORS_FILE}"))}
 
 
 def default_adapter(model: str) -> tuple[str, ICAEConfig] | None:
-    """The adapter of the package for a base model, and its config; None where none comes with it."""
+    """Return (name, config) of the shipped adapter for a base model, or None if there is none."""
     for name, folder in shipped_adapters().items():
         config = read_header(folder)[0]
         if config.base_model == model:
@@ -50,10 +50,14 @@ def default_adapter(model: str) -> tuple[str, ICAEConfig] | None:
 
 
 def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Path:
-    """A local folder with the adapter: the path itself, a shipped adapter's, or a snapshot of a hub repository.
+    """Return a local folder with the adapter: the path itself, a shipped adapter's, or a snapshot from the hub.
+
+    Args:
+        path: a folder, the name of a shipped adapter, or a hub repository.
+        revision: of the hub repository; None for its main branch.
 
     Raises:
-        CheckpointError: neither a folder, nor the name of a shipped adapter, nor a repository that can be reached.
+        CheckpointError: the path is none of these, or the repository cannot be reached.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -67,36 +71,35 @@ def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Pat
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, TENSORS_FILE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{path} is neither a folder with an adapter, nor one that comes with this package "
-            f"({', '.join(shipped) or 'none do'}), nor a hub repository that can be reached ({_reason(error)})"
+            f"{path} is neither a folder with an adapter, nor one that ships with this package "
+            f"({', '.join(shipped) or 'none does'}), nor a hub repository that can be reached ({first_line(error)})"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's text: the hub's run over many."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_base_model(
     base_model: nn.Module | str | Path | None, config: ICAEConfig, dtype: torch.dtype, tokenizer: Any = None
 ) -> tuple[nn.Module, Any]:
-    """The base model and its tokenizer: as given, by name, or as the adapter's config names it.
+    """Return the base model and its tokenizer.
 
-    A tokenizer that is given is taken, and none is looked for.
+    Args:
+        base_model: the model itself, or its name or path; None for the base model that the config names.
+        config: the adapter's config.
+        dtype: dtype of a model that is loaded here.
+        tokenizer: used as is; None to load the tokenizer that belongs to the base model.
 
     Returns:
-        (model, tokenizer); the tokenizer is None where none is found beside a model given as an object.
+        (model, tokenizer). The tokenizer is None if `base_model` is a model object and none is found for it.
 
     Raises:
-        CheckpointError: there is no name to go by, or nothing can be loaded from it.
+        CheckpointError: the base model has no name, or cannot be loaded from it.
     """
     if isinstance(base_model, nn.Module):
         return base_model, tokenizer or load_tokenizer(base_model.config._name_or_path, required=False)
     name = str(base_model or config.base_model or "")
-    revision = None if base_model else config.base_revision  # the adapter's revision is not that of another base
+    revision = None if base_model else config.base_revision  # base_revision belongs to the base model of the config
     if not name:
         raise CheckpointError("the adapter does not name its base model; pass base_model=")
-    if name == EMBEDDED_NAME:
+    if name == BUNDLED_NAME:
         model, own = load_smollm2(dtype)
         return model, tokenizer or own
     from transformers import AutoModelForCausalLM
@@ -104,19 +107,26 @@ def load_base_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision or "main")
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"the base model {name} cannot be loaded ({_reason(error)}); pass base_model=") from error
+        raise CheckpointError(
+            f"the base model {name} cannot be loaded ({first_line(error)}); pass base_model="
+        ) from error
     return model.eval(), tokenizer or load_tokenizer(name, required=True, revision=revision)
 
 
 def load_tokenizer(name: str, *, required: bool, revision: str | None = None) -> Any:
-    """The tokenizer of a folder, a hub repository or the embedded model; None, unless it is required, if there is none.
+    """Return the tokenizer of a folder, a hub repository or the bundled model.
+
+    Args:
+        name: folder, hub repository, or `BUNDLED_NAME`.
+        required: raise if it cannot be loaded; otherwise return None, and look in local folders only.
+        revision: of the hub repository; None for its main branch.
 
     Raises:
         CheckpointError: it is required and cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    if name == EMBEDDED_NAME:
+    if name == BUNDLED_NAME:
         return load_smollm2_tokenizer()
     if not required and not Path(name).is_dir():
         return None
@@ -126,12 +136,18 @@ def load_tokenizer(name: str, *, required: bool, revision: str | None = None) ->
         if not required:
             return None
         raise CheckpointError(
-            f"the tokenizer of {name} cannot be loaded ({_reason(error)}); pass tokenizer="
+            f"the tokenizer of {name} cannot be loaded ({first_line(error)}); pass tokenizer="
         ) from error
 
 
 def upload_adapter(core: ICAECore, name: str, **kwargs: Any) -> str:
-    """Create the hub repository if need be and upload the adapter's two files; gives the repository's address."""
+    """Upload the adapter's two files to a hub repository, created if necessary, and return its address.
+
+    Args:
+        core: the model.
+        name: "user/repository".
+        kwargs: options of `huggingface_hub.HfApi.create_repo` (`private`, `token`).
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=kwargs.pop("token", None))

@@ -1,4 +1,4 @@
-"""Tells whether a base model is the one that an adapter or a memory was made with."""
+"""Identity of a base model: check that it is the one an adapter or a memory was made with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from icae_fast.backbone.families.table import view_of
 from icae_fast.errors import BaseModelMismatchError
 
 _SAMPLES_PER_TENSOR = 64
-# Converting fp16 to bf16 rounds twice and moves up to 1 value in 16; a fine-tuned model differs in most.
+# Share of sampled weights that must agree. Converting fp16 to bf16 rounds twice and changes up to 1 value in 16; a
+# fine-tuned model differs in most.
 _MIN_EQUAL = 0.85
 _SHAPE_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -22,14 +23,11 @@ _SHAPE_FIELDS = (
 
 
 def base_identity(model: nn.Module) -> dict[str, Any]:
-    """Shape and a fingerprint of a base model's weights.
+    """Return the shape of a base model and a fingerprint of its weights, as JSON values; see `check_base`.
 
-    The fingerprint is 64 evenly spaced weights, rounded to bf16, of the embedding, of the first, middle and
-    last layer's matrices and of the final norm, so that it is the same whichever dtype the model is
-    loaded in.
-
-    Returns:
-        JSON values; see `check_base`.
+    The fingerprint consists of 64 evenly spaced weights of each of: the embedding, the matrices of the first, middle
+    and last layer, and the final norm. They are rounded to bf16, so that the fingerprint does not depend on the dtype
+    in which the model is loaded.
     """
     view = view_of(model)
     n = len(view.layers)
@@ -49,19 +47,29 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 
 
 def check_base(model: nn.Module, identity: dict[str, Any], what: str) -> None:
-    """Raise unless `model` is the base that `identity` was taken from.
+    """Raise unless `model` is the base model with this identity.
+
+    Args:
+        model: the base model.
+        identity: from `base_identity` of the base model that `what` was made for.
+        what: the adapter or memory, as the subject of the message.
 
     Raises:
-        BaseModelMismatchError: another shape, or other weights.
+        BaseModelMismatchError: the shape or the weights differ.
     """
     compare_identities(base_identity(model), identity, what)
 
 
 def compare_identities(mine: dict[str, Any], identity: dict[str, Any], what: str) -> None:
-    """Raise unless both are of one base model, `identity` being that which `what` was made for.
+    """Raise unless two identities are of the same base model.
+
+    Args:
+        mine: identity of the base model in use.
+        identity: identity of the base model that `what` was made for.
+        what: the adapter or memory, as the subject of the message.
 
     Raises:
-        BaseModelMismatchError: another shape, or other weights.
+        BaseModelMismatchError: the shape or the weights differ.
     """
     differing = [f"{n} {identity[n]} (here {mine[n]})" for n in _SHAPE_FIELDS if n in identity and identity[n] != mine[n]]  # noqa: E501  # fmt: skip
     if differing:
@@ -79,7 +87,7 @@ def compare_identities(mine: dict[str, Any], identity: dict[str, Any], what: str
 
 
 def tensors_hash(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, shapes and fp32 values, as 16 hex digits: the identity of an adapter."""
+    """Return the first 16 hex digits of SHA-256 over names, shapes and fp32 values, which identify an adapter."""
     digest = hashlib.sha256()
     for name, tensor in named:
         values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""Keys and values of the frozen decoder: segments that rows share, and rows that read on behind them."""
+"""Keys and values of the frozen decoder: shared segments, and rows that continue behind them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from icae_fast.ops import shared_prefix_attention
 
 
 def empty_keys(backbone: Backbone, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Room for n keys or values, (layers, n, Hkv, D); a head's lie side by side in memory, as kernels read them."""
+    """Allocate n keys or values, (layers, n, Hkv, D), with each head's contiguous in memory, as kernels read them."""
     return torch.empty(
         (backbone.n_layers, backbone.num_kv_heads, n, backbone.head_dim), dtype=dtype, device=device
     ).transpose(1, 2)
 
 
 def joined(keys: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Keys or values (layers, n_i, Hkv, D) one behind the other as a new tensor, laid out as by `empty_keys`."""
+    """Concatenate keys or values (layers, n_i, Hkv, D) along positions, in the layout of `empty_keys`."""
     return torch.cat([k.transpose(1, 2) for k in keys], 2).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class KVSegment:
-    """Keys and values that the frozen decoder computed for a piece of its input, in all layers.
+    """Keys and values of one piece of the frozen decoder's input, in all layers.
 
     Args:
-        keys: (n_layers, S, Hkv, D) in the model's dtype, RoPE applied at positions `start .. start + S`; laid out as by
-            `empty_keys`, or a range of positions of such a tensor.
+        keys: (n_layers, S, Hkv, D) in the compute dtype, with RoPE at positions `start .. start + S`, in the layout of
+            `empty_keys` or a range of positions of such a tensor.
         values: (n_layers, S, Hkv, D), likewise.
         start: position of the first token.
     """
@@ -42,7 +42,7 @@ class KVSegment:
 
     @property
     def length(self) -> int:
-        """S, the positions that the piece takes."""
+        """S, the number of positions of the piece."""
         return self.keys.shape[1]
 
     @property
@@ -53,11 +53,11 @@ class KVSegment:
 
 @dataclass(frozen=True)
 class SharedSegments:
-    """The segments of a batch of rows in depth-first order, each with the rows that read it.
+    """The segments of a batch of rows in depth-first order, with the range of rows that read each.
 
     Args:
-        segments: each one once, after those that stand before it.
-        rows: (first row, one after the last row) of each.
+        segments: each segment once, after the segments that precede it in a row.
+        rows: (first row, last row + 1) of each segment.
     """
 
     segments: tuple[KVSegment, ...]
@@ -65,7 +65,7 @@ class SharedSegments:
 
     @classmethod
     def of(cls, paths: Sequence[Sequence[KVSegment]]) -> SharedSegments:
-        """Find what neighbouring rows share, given what each row reads."""
+        """Find the segments that neighbouring rows share, given the segments that each row reads."""
         segments, ranges = [], []
 
         def visit(begin: int, end: int, depth: int) -> None:
@@ -85,7 +85,7 @@ class SharedSegments:
 
 
 def tree_order(paths: Sequence[Sequence[KVSegment]]) -> list[int]:
-    """An order of rows in which those that share segments are neighbours; otherwise as they are."""
+    """Return an order of rows in which rows that share segments are neighbours, and otherwise keep the order."""
     seen: dict[int, int] = {}
     for path in paths:
         for segment in path:
@@ -94,12 +94,12 @@ def tree_order(paths: Sequence[Sequence[KVSegment]]) -> list[int]:
 
 
 class DecoderRows:
-    """A batch of rows in which the decoder reads on, with the keys and values of what they have read.
+    """A batch of decoder rows with the keys and values of everything they have read.
 
     Args:
         backbone: of the frozen decoder.
-        paths: the segments that each row has read; rows that share some must be neighbours (`tree_order`).
-        capacities: tokens that each row can be given.
+        paths: the segments that each row has read; rows that share segments must be neighbours (`tree_order`).
+        capacities: the most tokens that may be appended to each row.
         dtype, device: of the keys and values.
     """
 
@@ -117,17 +117,17 @@ class DecoderRows:
 
     @property
     def device(self) -> torch.device:
-        """Where keys and values are."""
+        """Device of keys and values."""
         return self.keys.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, each shared segment counted once, room to grow included."""
+        """Bytes of keys and values, with each shared segment counted once and unused capacity included."""
         return self.keys.nbytes + self.values.nbytes + sum(s.nbytes for s in self.shared.segments)
 
     @property
     def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each row's own keys begin and how many they are, (R,) int32 each."""
+        """Start and length of each row's own keys (its tail), (R,) int32 each."""
         if self._tails is None:
             places = (self.starts, self.lengths)
             self._tails = tuple(torch.tensor(v, dtype=torch.int32, device=self.device) for v in places)
@@ -137,11 +137,11 @@ class DecoderRows:
         lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
         for n, capacity in zip(lengths, self.capacities, strict=True):
             if n > capacity:
-                raise ValueError(f"a row of {n} tokens does not fit into the {capacity} that it was given")
+                raise ValueError(f"a row of {n} tokens exceeds its capacity of {capacity}")
         self.lengths, self._tails = lengths, None
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, given by their places in rising order."""
+        """Drop all rows but these, given by ascending index."""
         for name in ("paths", "capacities", "prefix_lengths", "starts", "lengths"):
             values = getattr(self, name)
             setattr(self, name, [values[i] for i in rows])
@@ -149,15 +149,15 @@ class DecoderRows:
         self._tails = None
 
     def tail(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the keys and values (layers, n, Hkv, D) that a row was given, which can be a segment of others."""
+        """Copy a row's own keys and values (layers, n, Hkv, D), for use as a segment of other rows."""
         start, n = self.starts[row], self.lengths[row]
         return tuple(joined([t[:, start : start + n]]) for t in (self.keys, self.values))
 
     def append(self, counts: Sequence[int]) -> PackedRows:
-        """Announce `counts[i]` more tokens for row i; gives their layout, asking for each row's last hidden state.
+        """Announce `counts[i]` more tokens for row i and return their layout, with each row's last hidden state only.
 
         Raises:
-            ValueError: a row has no room for them.
+            ValueError: a row's capacity is exceeded.
         """
         before = self.lengths
         self._announce(counts)
@@ -166,10 +166,10 @@ class DecoderRows:
         return pack_behind([p + n for p, n in zip(self.prefix_lengths, before, strict=True)], counts).to(self.device)
 
     def append_each(self, count: int = 1) -> list[int]:
-        """Announce as many more tokens for every row, one for each step; gives the rows' lengths with them.
+        """Announce `count` more tokens for every row and return the new lengths.
 
         Raises:
-            ValueError: a row has no room for them.
+            ValueError: a row's capacity is exceeded.
         """
         self._announce([count] * len(self.lengths))
         return self.lengths
@@ -178,13 +178,13 @@ class DecoderRows:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, scale: float,
         window: int,
     ) -> torch.Tensor:  # fmt: skip
-        """Write k and v (T, Hkv, D) of the announced tokens and attend to all that their rows have read.
+        """Write k and v (T, Hkv, D) of the announced tokens, and attend to everything that their rows have read.
 
         Args:
-            layer: which one.
+            layer: index of the layer.
             q: (Tq, Hq, D) queries, the last ones of each row.
             k, v: (T, Hkv, D).
-            cu_seqlens_q: (R + 1,) int32, where each row's queries begin.
+            cu_seqlens_q: (R + 1,) int32, start of each row's queries.
             scale, window: see `icae_fast.ops.shared_prefix_attention`.
 
         Returns:

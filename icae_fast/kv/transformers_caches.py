@@ -1,4 +1,4 @@
-"""Slot KV as the caches of transformers, for `base_model.generate` and the base model's own forward."""
+"""Slot KV as transformers caches, for `base_model.generate` and the base model's forward."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from icae_fast.kv.segments import KVSegment
 
 
 def dynamic_cache(config: Any, paths: Sequence[Sequence[KVSegment]], copies: int = 1) -> DynamicCache:
-    """A `DynamicCache` that has read one path a row, shorter ones padded on the left.
+    """Return a `DynamicCache` that has read one path per row; shorter paths are padded on the left.
 
-    Rows that are the same are one row expanded: the cache grows by concatenation and reorders by indexing, which is
-    when they become several. The path itself is copied, since `reset` wrote into the cache's tensors in transformers
-    5.0.
+    Equal rows are one row expanded. The cache grows by concatenation and reorders by indexing, which copies them. The
+    path itself is copied, because `reset` writes into the cache's tensors in transformers 5.0.
 
     Args:
-        config: the base model's, which says what layers have a sliding window.
-        paths: for each row segments one behind the other, at least one token in all.
-        copies: rows for each path, next to each other, as beam search wants them.
+        config: of the base model; names the layers with a sliding window.
+        paths: consecutive segments for each row, at least one token in total.
+        copies: adjacent rows for each path, as beam search needs them.
     """
     cache = DynamicCache(config=config)
     for layer, (keys, values) in zip(cache.layers, _layers(paths, copies), strict=True):
@@ -36,7 +35,7 @@ def dynamic_cache(config: Any, paths: Sequence[Sequence[KVSegment]], copies: int
 
 
 def static_cache(config: Any, paths: Sequence[Sequence[KVSegment]], max_cache_len: int, copies: int = 1) -> StaticCache:
-    """A `StaticCache` with room for `max_cache_len` tokens a row, filled as `dynamic_cache` fills its own."""
+    """Return a `StaticCache` with a capacity of `max_cache_len` tokens per row, filled like `dynamic_cache`."""
     cache = StaticCache(config=config, max_cache_len=max_cache_len)
     for i, (keys, values) in enumerate(_layers(paths, copies)):
         cache.update(keys, values, i)
@@ -44,7 +43,7 @@ def static_cache(config: Any, paths: Sequence[Sequence[KVSegment]], max_cache_le
 
 
 def _layers(paths: Sequence[Sequence[KVSegment]], copies: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each layer's keys and values, (rows, Hkv, length, D)."""
+    """Yield each layer's keys and values, (rows, Hkv, length, D)."""
     alike = len({tuple(map(id, path)) for path in paths}) == 1
     for layer in range(len(paths[0][0].keys)):
         both = []
@@ -53,7 +52,7 @@ def _layers(paths: Sequence[Sequence[KVSegment]], copies: int) -> Iterator[tuple
             if alike:
                 stacked = rows[0].expand(len(paths) * copies, -1, -1, -1)
             else:
-                # Masked, and not 0: transformers 5.0 counts a static cache's tokens by their keys that are not.
+                # Padding is masked, and must not be 0: transformers 5.0 counts a static cache's non-zero keys.
                 stacked = pad_sequence(rows, batch_first=True, padding_value=1.0, padding_side="left")
                 stacked = stacked.repeat_interleave(copies, 0)
             both.append(stacked.transpose(1, 2))

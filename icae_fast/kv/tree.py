@@ -1,4 +1,4 @@
-"""Keys and values of the frozen decoder, kept for what is read again: a prefix tree with a byte budget."""
+"""A prefix tree of the frozen decoder's keys and values, with a byte budget and LRU eviction."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from icae_fast.backbone.rows import cumulative, pack_behind
 from icae_fast.backbone.stack import Backbone
+from icae_fast.checks import is_int
 from icae_fast.errors import InvalidInputError
 from icae_fast.kv.segments import KVSegment, empty_keys
 from icae_fast.ops import varlen_attention
@@ -24,7 +25,7 @@ _SAMPLES_PER_TENSOR = 8
 
 @dataclass
 class _Row:
-    """A row of the forward that computes what is missing: `path[:n_known]` is there, the pieces behind it are not."""
+    """A row of the forward that computes missing segments: `path[:n_known]` exist, the later ones are computed."""
 
     path: list[KVSegment]
     n_known: int
@@ -32,31 +33,30 @@ class _Row:
 
 
 class SlotKVTree:
-    """K and V of pieces of decoder input, each computed once and shared by all paths that begin alike.
+    """Keys and values of pieces of decoder input, each computed once and shared by all paths with the same prefix.
 
     A path is a list of pieces (template, slots of the first span, slots of the second, ...), each a block of input
-    embeddings. The node of a piece is known by its parent and a digest of the piece's bytes, so that the template,
-    memory A, and A followed by B have in common what they begin with. Nodes that have not been asked for the longest
-    go first when the byte budget is passed, and never before those behind them.
+    embeddings. A node's key is its parent's key and a digest of the piece's bytes, so that the template, memory A, and
+    A followed by B share their common prefix. Above the byte budget, the least recently used leaf is evicted.
 
-    What is kept belongs to the weights it was computed with: each call compares dtype, device and a sample of the
-    weights (see `weights_key`), and lets go of everything when they are others. All methods may be called from
-    several threads; one of them computes at a time. Copies and pickles begin empty.
+    Entries belong to the weights that computed them: each call compares dtype, device and a sample of the weights
+    (see `weights_key`), and clears the tree if they have changed. All methods are thread-safe; one thread computes at
+    a time. Copies and pickles start empty.
 
     Args:
-        backbone: the frozen decoder.
+        backbone: of the frozen decoder.
         byte_budget: the most bytes that are kept; 0 keeps nothing.
 
     Raises:
-        InvalidInputError: a budget that is no whole number of at least 0.
+        InvalidInputError: the budget is not a whole number of at least 0.
     """
 
     def __init__(self, backbone: Backbone, byte_budget: int = DEFAULT_BYTE_BUDGET) -> None:
         self.backbone = backbone
         self._lock = threading.RLock()
-        # Oldest first. A path is touched from its end to its beginning, so a node always comes after all nodes behind
-        # it, and what is evicted from the front is a leaf. A node's key is chained from its parent's, so that this
-        # order is all that is left of the tree.
+        # Least recently used first. A path is touched from its end to its start, so a node always stands after its
+        # descendants, and the front is always a leaf. Keys are chained from parent to child, so that this ordered
+        # dictionary is the whole tree.
         self._kept: OrderedDict[bytes, KVSegment] = OrderedDict()
         self._nbytes = 0
         self._made_with: tuple | None = None
@@ -70,46 +70,46 @@ class SlotKVTree:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all kept keys and values, at most `byte_budget`."""
+        """Bytes of all entries, at most `byte_budget`."""
         return self._nbytes
 
     @property
     def byte_budget(self) -> int:
-        """The most bytes that are kept; lowering it evicts at once."""
+        """The most bytes that are kept; lowering it evicts immediately."""
         return self._byte_budget
 
     @byte_budget.setter
     def byte_budget(self, n: int) -> None:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        if not is_int(n) or n < 0:
             raise InvalidInputError(f"the byte budget is {n!r}; give a whole number of bytes, 0 to keep nothing")
         with self._lock:
-            self._byte_budget = n
+            self._byte_budget = int(n)
             self._evict()
 
     def clear(self) -> None:
-        """Let go of everything; segments in use stay alive with whoever holds them."""
+        """Drop all entries; segments in use stay alive as long as they are referenced."""
         with self._lock:
             self._kept.clear()
             self._nbytes = 0
 
     def path(self, pieces: Sequence[torch.Tensor]) -> list[KVSegment]:
-        """K and V of pieces read one behind the other from position 0; see `paths`."""
+        """Return the segments of consecutive pieces from position 0; see `paths`."""
         return self.paths([pieces])[0]
 
     def paths(self, paths: Sequence[Sequence[torch.Tensor]]) -> list[list[KVSegment]]:
-        """K and V of several paths; what is missing of all of them is computed in one packed forward.
+        """Return the segments of several paths, computing all missing ones in one packed forward.
 
-        A piece that several paths have in common, at the same place behind the same pieces, is computed once. A path
-        larger than the byte budget is computed and not kept.
+        A piece that several paths share, behind the same pieces, is computed once. A path larger than the byte budget
+        is computed but not kept.
 
         Args:
-            paths: each a list of (S_i, d) input embeddings, S_i at least 1, cast to the model's dtype; may be empty.
+            paths: lists of (S_i, d) input embeddings, S_i at least 1, cast to the compute dtype; a list may be empty.
 
         Returns:
-            For each path a segment a piece. Segments are shared: read them, and copy what is to be changed.
+            One segment per piece for each path. Segments are shared: do not write to them.
 
         Raises:
-            InvalidInputError: a piece of another shape, or an empty one.
+            InvalidInputError: a piece is empty or has another shape.
         """
         chains = [self._chain(path) for path in paths]
         with self._lock:
@@ -118,19 +118,18 @@ class SlotKVTree:
         return [[segments[key] for key, _ in chain] for chain in chains]
 
     def adopt(self, pieces: Sequence[torch.Tensor], segments: Sequence[KVSegment]) -> bool:
-        """Keep K and V of a path's last pieces that these very weights gave elsewhere, in place of computing them.
+        """Adopt segments of a path's last pieces that the same weights computed elsewhere, instead of computing them.
 
-        Nothing is copied: the tensors are kept as they are, and count against the budget as computed ones do. Pieces
-        before them are read as `path` does; a piece that is kept already stays as it is.
+        The tensors are kept without a copy and count against the budget. Earlier pieces are read as by `path`; a piece
+        that already has a segment keeps it.
 
         Args:
             pieces: a path, as in `paths`.
-            segments: of its last pieces, at least one; in the model's dtype and on its device. That their numbers are
-                right cannot be seen here.
+            segments: of its last pieces, at least one, in the compute dtype and on the model's device. Their values
+                cannot be checked here.
 
         Returns:
-            Whether the path is kept now. One that is larger than the byte budget changes nothing, and is computed
-            when it is asked for.
+            Whether the path is kept now. A path larger than the byte budget changes nothing and is computed when read.
 
         Raises:
             InvalidInputError: bad pieces, or segments of another number, shape, dtype, device or start.
@@ -151,7 +150,7 @@ class SlotKVTree:
             return True
 
     def _chain(self, path: Sequence[torch.Tensor]) -> list[tuple[bytes, torch.Tensor]]:
-        """Each piece of a path, cast to the model's dtype and device, behind its key."""
+        """Return (key, piece) for each piece of a path, cast to the model's dtype and device."""
         weight = self.backbone.model.get_input_embeddings().weight
         pieces = [self._checked(p).to(weight) for p in path]
         return list(zip(_chained_keys(pieces), pieces, strict=True))
@@ -164,7 +163,7 @@ class SlotKVTree:
             self._made_with = made_with
 
     def _read(self, chains, given: dict[bytes, KVSegment] | None = None) -> dict[bytes, KVSegment]:
-        """The segments of all chains, kept ones before given ones before computed ones."""
+        """Return the segments of all chains: kept ones, else given ones, else computed ones."""
         known = ChainMap(self._kept, given or {})
         segments = {key: known[key] for chain in chains for key, _ in chain if key in known}
         rows = self._plan(chains, segments)
@@ -195,9 +194,9 @@ class SlotKVTree:
             raise InvalidInputError(f"a segment starts at position {segment.start}, but its piece at {start}")
 
     def _plan(self, chains, segments: dict[bytes, KVSegment]) -> list[_Row]:
-        """Rows that compute all missing segments, which are added to `segments` with their values yet to come.
+        """Plan rows that compute all missing segments, and add these to `segments`, allocated but not yet filled.
 
-        The first missing child of a missing node goes on with its row; another one begins a row of its own behind it.
+        The first missing child of a missing node continues its row; further children start rows of their own.
         """
         rows: list[_Row] = []
         ending_with: dict[bytes, _Row] = {}
@@ -217,7 +216,7 @@ class SlotKVTree:
                 parent, start = key, start + len(piece)
         return rows
 
-    @torch.inference_mode(False)  # tensors made in that mode could not be used outside of it
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be used outside of it
     def _empty_segment(self, piece: torch.Tensor, start: int) -> KVSegment:
         keys, values = (empty_keys(self.backbone, len(piece), piece.dtype, piece.device) for _ in range(2))
         return KVSegment(keys, values, start)
@@ -227,7 +226,7 @@ class SlotKVTree:
     def _compute(self, rows: list[_Row]) -> None:
         x = torch.cat([p for row in rows for p in row.pieces])
         layout = pack_behind([row.path[row.n_known].start for row in rows], [sum(map(len, r.pieces)) for r in rows])
-        with torch.autocast(x.device.type, enabled=False):  # its narrow dtype would outlive it
+        with torch.autocast(x.device.type, enabled=False):  # results outlive the autocast region
             self.backbone.forward(x, layout.to(x.device), cache=_Recorder(rows, x.device))
 
     def _keep(self, keys: list[bytes], segments: dict[bytes, KVSegment]) -> None:
@@ -247,7 +246,7 @@ class SlotKVTree:
 
 
 class _Recorder:
-    """The backbone's cache while segments are computed: writes K and V into them, attends to those of whole rows."""
+    """The backbone's cache while segments are computed: writes K and V into segments and attends over whole rows."""
 
     def __init__(self, rows: list[_Row], device: torch.device) -> None:
         self._read = [s for row in rows for s in row.path]
@@ -272,7 +271,7 @@ class _Recorder:
 
 
 def _chained_keys(pieces: Sequence[torch.Tensor]) -> list[bytes]:
-    """Each piece's key: a digest of its parent's key, its shape and its bytes."""
+    """Return each piece's key: a digest of its parent's key, its shape and its bytes."""
     keys, parent = [], b""
     for piece in pieces:
         digest = hashlib.blake2b(parent, digest_size=16)
@@ -283,12 +282,12 @@ def _chained_keys(pieces: Sequence[torch.Tensor]) -> list[bytes]:
 
 
 def weights_key(layers: nn.Module) -> tuple:
-    """Something that is another one when weights have changed, as far as a glance can tell.
+    """Return a cheap, best-effort key that changes when the weights change.
 
-    It is made of the version counter of every parameter, which all writes through the parameter itself count up
-    (`load_state_dict`, optimizers, `add_`), and of 8 or more evenly spaced values of each, which tell when other
-    weights came in through `.data` or with another `Parameter`. A write through `.data` that spares these values is
-    not seen.
+    The key holds the version counter of every parameter, which all writes through the parameter increment
+    (`load_state_dict`, optimizers, `add_`), and 8 or more evenly spaced values of each, which change with other
+    weights assigned through `.data` or a new `Parameter`. A write through `.data` that misses these values is not
+    detected.
     """
     versions, samples = [], {}
     for p in layers.parameters():

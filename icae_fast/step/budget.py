@@ -1,4 +1,4 @@
-"""How much of a training step is kept for its backward, and what is computed again instead."""
+"""The activation budget: which activations a training step keeps for its backward, and which it recomputes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from icae_fast.checks import is_int
 from icae_fast.errors import ConfigError
 from icae_fast.step.tape import Level, kept_bytes
 
@@ -17,20 +18,19 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class ActivationBudget:
-    """How much memory a training step may spend on what its backward would otherwise compute again.
+    """Memory that a training step may use for activations that its backward would otherwise recompute.
 
-    Gradients do not depend on it. Spans are independent given their slots, so with no budget at all they are encoded
-    without keeping anything, the decoder's gradient at the slots is taken, and span after span runs again; each layer
-    of the frozen decoder keeps the hidden state that it reads, and is computed again from that. What the budget allows
-    is kept in the order of the time that a byte saves: attention's results (decoder, then spans), then whole layers.
+    Gradients do not depend on the budget. Spans are independent given their slots. With a budget of 0 they are encoded
+    without keeping activations, the gradient at the slots is computed, and each span runs again; each layer of the
+    frozen decoder keeps its input and is recomputed from it. The budget is spent in the order of time saved per byte:
+    attention outputs (decoder, then spans), then whole layers.
 
     Args:
-        bytes: the budget, beyond a hidden state for each decoder layer and the layers of one micro-batch of spans,
-            which are needed in any case; None keeps everything, by plain autograd.
-        span_tokens: context and memory tokens of a micro-batch of spans; a longer span goes alone. None for
-            what suits the device, 1024 on the CPU and 8192 on CUDA.
-        offload: hold the hidden states and attention's results of layers in the host's memory. Changes nothing on a
-            CPU.
+        bytes: the budget, in addition to the input of each decoder layer and the layers of one micro-batch of spans,
+            which are always kept; None keeps everything, by plain autograd.
+        span_tokens: context and memory tokens of a micro-batch of spans; a longer span is a micro-batch by itself.
+            None for the device's default, 1024 on the CPU and 8192 on CUDA.
+        offload: keep layer inputs and attention outputs in host memory. No effect on a CPU.
 
     Raises:
         ConfigError: bytes is negative, or span_tokens under 1.
@@ -44,8 +44,10 @@ class ActivationBudget:
         for name, value, least in (("bytes", self.bytes, 0), ("span_tokens", self.span_tokens, 1)):
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} of the activation budget is {value!r}; give a whole number from {least} on")
+            if not is_int(value) or value < least:
+                raise ConfigError(
+                    f"{name} of the activation budget is {value!r}; give a whole number of at least {least}"
+                )
 
 
 EVERYTHING = ActivationBudget(bytes=None, span_tokens=4096)
@@ -53,11 +55,11 @@ EVERYTHING = ActivationBudget(bytes=None, span_tokens=4096)
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What a step keeps.
+    """What a step keeps of each layer.
 
     Args:
-        decoder: level of each of the decoder's layers.
-        spans: for each micro-batch of spans, the level of each layer.
+        decoder: level of each layer of the decoder.
+        spans: level of each layer, for each micro-batch of spans.
     """
 
     decoder: tuple[Level, ...]
@@ -67,13 +69,13 @@ class ActivationPlan:
 def plan(
     budget: ActivationBudget, backbone: Backbone, itemsize: int, decoder_tokens: int, span_tokens: Sequence[int]
 ) -> ActivationPlan:
-    """What to keep under a budget.
+    """Choose what to keep under a budget.
 
     Args:
-        budget: None for its `bytes` keeps everything.
-        backbone: gives sizes.
+        budget: the budget; `bytes=None` keeps everything.
+        backbone: has the layer sizes.
         itemsize: bytes of an element.
-        decoder_tokens: packed tokens that the decoder reads.
+        decoder_tokens: packed tokens of the decoder.
         span_tokens: packed tokens of each micro-batch of spans.
     """
     n, left = backbone.n_layers, budget.bytes
@@ -82,7 +84,7 @@ def plan(
         return ActivationPlan(everything, (everything,) * len(span_tokens))
 
     def more(tokens, low, high):
-        """Bytes that a layer takes more at the level `high` than at `low`."""
+        """Return the bytes that a layer needs more at the level `high` than at `low`."""
         return kept_bytes(backbone, high, tokens, itemsize) - kept_bytes(backbone, low, tokens, itemsize)
 
     def affordable(cost, most):
@@ -92,7 +94,7 @@ def plan(
         return count
 
     def levels(low, high, count):
-        # The last layers: their backward comes first, so what they keep is gone when the others are computed again.
+        # The last layers get the higher level: their backward comes first and frees it before others are recomputed.
         return (low,) * (n - count) + (high,) * count
 
     with_attention = affordable(more(decoder_tokens, Level.HIDDEN, Level.ATTENTION), n)

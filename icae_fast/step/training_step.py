@@ -1,4 +1,4 @@
-"""The two passes of a training step under an activation budget: encoding spans, and reading their slots."""
+"""The two passes of a training step under an activation budget: encode spans, decode behind their slots."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 
 
 class TrainingStep:
-    """Encodes contexts and runs the frozen decoder, keeping what the budget allows.
+    """Encode contexts and run the frozen decoder, keeping the activations that the budget allows.
 
-    Each pass is one node of autograd's graph, so that hooks on parameters (DDP) fire once and gradient accumulation
-    works as ever. A base model with modules that are not what the ops compute goes through
-    `torch.utils.checkpoint` instead, micro-batch by micro-batch and the decoder as a whole.
+    Each pass is one autograd node, so that hooks on parameters (DDP) fire once and gradient accumulation works as
+    usual. A base model with modules that the ops do not compute goes through `torch.utils.checkpoint` instead: each
+    micro-batch of spans, and the decoder as a whole.
 
-    Where the base model is sharded, all processes make a step together, and gather its layers for as many passes as the
-    one with the most micro-batches of spans; the others stand by.
+    If the base model is sharded, all processes run a step together. Each gathers the layers as often as the process
+    with the most micro-batches of spans.
 
     Args:
         core: the model.
         contexts: (L_i,) ids.
         decoder_tokens: packed tokens that `decode` will read.
-        budget: what may be kept.
-        memory_size: slots a span, see `ICAE.encode`.
+        budget: limit of the kept activations.
+        memory_size: slots per span, see `ICAE.encode`.
 
     Raises:
-        UnsupportedModelError: the base model is sharded and has modules that are not what the ops compute.
+        UnsupportedModelError: the base model is sharded and has modules that the ops do not compute.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrainingStep:
         self.slot_counts = [len(cut) * k for cut in cuts]
         self.plain = core.backbone.is_plain_stack(core.base_model.get_input_embeddings().weight)
         sharded = core.backbone.is_sharded
-        # Autograd would keep gathered weights, which the tape does not.
+        # Autograd would keep gathered weights; the tape does not.
         self.keep_all = not torch.is_grad_enabled() or (budget.bytes is None and not sharded)
         self.plan = None
         if self.plain and not self.keep_all:
@@ -70,23 +70,23 @@ class TrainingStep:
             self.plan = plan(budget, core.backbone, core.dtype.itemsize, decoder_tokens, tokens)
         elif sharded and not self.keep_all:
             raise UnsupportedModelError(
-                "the base model is sharded by FSDP2, and some of its layers are not what the kernels compute (another "
-                "activation, quantised, hooked or unfrozen modules), so that they could not be trained through; launch "
+                "the base model is sharded by FSDP2, and the kernels do not compute some of its layers (another "
+                "activation, quantised, hooked or unfrozen modules), so they cannot be trained through; launch "
                 "without FSDP"
             )
         self.passes, self.first_again = self._agree() if sharded else (len(self.batches), len(self.batches))
 
     def _agree(self) -> tuple[int, int]:
-        """How many micro-batches of spans the process with the most has, and which is the first that runs again.
+        """Agree with the other processes on the most micro-batches of spans and the first that runs again.
 
-        The second counts in the order of the backward, and is the least of the processes that run any again.
+        The second number counts in the order of the backward and is the minimum over processes that rerun any.
         """
         n, n_kept = len(self.batches), sum(_keeps(levels) for levels in self.plan.spans) if self.plan else 0
         least = least_of_all([-n, n_kept if n_kept < n else sys.maxsize], self.core.device)
         return -least[0], least[1]
 
     def encode(self) -> list[torch.Tensor]:
-        """Slots of each context, (n_spans_i * k, d)."""
+        """Return the slots of each context, (n_spans_i * k, d)."""
         core = self.core
         lora = core.adapter.pack(core.dtype)
         norm = slot_norm(core)
@@ -102,7 +102,7 @@ class TrainingStep:
         return list(slots.split(self.slot_counts))
 
     def stand_by_for_others(self) -> None:
-        """Take part in the forwards of other processes' micro-batches of spans, where this one has fewer."""
+        """Take part in the gathers of other processes' micro-batches of spans, if this process has fewer."""
         for _ in range(len(self.batches), self.passes):
             self.core.backbone.stand_by(1)
 
@@ -116,7 +116,7 @@ class TrainingStep:
         return self._again(run, core.memory_token_embed.weight, core.slot_gain)
 
     def decode(self, x: torch.Tensor, rows: PackedRows) -> torch.Tensor:
-        """Final-normed hidden states that the frozen decoder gives at `rows.out_rows`, (Tq, d).
+        """Return the frozen decoder's final-normed hidden states at `rows.out_rows`, (Tq, d).
 
         Args:
             x: (T, d) embeddings.
@@ -148,14 +148,14 @@ class _Decode(torch.autograd.Function):
 
 
 class _Encode(torch.autograd.Function):
-    """Slots of all micro-batches of spans; what the plan does not keep of one runs again in the backward."""
+    """Slots of all micro-batches of spans; the backward reruns the micro-batches that the plan does not keep."""
 
     @staticmethod
     def forward(ctx, step, lora, norm, memory_tokens, gain, *factors):
         ctx.step, ctx.lora, ctx.norm = step, lora, norm
         ctx.save_for_backward(memory_tokens, gain, *factors)
         counts = [len(spans) * len(memory_tokens) for spans in step.batches]
-        # One block made beforehand: results kept one by one between activations hold the heap apart.
+        # One block allocated up front: results kept one by one between activations fragment the heap.
         slots = memory_tokens.new_empty(sum(counts), memory_tokens.shape[1])
         ctx.runs = []
         for spans, levels, part in zip(step.batches, step.plan.spans, slots.split(counts), strict=True):
@@ -173,7 +173,7 @@ class _Encode(torch.autograd.Function):
         everything = (Level.ALL,) * step.core.backbone.n_layers
         parts = grad.split([len(spans) * len(memory_tokens) for spans in step.batches])
         sums = [None] * (2 + len(factors))
-        # Micro-batches that kept something come first, to be rid of it.
+        # Micro-batches with kept activations come first, to free them.
         order = sorted(range(len(runs)), key=lambda i: runs[i] is None)
         for n_done in range(step.passes):
             i = order[n_done] if n_done < len(order) else None
@@ -206,7 +206,7 @@ def _run_spans(step, spans, lora, memory_tokens, levels):
 
 
 def _finish(step, hidden, norm, gain):
-    """The last layer's hidden states to slots."""
+    """Turn the last layer's hidden states into slots."""
     return scale_slots(step.core.backbone.final_norm(hidden), norm, gain)
 
 
@@ -219,7 +219,7 @@ def _finish_backward(step, hidden, norm, gain, grad):
 
 
 def _add_up(sums, values):
-    """Adds in fp32: 128 spans in bf16 would lose the last of them."""
+    """Accumulate in fp32: with 128 spans, a bf16 sum would lose the last ones."""
     for i, value in enumerate(values):
         if value is not None:
             sums[i] = value.to(compute_dtype(value, upcast=True)) if sums[i] is None else sums[i].add_(value)

@@ -1,4 +1,4 @@
-"""The index of a memory store in a local folder: which file holds which key, in SQLite."""
+"""SQLite index of a local memory store: the file of each key."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from icae_fast.errors import StoreError
 from icae_fast.io.files import sync_folder
 
 VERSION = 1
-_APPLICATION = 0x49434145  # "ICAE", by which `file` and we know what the database is
+_APPLICATION = 0x49434145  # "ICAE", identifies the database for `file` and for this module
 _SCHEMA = (
     "CREATE TABLE entries (key TEXT PRIMARY KEY, file TEXT NOT NULL) WITHOUT ROWID",
     "CREATE UNIQUE INDEX entries_by_file ON entries (file)",
 )
 _BUSY_SECONDS = 30.0
-_PAGE = 1000  # keys fetched at once, so that no list of all is made and no read stays open between them
+_PAGE = 1000  # keys per query, so that memory is bounded and no read transaction stays open between pages
 
 
 def create_index(path: Path, rows: Mapping[str, str] | None = None) -> None:
-    """Write an index with these rows (key to file), whole or not at all, in place of any that is there.
+    """Write a new index atomically, replacing any older one, which must not be in use.
 
-    Nothing may use an old one meanwhile.
+    Args:
+        path: the database.
+        rows: file of each key.
 
     Raises:
-        OSError, sqlite3.Error: it cannot be written.
+        OSError, sqlite3.Error: the index cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -50,18 +52,17 @@ def create_index(path: Path, rows: Mapping[str, str] | None = None) -> None:
 
 
 class Index:
-    """Keys and files, for any number of threads and processes.
+    """Map from keys to files, for any number of threads and processes.
 
-    WAL lets readers go on while somebody writes. `synchronous = FULL` syncs each commit, so that what `put` has
-    returned from survives a power cut; NORMAL would survive only the end of the process, and save one sync of
-    three. A connection is never used in another process than the one that made it: SQLite's locks do not
-    survive a fork.
+    WAL mode lets readers continue during a write. `synchronous = FULL` syncs each commit, so that a completed `put`
+    survives a power cut; NORMAL would survive only a crash of the process, and save one sync of three. A connection
+    is used only in the process that opened it, because SQLite's locks do not survive a fork.
 
     Args:
-        path: of the database, which must be there.
+        path: the database, which must exist.
 
     Raises:
-        StoreError: of any method: the database is damaged, another kind of file, or stays locked for 30 s.
+        StoreError: the database is damaged, of another kind, or locked for more than 30 s. All methods raise it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,19 +79,19 @@ class Index:
         if version > VERSION:
             raise StoreError(f"{path} has version {version}; install a newer icae-fast to read it")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
         return Index, (self.path,)
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         if self._process != os.getpid():
-            # Kept, since closing it here would act on the parent's locks and log.
+            # Keep the old connection: closing it here would release the parent's locks and change its log.
             self._inherited += [self._connection] * (self._connection is not None)
             self._process, self._connection, self._lock = os.getpid(), None, threading.Lock()
         with self._lock:
             try:
                 if self._connection is None:
-                    # mode=rw: a database that somebody has deleted must not come back empty
+                    # mode=rw: do not create an empty database if the file was deleted
                     self._connection = sqlite3.connect(
                         f"file:{quote(str(self.path))}?mode=rw", uri=True, timeout=_BUSY_SECONDS, isolation_level=None,
                         check_same_thread=False,
@@ -102,7 +103,7 @@ class Index:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that has the write lock from its start, so that what it reads stays so until it commits."""
+        """Open a transaction that has the write lock from its start, so that its reads stay valid until the commit."""
         with self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -114,14 +115,14 @@ class Index:
                 raise
 
     def file_of(self, key: str) -> str | None:
-        """The file of a key, or None."""
+        """Return the file of a key, or None."""
         with self._connected() as connection:
             row = connection.execute("SELECT file FROM entries WHERE key = ?", (key,)).fetchone()
         return row and row[0]
 
     def put(self, rows: Mapping[str, str]) -> list[str]:
-        """Point keys at files, all or none; gives the files that some of them pointed at before."""
-        replaced = []
+        """Set the files of keys, either all or none, and return the files that they replace."""
+        replaced: list[tuple[str]] = []
         with self._writing() as connection:
             for key, file in rows.items():
                 replaced += connection.execute("SELECT file FROM entries WHERE key = ?", (key,)).fetchall()
@@ -129,15 +130,15 @@ class Index:
         return [file for (file,) in replaced]
 
     def remove(self, key: str) -> str | None:
-        """Forget a key; gives its file, or None if it was not there."""
+        """Remove a key and return its file, or None if there was none."""
         with self._writing() as connection:
             row = connection.execute("SELECT file FROM entries WHERE key = ?", (key,)).fetchone()
             connection.execute("DELETE FROM entries WHERE key = ?", (key,))
         return row and row[0]
 
     def keys(self) -> Iterator[str]:
-        """All keys in order; what is put or removed meanwhile may or may not be among them."""
-        where, last = "", ()
+        """Yield all keys in order; keys put or removed meanwhile may or may not be included."""
+        where, last = "", tuple[str, ...]()
         while True:
             with self._connected() as connection:
                 query = f"SELECT key FROM entries {where} ORDER BY key LIMIT {_PAGE}"
@@ -148,17 +149,17 @@ class Index:
             where, last = "WHERE key > ?", (page[-1],)
 
     def files_in(self, folder: str) -> set[str]:
-        """The files of all entries in a subfolder, as they stand in the index: "ab/name"."""
-        with self._connected() as connection:  # "0" is the character after "/"
+        """Return the files of all entries in a subfolder, relative to the store, e.g. "ab/name"."""
+        with self._connected() as connection:  # "0" follows "/" in the order of characters
             query = "SELECT file FROM entries WHERE file >= ? AND file < ?"
             return {file for (file,) in connection.execute(query, (f"{folder}/", f"{folder}0"))}
 
     def __len__(self) -> int:
         with self._connected() as connection:
-            return connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+            return int(connection.execute("SELECT count(*) FROM entries").fetchone()[0])
 
     def close(self) -> None:
-        """Close the connection; the next use opens another."""
+        """Close the connection; the next use opens a new one."""
         if self._connection is not None and self._process == os.getpid():
             with self._lock:
                 self._connection.close()
@@ -167,7 +168,7 @@ class Index:
 
 def _remedy(error: sqlite3.Error) -> str:
     if "locked" in str(error):
-        return f"another process has kept it for over {_BUSY_SECONDS:.0f} s; end that process"
+        return f"another process has locked it for over {_BUSY_SECONDS:.0f} s; end that process"
     if "full" in str(error) or "readonly" in str(error) or "unable to open" in str(error):
-        return "free space, and check that the folder is there and may be written"
+        return "free space, and check that the folder exists and is writable"
     return "make it again from the entries with MemoryStore.rebuild(path)"

@@ -1,4 +1,4 @@
-"""A memory store in a local folder: one immutable file for each entry, and an index that says which are valid."""
+"""A memory store in a local folder: one immutable file per entry, and an index of the valid files."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 
 
 class LocalFolder:
-    """Entries as bytes by key.
+    """Entries as bytes, by key.
 
-    A put writes a file under a name that is used once, and when that lies on the disk points the index at it. So a
-    reader never meets half a file, no matter when a writer is killed, and two that put or delete the same key at
-    once cannot take each other's file away; files that no row points at are waste for `clean`.
+    A put writes a file under a name that is never reused, syncs it, and then sets the index to it. A reader therefore
+    never sees a partial file, no matter when a writer is killed, and two writers of the same key cannot delete each
+    other's file. Files without a row in the index are waste, which `clean` deletes.
 
     Args:
         root: the folder.
-        create: make a store there if there is none.
+        create: create the store if there is none.
 
     Raises:
-        StoreError: no store there, or it cannot be used.
+        StoreError: there is no store, or it cannot be used.
     """
 
     def __init__(self, root: Path, create: bool) -> None:
@@ -71,13 +71,13 @@ class LocalFolder:
         return str(self.root)
 
     def read(self, key: str) -> torch.Tensor:
-        """The mapped bytes of an entry, (size,) uint8.
+        """Map an entry and return its bytes, (size,) uint8.
 
         Raises:
-            MemoryNotFoundError: there is none.
+            MemoryNotFoundError: there is no such entry.
             CheckpointError: its file is missing or cannot be opened.
         """
-        tried = None
+        tried: Path | None = None
         while True:
             path = self._path(key)
             try:
@@ -88,7 +88,7 @@ class LocalFolder:
                         f"entry {key!r} of the store {self.root}: its file {path} is missing; "
                         "delete the entry and compress its text again"
                     ) from error
-                tried = path  # put anew or deleted since the index was asked
+                tried = path  # replaced or deleted after the index was read
             except OSError as error:
                 raise CheckpointError(
                     f"entry {key!r} of the store {self.root} cannot be read: {error}; check the file's permissions"
@@ -101,7 +101,7 @@ class LocalFolder:
         return self.root / file
 
     def write(self, entries: Mapping[str, bytes | bytearray]) -> None:
-        """Put entries, all or none; on the disk when it returns.
+        """Put entries, either all or none; they are on disk when this returns.
 
         Raises:
             StoreError: the folder cannot be written or is full.
@@ -115,20 +115,23 @@ class LocalFolder:
             for folder in folders:
                 folder.mkdir(exist_ok=True)
             write_atomically({self.root / rows[key]: data for key, data in entries.items()})
-            for folder in (*folders, self.root):  # another process may have made a subfolder and not have synced yet
+            for folder in (
+                *folders,
+                self.root,
+            ):  # root too: another process may have created a subfolder without a sync yet
                 sync_folder(folder)
         except OSError as error:
             raise StoreError(f"cannot write into the store {self.root}: {error}; free space or check it") from error
-        # From here on nothing is taken back: if this fails the index may have the rows, or else these files are waste.
+        # No rollback from here on: after a failure the index may have the rows; otherwise the files are waste.
         self._discard(*self.index.put(rows))
 
     def _discard(self, *files: str) -> None:
         for file in files:
-            with contextlib.suppress(OSError):  # Windows keeps a mapped file; `clean` gets it later
+            with contextlib.suppress(OSError):  # Windows cannot delete a mapped file; `clean` does later
                 (self.root / file).unlink(missing_ok=True)
 
     def delete(self, key: str) -> bool:
-        """Remove an entry; was there one? Memories that are mapped stay as they are."""
+        """Remove an entry and return whether it existed; mapped memories stay usable."""
         file = self.index.remove(key)
         if file is not None:
             self._discard(file)
@@ -141,14 +144,18 @@ class LocalFolder:
         return len(self.index)
 
     def keys(self) -> Iterator[str]:
-        """All keys in order."""
+        """Yield all keys in order."""
         return self.index.keys()
 
     def clean(self, older_than: float) -> int:
-        """Delete files that no entry points at and that are older than so many seconds; gives how many."""
+        """Delete files that are in no row of the index, and return their number.
+
+        Args:
+            older_than: minimum age in seconds.
+        """
         limit, count = time.time() - older_than, 0
         for folder in sorted(self.root.glob(_SUBFOLDERS)):
-            # Listed before the index is asked: what is put in between then is in the index.
+            # List files before reading the index: then the index has every entry put in between.
             names = [(e.name, e.stat().st_mtime) for e in _entries(folder)]
             known = self.index.files_in(folder.name)
             unknown = [f"{folder.name}/{n}" for n, modified in names if modified < limit]
@@ -162,7 +169,7 @@ class LocalFolder:
         self.index.close()
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry]:
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
@@ -175,11 +182,11 @@ def _locked(root: Path) -> FileLock:
 
 
 def rebuild(root: Path) -> list[str]:
-    """Make a folder's index anew from its files; see `MemoryStore.rebuild`."""
+    """Rebuild a folder's index from its files; see `MemoryStore.rebuild`."""
     if not root.is_dir():
         raise StoreError(f"there is no folder {root}; check the path")
     rows: dict[str, tuple[float, str]] = {}
-    unreadable = []
+    unreadable: list[str] = []
     try:
         with _locked(root):
             for path in sorted(root.glob(f"{_SUBFOLDERS}/*{SUFFIX}")):
@@ -191,9 +198,9 @@ def rebuild(root: Path) -> list[str]:
                 except CheckpointError as error:
                     log.warning("left out of the index: %s", error)
                     unreadable.append(file)
-            for suffix in ("-wal", "-shm"):  # a log of the old database must not be applied to the new one
+            for suffix in ("-wal", "-shm"):  # the old database's log must not be applied to the new one
                 (root / (INDEX_FILE + suffix)).unlink(missing_ok=True)
             create_index(root / INDEX_FILE, {key: file for key, (_, file) in rows.items()})
     except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"cannot make the index of {root} anew: {error}; check the folder") from error
+        raise StoreError(f"cannot rebuild the index of {root}: {error}; check the folder") from error
     return unreadable

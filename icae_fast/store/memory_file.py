@@ -1,8 +1,7 @@
-"""A memory in a file of its own: slots as safetensors, with a header that says what made them.
+"""Memory files: slots as safetensors, with a header that records the model and adapter that made them.
 
-Version 2 of the format is sealed (`icae_fast.store.seal`), may hold int8 slots and the slots' keys and values, and is
-what
-a `MemoryStore` consists of. Version 1, slots alone and without checksums, is still read.
+Format version 2 is sealed (`icae_fast.store.seal`), may have int8 slots and the slots' keys and values, and is the
+format of a `MemoryStore`'s entries. Version 1, with plain slots and without checksums, can still be read.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,73 +29,104 @@ FORMAT_VERSION = 2
 _REMEDY = "delete it and compress its text again"
 
 
-def encode_memory(
-    memory: Memory,
-    origin: Origin,
-    *,
-    dtype: SlotDtype | None = None,
-    kv: SlotKV | None = None,
-    key: str | None = None,
-    source_hash: str | None = None,
-) -> bytearray:
-    """The content of a memory file.
+@dataclass(frozen=True)
+class PackedMemory:
+    """A memory with its slots in the dtype of the file; make one with `of`, so that slots are quantised once.
 
     Args:
-        memory: the memory; origin: what made it.
-        dtype: of the slots in the file; None for the one that they have.
-        kv: keys and values of its slots.
-        key: in a store.
-        source_hash: of the text's token ids, see `origin.source_hash`.
-
-    Returns:
-        The same bytes for the same arguments; with a key there is the time in them, too.
+        tensors: from `pack_slots`.
+        compute_dtype: dtype of the slots before packing.
+        file_dtype: dtype of the slots that a reader of the file returns.
+        n_source_tokens, span_lengths: as in `Memory`.
     """
-    tensors = pack_slots(memory.slots, dtype)
-    header = {
-        "format_version": FORMAT_VERSION,
-        "n_source_tokens": memory.n_source_tokens,
-        "span_lengths": list(memory.span_lengths),
-        **origin.to_header(),
-        "slots_dtype": _name(memory.slots.dtype if dtype == "int8" else tensors["slots"].dtype),
-        "key": key,
-        "source_hash": source_hash,
-        "created": None if key is None else time.time(),
-    }
-    return _seal(tensors, header, kv)
+
+    tensors: dict[str, torch.Tensor]
+    compute_dtype: torch.dtype
+    file_dtype: torch.dtype
+    n_source_tokens: int
+    span_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, memory: Memory, dtype: SlotDtype | None) -> PackedMemory:
+        """Pack a memory's slots.
+
+        Args:
+            memory: the memory.
+            dtype: dtype of the slots in the file; None for the one they have.
+        """
+        tensors, compute = pack_slots(memory.slots, dtype), memory.slots.dtype
+        file_dtype = compute if dtype == "int8" else tensors["slots"].dtype
+        return cls(tensors, compute, file_dtype, memory.n_source_tokens, memory.span_lengths)
+
+    def memory(self) -> Memory:
+        """Return the memory with the values that the file will have, in its first dtype."""
+        slots = unpack_slots(self.tensors, self.compute_dtype).to(self.compute_dtype)
+        return Memory(slots, self.n_source_tokens, self.span_lengths)
+
+    def encode(
+        self,
+        origin: Origin,
+        *,
+        kv: SlotKV | None = None,
+        key: str | None = None,
+        source_hash: str | None = None,
+    ) -> bytearray:
+        """Return the content of a memory file.
+
+        Args:
+            origin: provenance of the memory.
+            kv: keys and values of its slots.
+            key: key of the entry in a store.
+            source_hash: hash of the text's token ids, see `provenance.source_hash`.
+
+        Returns:
+            The same bytes for the same arguments, except that the header of an entry with a key has the time.
+        """
+        header = {
+            "format_version": FORMAT_VERSION,
+            "n_source_tokens": self.n_source_tokens,
+            "span_lengths": list(self.span_lengths),
+            **origin.to_header(),
+            "slots_dtype": str(self.file_dtype).removeprefix("torch."),
+            "key": key,
+            "source_hash": source_hash,
+            "created": None if key is None else time.time(),
+        }
+        return _seal(self.tensors, header, kv)
 
 
 def _seal(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], kv: SlotKV | None) -> bytearray:
     if kv is None:
         return seal(tensors, {**header, "kv_prefix_ids": None})
-    # As (n_layers, Hkv, n_slots, D), a head's side by side, so that kernels read them where they are mapped.
-    beside = {"keys": kv.keys.transpose(1, 2), "values": kv.values.transpose(1, 2)}
-    return seal({**tensors, **beside}, {**header, "kv_prefix_ids": list(kv.prefix_ids)})
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    # Stored as (n_layers, Hkv, n_slots, D), each head contiguous, so that kernels read the mapped file directly.
+    heads = {"keys": kv.keys.transpose(1, 2), "values": kv.values.transpose(1, 2)}
+    return seal({**tensors, **heads}, {**header, "kv_prefix_ids": list(kv.prefix_ids)})
 
 
 class MemoryFile:
-    """A memory file whose header has been read; slots, keys and values are read when asked for.
+    """A memory file with a parsed header; slots, keys and values are read on demand.
 
     Attributes:
-        header: its JSON values, see `encode_memory`.
-        origin: what made it.
-        what: how error messages call it.
+        header: JSON values, see `PackedMemory.encode`.
+        origin: provenance of the memory.
+        what: name of the file in error messages.
     """
 
     def __init__(self, header: dict[str, Any], sealed: Sealed, what: str) -> None:
         self.header, self.what, self._sealed = header, what, sealed
         self.origin = _parsed(header, what)
-        self._spans = header["n_source_tokens"], tuple(header["span_lengths"])
+        self._spans: tuple[int, tuple[int, ...]] = header["n_source_tokens"], tuple(header["span_lengths"])
 
     @classmethod
     def read(cls, blob: torch.Tensor, what: str) -> MemoryFile:
-        """Read a version 2 file out of its bytes, (size,) uint8.
+        """Read the header of a version 2 file.
+
+        Args:
+            blob: (size,) uint8, the bytes of the file.
+            what: name of the file in error messages.
 
         Raises:
-            CheckpointError: truncated, damaged or no such file.
+            CheckpointError: the file is truncated, damaged or no memory file.
         """
         try:
             sealed = Sealed.open(blob)
@@ -104,7 +135,7 @@ class MemoryFile:
         return cls(sealed.fields, sealed, what)
 
     def memory(self, verify: bool = True) -> Memory:
-        """The memory; slots are views into the file's bytes, but int8 ones are a new tensor in their first dtype.
+        """Return the memory; its slots are views of the file's bytes, or for int8 a new tensor in the first dtype.
 
         Raises:
             CheckpointError: with `verify`, the slots' checksum is wrong.
@@ -113,7 +144,7 @@ class MemoryFile:
         return Memory(unpack_slots(self._slot_tensors(verify), dtype), *self._spans)
 
     def kv(self, verify: bool = True) -> SlotKV | None:
-        """Keys and values as views into the file's bytes, a head's side by side, or None where it has none.
+        """Return keys and values as views of the file's bytes with each head contiguous, or None if there are none.
 
         Raises:
             CheckpointError: with `verify`, their checksum is wrong.
@@ -124,7 +155,7 @@ class MemoryFile:
         return SlotKV(keys, values, tuple(self.header["kv_prefix_ids"]))
 
     def with_kv(self, kv: SlotKV) -> bytearray:
-        """The content of a file like this one, bit for bit the same slots in it, with other keys and values.
+        """Return the content of a file with bit-identical slots and other keys and values.
 
         Raises:
             CheckpointError: the slots' checksum is wrong.
@@ -143,7 +174,7 @@ class MemoryFile:
 
 
 def _parsed(header: Any, what: str) -> Origin:
-    """The origin in a header, if this version of the package can read it."""
+    """Return the provenance in a header, if this version of the package can read the file."""
     try:
         version = header["format_version"]
         if version > FORMAT_VERSION:
@@ -157,22 +188,28 @@ def _parsed(header: Any, what: str) -> Origin:
 
 
 def save_memory(path: str | Path, memory: Memory, icae: ICAE, *, dtype: SlotDtype | None = None) -> None:
-    """Write a memory and the identity of the model and adapter that made it, whole or not at all.
+    """Write a memory and its provenance into a file, either completely or not at all.
+
+    Args:
+        path: the file.
+        memory: the memory.
+        icae: the model that made it.
+        dtype: dtype of the slots in the file, "bfloat16" or "int8"; None for the one they have.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     try:
-        write_atomically({Path(path): encode_memory(memory, Origin.of(icae), dtype=dtype)})
+        write_atomically({Path(path): PackedMemory.of(memory, dtype).encode(Origin.of(icae))})
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}; free space or choose another path") from error
 
 
 def read_memory_header(path: str | Path) -> tuple[Memory, dict[str, Any]]:
-    """The memory in a file and its header, whatever model made it.
+    """Return (memory, header) of a file, of any model.
 
     Raises:
-        CheckpointError: truncated, damaged, or no memory file.
+        CheckpointError: the file is truncated, damaged or no memory file.
     """
     memory, header, _ = _read(path)
     return memory, header
@@ -200,13 +237,13 @@ def _read(path: str | Path) -> tuple[Memory, dict[str, Any], Origin]:
 
 
 def load_memory(path: str | Path, icae: ICAE) -> Memory:
-    """A memory of this very model and adapter from a file, on the model's device.
+    """Load a memory that exactly this model and adapter made, on the model's device.
 
-    On the CPU and in the model's dtype the slots are mapped from the file and not copied.
+    On the CPU, and if the file has the model's dtype, the slots are mapped from the file and not copied.
 
     Raises:
-        CheckpointError: truncated, damaged, or no memory file.
-        BaseModelMismatchError: another base model or another adapter made it.
+        CheckpointError: the file is truncated, damaged or no memory file.
+        BaseModelMismatchError: a different base model or adapter made the memory.
     """
     memory, _, origin = _read(path)
     Origin.of(icae).check(origin, str(path))

@@ -1,4 +1,4 @@
-"""`Origin`: the base model and adapter that a memory was made with, and keys made of content."""
+"""Provenance of memories: `Origin` (base model, adapter, config), and keys derived from content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from icae_fast.ops import fingerprint
 if TYPE_CHECKING:
     from icae_fast.model.icae import ICAE
 
-# The fields that slots depend on; the others say how the adapter was trained, is prompted, or is found.
+# Fields of the config that slots depend on. The others concern training, prompts, or where the base model is.
 _SLOT_FIELDS = (
     "memory_size", "compression_rate", "lora_rank", "lora_alpha", "memory_positions", "slot_scale", "sink_token",
 )  # fmt: skip
@@ -26,12 +26,12 @@ _SLOT_FIELDS = (
 
 @dataclass(frozen=True)
 class Origin:
-    """What made a memory. It stands for the model where no model is in memory.
+    """Provenance of a memory. It replaces the model in a process that does not load one.
 
     Args:
-        base: the base model's shape and sampled weights, see `identity.base_identity`.
+        base: shape and sampled weights of the base model, see `icae_fast.io.identity.base_identity`.
         adapter_hash: 16 hex digits over the trained tensors.
-        config: k, rate and the other fields of the adapter, and the name and revision of its base model.
+        config: the adapter's config, with the name and revision of its base model.
     """
 
     base: dict[str, Any]
@@ -40,15 +40,18 @@ class Origin:
 
     @classmethod
     def of(cls, icae: ICAE) -> Origin:
-        """That of an ICAE as it is now. Hashes every trained tensor: 20 ms for SmolLM2 at rank 128."""
+        """Return the provenance of memories that an ICAE makes now.
+
+        This hashes every trained tensor: 20 ms for SmolLM2 at rank 128.
+        """
         return cls(base_identity(icae.base_model), icae.adapter_hash(), icae.config)
 
     @classmethod
     def from_header(cls, header: dict[str, Any]) -> Origin:
-        """That in the header of a memory file.
+        """Return the provenance in the header of a memory file.
 
         Raises:
-            KeyError, TypeError, ConfigError: the header lacks it, or it is none.
+            KeyError, TypeError, ConfigError: a field is missing or invalid.
         """
         base, adapter_hash = header["base"], header["adapter_hash"]
         if not (isinstance(base, dict) and isinstance(adapter_hash, str) and isinstance(header["config"], dict)):
@@ -56,14 +59,18 @@ class Origin:
         return cls(base, adapter_hash, ICAEConfig.from_dict(header["config"]))
 
     def to_header(self) -> dict[str, Any]:
-        """JSON values for `from_header`."""
+        """Return JSON values for `from_header`."""
         return {"config": self.config.to_dict(), "base": self.base, "adapter_hash": self.adapter_hash}
 
     def check(self, other: Origin, what: str) -> None:
-        """Raise unless `other` is this very base model and adapter.
+        """Raise unless another provenance is of the same base model and adapter.
+
+        Args:
+            other: provenance of `what`.
+            what: the memory, as the subject of the message.
 
         Raises:
-            BaseModelMismatchError: `what`, which `other` made, belongs to another base model or adapter.
+            BaseModelMismatchError: a different base model or adapter made it.
         """
         if self.base != other.base:
             compare_identities(self.base, other.base, what)
@@ -72,28 +79,27 @@ class Origin:
 
 
 class OriginTracker:
-    """The origin of an ICAE that may be trained on meanwhile; hashed again only when its adapter has changed."""
+    """The provenance of an ICAE that may be trained meanwhile; it is hashed again only after the adapter changed."""
 
     def __init__(self, icae: ICAE) -> None:
         self.icae = icae
         self._lock = threading.Lock()
-        self._known: tuple[tuple, Origin] | None = None
+        self._known: tuple[tuple[Any, Any], Origin] | None = None
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[OriginTracker], tuple[ICAE]]:
         return OriginTracker, (self.icae,)
 
     def current(self, *, exact: bool) -> Origin:
-        """The origin now.
+        """Return the current provenance.
 
         Args:
-            exact: look at all bytes of the adapter (1.4 ms for SmolLM2 at rank 128). Otherwise only at the tensors'
-                version counters, which do not see a write through `.data`.
+            exact: compare all bytes of the adapter (1.4 ms for SmolLM2 at rank 128). Otherwise compare only the
+                tensors' version counters, which a write through `.data` does not change.
         """
         tensors = [p for _, p in self.icae.reference_named_parameters()]
         versions = tuple((t.data_ptr(), t._version) for t in tensors)
         with self._lock:
-            same = self._known is not None and self._known[0][0] == versions
-            if same and not exact:
+            if self._known is not None and not exact and self._known[0][0] == versions:
                 return self._known[1]
             state = versions, fingerprint(tensors)
             if self._known is None or self._known[0] != state:
@@ -102,17 +108,17 @@ class OriginTracker:
 
 
 def source_hash(ids: torch.Tensor) -> str:
-    """SHA-256 over token ids as little-endian int64, 64 hex digits."""
+    """Return SHA-256 over token ids as little-endian int64, 64 hex digits."""
     return hashlib.sha256(ids.to(device="cpu", dtype=torch.int64).contiguous().numpy().astype("<i8")).hexdigest()
 
 
 def content_key(source: str, origin: Origin, dtype: torch.dtype) -> str:
-    """A key for what compressing a source gives: 32 hex digits (of SHA-256).
+    """Return a key for the slots of a text, 32 hex digits of SHA-256.
 
     Args:
-        source: its `source_hash`.
+        source: `source_hash` of the text.
         origin: base model, adapter and config.
-        dtype: in which the model computes, since bf16 slots are not those of fp32.
+        dtype: compute dtype of the model, because bf16 slots differ from fp32 slots.
     """
     config = origin.config.to_dict()
     parts = [source, origin.base, origin.adapter_hash, {f: config[f] for f in _SLOT_FIELDS}, str(dtype)]

@@ -1,4 +1,4 @@
-"""A memory store at an fsspec address: one object for each entry, named after its key, and no index."""
+"""A memory store at an fsspec address: one object per entry, named after its key, without an index."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from urllib.parse import quote, unquote
 import torch
 
 from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundError, StoreError
+from icae_fast.io.packages import importing
 from icae_fast.store.local import SUFFIX
 
-_LONGEST_NAME = 800  # bytes; S3 allows 1024 for the whole address
+_LONGEST_NAME = 800  # bytes; S3 allows 1024 for the whole name with its folders
 
 
 class RemoteFolder:
-    """Entries as bytes by key, with the methods of `LocalFolder`.
+    """Entries as bytes, by key, with the methods of `LocalFolder`.
 
-    Object stores show an object whole or not at all, which is all that a put needs; so an entry is one object under
-    a name made of its key, and listing the folder lists the keys. SQLite could not live there: it needs locks and
-    writes within a file.
+    Object stores make an object visible completely or not at all, which is sufficient for an atomic put. An entry is
+    therefore one object, its name is the quoted key, and listing the folder lists the keys. SQLite needs locks and
+    writes within a file, which object stores do not have.
 
     Args:
-        url: such as "s3://bucket/memories".
-        options: for the fsspec file system.
+        url: the address, e.g. "s3://bucket/memories".
+        options: options of the fsspec file system.
 
     Raises:
-        StoreError: fsspec knows no such protocol, or lacks its package.
+        StoreError: fsspec does not know the protocol.
+        MissingPackageError: the package for the protocol is not installed.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
@@ -35,8 +37,13 @@ class RemoteFolder:
 
         try:
             self.fs, root = fsspec.core.url_to_fs(url, **options)
-        except (ValueError, ImportError) as error:
-            raise StoreError(f"{url} cannot be opened: {error}; check the address, or install that package") from error
+        except ImportError as error:
+            # fsspec raises a sentence, from the ImportError that names the package.
+            name = getattr(error.__cause__, "name", None) or error.name
+            with importing(f"the store {url}", f"pip install {name}" if name else "pip install 'fsspec[full]'"):
+                raise ImportError(str(error), name=name) from error
+        except ValueError as error:
+            raise StoreError(f"{url} cannot be opened: {error}; check the address") from error
         self.url, self.root = url, root.rstrip("/")
 
     def __str__(self) -> str:
@@ -58,18 +65,19 @@ class RemoteFolder:
             raise StoreError(f"the store {self.url} cannot be used: {error}; check address and access") from error
 
     def read(self, key: str) -> torch.Tensor:
-        """The bytes of an entry, fetched whole, (size,) uint8.
+        """Fetch an entry and return its bytes, (size,) uint8.
 
         Raises:
-            MemoryNotFoundError: there is none.
-            StoreError: it cannot be reached.
+            MemoryNotFoundError: there is no such entry.
+            CheckpointError: it is empty.
+            StoreError: the store cannot be reached.
         """
         try:
             with self._reaching():
                 data = bytearray(self.fs.cat_file(self._path(key)))
         except FileNotFoundError as error:
             raise MemoryNotFoundError(f"the store {self.url} has no entry {key!r}; see its keys()") from error
-        if not data:  # which torch does not take
+        if not data:  # torch.frombuffer refuses an empty buffer
             raise CheckpointError(f"entry {key!r} of the store {self.url} is empty; delete it and compress again")
         return torch.frombuffer(data, dtype=torch.uint8)
 
@@ -77,7 +85,7 @@ class RemoteFolder:
         """Put entries one after another.
 
         Raises:
-            StoreError: it cannot be reached or written; the entries before that stay.
+            StoreError: the store cannot be reached or written; entries that were already put remain.
         """
         paths = {key: self._path(key) for key in entries}
         with self._reaching():
@@ -86,8 +94,8 @@ class RemoteFolder:
                 self.fs.pipe_file(paths[key], bytes(data))
 
     def delete(self, key: str) -> bool:
-        """Remove an entry; was there one?"""
-        if key not in self:  # S3 does not tell
+        """Remove an entry and return whether it existed."""
+        if key not in self:  # deleting a missing object is no error on S3
             return False
         try:
             with self._reaching():
@@ -100,15 +108,15 @@ class RemoteFolder:
         path = self._path(key)
         with self._reaching():
             self.fs.invalidate_cache(self.root)
-            return self.fs.exists(path)
+            return bool(self.fs.exists(path))
 
     def keys(self) -> Iterator[str]:
-        """All keys in order, by listing the folder."""
+        """Yield all keys in order, from a listing of the folder."""
         try:
             with self._reaching():
                 self.fs.invalidate_cache(self.root)
                 names = [path.rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
-        except FileNotFoundError:  # nothing was put yet
+        except FileNotFoundError:  # the folder appears with the first put
             names = []
         return iter(sorted(unquote(n.removesuffix(SUFFIX)) for n in names if n.endswith(SUFFIX)))
 
@@ -116,8 +124,8 @@ class RemoteFolder:
         return sum(1 for _ in self.keys())
 
     def clean(self, older_than: float) -> int:
-        """Nothing to do: no put leaves anything behind."""
+        """Return 0: an interrupted put leaves no file."""
         return 0
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no connection to close."""

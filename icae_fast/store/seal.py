@@ -1,9 +1,9 @@
-"""Sealed files: safetensors of which every byte is under a checksum, read by mapping and without a copy.
+"""Sealed files: safetensors with a checksum over every byte, read by mapping and without a copy.
 
-The one entry of the safetensors metadata is a JSON object. Any reader of safetensors can read it, and the seal is two
-of its fields: `tensor_crc32`, a CRC-32 for each tensor, and `header_crc32`, one over the file up to the first tensor,
-counted with its own eight digits as zeros. CRC-32 finds every damage that lies within four bytes, and other damage but
-once in 2^32. It is no protection from somebody who wants to deceive. Equal tensors and fields give equal files.
+The only entry of the safetensors metadata is a JSON object, so that any safetensors reader can open the file. Two of
+its fields are the seal: `tensor_crc32` has a CRC-32 for each tensor; `header_crc32` covers the file up to the first
+tensor, computed with its own eight digits as zeros. CRC-32 detects all damage within four consecutive bytes, and misses
+other damage once in 2^32. It does not protect from deliberate changes. Equal tensors and fields give equal files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from icae_fast.io.files import tensor_bytes
 
 METADATA = "icae_memory"
 _TENSORS, _HEADER, _ZEROS = "tensor_crc32", "header_crc32", b"0" * 8
-# The JSON object is written as a JSON string, and its first field is the checksum; inside of a value of it the first
-# quotation mark would have a backslash before it, so this is found once.
+# The JSON object is written as a JSON string, and the checksum is its first field. Within a value, the first quotation
+# mark of this pattern would be preceded by a backslash, so the pattern occurs exactly once.
 _MARK = f'"{METADATA}":"{{\\"{_HEADER}\\": \\"'.encode()
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
@@ -28,12 +28,17 @@ _DTYPES = {
 
 
 def crc32(tensor: torch.Tensor) -> str:
-    """CRC-32 of a contiguous CPU tensor's bytes, as 8 hex digits."""
+    """Return CRC-32 of a contiguous CPU tensor's bytes, 8 hex digits."""
     return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()):08x}"
 
 
 def seal(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> bytearray:
-    """The content of a sealed file with these tensors (float or int8) and these JSON values."""
+    """Return the content of a sealed file.
+
+    Args:
+        tensors: floating or int8, by name.
+        fields: JSON values of the header.
+    """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     sums = {_HEADER: _ZEROS.decode(), _TENSORS: {name: crc32(t) for name, t in tensors.items()}}
     data = bytearray(tensor_bytes(tensors, {METADATA: json.dumps(sums | dict(fields))}))
@@ -44,17 +49,17 @@ def seal(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> byte
 
 
 def _head(blob: torch.Tensor) -> bytes:
-    """What comes before the first tensor, or nothing where it says that it is longer than the file."""
+    """Return the bytes before the first tensor, or none if their stated length exceeds the file."""
     end = 8 + int.from_bytes(blob[:8].numpy().tobytes(), "little")
     return blob[:end].numpy().tobytes() if end <= len(blob) else b""
 
 
 class Sealed:
-    """A sealed file whose header was found intact; make one with `open`.
+    """A sealed file with an intact header; make one with `open`.
 
     Attributes:
-        fields: what was given to `seal`.
-        names: of the tensors.
+        fields: the fields passed to `seal`.
+        names: names of the tensors.
     """
 
     def __init__(self, blob: torch.Tensor, header: dict[str, Any], start: int) -> None:
@@ -66,23 +71,23 @@ class Sealed:
 
     @staticmethod
     def found(blob: torch.Tensor) -> bool:
-        """Is there a seal at all? Not so in a file of another kind, or one that is cut off within its header."""
+        """Whether a file has a seal; false for other files, and for files cut off within the header."""
         return _MARK in _head(blob)
 
     @classmethod
     def open(cls, blob: torch.Tensor) -> Sealed:
-        """Read the header of a file that lies in memory or is mapped there.
+        """Read and check the header of a file.
 
         Args:
-            blob: (bytes,) uint8 on the CPU.
+            blob: (size,) uint8 on the CPU, the file's bytes in memory or mapped.
 
         Raises:
-            ValueError: there is no seal, the header is damaged, or tensors are cut off; says which.
+            ValueError: there is no seal, the header is damaged, or the file has the wrong size; the message says which.
         """
         head = _head(blob)
         at = head.find(_MARK) + len(_MARK)
         if at < len(_MARK):
-            raise ValueError("it is truncated within its header, or a file of another kind")
+            raise ValueError("it is truncated within its header, or not a memory file")
         if head[at : at + 8] != b"%08x" % zlib.crc32(head[:at] + _ZEROS + head[at + 8 :]):
             raise ValueError("the checksum of its header is wrong")
         header = json.loads(head[8:])
@@ -92,11 +97,11 @@ class Sealed:
         return cls(blob, header, len(head))
 
     def tensor(self, name: str, verify: bool = True) -> torch.Tensor:
-        """A view into the file's bytes.
+        """Return a tensor as a view of the file's bytes.
 
         Args:
             name: one of `names`.
-            verify: read the tensor once to compare its checksum.
+            verify: compare the checksum, which reads the tensor once.
 
         Raises:
             ValueError: the checksum is wrong.

@@ -1,4 +1,4 @@
-"""The benchmarks' baseline computes what the public reference does, and what `icae_fast.ICAE` does."""
+"""The benchmarks' baseline computes the same as the public reference and as `icae_fast.ICAE`."""
 
 import copy
 

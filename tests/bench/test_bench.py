@@ -1,4 +1,4 @@
-"""The benchmark harness: that it checks, interleaves, counts and writes what it says. No time is asserted."""
+"""The benchmark harness checks results, interleaves rounds, counts work and writes files. No test asserts a time."""
 
 import json
 import math
@@ -25,7 +25,7 @@ MACHINE_KEYS = {"device", "cpu", "isa", "threads", "versions", "commit", "dirty"
 
 @pytest.fixture(autouse=True)
 def small_bounds(monkeypatch):
-    """Bounds are measured at sizes that take no time."""
+    """Measure the bounds at tiny sizes."""
     monkeypatch.setattr(machine, "GEMM_SIZE", {"cpu": 32})
     monkeypatch.setattr(machine, "READ_BYTES", {"cpu": 4096})
 
@@ -120,7 +120,7 @@ def test_encode_flops_are_those_of_the_products(make_icae, random_ids):
     products += counter.get_flop_counts()["Global"].get(torch.ops.aten.addmm, 0)
     t, q = 13 + k, shape.q_heads * shape.head_dim
     head = 2 * t * shape.hidden_size * (shape.vocabulary + 1 + k + 3)
-    # What the last layer leaves out: queries with their LoRA, output projection and MLP of the context.
+    # The last layer skips the context's queries with their LoRA, output projection and MLP.
     spared = 2 * 13 * (2 * q * shape.hidden_size + r * (shape.hidden_size + q) + 3 * shape.hidden_size * shape.mlp)
     attention = (shape.layers - 1) * shapes.attention_flops(shape, [(t, t)]) + shapes.attention_flops(shape, [(k, t)])
     assert shapes.encode_flops(shape, [13], k, r) == products - head - spared + attention
@@ -173,8 +173,8 @@ def test_toy(compare, case):
 
 @pytest.fixture
 def run_benchmark(pytester, monkeypatch):
-    """Runs a benchmark of two providers in its own session; gives (outcome, order of calls, results folder)."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in whose processes pytest-benchmark times nothing
+    """Run a benchmark of two providers in a separate session; return (outcome, order of calls, results folder)."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under xdist, pytest-benchmark times nothing
 
     def run(*options, value=7, rounds=None):
         pytester.makeconftest("from bench.conftest import *")
@@ -216,7 +216,7 @@ def test_few_rounds_of_long_calls(run_benchmark):
     result, log, _ = run_benchmark(*options, rounds=2)
     result.assert_outcomes(passed=len(shapes.WORKLOADS["small"]))
     pair = ["torch", "icae_fast"]
-    assert log == [*pair, "check", *pair * 2]  # checked, which was the peak memory and the warm-up as well
+    assert log == [*pair, "check", *pair * 2]  # the checked calls also measured the peak and were the warm-up
 
 
 def test_a_suite_of_several_files_is_written_whole_or_not_at_all(run_benchmark, pytester):
@@ -295,7 +295,7 @@ def test_latency_of_a_single_token(make_icae, random_ids):
     result = latency.latency_table(make_icae(), random_ids(5), random_ids(2), new_tokens=1, rounds=1)
     assert {row["per_token_ms"] for row in result["rows"]} == {None}
     latency.render(result)
-    with pytest.raises(ValueError, match="rounds=0"):
+    with pytest.raises(ValueError, match="rounds is 0"):
         latency.latency_table(make_icae(), random_ids(5), random_ids(2), rounds=0)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of answering are made of: parts of calls, scaled times, KV, targets, and llama.cpp's row."""
+"""Parts of the decoding benchmarks: split timings, scaled times, KV bytes, targets, and llama.cpp's row."""
 
 import ctypes
 import json
@@ -26,12 +26,12 @@ MACHINE = {"cpu": "AMD EPYC", "threads": 2, "isa": "avx512", "commit": "0" * 40,
 
 
 def ratios(value):
-    """A ratio that was the same in every round."""
+    """Return a ratio that was the same in every round."""
     return {"median": value, "min": value, "max": value, "of_minima": value}
 
 
 def decode_row(over=4.5, fraction=0.85):
-    """A row of `bench_decode.py`."""
+    """Return a row of `bench_decode.py`."""
     times = {"generate": {"median": 9.0, "min": 9.0}, harness.OURS: {"median": 2.0, "min": 2.0}}
     return {
         "name": "decode", "case": "smollm2-135m-bf16-1x512", "new_tokens": 128, "weight_bytes": 270_000_000,
@@ -41,7 +41,7 @@ def decode_row(over=4.5, fraction=0.85):
 
 
 def question_row(by_prompt=25.0, one_by_one=9.0, memories=1.02, scaled=None):
-    """A row of `bench_decode_questions.py`."""
+    """Return a row of `bench_decode_questions.py`."""
     names = (decoders.BY_PROMPT, decoders.ONE_BY_ONE)
     words = {name: f"{name} for 2 of 16" for name in names} if scaled is None else scaled
     return {
@@ -54,7 +54,7 @@ def question_row(by_prompt=25.0, one_by_one=9.0, memories=1.02, scaled=None):
 
 
 def first_token_row(**speedups):
-    """A row of `bench_decode_first_token.py`."""
+    """Return a row of `bench_decode_first_token.py`."""
     names = {"slots": harness.OURS, "kv": decoders.KV_TIER}
     return {
         "name": "first", "case": "smollm2-135m-bf16-1x4096",
@@ -64,7 +64,7 @@ def first_token_row(**speedups):
 
 
 def llama_row(over=1.1):
-    """A row of `bench.rivals.llama_cpp`."""
+    """Return a row of `bench.rivals.llama_cpp`."""
     steps = {name: {"median": 12.0, "min": 11.0} for name in (decoders.LLAMA_CPP, harness.OURS)}
     return {
         "name": llama_cpp.ROW, "case": "smollm2-135m-bf16-1x512", "step_ms": steps,
@@ -78,12 +78,12 @@ def test_a_call_in_parts():
         return len(moments), moments[-1]
 
     moments = []
-    parted = decoders.Parted(call)
+    parted = decoders.SplitTimer(call)
     assert [parted(), parted()] == [1, 2]
     assert len(parted.before) == len(parted.after) == 2
     assert all(t >= 0 for t in parted.before + parted.after)
     start = time.perf_counter()
-    early = decoders.Parted(lambda: (None, start + 1e6))  # the parts meet at the moment, wherever it is
+    early = decoders.SplitTimer(lambda: (None, start + 1e6))  # the parts meet at the moment, wherever it is
     early()
     assert early.before[0] > 9e5
     assert early.after[0] < -9e5
@@ -132,7 +132,7 @@ def test_kv_is_that_of_one_memory_or_of_many(shared):
     memory = icae.compress(models.documents_for(TINY))[0]
     if not shared:
         memory = icae.compress([models.documents_for(TINY)[0].roll(i) for i in range(len(prompts))])
-    with decoders.kv_noted() as held:
+    with decoders.recorded_kv_bytes() as held:
         answers = icae.generate(memory, prompts, return_ids=True, **decoders.answer_limits(TINY))
     assert len(held) == 1
     own = sum(len(icae.prompt_ids(p)[1]) + len(a) for p, a in zip(prompts, answers, strict=True))
@@ -158,7 +158,7 @@ def test_every_answer_is_checked(make_icae, random_ids):
 
 
 def verdicts(*rows):
-    """What the table says in its last column."""
+    """Return the last column of the table of targets."""
     text = targets.render(MACHINE, rows)
     assert "…" not in text
     return [next((v for v in ("met", "missed") if v in line), "") for line in text.splitlines() if "│" in line]
@@ -199,7 +199,7 @@ def test_the_table_of_answering():
 
 
 class FakeLlama:
-    """As much of llama_cpp as the script uses; the logits favour the id after the last one."""
+    """A stub of llama_cpp's model; its logits favour the id after the last one."""
 
     def __init__(self, path, *, n_ctx, n_batch, n_threads, n_threads_batch, verbose):
         assert (n_threads, n_threads_batch) == (torch.get_num_threads(),) * 2
@@ -226,7 +226,7 @@ class FakeLlama:
 
 @pytest.fixture
 def fake_llama(monkeypatch):
-    """A `llama_cpp` that can be imported."""
+    """Make the stub importable as `llama_cpp`."""
     module = types.ModuleType("llama_cpp")
     module.Llama, module.llama_get_logits_ith = FakeLlama, FakeLlama.logits
     monkeypatch.setitem(sys.modules, "llama_cpp", module)

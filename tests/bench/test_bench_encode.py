@@ -1,4 +1,4 @@
-"""What the benchmarks of compressing are made of: bare GEMMs, an encoder without LoRA, growth, and targets."""
+"""Parts of the encoding benchmarks: bare GEMMs, an encoder without LoRA, growth, and targets."""
 
 import math
 import types

@@ -1,4 +1,4 @@
-"""What the benchmarks of training are made of: equal steps, extrapolated memory, targets, the table and the plot."""
+"""Parts of the training benchmarks: equal steps, extrapolated memory, targets, the table and the plot."""
 
 import copy
 import dataclasses
@@ -26,12 +26,12 @@ TINY = shapes.TRAIN_WORKLOADS["small"][0]
 
 
 def ratios(value):
-    """A ratio that was the same in every round."""
+    """Return a ratio that was the same in every round."""
     return {"median": value, "min": value, "max": value, "of_minima": value}
 
 
 def step_row(seconds=10.0, peak=200):
-    """A row of `bench_train.py`; the baseline takes 25 s and 1000 bytes."""
+    """Return a row of `bench_train.py`; the baseline takes 25 s and 1000 bytes."""
     taken = dict.fromkeys(steps.BUDGETS, seconds) | {BASELINE: 25.0}
     return {
         "name": "step", "case": "smollm2-135m-bf16-1x2048", "objective": "autoencoding", "loss_of_first_half": {},
@@ -43,7 +43,7 @@ def step_row(seconds=10.0, peak=200):
 
 
 def memory_row(ours_mb=1000.0, baseline_mb=9000.0):
-    """A row of `bench_train_memory.py`, the same peak at every length; the baseline is measured up to 8192."""
+    """Return a row of `bench_train_memory.py` with one peak for all lengths; the baseline is measured up to 8192."""
     lengths = (4096, 8192, 30720, 65536)
     found = {
         OURS: [Point(n, int(ours_mb * 1e6), n / 512) for n in lengths],
@@ -55,7 +55,7 @@ def memory_row(ours_mb=1000.0, baseline_mb=9000.0):
 
 
 def overfit_row(loss=0.04, restored=8, goal=0.05):
-    """A row of `bench_train_overfit.py`."""
+    """Return a row of `bench_train_overfit.py`."""
     found = {
         "passages": 8, "tokens": 64, "slots": 32, "warm_steps": 40, "steps": 100, "seconds": 200.0, "goal": goal,
         "loss": loss, "restored": restored, "losses": [4.0],
@@ -65,7 +65,7 @@ def overfit_row(loss=0.04, restored=8, goal=0.05):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(icae, baseline) of the small workload."""
+    """Return (icae, baseline) of the small workload."""
     found = models.models_for(TINY)
     return found.icae, found.training_baseline
 
@@ -197,7 +197,7 @@ def test_learning_by_heart_lowers_the_loss_and_ends_at_the_goal():
 
 
 class Knows(torch.nn.Module):
-    """In place of `TrainingModel`: a loss that is low from the start, and labels right from the second step."""
+    """A stub of `TrainingModel` with a low loss from the start and correct labels from the second step."""
 
     def __init__(self, icae):
         super().__init__()
@@ -220,7 +220,7 @@ def test_learning_ends_when_all_passages_come_back(monkeypatch):
     case = dataclasses.replace(shapes.OVERFIT_WORKLOADS["small"][0], goal=100.0, warm_steps=0, max_steps=9)
     icae = overfit.new_icae(case)
     learned = overfit.learn(case, icae, overfit.passages_for(case, icae))
-    # Labels that are wrong, a passage that is, and then the end, which takes no step.
+    # Step 1 has wrong labels, step 2 a wrong passage, and step 3 ends without an update.
     assert len(learned["losses"]) == 3
     assert learned["reached"]
     row = overfit.Overfit("overfit", case, learned, [True, True], 1.0, {}).row(None)
@@ -241,14 +241,14 @@ def test_what_is_restored_is_judged_to_the_end():
 
 
 def verdicts(*rows):
-    """What stands in the last column of each line of the table of targets."""
+    """Return the last column of the table of targets."""
     lines = targets.render(MACHINE, rows).splitlines()
     assert "…" not in "".join(lines)
     return [next((v for v in ("met", "missed") if v in line), "") for line in lines if line.startswith("│")]
 
 
 def test_targets():
-    # Speed and peak: icae_fast's own are judged, those of other budgets are not.
+    # Speed and peak are judged for icae_fast's default budget only.
     assert verdicts(step_row()) == ["met", "met", "", "", "", ""]
     assert verdicts(step_row(seconds=13.0, peak=251)) == ["missed", "missed", "", "", "", ""]
     # The peak at 8,192, 30,720 and 65,536, and the two slopes.

@@ -1,4 +1,4 @@
-"""`bench.gpu.check` on a CPU at small sizes: every part runs, a failure is kept, and the folder can be sent."""
+"""`bench.gpu.check` on a CPU at small sizes: every part runs, failures are recorded, results and report are written."""
 
 import json
 import subprocess
@@ -12,6 +12,7 @@ pytest.importorskip("peft", reason="the baseline needs peft")
 from bench.gpu import check as gpu_check
 from bench.gpu import parts as gpu_parts
 from bench.gpu.report import report
+from bench.gpu.setting import Setting
 from icae_fast.benchmark import machine
 
 
@@ -27,7 +28,7 @@ def test_without_a_gpu_it_says_so_and_exits_3():
         [sys.executable, "-m", "bench.gpu.check"], cwd=machine.REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 3
-    assert "There is no GPU here" in done.stderr
+    assert "torch finds no GPU" in done.stderr
 
 
 # The golden cases run by themselves, and the ops' samples in tests/ops/test_ops.py.
@@ -45,11 +46,11 @@ def test_each_part_runs_at_small_sizes(part, tmp_path):
     result = json.loads((folder / "results.json").read_text())
     assert result["parts"]
     assert all(part["ok"] for part in result["parts"].values())
-    assert "All parts are well." in (folder / "report.md").read_text()
+    assert "All parts passed." in (folder / "report.md").read_text()
 
 
 def test_processes_find_what_one_finds():
-    settings = [gpu_check.Setting("cpu", small=True, jobs=jobs) for jobs in (1, 2)]
+    settings = [Setting("cpu", small=True, jobs=jobs) for jobs in (1, 2)]
     one, two = (gpu_parts.ops_at_real_sizes(setting) for setting in settings)
     assert one == two
     assert {row["op"] for row in one["rows"]} == {"rms_norm"}
@@ -62,7 +63,7 @@ def test_a_part_that_raises_is_written_down_and_the_rest_goes_on(tmp_path, monke
     wrong = {"rows": [{"op": "linear", "failed": 1}], "failures": ["fp16: linear is off"]}
     parts = [("first", broken), ("second", lambda s: wrong), ("third", lambda s: {"rows": [{"seconds": 1.23456}]})]
     monkeypatch.setattr(gpu_check, "parts", lambda setting: iter(parts))
-    assert not gpu_check.check(gpu_check.Setting("cpu", small=True), tmp_path)
+    assert not gpu_check.check(Setting("cpu", small=True), tmp_path)
     result = json.loads((tmp_path / "results.json").read_text())
     assert [part["ok"] for part in result["parts"].values()] == [False, False, True]
     text = (tmp_path / "report.md").read_text()
@@ -86,7 +87,7 @@ def test_a_provider_that_fails_does_not_stop_the_others():
         raise ValueError("no such kernel")
 
     calls = {"baseline": lambda: 1.0, "other": too_large, "icae_fast": too_large, "icae_fast, merged": wrong}
-    result = compare(calls, gpu_check.Setting("cpu", small=True))
+    result = compare(calls, Setting("cpu", small=True))
     assert [row["name"] for row in result["rows"]] == ["baseline"]
     assert result["failures"] == [
         "icae_fast: OutOfMemoryError: too large", "icae_fast, merged: ValueError: no such kernel",

@@ -1,4 +1,4 @@
-"""Compiling kernels without a GPU: what is computed of them, which limits they pass, and that none gets worse."""
+"""Kernels compiled without a GPU: their figures, their limits, and a comparison with recorded results."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def run(*arguments):
 
 
 def test_no_kernel_has_become_worse():
-    """One configuration of each kernel for each architecture against docs/results/kernels.json."""
+    """Compare one configuration of each kernel and architecture with docs/results/kernels.json."""
     done = run("--quick", "--compare", str(kernels_check.RESULTS))
     assert done.returncode == 0, done.stderr
     assert "rms_norm.forward" in done.stdout

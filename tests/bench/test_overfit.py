@@ -1,4 +1,4 @@
-"""Eight short passages are learnt by heart: the loss goes to nearly nothing, and greedy restoration is then exact."""
+"""A new adapter overfits eight short passages: the loss nearly vanishes, and greedy restoration is then exact."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ CASE = OverfitCase("golden", "fp32", 8, 8, 16, warm_steps=20, max_steps=200, goa
 
 @pytest.fixture
 def icae():
-    """A new adapter on the golden base, whose random weights are scaled until slots can steer what it says."""
+    """Return a new adapter on the golden base, with random weights scaled so that slots can steer its output."""
     base = golden.load_base()
     with torch.no_grad():
         for name, weight in base.named_parameters():
             if name.endswith("_proj.weight"):
-                weight.mul_(2.5)  # as it is, attention looks everywhere alike
-        base.lm_head.weight.mul_(5)  # as it is, no hidden state makes a token likelier than 1 in 3
+                weight.mul_(2.5)  # unscaled, attention is nearly uniform
+        base.lm_head.weight.mul_(5)  # unscaled, no hidden state makes a token likelier than 1 in 3
     config = ICAEConfig(
         memory_size=CASE.memory_size, compression_rate=1, lora_rank=32, lora_alpha=32, lora_dropout=0.0,
         memory_positions="spread", slot_scale="embedding_norm",
@@ -29,7 +29,7 @@ def icae():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_eight_passages_are_learnt_by_heart(icae):
+def test_eight_passages_are_memorised(icae):
     passages = overfit.passages_for(CASE, icae)
     learned = overfit.learn(CASE, icae, passages, learning_rate=1e-2)
     assert learned["losses"][0] > 1

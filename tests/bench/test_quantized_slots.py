@@ -1,4 +1,4 @@
-"""The benchmark of stored slots: what it measures is what a store gives back."""
+"""The benchmark of stored slots measures the slots that a store returns."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from icae_fast.training.methods.objectives import autoencoding_sample, collate
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
-def test_it_measures_what_a_store_gives_back(tiny_icae, random_ids, tmp_path, dtype):
+def test_it_measures_what_a_store_returns(tiny_icae, random_ids, tmp_path, dtype):
     ids = random_ids(30)
     memory = tiny_icae.compress(ids)[0]
     with MemoryStore(tmp_path / "store", tiny_icae, dtype=dtype) as store:

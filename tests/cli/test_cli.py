@@ -1,4 +1,4 @@
-"""The command line as a user meets it: files in, files out, one line for a mistake."""
+"""The command line: files in, files out, and one line for a mistake."""
 
 import json
 import subprocess
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from helpers.store import count_compressed
 from icae_fast import ICAE, ICAEConfig, MemoryStore
 from icae_fast.store.memory_file import load_memory
 
@@ -17,7 +18,7 @@ def text_file(tmp_path):
     return path
 
 
-@pytest.mark.usefixtures("smollm2_bf16")  # converts SmolLM2 where nobody has, which shows its progress
+@pytest.mark.usefixtures("smollm2_bf16")  # converts SmolLM2 first if necessary, which prints progress
 def test_the_packages_adapter_is_the_default(run, text_file, tmp_path):
     code, out, err = run("compress", text_file, "--json")
     assert (code, err.strip()) == (0, "")
@@ -29,7 +30,7 @@ def test_the_packages_adapter_is_the_default(run, text_file, tmp_path):
 
 @pytest.mark.usefixtures("smollm2_bf16")
 def test_a_saved_adapter_takes_another_rate(run, text_file, tmp_path):
-    """Its memories find it again by its hash, whatever their rate."""
+    """`restore` finds the adapter by its hash, at any rate."""
     code, out, _ = run("compress", text_file, "--adapter", "smollm2-135m", "--rate", 4, "--json")
     (memory,) = json.loads(out)
     assert code == 0
@@ -76,7 +77,7 @@ def test_compress_restore_ask(run, text_file, tmp_path):
     cut = answer["answer"].partition(stop)[0]
     assert run(*sampled, "--stop", stop)[:2] == (0, cut + "\n")
     code, _, err = run(*sampled, "--top-p", 2)
-    assert (code, "top_p is 2" in err) == (2, True)
+    assert (code, "--top-p is 2" in err) == (2, True)
 
 
 def test_compress_into_a_folder_as_a_table(run, text_file, tmp_path):
@@ -95,9 +96,7 @@ def test_a_store_is_compressed_into_listed_and_asked(run, text_file, tmp_path, m
     code, out, _ = run("compress", text_file, "--store", store, "--memory-size", 16, "--json")
     assert code == 0
     (first,) = json.loads(out)
-    calls = []
-    compress = ICAE.compress
-    monkeypatch.setattr(ICAE, "compress", lambda self, c, **o: calls.append(len(c)) or compress(self, c, **o))
+    calls = count_compressed(monkeypatch)
     code, out, _ = run("compress", text_file, other, "--store", store, "--kv", "--memory-size", 16, "--json")
     assert calls == [1]
     rows = json.loads(out)
@@ -170,14 +169,14 @@ def test_bench_latency(run, text_file, tmp_path):
         (["compress", "missing.txt"], "cannot read missing.txt"),
         (["compress"], "Missing argument"),
         (["compress", "--frobnicate", "x"], "No such option"),
-        (["restore", "note.txt"], "not a safetensors file"),
+        (["restore", "damaged.icae"], "not a safetensors file"),
         (["compress", "note.txt", "-o", "nowhere"], "make it first"),
         (["compress", "note.txt", "note.txt"], "different names"),
         (["compress", "note.txt", "-o", ".", "--store", "store"], "two places"),
         (["compress", "note.txt", "--kv"], "give --store"),
         (["list", "nowhere"], "no memory store in nowhere"),
         (["ask", "key", "Who?", "--store", "nowhere"], "no memory store in nowhere"),
-        (["compress", "note.txt", "--memory-size", "0"], "memory_size is 0"),
+        (["compress", "note.txt", "--memory-size", "0"], "--memory-size is 0"),
         (["compress", "note.txt", "--dtype", "int4"], "bfloat16 or float32"),
         (["compress", "empty.txt"], "is empty"),
         (["compress", "binary.txt"], "as UTF-8 text"),
@@ -189,6 +188,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, text_file, monkeypatch, argu
     monkeypatch.chdir(text_file.parent)
     (text_file.parent / "empty.txt").write_text("")
     (text_file.parent / "binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
+    (text_file.parent / "damaged.icae").write_bytes(b"\xff\xfe\x00\x9f")
     code, out, err = run(*arguments)
     assert code == 2
     assert not out
@@ -196,7 +196,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, text_file, monkeypatch, argu
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in err
-    assert not list(text_file.parent.glob("*.icae"))
+    assert [p.name for p in text_file.parent.glob("*.icae")] == ["damaged.icae"]
 
 
 def test_without_arguments_it_shows_help():

@@ -1,4 +1,4 @@
-"""The reference's scripts run through `icae_fast.compat`, and give what `icae_fast.ICAE` gives."""
+"""The reference's scripts run with `icae_fast.compat`, and their results equal those of `icae_fast.ICAE`."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ from icae_fast import ICAEConfig
 from icae_fast.compat import ICAE
 from icae_fast.errors import BaseModelMismatchError, CheckpointError, ConfigError, InvalidInputError, NonFiniteError
 from icae_fast.io import hub
-from icae_fast.io.bundled import EMBEDDED_NAME, load_smollm2
+from icae_fast.io.bundled import BUNDLED_NAME, load_smollm2
 from icae_fast.io.checkpoints import MEMORY_KEY
 
 TEXT = (
@@ -31,7 +31,7 @@ TEXT = (
 
 
 def save_folder(model, folder):
-    """A base model's folder with a tokenizer of one word an id: "t0" to "t95", 1 BOS and 2 EOS."""
+    """Save a base model with a word-level tokenizer whose words are "t0" to "t95"; id 1 is BOS, id 2 EOS."""
     model.save_pretrained(folder)
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(96)}, unk_token="t0"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -48,7 +48,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny(tiny_folder, tmp_path):
-    """Makes the golden model through compat, with the reference's checkpoint unless `untrained`."""
+    """`tiny(*arguments)`: the golden model made through compat, with the reference's checkpoint unless `untrained`."""
 
     def make(*arguments, untrained=False):
         model_args, _, training_args = reference_flow.parse(
@@ -69,8 +69,8 @@ def pad(rows, value):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """(model through the reference's flow, the same weights in `icae_fast.ICAE`), fp32."""
-    torch.manual_seed(2)  # with which neither flow ends at once
+    """(model made by the reference's script, `icae_fast.ICAE` with the same weights), in fp32."""
+    torch.manual_seed(2)  # with this seed no answer is empty
     fast = FastICAE.from_base(
         load_smollm2(torch.float32)[0], ICAEConfig(memory_size=16, lora_rank=8), hub.load_smollm2_tokenizer()
     )
@@ -82,7 +82,7 @@ def smollm2(tmp_path_factory):
     save_file({k: p.detach() for k, p in fast.reference_named_parameters()}, path)
     model = reference_flow.inference_model(
         ["--mean_compression_rate", 4, "--model_max_length", 5120, "--fixed_mem_size", 16, "--lora_r", 8,
-         "--output_dir", path, "--model_name_or_path", EMBEDDED_NAME, "--train", False]
+         "--output_dir", path, "--model_name_or_path", BUNDLED_NAME, "--train", False]
     )  # fmt: skip
     return model, fast.eval()
 
@@ -91,7 +91,7 @@ def without_eos(ids, model):
     return ids[:-1] if ids and ids[-1] == model.eos_id else ids
 
 
-def test_pretrained_inference_flow(smollm2):
+def test_the_pretrained_inference_script_restores_like_icae_fast(smollm2):
     model, fast = smollm2
     memory = fast.compress(TEXT)[0]
     assert len(memory.span_lengths) > 1
@@ -101,7 +101,7 @@ def test_pretrained_inference_flow(smollm2):
     assert len(produced) > 2
 
 
-def test_fine_tuned_inference_flow(smollm2):
+def test_the_fine_tuned_inference_script_answers_like_icae_fast(smollm2):
     model, fast = smollm2
     prompt = "Who kept the light?"
     before, after = fast.prompt_ids("x")
@@ -114,7 +114,7 @@ def test_fine_tuned_inference_flow(smollm2):
     assert len(produced) > 2
 
 
-def test_ids_and_sizes(tiny):
+def test_ids_and_sizes_equal_the_references(tiny):
     model, s = tiny("--train", False), golden.SETTINGS
     assert (model.vocab_size, model.pad_token_id, model.vocab_size_with_mem) == (97, s["pad_token_id"], 105)
     assert (model.ae_token_id, model.lm_token_id, model.ft_token_id) == (
@@ -131,7 +131,7 @@ def test_ids_and_sizes(tiny):
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-def test_golden_cases(tiny, name):
+def test_slots_logits_and_loss_of_the_golden_cases(tiny, name):
     model, case = tiny("--train", False), golden.case(name)
     torch.testing.assert_close(model._compress(case["input_ids"]), case["slots"], rtol=1e-5, atol=1e-5)
     out = model(case["input_ids"], case["prompt_answer_ids"], case["labels"])
@@ -140,8 +140,8 @@ def test_golden_cases(tiny, name):
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-def test_the_reference_forward_written_over_the_callable(tiny, name):
-    """The reference's own encoder and decoder loops, which a subclass of its `ICAE` may hold, work as they are."""
+def test_the_references_forward_loop_runs_on_the_callable(tiny, name):
+    """The reference's encoder and decoder loops work unchanged; a subclass of its `ICAE` may contain them."""
     model, case = tiny("--train", False), golden.case(name)
     ids, prompt = case["input_ids"], case["prompt_answer_ids"]
     n = model.compute_num_segments(ids.size(1))
@@ -159,7 +159,7 @@ def test_the_reference_forward_written_over_the_callable(tiny, name):
     torch.testing.assert_close(logits, case["logits"], rtol=1e-5, atol=1e-5)
 
 
-def test_callable_with_padded_rows(tiny):
+def test_the_callable_takes_padded_rows(tiny):
     model = tiny("--train", False)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
     ids = torch.arange(5, 23).reshape(3, 6)
@@ -173,7 +173,7 @@ def test_callable_with_padded_rows(tiny):
     assert not torch.allclose(plain, model.icae(input_ids=ids).logits)
 
 
-def test_a_padded_batch(tiny):
+def test_the_loss_of_a_padded_batch_is_the_mean_over_all_labels(tiny):
     model = tiny()
     cases = [golden.case(name) for name in golden.CASES]
     batch = (
@@ -186,7 +186,7 @@ def test_a_padded_batch(tiny):
     torch.testing.assert_close(model(*batch)["loss"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_compress_a_padded_batch(tiny):
+def test_compressing_a_padded_batch_equals_single_rows(tiny):
     model = tiny("--train", False)
     rows = [golden.case("exact")["input_ids"][:, :n] for n in (32, 7, 20)]
     slots = model._compress(pad(rows, model.pad_token_id))
@@ -209,7 +209,7 @@ def train(tiny, *arguments):
     torch.manual_seed(0)
     model = tiny("--max_steps", 8, "--learning_rate", 1e-2, "--per_device_train_batch_size", 4, "--save_steps", 4,
                  "--logging_steps", 1, "--lr_scheduler_type", "constant", *arguments, untrained=True)  # fmt: skip
-    model.training_args.gradient_checkpointing_kwargs = {"use_reentrant": False}  # as the scripts set it
+    model.training_args.gradient_checkpointing_kwargs = {"use_reentrant": False}  # as in the scripts
     data, collator = training_data(model), reference_flow.PaddingCollator(model.pad_token_id)
     return model, *reference_flow.train_model(model, data, data, model.training_args, collator)
 
@@ -237,7 +237,7 @@ def test_training_saves_resumes_and_evaluates(tiny, tmp_path):
     assert not torch.equal(tiny(untrained=True).memory_token_embed.weight, tuned.memory_token_embed.weight)
 
 
-def test_training_in_bf16_and_one_row_at_a_time(tiny):
+def test_training_in_bf16_with_one_row_per_step(tiny):
     model, trainer, _ = train(tiny, "--bf16", "--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 1)
     assert model.core.dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -245,7 +245,7 @@ def test_training_in_bf16_and_one_row_at_a_time(tiny):
     assert all(0 < loss < 20 for loss in losses)
 
 
-def test_only_the_adapter_learns(tiny):
+def test_only_the_adapter_gets_gradients(tiny):
     model, case = tiny(), golden.case("short")
     model(case["input_ids"], case["prompt_answer_ids"], case["labels"])["loss"].backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
@@ -254,7 +254,7 @@ def test_only_the_adapter_learns(tiny):
     }
 
 
-def test_a_state_dict_nested_in_another_module(tiny):
+def test_a_state_dict_loads_inside_a_parent_module(tiny):
     source, target = torch.nn.ModuleDict({"m": tiny()}), torch.nn.ModuleDict({"m": tiny(untrained=True)})
     state = source.state_dict()
     assert set(state) == {f"m.{key}" for key in load_file(golden.reference_checkpoint_path())}
@@ -265,8 +265,8 @@ def test_a_state_dict_nested_in_another_module(tiny):
         target.load_state_dict(state | {"m.extra": torch.zeros(1)})
 
 
-def test_a_whole_model_state_dict(tiny):
-    """The reference's trainer saves the base model along, twice, with the tokens it adds."""
+def test_base_weights_in_a_state_dict_are_compared_and_not_loaded(tiny):
+    """The reference's trainer also saves the base model, twice, with embeddings of the added tokens."""
     model, adapter = tiny(untrained=True), load_file(golden.reference_checkpoint_path())
     base = {k: v.clone() for k, v in model.decoder.state_dict().items()}
     whole = {f"decoder.{k}": v for k, v in base.items()} | adapter
@@ -282,7 +282,7 @@ def test_a_whole_model_state_dict(tiny):
         model.load_state_dict(whole, strict=False)
 
 
-def test_incomplete_and_foreign_state_dicts(tiny):
+def test_incomplete_and_foreign_state_dicts_are_refused(tiny):
     model, adapter = tiny(untrained=True), load_file(golden.reference_checkpoint_path())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     no_lora = {k: v for k, v in adapter.items() if ".layers.1." not in k}
@@ -319,13 +319,13 @@ def test_incomplete_and_foreign_state_dicts(tiny):
         {"init_lora_weights": "gaussian"},
     ],
 )
-def test_other_adapters_are_refused(tiny_folder, options):
+def test_unsupported_lora_options_are_refused(tiny_folder, options):
     model_args, _, training_args = reference_flow.parse(["--model_name_or_path", tiny_folder])
     with pytest.raises(ConfigError, match=next(iter(options))):
         ICAE(model_args, training_args, LoraConfig(r=8, task_type="CAUSAL_LM", **options))
 
 
-def test_a_lora_config_need_not_be_pefts(tiny_folder):
+def test_any_object_with_the_lora_fields_is_a_lora_config(tiny_folder):
     model_args, _, training_args = reference_flow.parse(["--model_name_or_path", tiny_folder, "--fixed_mem_size", 8])
     lora = SimpleNamespace(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["v_proj", "q_proj"], bias="none")
     config = ICAE(model_args, training_args, lora).core.config
@@ -334,7 +334,7 @@ def test_a_lora_config_need_not_be_pefts(tiny_folder):
         ICAE(model_args, training_args, SimpleNamespace(**(vars(lora) | {"bias": "all"})))
 
 
-def test_the_encoder_takes_no_cache(tiny):
+def test_the_encoder_refuses_a_cache_and_other_unsupported_input(tiny):
     model = tiny("--train", False)
     embeddings = model.tokens_to_embeddings(torch.tensor([[5, 6, 7]]))
     with model.icae.disable_adapter():
@@ -344,13 +344,13 @@ def test_the_encoder_takes_no_cache(tiny):
             model.icae(inputs_embeds=embeddings, **options)
     with pytest.raises(InvalidInputError, match="output_attentions"):
         model.icae(inputs_embeds=embeddings, output_attentions=True)
-    with pytest.raises(InvalidInputError, match="give one of"):
+    with pytest.raises(InvalidInputError, match="pass either input_ids or inputs_embeds"):
         model.icae()
-    with pytest.raises(InvalidInputError, match="at least one"):
+    with pytest.raises(InvalidInputError, match="at least one token"):
         model.compute_num_segments(0)
 
 
-def test_the_adapter_comes_back_after_an_error(tiny):
+def test_the_adapter_is_enabled_again_after_an_error(tiny):
     model = tiny("--train", False)
     with pytest.raises(KeyError), model.icae.disable_adapter(), model.icae.disable_adapter():
         raise KeyError

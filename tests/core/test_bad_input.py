@@ -1,4 +1,4 @@
-"""Every mistake has its own error, and the message says what to do. Files are in `test_checkpoints.py`."""
+"""Every kind of bad input raises its own error, whose message says what to do; `test_checkpoints.py` covers files."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_every_error_is_an_icae_error_and_a_builtin(error, base):
     assert issubclass(error, base)
 
 
-# (context, what the message must say)
+# (context, pattern of the message)
 BAD_CONTEXTS = {
     "no contexts": ([], "the list is empty; give at least one text"),
     "an empty context": ([[5, 6], []], "context 1 is empty; give at least one token"),
@@ -73,7 +73,7 @@ BAD_CONTEXTS = {
 
 
 @pytest.mark.parametrize(("context", "message"), BAD_CONTEXTS.values(), ids=BAD_CONTEXTS)
-def test_bad_contexts(tiny_icae, context, message):
+def test_bad_contexts_are_refused(tiny_icae, context, message):
     with pytest.raises(Invalid, match=message):
         tiny_icae.compress(context)
 
@@ -85,12 +85,12 @@ def test_bad_contexts(tiny_icae, context, message):
         ([[5], [97]], "the prompt holds the id 97"), ([0.5], "the prompt is neither text nor"), ("", "is empty"),
     ],
 )  # fmt: skip
-def test_bad_prompts(tiny_icae, memory, prompts, message):
+def test_bad_prompts_are_refused(tiny_icae, memory, prompts, message):
     with pytest.raises(Invalid, match=message):
         tiny_icae.generate(memory, prompts, 3, return_ids=True)
 
 
-def test_empty_text_with_a_tokenizer_that_adds_a_token(make_icae, make_tokenizer):
+def test_empty_text_is_refused_even_if_the_tokenizer_adds_a_token(make_icae, make_tokenizer):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -103,12 +103,12 @@ def test_empty_text_with_a_tokenizer_that_adds_a_token(make_icae, make_tokenizer
 
 
 @pytest.mark.parametrize("budget", [0, -5])
-def test_a_token_budget_of_nothing(tiny_icae, budget):
+def test_a_token_budget_below_1_is_refused(tiny_icae, budget):
     with pytest.raises(Invalid, match=f"token_budget is {budget}; give at least 1"):
         tiny_icae.compress([5], token_budget=budget)
 
 
-def test_text_without_a_tokenizer(tiny_icae, memory):
+def test_text_without_a_tokenizer_is_refused(tiny_icae, memory):
     for call in (
         lambda: tiny_icae.compress("a text"),
         lambda: tiny_icae.extend(memory, "more"),
@@ -122,24 +122,24 @@ def test_text_without_a_tokenizer(tiny_icae, memory):
 
 
 @pytest.mark.parametrize("size", [97, 90, 10])
-def test_a_tokenizer_of_another_size(make_icae, make_tokenizer, size):
+def test_a_tokenizer_of_another_size_is_refused(make_icae, make_tokenizer, size):
     with pytest.raises(errors.TokenizerMismatchError, match=f"has {size} tokens and the base model 96 embeddings"):
         make_icae(tokenizer=make_tokenizer(size))
 
 
 class TestTooLong:
-    def test_slots_over_the_positions(self, tiny_icae, random_ids):
+    def test_slots_that_exceed_the_positions_are_refused(self, tiny_icae, random_ids):
         assert tiny_icae.compress(random_ids(63 * 16))[0].n_slots == 252
         with pytest.raises(TooLong, match=r"1009 tokens, whose 256 slots do not fit .* 256 positions; .* in parts"):
             tiny_icae.compress([[5], random_ids(63 * 16 + 1)])
 
-    def test_extending_over_the_positions(self, tiny_icae, random_ids):
+    def test_an_extension_that_exceeds_the_positions_is_refused(self, tiny_icae, random_ids):
         long = tiny_icae.compress(random_ids(60 * 16))[0]
         assert tiny_icae.extend(long, random_ids(3 * 16)).n_slots == 252
         with pytest.raises(TooLong, match=r"240 slots and 16 more do not fit .* keep the extension as a memory of its"):
             tiny_icae.extend(long, random_ids(3 * 16 + 1))
 
-    def test_answers_over_the_positions(self, tiny_icae, memory):
+    def test_answers_that_exceed_the_positions_are_refused(self, tiny_icae, memory):
         assert memory.n_slots == 8
         tiny_icae.generate(memory, [[5] * 200, [5]], 256 - 209, return_ids=True)
         with pytest.raises(TooLong, match=r"take 209 positions and max_new_tokens=48 more.*256; ask for fewer tokens"):
@@ -147,18 +147,18 @@ class TestTooLong:
         with pytest.raises(TooLong, match="ask for fewer tokens"):
             tiny_icae.restore(memory, max_new_tokens=248, return_ids=True)
 
-    def test_more_positions_on_request(self, make_icae, random_ids):
+    def test_max_positions_can_be_raised(self, make_icae, random_ids):
         icae = make_icae()
         icae.max_positions = 512
         memory = icae.compress(random_ids(65 * 16))[0]
         assert len(icae.generate(memory, [5], 2, min_new_tokens=2, return_ids=True)[0]) == 2
 
-    def test_a_training_row_over_the_positions(self, tiny_icae, random_ids):
+    def test_a_training_row_that_exceeds_the_positions_is_refused(self, tiny_icae, random_ids):
         row = torch.cat((torch.arange(97, 101), random_ids(253)))
         with pytest.raises(TooLong, match="takes 257 positions, but the base model has 256; shorten it"):
             tiny_icae([random_ids(5)], [row])
 
-    def test_a_span_over_the_positions(self, make_base):
+    def test_a_span_size_that_exceeds_the_positions_is_refused(self, make_base):
         with pytest.raises(errors.ConfigError, match=r"512 context and 128 memory tokens.*256 positions; lower"):
             ICAE.from_base(make_base())
 
@@ -167,7 +167,7 @@ class TestTooLong:
         [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
          RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: ... 99 bytes")],
     )  # fmt: skip
-    def test_memory_runs_out(self, tiny_icae, random_ids, monkeypatch, error):
+    def test_running_out_of_memory_raises_context_too_long(self, tiny_icae, random_ids, monkeypatch, error):
         def fail(*args):
             raise error
 
@@ -195,7 +195,7 @@ class TestNaN:
          ("base_model.model.layers.2.mlp.up_proj.weight", NAN),
          ("adapter.layers.2.v_B", NAN), ("memory_token_embed.weight", float("inf"))],
     )  # fmt: skip
-    def test_in_compress_the_weight_is_named(self, make_icae, random_ids, weight, value):
+    def test_compress_names_the_weight_that_is_not_finite(self, make_icae, random_ids, weight, value):
         icae = make_icae()
         with torch.no_grad():
             icae.get_parameter(weight).view(-1)[3] = value
@@ -209,7 +209,7 @@ class TestNaN:
         ["base_model.model.layers.1.self_attn.q_proj.weight",
          "base_model.model.norm.weight", "base_model.lm_head.weight"],
     )  # fmt: skip
-    def test_in_generate_the_weight_is_named(self, make_icae, random_ids, weight):
+    def test_generate_names_the_weight_that_is_not_finite(self, make_icae, random_ids, weight):
         icae = make_icae()
         memory = icae.compress(random_ids(30))[0]
         with torch.no_grad():
@@ -217,21 +217,21 @@ class TestNaN:
         with pytest.raises(errors.NonFiniteError, match=f"the logits .*the weight {weight} does"):
             icae.generate(memory, [[5], [6]], 3, return_ids=True)
 
-    def test_an_overflow_is_told_from_a_bad_weight(self, make_icae, random_ids):
+    def test_an_overflow_is_distinguished_from_a_bad_weight(self, make_icae, random_ids):
         icae = make_icae()
         with torch.no_grad():
             icae.base_model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
         with pytest.raises(errors.NonFiniteError, match="although all weights are finite; use bfloat16 or float32"):
             icae.compress(random_ids(30))
 
-    def test_in_a_memory(self, tiny_icae, memory):
+    def test_a_memory_with_nan_slots_is_refused(self, tiny_icae, memory):
         bad = Memory(memory.slots.clone().fill_(NAN), memory.n_source_tokens, memory.span_lengths)
         with pytest.raises(errors.NonFiniteError, match="compress the context again"):
             tiny_icae.restore(bad, return_ids=True)
 
 
 class TestMemories:
-    def test_of_another_model(self, tiny_icae, make_icae, make_base, random_ids):
+    def test_a_memory_of_another_model_is_refused(self, tiny_icae, make_icae, make_base, random_ids):
         others = (make_icae(memory_size=8), make_icae(base=make_base(hidden_size=64)))
         for other in others:
             memory = other.compress(random_ids(20))[0]
@@ -243,19 +243,19 @@ class TestMemories:
                 with pytest.raises(Invalid, match="use the model that made the memory"):
                     call()
 
-    def test_no_memory_but_something_else(self, tiny_icae, memory):
+    def test_anything_but_a_memory_is_refused(self, tiny_icae, memory):
         for wrong in (memory.slots, None, "text", [[memory]], [memory, memory.slots]):
             for call in (
                 lambda m=wrong: tiny_icae.generate(m, [5], return_ids=True),
                 lambda m=wrong: tiny_icae.restore(m, return_ids=True),
                 lambda m=wrong: tiny_icae.extend(m, [5]),
             ):
-                with pytest.raises(Invalid, match=r"expected one Memory and got .*; compress gives a list of them"):
+                with pytest.raises(Invalid, match=r"expected one Memory and got .*; compress returns a list of them"):
                     call()
         with pytest.raises(Invalid, match="expected one Memory and got list"):
             tiny_icae.extend([memory], [5])
 
-    def test_a_failed_extension_leaves_the_memory_alone(self, tiny_icae, memory):
+    def test_a_failed_extension_leaves_the_memory_unchanged(self, tiny_icae, memory):
         before = memory.slots.clone()
         with pytest.raises(Invalid, match="the extension holds the id 96"):
             tiny_icae.extend(memory, [5, 96])
@@ -264,15 +264,15 @@ class TestMemories:
 
 class TestGenerationArguments:
     @pytest.mark.parametrize(("low", "high"), [(4, 3), (-1, 3), (0, -1), (0, 2.5), (0, None), (True, 3)])
-    def test_numbers_of_tokens(self, tiny_icae, memory, low, high):
+    def test_bad_numbers_of_new_tokens_are_refused(self, tiny_icae, memory, low, high):
         with pytest.raises(Invalid, match=f"min_new_tokens={low} and max_new_tokens={high}: give 0 <= min <= max"):
             tiny_icae.generate(memory, [5], high, min_new_tokens=low, return_ids=True)
 
-    def test_a_minimum_that_is_no_number(self, tiny_icae, memory):
+    def test_a_minimum_that_is_not_a_number_is_refused(self, tiny_icae, memory):
         with pytest.raises(Invalid, match=r"min_new_tokens=few and max_new_tokens=36: .* whole numbers"):
             tiny_icae.restore(memory, min_new_tokens="few", return_ids=True)
 
-    def test_a_streamer_for_several_prompts(self, tiny_icae, memory, streamer):
+    def test_a_streamer_for_several_prompts_is_refused(self, tiny_icae, memory, streamer):
         with pytest.raises(Invalid, match="there are 2 prompts; pass one prompt"):
             tiny_icae.generate(memory, [[5], [6]], 3, return_ids=True, streamer=streamer)
         assert (streamer.ids, streamer.ended) == ([], 0)
@@ -302,9 +302,9 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_training_rows(tiny_icae, changes, message):
+def test_bad_training_rows_are_refused(tiny_icae, changes, message):
     rows = [changes.get(i, good) for i, good in enumerate(GOOD)]
-    rows = rows[:2] if 1 in changes else rows  # labels fit the good prompt
+    rows = rows[:2] if 1 in changes else rows  # the labels only fit the unchanged prompt
     tensors = [[torch.tensor(r, dtype=torch.int64) for r in row] for row in rows]
     with pytest.raises(Invalid, match=message):
         tiny_icae(*tensors)
@@ -312,7 +312,7 @@ def test_bad_training_rows(tiny_icae, changes, message):
 
 @pytest.mark.parametrize("argument", [0, 1, 2])
 @pytest.mark.parametrize("bad", [[], [[5, 6]], [torch.ones(3)], torch.ones(3, dtype=torch.int64), [None], 5, "text"])
-def test_training_rows_of_a_wrong_type(tiny_icae, argument, bad):
+def test_training_rows_of_a_wrong_type_are_refused(tiny_icae, argument, bad):
     rows = [[torch.tensor(r) for r in row] for row in GOOD]
     assert torch.isfinite(tiny_icae(*rows)["loss"])
     rows[argument] = bad
@@ -320,7 +320,7 @@ def test_training_rows_of_a_wrong_type(tiny_icae, argument, bad):
         tiny_icae(*rows)
 
 
-def test_a_weight_that_asks_for_a_gradient(make_icae, random_ids):
+def test_a_base_weight_that_requires_a_gradient_is_refused(make_icae, random_ids):
     icae = make_icae()
     icae.base_model.model.layers[1].self_attn.q_proj.weight.requires_grad_()
     with pytest.raises(errors.BackendError, match=r"freeze the base model with requires_grad_\(False\)"):
@@ -332,8 +332,8 @@ def run_python(code, **variables):
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
-def test_icae_fast_require_nonsense():
-    result = run_python("import icae_fast", ICAE_FAST_REQUIRE="nonsense")
+def test_an_unknown_value_of_icae_fast_require_is_refused():
+    result = run_python("import icae_fast.ops", ICAE_FAST_REQUIRE="nonsense")
     assert result.returncode != 0
     assert (
         "BackendError: ICAE_FAST_REQUIRE is 'nonsense'; it may be empty, 'cpp', 'triton' or 'reference'"
@@ -341,7 +341,7 @@ def test_icae_fast_require_nonsense():
     )
 
 
-def test_a_missing_build_is_never_silent():
+def test_missing_cpp_kernels_cause_a_warning_or_an_error():
     hide = "import sys; sys.modules['icae_fast._C'] = None; from icae_fast.ops import backend_of; "
     hide += "print(backend_of('varlen_attention'))"
     warned = run_python(hide, ICAE_FAST_REQUIRE="")
@@ -353,7 +353,7 @@ def test_a_missing_build_is_never_silent():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
-def test_a_dtype_that_no_kernel_takes(make_base, dtype):
+def test_a_dtype_without_kernels_is_refused(make_base, dtype):
     base, config = make_base().to(dtype), ICAEConfig(memory_size=4)
     if dtype in REGISTRY["lora_qkv_rope"].dtypes[backend_of("lora_qkv_rope")]:
         assert ICAE.from_base(base, config).dtype == dtype

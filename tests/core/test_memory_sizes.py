@@ -1,4 +1,4 @@
-"""The first k' of k memory tokens: the same slots by `encode` and by a smaller ICAE, which is one in all respects."""
+"""Compression with the first k' of k memory tokens, by `encode(memory_size=)` and by `with_memory_size`."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from icae_fast.training.methods.objectives import autoencoding_sample, collate, 
 
 @pytest.fixture(scope="module", params=["append", "spread"])
 def icae(request, make_icae):
-    """k = 4, rate 4, so 16 tokens a span; dropout is on in training mode."""
+    """An ICAE with k = 4 and rate 4, so spans of 16 tokens; dropout is active in training mode."""
     return make_icae(memory_positions=request.param, slot_scale="embedding_norm", lora_dropout=0.3)
 
 
 @pytest.mark.parametrize("memory_size", [1, 2, 4])
-def test_a_smaller_icae_gives_the_slots_of_encode(icae, random_ids, memory_size):
+def test_a_smaller_icae_has_the_slots_of_encode(icae, random_ids, memory_size):
     contexts = [random_ids(n, seed=n) for n in (1, 3, 16, 17, 50)]
     with torch.no_grad():
         expected = icae.encode(contexts, memory_size=memory_size)
@@ -30,8 +30,8 @@ def test_a_smaller_icae_gives_the_slots_of_encode(icae, random_ids, memory_size)
     assert all(memory.span_lengths == other.span_lengths for memory, other in zip(memories, full, strict=True))
 
 
-def test_causal_attention_gives_a_prefix_where_positions_allow(make_icae, random_ids):
-    """With `append` the first k' memory tokens see the same in a row of k' as in one of k; with `spread` they move."""
+def test_fewer_slots_are_a_prefix_of_all_slots_with_append_positions(make_icae, random_ids):
+    """With `append`, later memory tokens do not affect the first k'; with `spread`, k' changes all positions."""
     same = {}
     for positions in ("append", "spread"):
         icae, ids = make_icae(memory_positions=positions), random_ids(16)
@@ -41,7 +41,7 @@ def test_causal_attention_gives_a_prefix_where_positions_allow(make_icae, random
     assert same == {"append": True, "spread": False}
 
 
-def test_positions_spread_over_fewer_tokens(icae):
+def test_positions_of_fewer_memory_tokens(icae):
     spread = [7, 15] if icae.config.memory_positions == "spread" else [16, 17]
     assert memory_positions(16, icae.config, 2).tolist() == spread
     rows = pack_spans([16, 3], icae.config, 2)
@@ -58,11 +58,11 @@ def test_a_smaller_icae_is_saved_and_loaded(icae, random_ids, tmp_path):
     assert loaded.config == smaller.config
     assert loaded.adapter_hash() == smaller.adapter_hash() != icae.adapter_hash()
     torch.testing.assert_close(loaded.compress(ids)[0].slots, smaller.compress(ids)[0].slots, rtol=1e-5, atol=1e-5)
-    smaller.max_positions = 3  # nor do later settings of one reach the other
+    smaller.max_positions = 3  # settings of one do not affect the other
     assert icae.max_positions == 256
 
 
-def test_special_tokens_move_with_k(icae):
+def test_special_ids_depend_on_k_and_keep_their_embeddings(icae):
     smaller = icae.with_memory_size(2)
     for name in ("ae", "lm", "ft"):
         ids = [torch.tensor([getattr(model.vocabulary, name)]) for model in (icae, smaller)]
@@ -70,7 +70,7 @@ def test_special_tokens_move_with_k(icae):
         assert ids[0] - ids[1] == 2
 
 
-def test_weights_are_shared_but_for_memory_tokens(icae, random_ids):
+def test_a_smaller_icae_shares_all_weights_except_memory_tokens(icae, random_ids):
     smaller = icae.with_memory_size(2)
     assert smaller.base_model is icae.base_model
     shared = {id(p) for p in icae.parameters()}
@@ -90,7 +90,7 @@ def test_weights_are_shared_but_for_memory_tokens(icae, random_ids):
         smaller.restore(full, return_ids=True)
 
 
-def test_making_one_moves_no_random_generator(icae):
+def test_with_memory_size_leaves_the_random_generator_unchanged(icae):
     before = torch.get_rng_state()
     icae.with_memory_size(2)
     assert torch.equal(torch.get_rng_state(), before)
@@ -100,15 +100,15 @@ def test_making_one_moves_no_random_generator(icae):
     ("memory_size", "told"),
     [(0, "must be 1 to 4"), (5, "must be 1 to 4"), (3, "cannot be shared by 3"), (True, "True"), (2.0, "2.0")],
 )
-def test_other_sizes_are_refused(tiny_icae, random_ids, memory_size, told):
+def test_bad_memory_sizes_are_refused(tiny_icae, random_ids, memory_size, told):
     with pytest.raises(ConfigError, match=told):
         tiny_icae.with_memory_size(memory_size)
-    if memory_size != 3:  # which encodes, but makes no whole compression rate
+    if memory_size != 3:  # `encode` accepts 3; only the compression rate would not be an integer
         with pytest.raises(InvalidInputError, match="from 1 to 4"):
             tiny_icae.encode([random_ids(9)], memory_size=memory_size)
 
 
-def test_gradients_reach_the_first_memory_tokens_alone(icae, random_ids):
+def test_gradients_reach_only_the_first_memory_tokens(icae, random_ids):
     slots = icae.encode([random_ids(20)], memory_size=2)[0]
     grad, *factors = torch.autograd.grad(slots.sum(), [icae.memory_token_embed.weight, *icae.adapter.parameters()])
     assert (grad[:2] != 0).any(dim=1).all()
@@ -116,7 +116,7 @@ def test_gradients_reach_the_first_memory_tokens_alone(icae, random_ids):
     assert all((f != 0).any() for f in factors)
 
 
-def test_samples_of_fewer_slots():
+def test_training_samples_can_have_fewer_slots():
     icae = ICAE.from_reference_checkpoint(golden.reference_checkpoint_path(), golden.load_base())
     context = golden.case("three_spans")["input_ids"][0].tolist()
     smaller, k = icae.with_memory_size(2), icae.config.memory_size

@@ -1,4 +1,4 @@
-"""Cutting, placing and packing: the reference's rules by brute force, over many sizes."""
+"""Spans, memory positions and packing, compared with a direct form of the reference's rules over many sizes."""
 
 import math
 
@@ -20,7 +20,7 @@ SIZES = st.builds(
 
 
 def reference_segments(length, config):
-    """`_compress` of the reference: segment_length = ceil(total / num_segments), sliced until nothing is left."""
+    """Return the span lengths of the reference's `_compress`: slices of ceil(total / num_segments) tokens."""
     n = math.ceil(length / (config.memory_size * config.compression_rate))
     step = math.ceil(length / n)
     pieces = [range(length)[i * step : (i + 1) * step] for i in range(n)]
@@ -28,7 +28,7 @@ def reference_segments(length, config):
 
 
 @given(st.integers(1, 5000), SIZES)
-def test_spans_cover_the_context_by_the_reference_rule(length, config):
+def test_span_lengths_follow_the_references_rule(length, config):
     lengths = span_lengths(length, config)
     assert lengths == reference_segments(length, config)
     assert sum(lengths) == length
@@ -39,12 +39,12 @@ def test_spans_cover_the_context_by_the_reference_rule(length, config):
 
 
 @given(st.integers(1, 5000), SIZES)
-def test_there_are_as_many_spans_as_the_reference_counts(length, config):
+def test_the_number_of_spans_follows_the_references_rule(length, config):
     n = math.ceil(length / config.max_span_tokens)
     assert len(span_lengths(length, config)) == count_spans(length, config) == n
 
 
-def test_span_lengths_by_hand():
+def test_span_lengths_of_a_few_contexts():
     config = ICAEConfig(memory_size=4, compression_rate=4)
     assert span_lengths(0, config) == []
     assert span_lengths(1, config) == [1]
@@ -55,7 +55,7 @@ def test_span_lengths_by_hand():
 
 
 @given(st.integers(1, 600), SIZES)
-def test_memory_positions(length, config):
+def test_memory_positions_follow_their_formula(length, config):
     k = config.memory_size
     if config.memory_positions == "append":
         expected = [length + i for i in range(k)]
@@ -73,12 +73,12 @@ def test_micro_batches_keep_order_and_budget(costs, budget):
     assert [i for batch in batches for i in batch] == list(range(len(costs)))
     sums = [sum(costs[i] for i in batch) for batch in batches]
     assert all(total <= budget or len(batch) == 1 for total, batch in zip(sums, batches, strict=True))
-    # Greedy: the first of the next batch would not have fitted.
+    # Packing is greedy: the first item of the next batch would have exceeded the budget.
     assert all(total + costs[following[0]] > budget for total, following in zip(sums, batches[1:], strict=False))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), SIZES)
-def test_pack_spans_layout(lengths, config):
+def test_layout_of_packed_spans(lengths, config):
     k, rows = config.memory_size, pack_spans(lengths, config)
     positions, cu, wanted, start = [], [0], [], 0
     for n in lengths:
@@ -102,5 +102,5 @@ def test_packed_rows_move_between_devices():
 
 
 @pytest.mark.parametrize(("lengths", "expected"), [([], [0]), ([3], [0, 3]), ([2, 5, 1], [0, 2, 7, 8])])
-def test_cumulative(lengths, expected):
+def test_cumulative_starts_at_0_and_ends_at_the_sum(lengths, expected):
     assert cumulative(lengths).tolist() == expected

@@ -1,4 +1,4 @@
-"""Sampled answers and streams of them, over a tokenizer with half characters: all ways to read an answer agree."""
+"""Sampled answers and their streams, with a tokenizer that splits characters: every way to read an answer agrees."""
 
 import copy
 import inspect
@@ -22,7 +22,7 @@ SAMPLED = {"do_sample": True, "seed": 20, "temperature": 2.0, "max_new_tokens": 
 
 @pytest.fixture(scope="module")
 def icae(make_icae, make_base, byte_tokenizer):
-    """A model that has never learned UTF-8: half of what it writes is no character."""
+    """A random model with byte tokens, which often writes invalid UTF-8."""
     icae = make_icae(base=make_base(vocab_size=320), tokenizer=byte_tokenizer)
     icae.base_model.generation_config.eos_token_id = []
     return icae
@@ -35,7 +35,7 @@ def memory(icae):
 
 @pytest.fixture(scope="module")
 def free(icae, memory):
-    """Answers that nothing ends."""
+    """Answers that run to their length limit."""
     answers = icae.answer(memory, PROMPTS, **SAMPLED)
     assert all(a.finish_reason == "length" and len(a.ids) == 30 for a in answers)
     assert any(HALF in a.text for a in answers)
@@ -52,14 +52,14 @@ def test_answers_have_ids_text_and_reason(icae, memory, free):
     assert icae.generate(memory, PROMPTS, **SAMPLED) == [a.text for a in free]
     assert icae.generate(memory, PROMPTS, return_ids=True, **SAMPLED) == [a.ids for a in free]
     eos = free[0].ids[12]
-    assert eos > 2  # so that it has text
+    assert eos > 2  # not a special token, so it has text
     ended = icae.answer(memory, PROMPTS, eos_token_id=[eos], **SAMPLED)[0]
     n = free[0].ids.index(eos) + 1
     assert ended == Answer(free[0].ids[:n], decode(icae, free[0].ids[: n - 1]), "eos")
     assert icae.answer(memory, PROMPTS[0], max_new_tokens=0) == [Answer([], "", "length")]
 
 
-def test_without_a_tokenizer_there_are_ids(make_icae, random_ids):
+def test_without_a_tokenizer_answers_have_ids_and_no_text(make_icae, random_ids):
     icae = make_icae()
     memory = icae.compress(random_ids(20))[0]
     answer = icae.answer(memory, [5, 6], 4)[0]
@@ -70,7 +70,7 @@ def test_without_a_tokenizer_there_are_ids(make_icae, random_ids):
             call()
 
 
-def test_a_row_is_sampled_alone_as_in_a_batch(icae, memory, free):
+def test_a_row_samples_the_same_by_itself_and_in_a_batch(icae, memory, free):
     for i, prompt in enumerate(PROMPTS):
         alone = icae.answer(memory, prompt, **SAMPLED | {"seed": 20 + i})
         assert alone == icae.answer(memory, [prompt], **SAMPLED | {"seed": [20 + i]}) == [free[i]]
@@ -83,7 +83,7 @@ def test_a_row_is_sampled_alone_as_in_a_batch(icae, memory, free):
         assert rows == [a.ids[: a.ids.index(eos) + 1] if eos in a.ids else a.ids for a in free]
 
 
-def test_streaming_gives_what_generate_gives(icae, memory, free):
+def test_streamed_text_equals_generated_text(icae, memory, free):
     for options in ({}, {"eos_token_id": free[0].ids[5]}, {"stop_strings": [free[1].text[4:6], free[2].text[9:10]]}):
         expected = icae.answer(memory, PROMPTS, **SAMPLED | options)
         pieces = list(icae.stream(memory, PROMPTS, **SAMPLED | options))
@@ -95,7 +95,7 @@ def test_streaming_gives_what_generate_gives(icae, memory, free):
 
 
 def test_the_rows_of_a_stream_advance_together(icae, memory, free):
-    """A row that is cut off early ends in the stream before the others go on."""
+    """A row that a stop string ends reports its end before the stream of the other row is over."""
     stop = next(c for c in free[1].text if c not in free[0].text)
     pieces = list(icae.stream(memory, PROMPTS[:2], stop_strings=stop, **SAMPLED))
     assert {p.row for p in pieces[:4]} == {0, 1}
@@ -103,7 +103,7 @@ def test_the_rows_of_a_stream_advance_together(icae, memory, free):
     assert {p.row for p in pieces[end + 1 :]} == {0}
 
 
-def test_a_stream_is_checked_at_once_and_computes_as_it_is_read(icae, memory, monkeypatch):
+def test_a_stream_checks_its_arguments_at_once_and_computes_lazily(icae, memory, monkeypatch):
     steps, step = [], DecodeSession.step
     monkeypatch.setattr(DecodeSession, "step", lambda self, ids: steps.append(len(ids)) or step(self, ids))
     with pytest.raises(InvalidInputError, match="no option stop"):
@@ -139,7 +139,7 @@ def test_a_stop_string_may_not_be_a_special_token(icae, memory):
         icae.generate(memory, PROMPTS, stop_strings=["a</s>"])
 
 
-def test_an_added_special_token_is_no_stop_string_either(byte_tokenizer):
+def test_added_special_tokens_are_hidden_from_text(byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.add_tokens([AddedToken("<|turn|>", special=True), AddedToken("<seen>", special=False)])
     assert hidden_tokens(tokenizer) == {"<pad>", "<bos>", "</s>", "<|turn|>"}
@@ -147,12 +147,12 @@ def test_an_added_special_token_is_no_stop_string_either(byte_tokenizer):
 
 
 @pytest.mark.parametrize("eos", [320, -1, "</s>", [5, "a"], 1.5])
-def test_an_eos_that_is_no_token(icae, memory, eos):
-    with pytest.raises(InvalidInputError, match=r"eos_token_id is .*; give ids from 0 to 319"):
+def test_an_eos_id_outside_the_vocabulary_is_refused(icae, memory, eos):
+    with pytest.raises(InvalidInputError, match=r"eos_token_id is .*; pass ids from 0 to 319"):
         icae.generate(memory, PROMPTS, eos_token_id=eos)
 
 
-def test_processors_and_criteria_of_transformers(icae, memory, free):
+def test_processors_and_criteria_of_transformers_are_applied(icae, memory, free):
     longest = max(len(icae.tokenizer(p)["input_ids"]) for p in PROMPTS)
     criteria = StoppingCriteriaList([MaxLengthCriteria(longest + 6)])
     answers = icae.answer(memory, PROMPTS, stopping_criteria=criteria, **SAMPLED)
@@ -165,13 +165,13 @@ def test_processors_and_criteria_of_transformers(icae, memory, free):
     assert eos not in held[0][:8]
 
 
-def test_processors_that_leave_nothing(icae, memory):
+def test_processors_that_exclude_every_token_raise(icae, memory):
     nothing = [lambda ids, scores: torch.full_like(scores, float("-inf"))]
     with pytest.raises(NonFiniteError, match="nothing to choose from"):
         icae.generate(memory, PROMPTS, logits_processor=nothing, **SAMPLED)
 
 
-def test_restoring_takes_the_same_options(icae, memory):
+def test_restore_takes_the_same_options_as_generate(icae, memory):
     options = {"do_sample": True, "seed": 3, "max_new_tokens": 12}
     whole = icae.restore(memory, **options)
     assert icae.restore([memory, memory], **options | {"seed": [3, 3]}) == [whole] * 2
@@ -179,7 +179,7 @@ def test_restoring_takes_the_same_options(icae, memory):
     assert icae.restore(memory, stop_strings=stop, **options) == whole[: whole.index(stop)]
 
 
-def test_the_docstring_names_every_option():
+def test_the_docstring_of_writing_names_every_option():
     from icae_fast.generation import writing
     from icae_fast.generation.sampling import GenerationOptions
 
@@ -187,7 +187,7 @@ def test_the_docstring_names_every_option():
         assert f"`{name}`" in writing.__doc__
 
 
-def test_keyword_types_are_the_options():
+def test_generation_kwargs_has_a_key_for_every_option():
     from dataclasses import fields
 
     from icae_fast.generation.sampling import GenerationKwargs, GenerationOptions

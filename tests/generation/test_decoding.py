@@ -1,4 +1,4 @@
-"""Rows that share segments, decoded together, against the Hugging Face model reading each row by itself."""
+"""Joint decoding of rows that share segments, compared with the Hugging Face model on each row by itself."""
 
 import subprocess
 import sys
@@ -17,13 +17,13 @@ from icae_fast.ops import backend_of
 
 @dataclass(frozen=True, eq=False)
 class Piece(KVSegment):
-    """A segment that remembers the embeddings that it was made of."""
+    """A segment that also holds the embeddings it was computed from."""
 
     embeddings: torch.Tensor
 
 
 def make_piece(icae, path, n, seed):
-    """n random embeddings read behind the pieces of `path`."""
+    """Compute the keys and values of n random tokens that follow the pieces of `path`."""
     x = icae.embed(torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(seed)))
     rows = DecoderRows(icae.backbone, [path], [n], icae.dtype, icae.device)
     icae.backbone.forward(x, rows.append([n]), cache=rows)
@@ -31,20 +31,20 @@ def make_piece(icae, path, n, seed):
 
 
 def expected_logits(icae, path, suffix, tokens):
-    """The Hugging Face model's logits for what follows path, suffix and tokens, read from scratch."""
+    """Return the Hugging Face model's next-token logits behind path, suffix and tokens, computed without a cache."""
     x = torch.cat([*(p.embeddings for p in path), suffix, icae.embed(torch.tensor(tokens, dtype=torch.int64))])
     return icae.base_model(inputs_embeds=x[None], use_cache=False).logits[0, -1]
 
 
 @pytest.fixture
 def icae(make_icae, request):
-    """A tiny model, of the kind that the test asks for."""
+    """A tiny model of the kind the test is parametrized with, llama by default."""
     return make_icae(request.node.callspec.params["model_kind"] if hasattr(request.node, "callspec") else "llama")
 
 
 @pytest.fixture
 def tree(icae):
-    """Paths in which rows 0, 2 and 4 share two pieces, row 1 one of them, and row 3 none."""
+    """Paths of five rows: rows 0, 2 and 4 share two pieces, row 1 shares the first of these, and row 3 is empty."""
     template = make_piece(icae, [], 5, 1)
     a = make_piece(icae, [template], 11, 2)
     b = make_piece(icae, [template], 7, 3)
@@ -67,7 +67,7 @@ def check_session(icae, paths, steps=4):
         for place, row in enumerate(rows):
             expected = expected_logits(icae, paths[row], suffixes[row], read[row])
             torch.testing.assert_close(logits[place].float(), expected.float(), rtol=1e-4, atol=1e-4)
-        if step == 2:  # two rows leave, one of them from the middle of those that share
+        if step == 2:  # two rows leave: row 3, and row 0, which shares its pieces with rows that stay
             session.keep([1, 2, 4])
             rows, logits = [rows[i] for i in (1, 2, 4)], logits[[1, 2, 4]]
         tokens = logits.argmax(-1)
@@ -77,12 +77,12 @@ def check_session(icae, paths, steps=4):
             logits = session.step(tokens)
 
 
-def test_steps_equal_reading_from_scratch(icae, tree, model_kind):
+def test_decoding_steps_equal_a_full_forward(icae, tree, model_kind):
     assert (step_weights(icae.backbone) is None) == (model_kind in ("llama-gelu", "smollm3"))
     check_session(icae, tree)
 
 
-def test_a_model_with_hooks_is_read_module_by_module(icae, tree):
+def test_a_model_with_hooks_runs_module_by_module(icae, tree):
     seen = []
     icae.base_model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
     check_session(icae, tree)
@@ -93,14 +93,14 @@ def test_shared_segments_are_found_in_depth_first_order(tree):
     order = tree_order(tree)
     assert sorted(order) == [0, 1, 2, 3, 4]
     shared = SharedSegments.of([tree[r] for r in order])
-    assert len(shared.segments) == len({id(s) for path in tree for s in path})  # each once
+    assert len(shared.segments) == len({id(s) for path in tree for s in path})  # each segment once
     for row, place in enumerate(order):
         read = [s for s, (begin, end) in zip(shared.segments, shared.rows, strict=True) if begin <= row < end]
         assert [id(s) for s in read] == [id(s) for s in tree[place]]
 
 
-def test_threads_that_nobody_set_agree_on_the_work():
-    """In a process that leaves torch's threads alone, OpenMP's workers first ask for their number inside a step."""
+def test_a_step_runs_with_the_default_number_of_threads():
+    """In a process that never sets torch's threads, OpenMP workers first query the thread count inside a step."""
     script = """
 import torch
 from icae_fast.ops.decode_step.spec import _sample
@@ -114,7 +114,7 @@ for _ in range(50):
 
 
 class RepeatedCalls:
-    """In the place of CUDA graphs: a replay calls the function, and its result comes to the same place."""
+    """A stand-in for CUDA graphs: a replay calls the function again and copies the result into the same tensor."""
 
     def __init__(self):
         self.runs = self.captures = self.replays = 0
@@ -135,17 +135,17 @@ class RepeatedCalls:
         return replay, result
 
 
-@pytest.mark.skipif(backend_of("decode_step") == "reference", reason="there is no kernel of the whole step")
-def test_steps_through_a_graph_equal_reading_from_scratch(icae, tree, monkeypatch):
+@pytest.mark.skipif(backend_of("decode_step") == "reference", reason="the decode step has no fused kernel here")
+def test_decoding_steps_through_a_graph_equal_a_full_forward(icae, tree, monkeypatch):
     graphs = []
     monkeypatch.setattr(decoding, "capture_on", lambda device: graphs.append(RepeatedCalls()) or graphs[-1])
     check_session(icae, tree, steps=7)
     (graph,) = graphs
-    assert (graph.runs, graph.captures, graph.replays) == (2, 2, 4)  # two steps before rows leave, four behind
+    assert (graph.runs, graph.captures, graph.replays) == (2, 2, 4)  # two steps before rows leave, four after
 
 
-def test_a_graph_is_made_anew_only_when_rows_leave():
-    """What changes from step to step is read from where it is: a step through a graph waits for no host value."""
+def test_a_graph_is_captured_once_and_then_replayed():
+    """Tokens, positions and lengths are read from device tensors, so a replay needs no value from the host."""
     seen, lengths = [], torch.tensor([4, 2], dtype=torch.int32)
     cos = torch.arange(10.0)[:, None]
 
@@ -155,6 +155,10 @@ def test_a_graph_is_made_anew_only_when_rows_leave():
 
     graph = StepGraph(compute, (cos, -cos), [6, 3], lengths, [1, 0], capture := RepeatedCalls())
     results = [graph.step(torch.tensor([10 + i, 20 + i])) for i in range(3)]
-    assert [r.flatten().tolist() for r in results] == [[10, 20], [11, 21], [12, 22]]  # a later step overwrites none
+    assert [r.flatten().tolist() for r in results] == [
+        [10, 20],
+        [11, 21],
+        [12, 22],
+    ]  # results are not overwritten
     assert seen == [([20 + i, 10 + i], [6.0 + i, 3.0 + i], [5 + i, 3 + i]) for i in range(3)]
     assert (capture.runs, capture.captures, capture.replays) == (1, 1, 2)

@@ -1,4 +1,4 @@
-"""Text from ids that come one at a time: whole characters, as soon as they are certain, and cut at stop strings."""
+"""Incremental detokenization: whole characters, returned as soon as they are final, and cut at stop strings."""
 
 import pytest
 from hypothesis import given
@@ -20,14 +20,14 @@ def pieces_of(text, ids):
 
 
 @given(ids=ANY_IDS)
-def test_pieces_of_any_ids_add_up(byte_tokenizer, ids):
+def test_pieces_of_random_ids_join_to_the_decoded_text(byte_tokenizer, ids):
     assert "".join(pieces_of(IncrementalText(byte_tokenizer), ids)) == decode(byte_tokenizer, ids)
 
 
 @pytest.mark.parametrize("name", ["byte_tokenizer", "fallback_tokenizer"])
 @given(words=st.lists(TEXTS, max_size=4))
-def test_pieces_are_whole_characters_and_come_at_once(request, name, words):
-    """Special tokens between the words give no text and change none."""
+def test_pieces_are_whole_characters_and_come_without_delay(request, name, words):
+    """Put a special token behind each word; it must neither show up nor change other text."""
     tokenizer = request.getfixturevalue(name)
     ids = [i for word in words for i in (*tokenizer(word, add_special_tokens=False)["input_ids"], 2)]
     text, so_far, certain = IncrementalText(tokenizer), "", ""
@@ -36,15 +36,15 @@ def test_pieces_are_whole_characters_and_come_at_once(request, name, words):
         assert HALF not in piece
         so_far += piece
         known = decode(tokenizer, ids[:n]).rstrip(HALF)
-        certain = known if len(known) > len(certain) else certain  # byte fallback takes back what it has decoded
+        certain = known if len(known) > len(certain) else certain  # byte fallback may withdraw text
         assert so_far == certain
     assert text.finish() == ""
     assert so_far == decode(tokenizer, ids)
 
 
 @given(ids=st.lists(st.integers(0, 2) | st.integers(131, 271), max_size=30))
-def test_invalid_bytes_under_byte_fallback_take_nothing_back(fallback_tokenizer, ids):
-    """Among bytes from 0x80 on, words and blanks are all there, and valid text is what the whole row decodes to."""
+def test_invalid_bytes_withdraw_no_text_under_byte_fallback(fallback_tokenizer, ids):
+    """Mix words with bytes from 0x80 on: no word or space is lost, and valid rows equal their decoded text."""
     whole, text = decode(fallback_tokenizer, ids), "".join(pieces_of(IncrementalText(fallback_tokenizer), ids))
     if HALF not in whole:
         assert text == whole
@@ -60,7 +60,10 @@ def test_a_valid_character_stays_when_an_invalid_byte_follows(fallback_tokenizer
 
 
 def cut(tokenizer, ids, stop_strings):
-    """(text, number of tokens or None) by definition: the first beginning of the row that has a stop string."""
+    """Return the text before the first stop string and the number of tokens up to it (None without one).
+
+    This is the definition: it decodes ever longer prefixes of the row until one holds a stop string.
+    """
     for n in range(1, len(ids) + 1):
         text = decode(tokenizer, ids[:n]).rstrip(HALF)
         if places := [text.index(s) for s in stop_strings if s in text]:
@@ -69,7 +72,7 @@ def cut(tokenizer, ids, stop_strings):
 
 
 @given(data=st.data(), ids=ANY_IDS | TEXTS, extra=st.lists(st.text(min_size=1, max_size=3), max_size=2))
-def test_stop_strings_cut_where_they_begin(byte_tokenizer, data, ids, extra):
+def test_text_is_cut_where_the_first_stop_string_begins(byte_tokenizer, data, ids, extra):
     if isinstance(ids, str):
         ids = byte_tokenizer(ids)["input_ids"]
     whole = decode(byte_tokenizer, ids)
@@ -82,7 +85,7 @@ def test_stop_strings_cut_where_they_begin(byte_tokenizer, data, ids, extra):
     text, shown, used = StoppableText(byte_tokenizer, stops), "", None
     for n, token in enumerate(ids, 1):
         shown += text.push(token)
-        assert expected.startswith(shown)  # nothing of a stop string is ever shown
+        assert expected.startswith(shown)  # no part of a stop string is ever shown
         if text.stopped:
             used = n
             break
@@ -92,7 +95,7 @@ def test_stop_strings_cut_where_they_begin(byte_tokenizer, data, ids, extra):
     assert text.stopped == (n_tokens is not None)
 
 
-def test_a_stop_string_across_tokens_is_held_back(byte_tokenizer):
+def test_a_stop_string_that_spans_tokens_is_held_back(byte_tokenizer):
     text = StoppableText(byte_tokenizer, ["\n\nQ:"])
     ids = [i for part in ("a", "\n", "\n", "b", "\n", "\n", "Q", ": never") for i in byte_tokenizer(part)["input_ids"]]
     pieces = [text.push(i) for i in ids[:7]]
@@ -101,7 +104,7 @@ def test_a_stop_string_across_tokens_is_held_back(byte_tokenizer):
     assert (text.push(ids[7]), text.stopped, text.finish(), text.text) == ("", True, "", "a\n\nb")
 
 
-def test_without_a_stop_string_the_end_gives_what_was_held(byte_tokenizer):
+def test_finish_returns_held_text_when_no_stop_string_came(byte_tokenizer):
     text = StoppableText(byte_tokenizer, ["xyz"])
     assert [text.push(i) for i in byte_tokenizer("x")["input_ids"]] == [""]
     assert (text.finish(), text.text, text.stopped) == ("x", "x", False)

@@ -1,7 +1,7 @@
-"""Greedy decoding from memories: batches, ends of sequence, rows that leave, streamers and prompt layouts.
+"""Greedy decoding from memories: batches, end-of-sequence ids, rows that leave, streamers and prompt layouts.
 
-That the tokens are those of Hugging Face's own loop is tested for every architecture in `test_models.py`, that they
-are the baseline's in `test_greedy.py`.
+`test_models.py` compares the tokens with Hugging Face's generation loop for every architecture, `test_greedy.py` with
+the baseline's.
 """
 
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ TEMPLATE = "<bos> w90 w91 {{ messages[0]['content'] }} w92{% if add_generation_p
 
 @pytest.fixture
 def icae(make_icae):
-    """An ICAE without an end-of-sequence id, until a test sets one."""
+    """An ICAE without end-of-sequence ids; a test may set one."""
     icae = make_icae(seed=3)
     icae.base_model.generation_config.eos_token_id = []
     return icae
@@ -37,7 +37,7 @@ def prompts(random_ids):
     return [random_ids(n, seed=n).tolist() for n in (7, 1, 12, 3)]
 
 
-def test_many_prompts_equal_one_by_one(icae, memory, prompts):
+def test_a_batch_of_prompts_equals_one_by_one(icae, memory, prompts):
     batch = icae.generate(memory, prompts, 15, return_ids=True)
     assert batch == [icae.generate(memory, p, 15, return_ids=True)[0] for p in prompts]
     assert [len(row) for row in batch] == [15] * 4
@@ -46,7 +46,7 @@ def test_many_prompts_equal_one_by_one(icae, memory, prompts):
     assert all(0 <= i < icae.vocabulary.n_base for row in batch for i in row)
 
 
-def test_rows_of_a_batch_end_by_themselves(icae, memory, prompts):
+def test_each_row_of_a_batch_ends_at_its_own_end_of_sequence(icae, memory, prompts):
     free = icae.generate(memory, prompts, 15, return_ids=True)
     for eos in sorted({i for row in free for i in row}):
         icae.base_model.generation_config.eos_token_id = [eos, 1]
@@ -55,7 +55,7 @@ def test_rows_of_a_batch_end_by_themselves(icae, memory, prompts):
         assert icae.generate(memory, prompts, 15, return_ids=True) == expected
 
 
-def test_the_end_of_sequence_comes_last_and_not_before_min_new_tokens(icae, memory, prompts):
+def test_the_end_of_sequence_id_is_the_last_and_never_before_min_new_tokens(icae, memory, prompts):
     free = icae.generate(memory, prompts[0], 15, return_ids=True)[0]
     eos = free[0]
     icae.base_model.generation_config.eos_token_id = eos
@@ -68,7 +68,7 @@ def test_the_end_of_sequence_comes_last_and_not_before_min_new_tokens(icae, memo
     assert eos not in whole
 
 
-def test_min_new_tokens_to_the_token(icae, memory, prompts):
+def test_min_new_tokens_is_exact_to_one_token(icae, memory, prompts):
     free = icae.generate(memory, prompts[0], 15, return_ids=True)[0]
     place = max(i for i, token in enumerate(free) if token not in free[:i])
     assert place > 1
@@ -81,13 +81,13 @@ def test_min_new_tokens_to_the_token(icae, memory, prompts):
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_few_new_tokens(icae, memory, prompts, n, streamer):
+def test_no_or_one_new_token_can_be_generated(icae, memory, prompts, n, streamer):
     assert [len(r) for r in icae.generate(memory, prompts, n, return_ids=True)] == [n] * 4
     icae.generate(memory, prompts[0], n, return_ids=True, streamer=streamer)
     assert (len(streamer.ids), streamer.ended) == (n, 1)
 
 
-def test_the_streamer_gets_every_token_and_the_end(icae, memory, prompts, streamer):
+def test_the_streamer_receives_every_token_and_the_end(icae, memory, prompts, streamer):
     ids = icae.generate(memory, prompts[0], 9, return_ids=True, streamer=streamer)[0]
     assert streamer.ids == ids
     assert streamer.ended == 1
@@ -96,13 +96,13 @@ def test_the_streamer_gets_every_token_and_the_end(icae, memory, prompts, stream
     assert streamer.ended == 2
 
 
-def test_restore_writes_at_most_the_context_and_16_more(icae, random_ids):
+def test_restore_generates_at_most_16_tokens_more_than_the_context_has(icae, random_ids):
     memory = icae.compress(random_ids(5))[0]
     assert len(icae.restore(memory, return_ids=True)) == 21
     assert icae.restore(memory, return_ids=True)[:4] == icae.restore(memory, max_new_tokens=4, return_ids=True)
 
 
-def test_one_prompt_gives_a_list_of_one_answer(icae, memory):
+def test_a_single_prompt_returns_a_list_of_one_answer(icae, memory):
     ids = [5, 6, 7]
     expected = icae.generate(memory, [ids], 4, return_ids=True)
     assert len(expected) == 1
@@ -112,7 +112,7 @@ def test_one_prompt_gives_a_list_of_one_answer(icae, memory):
 
 @pytest.fixture(params=[True, False], ids=["several steps a call", "one"])
 def rows_of_steps(request, monkeypatch):
-    """Numbers of rows that each decoding step after the first computes."""
+    """The number of rows in each decoding step after the first, as a list that grows with every step."""
     counts, step, greedy = [], DecodeSession.step, DecodeSession.greedy
 
     def counted(self, tokens, *limits):
@@ -153,7 +153,7 @@ def test_a_row_that_ends_leaves_the_batch(icae, memory, prompts, rows_of_steps):
         (0.001, {"min_new_tokens": 19}, [1, 8, 8, 2]),
     ],
 )
-def test_steps_are_made_ahead_for_a_tenth_of_a_second_and_a_stream_looks_smooth(
+def test_steps_run_ahead_for_a_tenth_of_a_second_and_less_with_a_streamer(
     icae, memory, streamer, monkeypatch, seconds, options, expected
 ):
     asked, clock, greedy = [], [0.0], DecodeSession.greedy
@@ -172,7 +172,7 @@ def test_steps_are_made_ahead_for_a_tenth_of_a_second_and_a_stream_looks_smooth(
     assert streamer.ids == (ids[0] if "streamer" in options else [])
 
 
-def test_many_memories_equal_one_by_one(icae, random_ids, prompts, monkeypatch):
+def test_a_batch_of_memories_equals_one_by_one(icae, random_ids, prompts, monkeypatch):
     memories = icae.compress([random_ids(n, seed=n) for n in (40, 3, 16, 70)])
     one_by_one = [icae.generate(m, p, 9, return_ids=True)[0] for m, p in zip(memories, prompts, strict=True)]
     assert icae.generate(memories, prompts, 9, return_ids=True) == one_by_one
@@ -193,10 +193,10 @@ def test_many_memories_equal_one_by_one(icae, random_ids, prompts, monkeypatch):
     assert icae.generate([first, second, first], prompts[:3], 9, return_ids=True) == [
         to_one[0], one_by_one[1], to_one[2],
     ]  # fmt: skip
-    assert read == [2]  # the memory that is asked twice is read once
+    assert read == [2]  # the memory with two prompts is read once
 
 
-def test_memories_and_prompts_that_do_not_pair(icae, memory, prompts):
+def test_unequal_numbers_of_memories_and_prompts_are_refused(icae, memory, prompts):
     with pytest.raises(
         InvalidInputError, match="there are 2 memories and 4 prompts; give a prompt for each memory, on"
     ):
@@ -205,8 +205,8 @@ def test_memories_and_prompts_that_do_not_pair(icae, memory, prompts):
         icae.generate([], prompts, 3, return_ids=True)
 
 
-def test_restoring_many_equals_one_by_one(icae, random_ids):
-    """Each has its own limit, the length of its context and 16 more."""
+def test_restoring_several_memories_equals_one_by_one(icae, random_ids):
+    """The limit of each memory is the length of its context plus 16."""
     memories = icae.compress([random_ids(n, seed=n) for n in (1, 40, 7)])
     one_by_one = [icae.restore(m, return_ids=True) for m in memories]
     assert [len(row) for row in one_by_one] == [17, 56, 23]
@@ -229,7 +229,8 @@ def test_restoring_by_span_restores_each_span_as_a_context(icae, random_ids):
     assert icae.restore_by_span(memories, return_ids=True) == cut
     assert icae.restore_by_span(memories[0], return_ids=True) == cut[0]
     assert icae.restore_by_span(memories[0], return_ids=True, max_new_tokens=2) == [i for f in free[0] for i in f[:2]]
-    eos = icae.base_model.generation_config.eos_token_id = free[0][1][3]  # ends one span early, and is not written
+    # This end-of-sequence id ends one span early, and is not part of the result.
+    eos = icae.base_model.generation_config.eos_token_id = free[0][1][3]
     expected = [
         w[: min(len(ids), w.index(eos) if eos in w else len(ids))] for ids, w in zip(spans[0], free[0], strict=True)
     ]
@@ -238,8 +239,8 @@ def test_restoring_by_span_restores_each_span_as_a_context(icae, random_ids):
         icae.restore_by_span(memories[0])
 
 
-def test_the_penalty_sees_the_prompt_and_what_was_generated(icae, memory):
-    """Token by token what the training forward's logits, penalised, have as their best."""
+def test_the_repetition_penalty_covers_prompt_and_answer(icae, memory):
+    """Each token is the argmax of the base model's logits after the penalty is applied by hand."""
     prompt, penalty = [5, 6, 7, 8], 2.0
     answer = icae.generate(memory, prompt, 12, return_ids=True, repetition_penalty=penalty)[0]
     assert answer != icae.generate(memory, prompt, 12, return_ids=True)[0]
@@ -264,7 +265,7 @@ def test_a_streamer_that_skips_the_prompt_shows_the_whole_answer(make_icae, make
         assert "".join(streamer) == answer != ""
 
 
-def test_prompt_layouts(make_icae, make_tokenizer):
+def test_prompt_layouts_of_every_prompt_format(make_icae, make_tokenizer):
     chat, bare = make_tokenizer(chat_template=TEMPLATE), make_tokenizer()
     ft = make_icae().vocabulary.ft
     layouts = {
@@ -282,8 +283,8 @@ def test_prompt_layouts(make_icae, make_tokenizer):
 
 
 @pytest.mark.parametrize("prompt_format", ["chat", "plain", "v1"])
-def test_the_layout_is_what_is_read(make_icae, make_tokenizer, random_ids, prompt_format):
-    """Generation equals the argmax of the training forward over `prefix, slots, suffix`, token after token."""
+def test_generation_reads_the_prompt_layout(make_icae, make_tokenizer, random_ids, prompt_format):
+    """Each token is the argmax of the training forward over `prefix, slots, suffix`."""
     icae = make_icae(prompt_format=prompt_format, tokenizer=make_tokenizer(chat_template=TEMPLATE))
     icae.base_model.generation_config.eos_token_id = []
     context, v = random_ids(10), icae.vocabulary
@@ -295,7 +296,7 @@ def test_the_layout_is_what_is_read(make_icae, make_tokenizer, random_ids, promp
     assert logits[len(row) - 1 : -1].argmax(-1).tolist() == answer
 
 
-def test_text_comes_back_without_special_tokens(make_icae, make_tokenizer, random_ids):
+def test_answers_as_text_have_no_special_tokens(make_icae, make_tokenizer, random_ids):
     icae = make_icae(tokenizer=make_tokenizer(chat_template=TEMPLATE))
     memory = icae.compress(random_ids(10))[0]
     ids = icae.generate(memory, ["w5 w6", "w7"], 6, return_ids=True)
@@ -318,13 +319,13 @@ def test_a_template_that_changes_the_message_is_refused(make_icae, make_tokenize
     assert isinstance(plain.generate(memory, "w5", 3)[0], str)
 
 
-def test_without_any_end_of_sequence_it_runs_to_the_limit(icae, memory, prompts):
+def test_without_end_of_sequence_ids_generation_runs_to_the_limit(icae, memory, prompts):
     icae.base_model.generation_config.eos_token_id = icae.base_model.config.eos_token_id = None
     assert icae.eos_token_ids == ()
     assert len(icae.generate(memory, prompts[0], 5, min_new_tokens=2, return_ids=True)[0]) == 5
 
 
-def test_restore_by_default_stops_at_the_last_position(make_icae, random_ids):
+def test_restore_stops_at_the_last_position_by_default(make_icae, random_ids):
     icae = make_icae()
     memory = icae.compress(random_ids(40))[0]
     icae.max_positions = memory.n_slots + 1 + 7

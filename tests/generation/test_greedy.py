@@ -1,4 +1,4 @@
-"""Greedy tokens beside the baseline's, which computes as the reference does, one prompt at a time."""
+"""Greedy tokens equal those of the baseline, which computes like the reference, one prompt at a time."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def baseline_answer(baseline, icae, memory, prompt, n):
     return baseline.generate(memory.slots, suffix, prefix, n, eos_ids=icae.eos_token_ids)
 
 
-def test_200_prompts_in_fp32(make_icae, random_ids):
-    """In batches of 50 over ten memories; rows end when they come to their end of sequence."""
+def test_greedy_tokens_of_200_prompts_equal_the_baseline_in_fp32(make_icae, random_ids):
+    """Batches of 50 prompts read ten memories, and rows leave at their end-of-sequence id."""
     icae = make_icae(seed=5)
     baseline = BaselineICAE.from_icae(icae)
     memories = icae.compress([random_ids(n, seed=n) for n in range(3, 63, 6)])
@@ -28,7 +28,7 @@ def test_200_prompts_in_fp32(make_icae, random_ids):
     prompts = [random_ids(n, seed=100 + i) for i, n in enumerate(lengths)]
     asked = [memories[i % 10] for i in range(N_PROMPTS)]
     free = icae.generate(asked, prompts, N_TOKENS, return_ids=True)
-    # An end of sequence that comes often, so that many rows leave their batch.
+    # The most frequent token becomes the end-of-sequence id, so that many rows leave their batch early.
     icae.base_model.generation_config.eos_token_id = max(range(96), key=[i for row in free for i in row].count)
     answers = []
     for start in range(0, N_PROMPTS, 50):
@@ -41,8 +41,8 @@ def test_200_prompts_in_fp32(make_icae, random_ids):
         assert ids == expected, f"prompt {i} of {len(prompts[i])} tokens"
 
 
-def test_differences_in_bf16_are_ties(smollm2, smollm2_bf16, long_text):
-    """Where the first other token comes, the baseline's logits of both lie within what bf16 costs the baseline."""
+def test_differing_greedy_tokens_in_bf16_are_near_ties(smollm2, smollm2_bf16, long_text):
+    """At the first differing token, the baseline's logits of both tokens differ by no more than bf16 rounding."""
     tokenizer = smollm2[1]
     with torch.random.fork_rng():
         torch.manual_seed(11)
@@ -64,13 +64,13 @@ def test_differences_in_bf16_are_ties(smollm2, smollm2_bf16, long_text):
             assert ids == expected
             continue
         prefix, suffix = icae.prompt_ids(prompt)
-        begun = [*expected[:place], 0]  # the last one only asks for a place
+        begun = [*expected[:place], 0]  # the last id is a placeholder for the token in question
         rounded, true = (b.answer_logits(memory.slots, suffix, begun, prefix)[-1] for b in (baseline, fp32))
         ours, theirs = ([*row, *icae.eos_token_ids][place] for row in (ids, expected))
         gap = (rounded.max() - rounded[ours]).item()
         rounding = (rounded - true).abs().max().item()
-        # Either logit may be that far off.
+        # Each of the two logits may be off by `rounding`.
         assert gap <= 2 * rounding, (
-            f"{prompt!r}: token {place} is {ours} and the baseline's {theirs}, whose logit is {gap:.3f} higher, and "
-            f"bf16 moves the baseline's logits by no more than {rounding:.3f} each"
+            f"{prompt!r}: token {place} is {ours}, the baseline's is {theirs} with a logit {gap:.3f} higher, but bf16 "
+            f"moves each of the baseline's logits by at most {rounding:.3f}"
         )

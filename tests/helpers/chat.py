@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from icae_fast.training.chat.model import RequestFailed
 
-# 24 words or so a paragraph, so that a limit of 30 makes a passage of each.
+# About 24 words a paragraph, so that a limit of 30 makes each a passage.
 PARAGRAPHS = [
     f"Paragraph {n} says that the keeper of light {n} was called Marta. She climbed the stairs at dusk, lit the lamp, "
     f"and wrote {n} into the log."
@@ -19,7 +19,7 @@ PARAGRAPHS = [
 
 
 def reply_to(message, questions=3):
-    """A reply of the kind that a message asks for, which names the paragraph that the message holds."""
+    """Return a reply in the format that the message requests, with the number of the message's paragraph in it."""
     number = re.search(r"Paragraph (\d+)", message)[1]
     if "JSON list" in message:
         pairs = [{"prompt": f"Question {number}.{i}?", "answer": f"Answer {i}."} for i in range(questions)]
@@ -30,7 +30,7 @@ def reply_to(message, questions=3):
 
 
 class ScriptedTeacher:
-    """Replies with `reply_to`, unless the script, a list, has something else for this request: a reply or an error."""
+    """A chat model that replies with `reply_to`, unless its script has a reply or an error for this request."""
 
     name, settings, width = "scripted", {}, 2
 
@@ -57,9 +57,13 @@ class ScriptedTeacher:
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Serves chat completions on a free port; `script` lists what the next requests meet in place of a reply.
+    """A server of chat completions on a free port.
 
-    An entry is a status, `(status, headers)`, a body as bytes, "stall", "drop" (the connection), or None for a reply.
+    Args:
+        script: faults of the next requests: a status, `(status, headers)`, a body as bytes, "stall", "drop" (the
+            connection), or None for a normal reply.
+        delay: seconds before each reply.
+        reply: makes a reply of the request's message.
 
     Attributes:
         requests: (time, path, headers, body) of each request so far.
@@ -114,6 +118,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def completion(content, finish_reason="stop"):
-    """The body of a chat completion."""
+    """Return the body of a chat completion as bytes."""
     choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}
     return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()

@@ -1,4 +1,4 @@
-"""The golden model with a tokenizer of words, texts for it, and a cache that can break off."""
+"""The golden model with a word tokenizer, texts for it, and a cache that can simulate Ctrl-C."""
 
 import random
 
@@ -7,7 +7,7 @@ from icae_fast import ICAE
 
 
 class Cache(dict):
-    """Answers in memory; `interrupt_after` of them, the user presses Ctrl-C."""
+    """An in-memory cache of answers that raises KeyboardInterrupt after `interrupt_after` entries."""
 
     def __init__(self, interrupt_after=None):
         super().__init__()
@@ -20,13 +20,13 @@ class Cache(dict):
 
 
 def golden_icae(tokenizer):
-    """The golden adapter, k = 8 and rate 4."""
+    """Return the golden adapter with a tokenizer, k = 8 and rate 4."""
     return ICAE.from_reference_checkpoint(
         golden.reference_checkpoint_path(), golden.load_base(), tokenizer=tokenizer
     ).eval()
 
 
 def words(n, seed):
-    """A text of n words, each a token, over several lines."""
+    """Return a text of n words over several lines; each word is one token."""
     rng = random.Random(seed)
     return "".join(f"w{rng.randrange(3, 90)}" + ("\n" if rng.random() < 0.1 else " ") for _ in range(n)).rstrip()

@@ -1,4 +1,4 @@
-"""Instruction data, a workbench, and judges for the tests of evaluating instructions."""
+"""Instruction data, a workbench and a judge for the tests of instruction evaluation."""
 
 import re
 
@@ -18,19 +18,19 @@ SHOWN = re.compile(r"Answer A: (.*?)\n\n---\n\nAnswer B: (.*?)\n\n---\n", re.DOT
 
 
 def make_subject(make_icae, make_base, tokenizer, name="tiny", seed=0, **fields):
-    """A random subject on a base model that is the same for all seeds."""
+    """Return a subject with random adapter weights by `seed`, on a base model that does not depend on it."""
     base = make_base(vocab_size=320, max_position_embeddings=512)
     return Subject(name, make_icae(seed=seed, base=base, tokenizer=tokenizer, **fields))
 
 
 def make_bench(folder, cache=None):
-    """A workbench with a text of which nothing is drawn here."""
+    """Return a workbench with a text that these tests do not use."""
     (folder / "text.txt").write_text("A text.")
     return Workbench(Texts([str(folder / "text.txt")]), NoCache() if cache is None else cache)
 
 
 def longer_wins(message):
-    """A judge's reply that prefers the longer answer, and explains itself first."""
+    """Return a judge's reply that explains itself and then prefers the longer answer."""
     a, b = SHOWN.search(message).groups()
     verdict = "A" if len(a) > len(b) else "B" if len(b) > len(a) else "TIE"
     return f"Answer A has {len(a)} characters and B has {len(b)}.\n\n**{verdict}**"

@@ -1,6 +1,6 @@
-"""What the scripts of getao/icae `code/icae_v2` do with their model, told again in our own words for the tests.
+"""The flow of the scripts in getao/icae `code/icae_v2`, rewritten for the tests.
 
-Every call on the model is one that those scripts make; devices, file names and Mistral's literal ids are arguments.
+Every call on the model is one that those scripts make. Devices, file names and Mistral's literal ids are arguments.
 """
 
 import os
@@ -15,19 +15,19 @@ from icae_fast.compat import ICAE, DataArguments, ModelArguments, TrainingArgume
 
 
 def parse(command_line):
-    """(model, data, training) arguments out of a command line, given as a list."""
+    """Return (model, data, training) arguments parsed from a command line, a list."""
     return HfArgumentParser((ModelArguments, DataArguments, TrainingArguments)).parse_args_into_dataclasses(
         [str(a) for a in command_line]
     )
 
 
 def lora_config(rank, dropout):
-    """The LoRA of the scripts, with PEFT's own target modules."""
+    """Return the scripts' LoRA config, with PEFT's default target modules."""
     return LoraConfig(r=rank, lora_alpha=32, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM")
 
 
 def inference_model(command_line):
-    """The head of both inference scripts: `--output_dir` is the checkpoint's file."""
+    """Load a model as both inference scripts do: `--output_dir` is the checkpoint's file."""
     model_args, _, training_args = parse(command_line)
     model = ICAE(model_args, training_args, lora_config(model_args.lora_r, model_args.lora_dropout))
     model.load_state_dict(load_file(training_args.output_dir), strict=False)
@@ -50,7 +50,7 @@ def _decode(model, embeddings, max_tokens):
 
 @torch.no_grad()
 def restore(model, text, max_tokens):
-    """`pretrained_inference.py`: slots, AE, then greedy."""
+    """Restore a text as `pretrained_inference.py` does: slots, AE, then greedy decoding."""
     ids = model.tokenizer(text, truncation=True, max_length=5120, padding=False, return_attention_mask=False)
     slots = model._compress(torch.LongTensor([ids["input_ids"]]))
     prompt = model.tokens_to_embeddings(torch.LongTensor([[model.ae_token_id]]))
@@ -59,7 +59,11 @@ def restore(model, text, max_tokens):
 
 @torch.no_grad()
 def ask(model, text, prompt, template, max_tokens):
-    """`fine_tuned_inference.py`: template, slots, FT, prompt, template, then greedy; `template` is the ids of both."""
+    """Answer as `fine_tuned_inference.py` does: template, slots, FT, prompt, template, then greedy decoding.
+
+    Args:
+        template: ids of both parts of the template.
+    """
     ids = model.tokenizer(text, truncation=True, max_length=5120, padding=False, return_attention_mask=False)
     prompt_ids = model.tokenizer(prompt, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     slots = model._compress(torch.LongTensor([ids["input_ids"]]))
@@ -69,7 +73,7 @@ def ask(model, text, prompt, template, max_tokens):
 
 
 def autoencoding_rows(examples, model, mem):
-    """`pretrain_tokenize_function` without its continuation samples, for `Dataset.map`."""
+    """Make rows as `pretrain_tokenize_function` does, without its continuation samples; for `Dataset.map`."""
     rows = model.tokenizer(examples["text"], truncation=False, padding=False, return_attention_mask=False)
     rows["prompt_answer_ids"], rows["labels"] = [], []
     for ids in rows["input_ids"]:
@@ -82,7 +86,7 @@ def autoencoding_rows(examples, model, mem):
 
 
 class PaddingCollator:
-    """`DataCollatorForDynamicPadding`: contexts and prompts are padded with [PAD], labels with -100."""
+    """`DataCollatorForDynamicPadding` rewritten: pad contexts and prompts with [PAD], labels with -100."""
 
     def __init__(self, pad_token_id):
         self.pad_token_id = pad_token_id
@@ -100,7 +104,7 @@ class PaddingCollator:
 
 
 def train_model(model, train_dataset, eval_dataset, training_args, data_collator=None):
-    """`training_utils.train_model`; gives the trainer and its evaluation."""
+    """Train as `training_utils.train_model` does; return the trainer and its evaluation."""
     last = None
     if os.path.isdir(training_args.output_dir) and not training_args.overwrite_output_dir:
         last = get_last_checkpoint(training_args.output_dir)

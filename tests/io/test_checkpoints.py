@@ -1,4 +1,4 @@
-"""Adapters on disk: saving, loading, the reference's files, and all the ways in which a file can be wrong."""
+"""Adapters on disk: saving, loading, and errors for every kind of wrong file."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def saved(make_icae, tmp_path):
-    """(ICAE, folder that it was saved in)."""
+    """Return (ICAE, folder of its saved adapter)."""
     icae = make_icae(memory_positions="spread", prompt_format="plain", lora_dropout=0.1)
     icae.save_pretrained(tmp_path / "adapter")
     return icae, tmp_path / "adapter"
@@ -31,7 +31,7 @@ def saved(make_icae, tmp_path):
 
 @pytest.fixture
 def base_folder(make_base, make_tokenizer, tmp_path):
-    """A base model saved with its tokenizer."""
+    """Return the folder of a base model and its tokenizer."""
     make_base().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -121,7 +121,7 @@ class TestRoundTrip:
 
 @pytest.fixture(scope="module")
 def good_files(tmp_path_factory, make_icae):
-    """The same tensors in the three formats."""
+    """Return files with the same tensors in the three formats."""
     folder = tmp_path_factory.mktemp("good")
     tensors = {n: p.detach() for n, p in make_icae().reference_named_parameters()}
     save_file(tensors, folder / "x.safetensors")
@@ -241,13 +241,13 @@ class TestSavedFolders:
         for size in (97, 80):
             with pytest.raises(TokenizerMismatchError, match=f"{size} tokens and the base model 96.*own tokenizer"):
                 ICAE.from_pretrained(saved[1], make_base(), tokenizer=make_tokenizer(size))
-        ICAE.from_pretrained(saved[1], make_base(), tokenizer=make_tokenizer(94))  # a few unused rows are usual
+        ICAE.from_pretrained(saved[1], make_base(), tokenizer=make_tokenizer(94))  # a few unused rows are common
 
 
 class TestWritingIsAtomic:
     @pytest.fixture
     def untouched(self, saved):
-        """Fails unless the folder is byte for byte as it was, and still loads."""
+        """Return a saved adapter; fail after the test unless its folder is byte for byte unchanged."""
         icae, folder = saved
         before = {p.name: p.read_bytes() for p in folder.iterdir()}
         with torch.no_grad():
@@ -275,7 +275,7 @@ class TestWritingIsAtomic:
             if after < 2:
                 with pytest.raises(CheckpointError, match=r"No space left.*free space or choose another"):
                     icae.save_pretrained(folder)
-            else:  # both files are written by then: guards the simulation itself
+            else:  # both files are written by then, so saving succeeds; this checks the simulation
                 icae.save_pretrained(folder.parent / "elsewhere")
         assert ICAE.from_pretrained(folder, make_base()).config == icae.config
 

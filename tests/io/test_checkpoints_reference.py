@@ -1,4 +1,4 @@
-"""Checkpoints in the reference's format: read, written, and refused where they do not fit."""
+"""Checkpoints in the reference's format: reading, writing, and errors for those that do not fit."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ class TestReferenceFiles:
         return {n: p.detach().clone() for n, p in make_icae().reference_named_parameters()}
 
     def test_v1(self, tensors, make_icae, make_base, tmp_path, random_ids):
-        """A `.pt` with keys of an older PEFT and zeros in the place of LLaMA's weights."""
+        """A `.pt` file with keys of an older PEFT and zeros for LLaMA's weights."""
         v1 = {n.replace(".default", ""): t for n, t in tensors.items()}
         v1 |= {f"icae.base_model.model.{n}": torch.zeros_like(t) for n, t in make_base().state_dict().items()}
         v1["icae.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -35,7 +35,7 @@ class TestReferenceFiles:
         base = make_base()
         carried = {prefix + n.replace("q_proj.", "q_proj.base_layer."): t for n, t in base.state_dict().items()}
         embedding = prefix + "model.embed_tokens.weight"
-        carried[embedding] = torch.cat((carried[embedding], torch.randn(8, 32)))  # rows for the added tokens
+        carried[embedding] = torch.cat((carried[embedding], torch.randn(8, 32)))  # rows for added tokens
         path = tmp_path / "whole.safetensors"
         save_file({n: t.contiguous().clone() for n, t in (tensors | carried).items()}, path)
         icae = ICAE.from_reference_checkpoint(path, base)

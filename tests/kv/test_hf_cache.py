@@ -1,4 +1,4 @@
-"""Slot KV in transformers' caches: `base_model.generate` and the base model's forward go on from a memory."""
+"""Slot KV in transformers' caches: `base_model.generate` and the base model's forward continue from a memory."""
 
 from threading import Thread
 
@@ -17,20 +17,20 @@ N = 10
 
 
 def assert_same_logits(got, expected):
-    """Equal to 1e-5 of the largest logit."""
+    """Check that logits are equal to within 1e-5 of the largest one."""
     assert got.shape == expected.shape
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def embeddings(icae, memory, prompt=None):
-    """What the decoder reads, as (1, L, d): the whole layout for a prompt, or `[slots, AE]`."""
+    """Return the decoder's input embeddings, (1, L, d): the whole prompt layout, or `[slots, AE]` without a prompt."""
     before, after = ([], [icae.vocabulary.ae]) if prompt is None else icae.prompt_ids(prompt)
     parts = [icae.tokens_to_embeddings(torch.tensor(ids, dtype=torch.int64)) for ids in (before, after)]
     return torch.cat((parts[0], memory.slots, parts[1]))[None].detach()
 
 
 def scratch_inputs(icae, memory, prompts):
-    """`generate`'s arguments with nothing cached, shorter rows padded on the left."""
+    """Return arguments of `base_model.generate` without a cache; shorter rows are padded on the left."""
     rows = [embeddings(icae, memory, p)[0] for p in prompts]
     mask = [torch.ones(len(r), dtype=torch.int64) for r in rows]
     stack = torch.nn.utils.rnn.pad_sequence
@@ -42,7 +42,7 @@ def scratch_inputs(icae, memory, prompts):
 
 
 def trimmed(icae, ids):
-    """Rows of ids up to their end-of-sequence token."""
+    """Return rows of ids, each cut behind its first end-of-sequence id."""
     rows = []
     for row in ids.tolist():
         ends = [i for i, token in enumerate(row) if token in icae.eos_token_ids]
@@ -50,14 +50,14 @@ def trimmed(icae, ids):
     return rows
 
 
-def bits(icae):
-    """Everything that the tree keeps, copied."""
+def tree_copy(icae):
+    """Return a copy of every key and value in the tree."""
     return [(key, s.keys.clone(), s.values.clone()) for key, s in icae.slot_kv._kept.items()]
 
 
 @pytest.fixture
 def icae(make_icae, make_tokenizer):
-    """With a template, so that there is something before the slots."""
+    """An ICAE with a chat template, so that tokens stand before the slots."""
     return make_icae(seed=3, tokenizer=make_tokenizer(chat_template=TEMPLATE))
 
 
@@ -87,7 +87,7 @@ def test_logits_equal_those_from_scratch(make_icae, random_ids, model_kind, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_equals_icae_generate(make_icae, random_ids, prompts, model_kind, kind):
+def test_greedy_tokens_equal_icae_generate(make_icae, random_ids, prompts, model_kind, kind):
     icae = make_icae(model_kind)
     memory = icae.compress(random_ids(40))[0]
     for asked in (prompts, prompts[:1], [prompts[0], prompts[0][::-1]]):
@@ -112,7 +112,7 @@ def test_logits_of_every_step_equal_those_from_scratch(make_icae, random_ids, pr
 
 
 @pytest.mark.parametrize("prompt_format", ["chat", "plain", "v1"])
-def test_every_layout(make_icae, make_tokenizer, random_ids, prompts, prompt_format):
+def test_generation_from_a_cache_in_every_prompt_format(make_icae, make_tokenizer, random_ids, prompts, prompt_format):
     icae = make_icae(prompt_format=prompt_format, tokenizer=make_tokenizer(chat_template=TEMPLATE))
     memory = icae.compress(random_ids(40))[0]
     ids = icae.base_model.generate(**icae.generation_inputs(memory, prompts, N), do_sample=False)
@@ -135,7 +135,7 @@ def test_every_layout(make_icae, make_tokenizer, random_ids, prompts, prompt_for
 def test_sampling_and_beams_equal_those_from_scratch(icae, memory, prompts, kind, options, rows):
     own = {n: options[n] for n in ("num_beams", "num_return_sequences") if n in options}
     inputs = icae.generation_inputs(memory, prompts[:rows], N, cache=kind, **own)
-    before = bits(icae)
+    before = tree_copy(icae)
     assert {n: inputs[n] for n in own} == own
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -144,13 +144,13 @@ def test_sampling_and_beams_equal_those_from_scratch(icae, memory, prompts, kind
         expected = icae.base_model.generate(**scratch_inputs(icae, memory, prompts[:rows]), **options)
     assert got.tolist() == expected.tolist()
     assert len(got) == rows * options.get("num_return_sequences", 1)
-    for (_, keys, values), (_, k, v) in zip(before, bits(icae), strict=True):
+    for (_, keys, values), (_, k, v) in zip(before, tree_copy(icae), strict=True):
         assert torch.equal(keys, k)
         assert torch.equal(values, v)
 
 
 @pytest.mark.parametrize("skip_prompt", [True, False])
-def test_a_streamer_gets_the_answer(icae, memory, skip_prompt):
+def test_a_streamer_receives_the_answer(icae, memory, skip_prompt):
     expected = icae.generate(memory, "w5 w6 w7", N)[0]
     streamer = TextIteratorStreamer(icae.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True, timeout=60)
     inputs = icae.generation_inputs(memory, "w5 w6 w7", N)
@@ -161,14 +161,14 @@ def test_a_streamer_gets_the_answer(icae, memory, skip_prompt):
     assert text == expected
 
 
-def test_the_answer_can_be_decoded_at_once(icae, memory):
+def test_generated_ids_hold_only_the_answer(icae, memory):
     questions = ["w5 w6", "w7"]
     ids = icae.base_model.generate(**icae.generation_inputs(memory, questions, N), do_sample=False)
     assert icae.tokenizer.batch_decode(ids, skip_special_tokens=True) == icae.generate(memory, questions, N)
 
 
-def test_ids_behind_a_cache(make_icae, random_ids):
-    """What `kv_cache` documents: ids for what is cached, whichever, and a mask over all."""
+def test_generate_from_ids_and_a_cache(make_icae, random_ids):
+    """`kv_cache` documents this use: arbitrary ids in the cached positions, and a mask over all positions."""
     icae = make_icae()
     icae.base_model.generation_config.eos_token_id = None
     memory, ids = icae.compress(random_ids(40))[0], random_ids(5, seed=5)[None]
@@ -183,11 +183,11 @@ def test_ids_behind_a_cache(make_icae, random_ids):
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "ids"])
-def test_what_generate_does_with_a_cache_and_new_tokens_alone(make_icae, random_ids, kind):
-    """Why `generation_inputs` and `kv_cache` ask for full length: without it nothing is raised.
+def test_transformers_silently_truncates_inputs_without_the_cached_positions(make_icae, random_ids, kind):
+    """Show why `generation_inputs` and `kv_cache` require inputs of full length.
 
-    transformers takes what it is given for the whole sequence, and cuts off as many tokens as are cached. Should this
-    test fail, transformers has changed, and the helper may be simplified.
+    Without the cached positions transformers raises nothing: it takes the input for the whole sequence and cuts off as
+    many tokens as are cached. If this test fails, transformers has changed, and `generation_inputs` may be simplified.
     """
     icae = make_icae()
     memory, prompt = icae.compress(random_ids(16))[0], random_ids(11, seed=5)[None]
@@ -208,11 +208,11 @@ def test_what_generate_does_with_a_cache_and_new_tokens_alone(make_icae, random_
         forward = icae.base_model(inputs_embeds=x, past_key_values=icae.kv_cache(memory, "slots")).logits[:, -1]
     assert (naive - expected).abs().max() > 0.01 * expected.abs().max()
     assert_same_logits(naive, as_it_does)
-    assert_same_logits(forward, expected)  # the model's own forward places embeddings behind a cache as it should
+    assert_same_logits(forward, expected)  # the forward, unlike `generate`, places embeddings behind the cache
 
 
-def test_embeddings_of_a_short_prompt_alone_are_wrong_or_refused(make_icae, random_ids):
-    """With more cached than given, the slice that cuts off the cached ones makes no sense at all."""
+def test_transformers_mishandles_a_prompt_shorter_than_the_cache(make_icae, random_ids):
+    """With fewer embeddings than cached tokens, transformers' truncation yields wrong logits or an error."""
     icae = make_icae()
     memory, prompt = icae.compress(random_ids(40))[0], random_ids(7, seed=5)
     whole = embeddings(icae, memory, prompt)
@@ -228,7 +228,7 @@ def test_embeddings_of_a_short_prompt_alone_are_wrong_or_refused(make_icae, rand
     assert (naive.logits[0] - expected).abs().max() > 0.01 * expected.abs().max()
 
 
-def test_rows_are_one_copy(make_icae, random_ids):
+def test_rows_of_a_cache_share_one_copy(make_icae, random_ids):
     icae = make_icae()
     memory = icae.compress(random_ids(16))[0]
     cache = icae.kv_cache(memory, "slots", rows=5)
@@ -240,11 +240,11 @@ def test_rows_are_one_copy(make_icae, random_ids):
             assert mine.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr()
 
 
-def test_what_transformers_does_to_a_cache_stays_there(make_icae, model_kind, random_ids):
+def test_changing_a_cache_leaves_the_tree_unchanged(make_icae, model_kind, random_ids):
     icae = make_icae(model_kind)
     memory = icae.compress(random_ids(16))[0]
     icae.kv_cache(memory, "slots")
-    before, new = bits(icae), torch.ones(2, icae.backbone.num_kv_heads, 1, icae.backbone.head_dim)
+    before, new = tree_copy(icae), torch.ones(2, icae.backbone.num_kv_heads, 1, icae.backbone.head_dim)
     changes = {
         "grow": lambda c: [c.update(new, new, i) for i in range(3)],
         "reorder": lambda c: c.reorder_cache(torch.tensor([1, 0])),
@@ -258,13 +258,13 @@ def test_what_transformers_does_to_a_cache_stays_there(make_icae, model_kind, ra
         if name != "reset":
             for layer in cache.layers:
                 layer.keys.zero_()
-        for (_, keys, values), (_, k, v) in zip(before, bits(icae), strict=True):
+        for (_, keys, values), (_, k, v) in zip(before, tree_copy(icae), strict=True):
             assert torch.equal(keys, k), name
             assert torch.equal(values, v), name
 
 
-def test_caches_are_as_update_would_leave_them(make_icae, model_kind, random_ids):
-    """`dynamic_cache` sets what `update` sets, without its copy; transformers may add to that in a later version."""
+def test_a_dynamic_cache_equals_one_filled_by_update(make_icae, model_kind, random_ids):
+    """`dynamic_cache` sets the attributes that `update` sets, without its copy; later transformers may set more."""
     icae = make_icae(model_kind)
     memory = icae.compress(random_ids(40))[0]
     path = icae.slot_kv.path(list(memory.slots.split(4)))
@@ -280,7 +280,7 @@ def test_caches_are_as_update_would_leave_them(make_icae, model_kind, random_ids
             assert torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected, name
 
 
-def test_a_cache_that_was_used_changes_no_later_answer(icae, memory, prompts):
+def test_using_a_cache_changes_no_later_answer(icae, memory, prompts):
     inputs = icae.generation_inputs(memory, prompts, N)
     first = icae.base_model.generate(**inputs, do_sample=False)
     again = icae.base_model.generate(**icae.generation_inputs(memory, prompts, N), do_sample=False)
@@ -288,7 +288,7 @@ def test_a_cache_that_was_used_changes_no_later_answer(icae, memory, prompts):
     assert inputs["past_key_values"].get_seq_length() > inputs["inputs_embeds"].shape[1]
 
 
-def test_bad_input(icae, memory):
+def test_bad_arguments_are_refused(icae, memory):
     refusals = [
         ("task is 'ask'", lambda: icae.kv_cache(memory, "ask")),
         ("rows is 0", lambda: icae.kv_cache(memory, rows=0)),
@@ -308,8 +308,8 @@ def test_bad_input(icae, memory):
     assert icae.kv_cache(memory, kind="static", max_cache_len=17).get_seq_length() == 16
 
 
-def test_more_than_the_base_model_has_positions(icae, memory):
-    prompt = [5] * 200  # behind 3 of the template and 12 slots; FT and 2 of the template come with it
+def test_more_tokens_than_positions_are_refused(icae, memory):
+    prompt = [5] * 200  # 218 positions in all: 3 of the template, 12 slots, FT, prompt, 2 of the template
     assert icae.generation_inputs(memory, prompt, 256 - 218)["inputs_embeds"].shape == (1, 218, 32)
     with pytest.raises(ContextTooLongError, match="218 positions and 39 more"):
         icae.generation_inputs(memory, prompt, 256 - 217)
@@ -318,7 +318,7 @@ def test_more_than_the_base_model_has_positions(icae, memory):
         icae.kv_cache(memory)
 
 
-def test_smollm2(smollm2, long_text):
+def test_generation_from_a_cache_on_smollm2(smollm2, long_text):
     from icae_fast import ICAE, ICAEConfig
 
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""The KV tier: keys and values of slots go from the tree into a store and back, and answers stay what they are."""
+"""The KV tier: slot keys and values go from the tree to a store and back, and the answers stay the same."""
 
 import logging
 import uuid
@@ -19,7 +19,7 @@ QUESTIONS = [[5, 6], [7, 8, 9]]
 
 @pytest.fixture
 def make_model(make_icae, make_tokenizer):
-    """`make_model(kind="llama", **config)`: one and the same model each time, with a template, never ending early."""
+    """`make_model(kind="llama", **config)`: always the same model, with a template and without end-of-sequence ids."""
 
     def make(kind="llama", template=TEMPLATE, **fields):
         icae = make_icae(kind, seed=3, tokenizer=make_tokenizer(chat_template=template), **fields)
@@ -36,7 +36,7 @@ def icae(make_model):
 
 @pytest.fixture
 def memory(icae, random_ids):
-    """Three spans, the last one short."""
+    """A memory of three spans, the last one shorter than the others."""
     return icae.compress(random_ids(40))[0]
 
 
@@ -45,20 +45,20 @@ def answers(icae, memory):
 
 
 def logits(icae, memory):
-    """Those behind every token of a prompt, from the memory's cache."""
+    """Return the logits at every token of a prompt, computed behind the memory's cache."""
     cache = icae.kv_cache(memory)
     with torch.no_grad():
         return icae.base_model(input_ids=torch.tensor([QUESTIONS[1]]), past_key_values=cache).logits
 
 
 def assert_same(got, expected):
-    """Equal to 1e-5 of the largest value."""
+    """Check that tensors are equal to within 1e-5 of the largest value."""
     assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def read_by(icae, memory):
-    """The segments of a memory's spans as `generate` reads them."""
+    """Return the segments of a memory's spans that `generate` reads."""
     return icae.slot_kv.path(memory_pieces(icae, memory, icae.prefix_ids))[1:]
 
 
@@ -78,12 +78,12 @@ def test_answers_from_the_store_equal_computed_ones(
     icae.clear_kv()
     found = answers(reader, kept)
     n_prompts = sum(len(icae.prompt_ids(q)[1]) for q in QUESTIONS)
-    assert calls == [n_prompts, 2, 2, 2, 2]  # no slot
+    assert calls == [n_prompts, 2, 2, 2, 2]  # no slot among these
     assert found == answers(icae, memory)
     assert_same(logits(reader, kept), logits(icae, memory))
 
 
-def test_memory_kv_is_what_the_decoder_computes(icae, memory, count_tokens):
+def test_memory_kv_equals_what_the_decoder_computes(icae, memory, count_tokens):
     calls = count_tokens(icae)
     kv = icae.memory_kv(memory)
     assert calls == [3 + 12]
@@ -102,7 +102,9 @@ def test_memory_kv_is_what_the_decoder_computes(icae, memory, count_tokens):
     assert calls == [1]
 
 
-def test_an_extended_memory_computes_its_new_spans_alone(tmp_path, make_model, memory, icae, random_ids, count_tokens):
+def test_an_extended_memory_from_the_store_computes_only_its_new_spans(
+    tmp_path, make_model, memory, icae, random_ids, count_tokens
+):
     MemoryStore(tmp_path, icae).put("a", memory, kv=True)
     reader = make_model()
     kept = MemoryStore(tmp_path, reader).get("a", kv=True)
@@ -117,13 +119,13 @@ def test_an_extended_memory_computes_its_new_spans_alone(tmp_path, make_model, m
 
 
 def mapping_of(path):
-    """(start, end) of the addresses at which each mapping of a file lies."""
+    """Return the address range (start, end) of each memory mapping of a file."""
     with open("/proc/self/maps") as maps:
         lines = [line.split() for line in maps if line.rstrip().endswith(str(path))]
     return [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
 
 
-def test_what_is_read_lies_in_the_mapped_file(tmp_path, make_model, icae, memory):
+def test_stored_tensors_stay_in_the_mapped_file(tmp_path, make_model, icae, memory):
     store = MemoryStore(tmp_path, icae)
     store.put("a", memory, kv=True)
     reader = make_model()
@@ -134,7 +136,7 @@ def test_what_is_read_lies_in_the_mapped_file(tmp_path, make_model, icae, memory
         for t in (segment.keys, segment.values):
             assert start <= t.data_ptr() < end
             assert t.untyped_storage().data_ptr() == kept.slots.untyped_storage().data_ptr()
-            assert t.stride() == (heads * 3 * k * size, size, 3 * k * size, 1)  # a head's side by side
+            assert t.stride() == (heads * 3 * k * size, size, 3 * k * size, 1)  # a head's elements are contiguous
         assert segment.start == 3 + i * k
     assert reader.slot_kv.nbytes == icae.slot_kv.nbytes
     reader.clear_kv()
@@ -143,7 +145,7 @@ def test_what_is_read_lies_in_the_mapped_file(tmp_path, make_model, icae, memory
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
-def test_keys_and_values_are_those_of_the_slots_as_stored(tmp_path, make_model, icae, memory, count_tokens, dtype):
+def test_stored_keys_and_values_belong_to_the_rounded_slots(tmp_path, make_model, icae, memory, count_tokens, dtype):
     store = MemoryStore(tmp_path, icae, dtype=dtype)
     store.put("a", memory, kv=True)
     reader = make_model()
@@ -156,7 +158,7 @@ def test_keys_and_values_are_those_of_the_slots_as_stored(tmp_path, make_model, 
     assert_same(scores, logits(reader, kept))
 
 
-def test_bfloat16_models(tmp_path, make_icae, make_base, random_ids, count_tokens):
+def test_bfloat16_models_store_keys_and_values_exactly(tmp_path, make_icae, make_base, random_ids, count_tokens):
     icae = make_icae(base=make_base().bfloat16())
     memory = icae.compress(random_ids(40))[0]
     store = MemoryStore(tmp_path, icae)
@@ -172,8 +174,8 @@ def test_bfloat16_models(tmp_path, make_icae, make_base, random_ids, count_token
     assert torch.equal(kept.slots, memory.slots)
 
 
-def test_another_dtype_is_computed_anew(tmp_path, make_icae, random_ids):
-    """Keys rounded to bf16 would make an fp32 model's answers those of neither."""
+def test_keys_of_another_dtype_are_not_adopted(tmp_path, make_icae, random_ids):
+    """With keys rounded to bf16, an fp32 model's answers would be neither those of fp32 nor those of bf16."""
     wide, narrow = make_icae(), make_icae()
     narrow.base_model.bfloat16()
     MemoryStore(tmp_path, narrow).put("a", narrow.compress(random_ids(40))[0], kv=True)
@@ -185,7 +187,7 @@ def test_another_dtype_is_computed_anew(tmp_path, make_icae, random_ids):
         wide.adopt_kv(kept, MemoryStore(tmp_path).get_kv("a"))
 
 
-def test_another_prefix_is_computed_anew(tmp_path, make_model, icae, memory, count_tokens):
+def test_keys_behind_another_prefix_are_not_adopted(tmp_path, make_model, icae, memory, count_tokens):
     store = MemoryStore(tmp_path, icae)
     store.put("a", memory, kv=True)
     store.put("bare", memory)
@@ -202,7 +204,7 @@ def test_another_prefix_is_computed_anew(tmp_path, make_model, icae, memory, cou
     assert answers(icae, store.get("bare", kv=True)) == expected
 
 
-def test_another_model_or_adapter_is_refused(tmp_path, make_model, make_icae, icae, memory):
+def test_entries_of_another_model_or_adapter_are_refused(tmp_path, make_model, make_icae, icae, memory):
     MemoryStore(tmp_path, icae).put("a", memory, kv=True)
     other = make_icae(seed=5)
     with pytest.raises(errors.BaseModelMismatchError, match=r"entry 'a' of the store .*other weights"):
@@ -216,7 +218,7 @@ def test_another_model_or_adapter_is_refused(tmp_path, make_model, make_icae, ic
 
 
 @pytest.mark.parametrize("name", ["keys", "values"])
-def test_a_flipped_byte_is_named_and_nothing_adopted(tmp_path, make_model, icae, memory, name):
+def test_a_flipped_byte_is_reported_and_nothing_is_adopted(tmp_path, make_model, icae, memory, name):
     store = MemoryStore(tmp_path, icae)
     store.put("a", memory, kv=True)
     path, stored = file_of(store), getattr(store.get_kv("a"), name)
@@ -230,12 +232,12 @@ def test_a_flipped_byte_is_named_and_nothing_adopted(tmp_path, make_model, icae,
     with pytest.raises(errors.CheckpointError, match=f"entry 'a' of the store .* checksum of its {name} is wrong"):
         opened.get("a", kv=True)
     assert len(reader.slot_kv) == 0
-    assert torch.equal(opened.get("a").slots, memory.slots)  # slots have a checksum of their own
+    assert torch.equal(opened.get("a").slots, memory.slots)  # the slots have a separate checksum
     with pytest.raises(errors.CheckpointError, match=r"its file .* is missing"):
         path.unlink(), opened.get("a", kv=True)
 
 
-def test_a_budget_too_small_is_said(tmp_path, make_model, icae, memory, count_tokens, caplog):
+def test_a_budget_too_small_for_an_entry_logs_a_warning(tmp_path, make_model, icae, memory, count_tokens, caplog):
     MemoryStore(tmp_path, icae).put("a", memory, kv=True)
     reader = make_model()
     reader.kv_budget = icae.slot_kv.nbytes - 1
@@ -253,7 +255,7 @@ def test_a_budget_too_small_is_said(tmp_path, make_model, icae, memory, count_to
     assert len(reader.slot_kv) == 4
 
 
-def test_texts_are_compressed_with_their_keys_and_values(tmp_path, make_model, icae, random_ids, count_tokens):
+def test_store_compress_can_keep_keys_and_values(tmp_path, make_model, icae, random_ids, count_tokens):
     texts = [random_ids(40), random_ids(9, seed=1)]
     store = MemoryStore(tmp_path, icae, dtype="int8")
     calls = count_tokens(icae)
@@ -268,7 +270,7 @@ def test_texts_are_compressed_with_their_keys_and_values(tmp_path, make_model, i
     assert calls == [sum(len(icae.prompt_ids(q)[1]) for q in QUESTIONS), 2, 2, 2, 2] * 2
 
 
-def test_compress_adds_what_an_entry_lacks(tmp_path, make_model, icae, random_ids):
+def test_store_compress_adds_missing_keys_and_values(tmp_path, make_model, icae, random_ids):
     text = random_ids(40)
     store = MemoryStore(tmp_path, icae, dtype="int8")
     (bare,) = store.compress(text)
@@ -286,12 +288,12 @@ def test_compress_adds_what_an_entry_lacks(tmp_path, make_model, icae, random_id
     MemoryStore(tmp_path, plain).compress(text, kv=True)
     assert store.get_kv(store.key_of(text)).prefix_ids == ()
     path = file_of(store)
-    store.compress(text)  # without asking for them they stay
+    store.compress(text)  # without kv=True, stored keys and values stay
     MemoryStore(tmp_path, plain).compress(text, kv=True)
     assert file_of(store) == path
 
 
-def test_remote_stores_have_the_tier_too(icae, make_model, memory, count_tokens):
+def test_remote_stores_keep_keys_and_values_too(icae, make_model, memory, count_tokens):
     address = f"memory://{uuid.uuid4().hex}"
     MemoryStore(address, icae).put("a", memory, kv=True)
     reader = make_model()
@@ -301,7 +303,7 @@ def test_remote_stores_have_the_tier_too(icae, make_model, memory, count_tokens)
     assert 12 not in calls
 
 
-def test_inference_mode_leaves_plain_tensors(tmp_path, icae, memory, make_model):
+def test_tensors_adopted_in_inference_mode_are_plain(tmp_path, icae, memory, make_model):
     with torch.inference_mode():
         MemoryStore(tmp_path, icae).put("a", memory, kv=True)
     reader = make_model()
@@ -319,7 +321,7 @@ def test_bad_input_changes_nothing(tmp_path, icae, memory, random_ids, store):
     for spoilt, message in [
         (kv.keys, "expected a SlotKV and got Tensor"), (None, "got NoneType"),
         (SlotKV(kv.keys[:, 1:], kv.values, PREFIX), r"keys are \(3, 11, 2, 8\)"),
-        (SlotKV(kv.keys, kv.values.double(), PREFIX), "of one floating dtype"),
+        (SlotKV(kv.keys, kv.values.double(), PREFIX), "in one floating dtype"),
         (SlotKV(kv.keys[..., :4], kv.values[..., :4], PREFIX), r"\(3, 4, 2, 4\)"),
         (SlotKV(kv.keys, kv.values, (1, "w90")), "prefix_ids are"),
         (SlotKV(kv.keys, kv.values, (1, 500)), "the id 500"),
@@ -346,7 +348,7 @@ def test_bad_input_changes_nothing(tmp_path, icae, memory, random_ids, store):
     assert list(store) == ["a"]
 
 
-def test_weights_that_are_not_finite_are_named(icae, memory):
+def test_the_error_for_non_finite_keys_names_the_weight(icae, memory):
     icae.base_model.model.layers[0].self_attn.v_proj.weight.data[0] = float("nan")
     with pytest.raises(errors.NonFiniteError, match=r"keys and values .*layers\.0\.self_attn\.v_proj"):
         icae.memory_kv(memory)

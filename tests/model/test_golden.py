@@ -1,4 +1,4 @@
-"""The golden cases: slots, logits, loss, gradients and greedy tokens of the public reference, in fp32."""
+"""The golden cases: slots, logits, loss, gradients and greedy tokens equal the public reference's in fp32."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from icae_fast import ICAE
 from icae_fast.ops._declare import interpreted
 
 
-# Triton's interpreter takes five minutes for all of it; merged weights and a batch run no kernels of their own.
+# Triton's interpreter would take five minutes for everything. Merged weights and a batch use no further kernels, so
+# they are left out there.
 @pytest.fixture(params=["fused"] if interpreted() else ["fused", "merged"])
 def icae(request):
     loaded = ICAE.from_reference_checkpoint(golden.reference_checkpoint_path(), golden.load_base())
@@ -30,7 +31,7 @@ def test_sizes_and_ids_follow_from_the_tensors(icae):
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-def test_one_at_a_time(icae, name):
+def test_each_golden_case_by_itself(icae, name):
     case = golden.case(name)
     memory = icae.compress([case["input_ids"][0]])[0]
     torch.testing.assert_close(memory.slots, case["slots"], rtol=1e-5, atol=1e-5)
@@ -48,8 +49,8 @@ def test_one_at_a_time(icae, name):
     assert icae.restore(memory, max_new_tokens=24, return_ids=True) == case["greedy"].tolist()
 
 
-@pytest.mark.skipif(interpreted(), reason="a minute in Triton's interpreter, with the kernels of one at a time")
-def test_all_in_one_batch(icae):
+@pytest.mark.skipif(interpreted(), reason="takes a minute in Triton's interpreter and runs no further kernels")
+def test_all_golden_cases_in_one_batch(icae):
     cases = [golden.case(name) for name in golden.CASES]
     memories = icae.compress([c["input_ids"][0] for c in cases])
     for memory, c in zip(memories, cases, strict=True):

@@ -1,4 +1,4 @@
-"""The module on tiny models: compressing, extending, the training forward, and what becomes of the base model."""
+"""`ICAE` on tiny models: compressing, extending, the training forward, and the base model's state afterwards."""
 
 import copy
 
@@ -16,7 +16,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def sample(icae, context, answer):
-    """One autoencoding row: slots, AE, answer; loss on the answer."""
+    """Return (context, row, labels) of one autoencoding row: memory ids, AE, answer, with loss on the answer."""
     v, k = icae.vocabulary, icae.config.memory_size
     spans = -(-len(context) // icae.config.max_span_tokens)
     memory = torch.arange(v.first_memory, v.ae).repeat(spans)
@@ -31,7 +31,7 @@ def pad(rows, value):
 
 @pytest.fixture(scope="module")
 def alone(tiny_icae, random_ids):
-    """Slots of random documents compressed one at a time, by (length, seed)."""
+    """`alone(length, seed)`: the slots of a random document that was compressed by itself."""
     known = {}
 
     def slots(length, seed):
@@ -47,7 +47,7 @@ def alone(tiny_icae, random_ids):
     documents=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 3)), min_size=1, max_size=7),
     budget=st.integers(1, 200),
 )
-def test_a_batch_gives_what_each_gives_alone(tiny_icae, random_ids, alone, documents, budget):
+def test_slots_of_a_batch_equal_those_of_single_documents(tiny_icae, random_ids, alone, documents, budget):
     memories = tiny_icae.compress([random_ids(*d) for d in documents], token_budget=budget)
     assert len(memories) == len(documents)
     for memory, (length, seed) in zip(memories, documents, strict=True):
@@ -55,7 +55,7 @@ def test_a_batch_gives_what_each_gives_alone(tiny_icae, random_ids, alone, docum
         assert memory.n_source_tokens == sum(memory.span_lengths) == length
 
 
-def test_order_does_not_matter(tiny_icae, random_ids):
+def test_slots_do_not_depend_on_the_order_of_documents(tiny_icae, random_ids):
     documents = [random_ids(n, seed=n) for n in (3, 50, 16, 1)]
     forward, backward = tiny_icae.compress(documents), tiny_icae.compress(documents[::-1])
     for one, other in zip(forward, backward[::-1], strict=True):
@@ -70,13 +70,13 @@ def test_each_span_is_compressed_by_itself(tiny_icae, random_ids):
     torch.testing.assert_close(whole.slots, torch.cat([p.slots for p in parts]), **CLOSE)
 
 
-def test_progress_is_reported(tiny_icae, random_ids):
+def test_progress_is_reported_in_tokens(tiny_icae, random_ids):
     calls = []
     tiny_icae.compress([random_ids(40), random_ids(5)], token_budget=20, on_progress=lambda *a: calls.append(a))
     assert calls == [(14, 45), (28, 45), (40, 45), (45, 45)]
 
 
-def test_one_context_gives_a_list_of_one_memory(tiny_icae, random_ids):
+def test_a_single_context_returns_a_list_of_one_memory(tiny_icae, random_ids):
     ids = random_ids(20)
     memories = tiny_icae.compress(ids)
     assert [type(m) for m in memories] == [Memory]
@@ -84,7 +84,7 @@ def test_one_context_gives_a_list_of_one_memory(tiny_icae, random_ids):
         assert torch.equal(tiny_icae.compress(same)[0].slots, memories[0].slots)
 
 
-def test_memory_properties(tiny_icae, random_ids):
+def test_sizes_and_repr_of_a_memory(tiny_icae, random_ids):
     memory = tiny_icae.compress(random_ids(37))[0]
     assert (memory.n_slots, memory.memory_size, memory.n_source_tokens) == (12, 4, 37)
     assert memory.slots.shape == (12, 32)
@@ -96,7 +96,7 @@ def test_memory_properties(tiny_icae, random_ids):
     assert repr(half) == "Memory(37 tokens in 3 spans -> 12 slots, 1 KiB bfloat16)"
 
 
-def test_text_and_its_ids_are_the_same(make_icae, make_tokenizer):
+def test_text_and_its_token_ids_have_the_same_slots(make_icae, make_tokenizer):
     icae = make_icae(tokenizer=make_tokenizer())
     by_text, by_ids = icae.compress("w5 w6 w7")[0], icae.compress([5, 6, 7])[0]
     assert torch.equal(by_text.slots, by_ids.slots)
@@ -116,7 +116,7 @@ def test_extending_full_spans_equals_compressing_the_whole(tiny_icae, random_ids
 
 
 @pytest.mark.parametrize("parts", [(1, 1), (16, 5), (5, 16), (20, 40), (33, 1)])
-def test_extending_leaves_the_old_slots_alone(tiny_icae, random_ids, parts):
+def test_extending_keeps_the_old_slots_unchanged(tiny_icae, random_ids, parts):
     ids = random_ids(sum(parts))
     old, new = tiny_icae.compress([ids[: parts[0]], ids[parts[0] :]])
     extended = tiny_icae.extend(old, ids[parts[0] :])
@@ -132,7 +132,7 @@ def test_spread_positions_change_the_slots(make_icae, random_ids):
     assert (append.compress(ids)[0].slots - spread.compress(ids)[0].slots).abs().max() > 0.05
 
 
-def test_slot_scale_is_the_formula_and_its_gain_learns(make_icae, random_ids):
+def test_slot_scale_follows_its_formula_and_its_gain_has_a_gradient(make_icae, random_ids):
     plain, scaled = make_icae(), make_icae(slot_scale="embedding_norm")
     ids = random_ids(30)
     raw = plain.compress(ids)[0].slots
@@ -144,11 +144,11 @@ def test_slot_scale_is_the_formula_and_its_gain_learns(make_icae, random_ids):
     torch.testing.assert_close(slots, expected, **CLOSE)
     assert plain.slot_gain is None
     slots.pow(2).sum().backward()
-    # d/dg of sum (e^g c)^2 is twice the sum.
+    # The derivative of sum((e^g c)^2) by g is twice that sum.
     torch.testing.assert_close(scaled.slot_gain.grad, 2 * expected.pow(2).sum(), rtol=1e-4, atol=0)
 
 
-def test_forward_of_a_padded_batch_of_a_list_and_of_single_rows(tiny_icae, random_ids):
+def test_forward_agrees_between_a_padded_batch_a_list_and_single_rows(tiny_icae, random_ids):
     sizes = [(5, 3), (33, 12), (16, 1)]
     rows = [sample(tiny_icae, random_ids(n, seed=n), random_ids(m, seed=m)) for n, m in sizes]
     contexts, prompts, labels = map(list, zip(*rows, strict=True))
@@ -169,7 +169,7 @@ def test_forward_of_a_padded_batch_of_a_list_and_of_single_rows(tiny_icae, rando
     assert tiny_icae(contexts, prompts)["loss"] is None
 
 
-def test_a_gradient_reaches_all_that_is_trained_and_no_base_weight(make_icae, random_ids, model_kind):
+def test_every_trained_parameter_and_no_base_weight_gets_a_gradient(make_icae, random_ids, model_kind):
     icae = make_icae(model_kind, slot_scale="embedding_norm").train()
     trained = {name for name, p in icae.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in icae.named_parameters() if not n.startswith("base_model.")}
@@ -182,7 +182,7 @@ def test_a_gradient_reaches_all_that_is_trained_and_no_base_weight(make_icae, ra
             assert torch.isfinite(parameter.grad).all(), name
         else:
             assert parameter.grad is None, name
-    # k memory tokens and AE are read, LM and FT are not.
+    # The row uses the k memory tokens and AE, but neither LM nor FT.
     assert icae.memory_token_embed.weight.grad.abs().sum(1).gt(0).tolist() == [True] * 5 + [False] * 2
 
 
@@ -208,7 +208,7 @@ def test_dropout_follows_the_seed_in_training_and_is_off_in_evaluation(make_icae
     assert torch.equal(slots(0), slots(1))
 
 
-def test_a_step_of_training_lowers_the_loss(make_icae, random_ids):
+def test_a_few_training_steps_lower_the_loss(make_icae, random_ids):
     icae = make_icae().train()
     row = [[t] for t in sample(icae, random_ids(20), random_ids(20))]
     optimizer = torch.optim.AdamW([p for p in icae.parameters() if p.requires_grad], lr=1e-2)
@@ -222,12 +222,12 @@ def test_a_step_of_training_lowers_the_loss(make_icae, random_ids):
     assert losses[-1] < losses[0] - 0.1
 
 
-class TestTheBaseModelGoesOn:
-    """After ICAE has used it, packing its q, k and v, the base model is as it was."""
+class TestTheBaseModelStaysUsable:
+    """The base model behaves as before after an ICAE has used it and packed its q, k and v weights."""
 
     @pytest.fixture
     def used(self, make_base, make_icae, random_ids):
-        """(base model, its logits before, ICAE that has used it)."""
+        """(base model, its logits before use, the ICAE that used it)."""
         base = make_base("qwen2")
         with torch.no_grad():
             before = base(random_ids(12)[None]).logits
@@ -257,7 +257,7 @@ class TestTheBaseModelGoesOn:
         for name, value in base.state_dict().items():
             assert torch.equal(again.state_dict()[name], value), name
         weights_file = tmp_path / "model.safetensors"
-        # Each weight once: the shared storage is not written for each of its three views.
+        # Each weight is written once: the storage shared by q, k and v is not repeated for each of the three views.
         assert weights_file.stat().st_size < 1.1 * sum(p.nbytes for p in base.parameters()) + 8192
 
     def test_a_deep_copy_is_independent(self, used, random_ids):
@@ -273,12 +273,12 @@ class TestTheBaseModelGoesOn:
         alone = copy.deepcopy(base)
         assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), base.parameters(), strict=True))
 
-    def test_new_weights_are_seen(self, used, make_base, make_icae, random_ids):
+    def test_new_weights_take_effect(self, used, make_base, make_icae, random_ids):
         base, _, icae = used
         other = make_base("qwen2", seed=9)
         base.load_state_dict(other.state_dict())
         fresh = make_icae(base=other)
-        fresh.memory_token_embed.load_state_dict(icae.memory_token_embed.state_dict())  # it begins as words of the base
+        fresh.memory_token_embed.load_state_dict(icae.memory_token_embed.state_dict())  # starts as base words
         expected = fresh.compress(random_ids(20))[0].slots
         torch.testing.assert_close(icae.compress(random_ids(20))[0].slots, expected, **CLOSE)
         with torch.no_grad():
@@ -293,7 +293,8 @@ class TestTheBaseModelGoesOn:
         base.to(torch.bfloat16)
         slots = icae.compress(ids)[0].slots
         assert slots.dtype == icae.dtype == torch.bfloat16
-        # Five weighted layers of 8-bit mantissas; an unpacked or stale weight would be off by the slots' own size.
+        # Rounding to 8-bit mantissas adds up over five layers of weights; a stale or unpacked weight would cause an
+        # error as large as the slots themselves.
         assert (slots.float() - exact).pow(2).mean().sqrt() < 0.1 * exact.pow(2).mean().sqrt()
         a = base.model.layers[0].self_attn
         assert a.q_proj.weight.untyped_storage().data_ptr() == a.v_proj.weight.untyped_storage().data_ptr()
@@ -302,7 +303,7 @@ class TestTheBaseModelGoesOn:
         assert icae.adapter.layers[0]["q_A"].dtype == torch.float32
 
 
-def test_fp64_is_computed_in_fp64(make_icae, make_base, random_ids):
+def test_an_fp64_model_computes_in_fp64(make_icae, make_base, random_ids):
     icae, single = make_icae(base=make_base().double()), make_icae()
     icae.adapter.load_state_dict(single.adapter.state_dict())
     icae.memory_token_embed.load_state_dict(single.memory_token_embed.state_dict())
@@ -312,7 +313,7 @@ def test_fp64_is_computed_in_fp64(make_icae, make_base, random_ids):
     torch.testing.assert_close(slots.float(), single.compress(random_ids(20))[0].slots, rtol=1e-4, atol=1e-4)
 
 
-def test_compress_has_no_dropout_even_in_training_mode(make_icae, random_ids):
+def test_compress_applies_no_dropout_in_training_mode(make_icae, random_ids):
     icae = make_icae().train()
     ids = random_ids(50)
     assert torch.equal(icae.compress(ids)[0].slots, icae.compress(ids)[0].slots)

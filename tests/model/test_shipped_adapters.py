@@ -1,4 +1,4 @@
-"""Adapters by name, as those that come with the package are loaded, and adapters kept in bf16, as they are shipped."""
+"""Shipped adapters: they load by name, and their bf16 files load into fp32 parameters."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def icae(make_icae):
-    """With a slot gain, whose bf16 differs from its fp32."""
+    """An ICAE whose slot gain is not exact in bf16."""
     icae = make_icae(slot_scale="embedding_norm")
     with torch.no_grad():
         icae.slot_gain.fill_(0.1)
@@ -38,7 +38,7 @@ def test_bf16_tensors_load_into_fp32_parameters(icae, make_base, tmp_path):
     assert (tmp_path / "again" / TENSORS_FILE).read_bytes() == (tmp_path / TENSORS_FILE).read_bytes()
 
 
-def test_an_adapter_of_the_package_is_loaded_by_its_name(icae, make_base, tmp_path, monkeypatch, random_ids):
+def test_a_shipped_adapter_loads_by_its_name(icae, make_base, tmp_path, monkeypatch, random_ids):
     monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
     icae.save_pretrained(tmp_path / "adapters" / "tiny")
     (tmp_path / "adapters" / "half-written").mkdir()
@@ -48,7 +48,7 @@ def test_an_adapter_of_the_package_is_loaded_by_its_name(icae, make_base, tmp_pa
     assert torch.equal(again.compress(ids)[0].slots, icae.compress(ids)[0].slots)
 
 
-def test_an_adapter_is_loaded_for_another_rate(icae, make_base, tmp_path, random_ids):
+def test_an_adapter_loads_with_another_compression_rate(icae, make_base, tmp_path, random_ids):
     icae.save_pretrained(tmp_path)
     k, rate, ids = icae.config.memory_size, icae.config.compression_rate, random_ids(40)
     longer = ICAE.from_pretrained(tmp_path, base_model=make_base(), compression_rate=2 * rate)
@@ -59,23 +59,23 @@ def test_an_adapter_is_loaded_for_another_rate(icae, make_base, tmp_path, random
         ICAE.from_pretrained(tmp_path, base_model=make_base(), compression_rate=0)
 
 
-def test_a_folder_of_that_name_comes_first(icae, make_base, tmp_path, monkeypatch):
+def test_a_local_folder_has_precedence_over_a_shipped_adapter(icae, make_base, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
     icae.save_pretrained(tmp_path / "adapters" / "tiny")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    with pytest.raises(CheckpointError):  # which is empty
+    with pytest.raises(CheckpointError):  # the local folder is empty
         ICAE.from_pretrained("tiny", base_model=make_base())
 
 
-def test_an_unknown_name_lists_the_known(icae, make_base, tmp_path, monkeypatch):
+def test_the_error_for_an_unknown_name_lists_the_shipped_ones(icae, make_base, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
     icae.save_pretrained(tmp_path / "adapters" / "tiny")
-    with pytest.raises(CheckpointError, match=r"nor one that comes with this package \(tiny\)"):
+    with pytest.raises(CheckpointError, match=r"nor one that ships with this package \(tiny\)"):
         ICAE.from_pretrained("no such/name, ever", base_model=make_base())
 
 
-def test_the_adapter_for_a_model_is_found(make_icae, tmp_path, monkeypatch):
+def test_the_default_adapter_of_a_base_model_is_found(make_icae, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "ADAPTERS", tmp_path / "adapters")
     assert hub.default_adapter("some/base") is None
     make_icae(base_model="some/base").save_pretrained(tmp_path / "adapters" / "tiny")
@@ -87,8 +87,8 @@ def test_the_adapter_for_a_model_is_found(make_icae, tmp_path, monkeypatch):
 HARROW_POINT = Path(__file__).parents[2] / "examples" / "harrow_point.txt"
 
 
-def test_the_packages_adapter_remembers(smollm2_bf16):
-    """Passages of a text that nothing was trained on, from their own slots and from another passage's."""
+def test_the_shipped_adapter_restores_unseen_text(smollm2_bf16):
+    """Score passages of a text outside the training data with their own slots and with another passage's."""
     base, tokenizer = smollm2_bf16
     icae = ICAE.from_pretrained("smollm2-135m", base_model=base, tokenizer=tokenizer)
     length = icae.config.max_span_tokens
@@ -106,7 +106,7 @@ def test_the_packages_adapter_remembers(smollm2_bf16):
     assert wrong < 0.4
 
 
-def test_files_of_the_packages_adapters_are_small_and_described():
+def test_shipped_adapters_are_small_and_have_a_readme():
     for folder in hub.shipped_adapters().values():
         assert (folder / TENSORS_FILE).stat().st_size <= 20e6
         assert "hours" in (folder / "README.md").read_text()

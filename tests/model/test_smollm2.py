@@ -1,4 +1,4 @@
-"""A real model, SmolLM2-135M-Instruct: accuracy against the reference's way of computing, text in and text out."""
+"""SmolLM2-135M-Instruct, a real model: accuracy against the reference's computation, and text input and output."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ QUESTIONS = ["Who kept the light?", "In one short sentence, what is this text ab
 
 @pytest.fixture(scope="module", autouse=True)
 def threads():
-    """One thread, which costs little on idle cores and saves most of the time on busy ones; gives the usual number."""
+    """Run the module with one thread, which is much faster on busy cores; the value is the usual number of threads."""
     usual = torch.get_num_threads()
     torch.set_num_threads(1)
     yield usual
@@ -19,7 +19,7 @@ def threads():
 
 
 def make(model, tokenizer, **config):
-    """An ICAE with an adapter that acts: at this size of B, LoRA moves the slots by an eighth of their RMS."""
+    """Make an ICAE whose adapter matters: with B of this size, LoRA moves the slots by an eighth of their RMS."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         icae = ICAE.from_base(model, ICAEConfig(**config), tokenizer).eval()
@@ -31,7 +31,7 @@ def make(model, tokenizer, **config):
 
 
 def same_in_bf16(icae, model):
-    """The same adapter on the bf16 model."""
+    """Return an ICAE with the same adapter on the bf16 model."""
     other = ICAE.from_base(model, icae.config, icae.tokenizer).eval()
     other.adapter.load_state_dict(icae.adapter.state_dict())
     other.memory_token_embed.load_state_dict(icae.memory_token_embed.state_dict())
@@ -40,7 +40,7 @@ def same_in_bf16(icae, model):
 
 @pytest.fixture(scope="module")
 def fp32(smollm2):
-    """In the default configuration, k = 128 and rank 128."""
+    """An ICAE in the default configuration: k = 128 and rank 128."""
     return make(*smollm2)
 
 
@@ -51,13 +51,13 @@ def bf16(fp32, smollm2_bf16):
 
 @pytest.fixture(scope="module")
 def small(smollm2):
-    """With k = 16 and spans of 64: quick."""
+    """A fast ICAE: k = 16 and spans of up to 64 tokens."""
     return make(*smollm2, memory_size=16, lora_rank=16)
 
 
 @pytest.fixture(scope="module")
 def ids(smollm2, long_text):
-    """The first 700 tokens of the text: two spans of 350 by default."""
+    """The first 700 tokens of the text, two spans of 350 in the default configuration."""
     return torch.tensor(smollm2[1](long_text)["input_ids"][:700])
 
 
@@ -67,7 +67,7 @@ def rms(t):
 
 @pytest.fixture(scope="module")
 def baseline_slots(fp32, bf16, ids):
-    """Slots of the reference's computation (PEFT, whole model, span after span), in fp32 and in bf16."""
+    """Slots computed like the reference (PEFT, the whole model, span by span), in fp32 and in bf16."""
     pytest.importorskip("peft", reason="the baseline needs PEFT, which comes with the extra `bench`")
     from icae_fast.benchmark.baseline import BaselineICAE
 
@@ -76,7 +76,7 @@ def baseline_slots(fp32, bf16, ids):
 
 @pytest.fixture
 def in_mode():
-    """`in_mode(icae, mode)`: the ICAE in an adapter mode until the test ends."""
+    """`in_mode(icae, mode)`: set the ICAE's adapter mode until the test ends, and return the ICAE."""
     changed = []
 
     def change(icae, mode):
@@ -104,7 +104,7 @@ def test_fp32_slots_equal_the_baseline(fp32, ids, baseline_slots, threads, n_thr
 
 @pytest.mark.parametrize("mode", ["fused", "merged"])
 def test_bf16_slots_err_no_more_than_the_baseline(bf16, ids, baseline_slots, in_mode, mode):
-    """Distance to the baseline in bf16 is within what bf16 itself costs the baseline; so is that to fp32."""
+    """The distances to the bf16 and fp32 baselines stay within 1.5 times the distance between these two."""
     exact, rounded = baseline_slots
     ours = in_mode(bf16, mode).compress(ids)[0].slots.float()
     assert bf16.adapter_mode_in_use == mode
@@ -114,8 +114,8 @@ def test_bf16_slots_err_no_more_than_the_baseline(bf16, ids, baseline_slots, in_
     assert rms(ours - exact) <= budget
 
 
-def test_both_adapter_modes_are_the_same_up_to_rounding(fp32, bf16, ids, in_mode):
-    pytest.importorskip("peft", reason="the tolerances stand beside the baseline, which needs PEFT")
+def test_both_adapter_modes_agree_up_to_rounding(fp32, bf16, ids, in_mode):
+    pytest.importorskip("peft", reason="the tolerances are defined beside the baseline, which needs PEFT")
     from icae_fast.benchmark.checks import assert_same, rms_difference
 
     wide, narrow = ([in_mode(i, m).compress(ids[:60])[0].slots for m in ("fused", "merged")] for i in (fp32, bf16))
@@ -123,8 +123,8 @@ def test_both_adapter_modes_are_the_same_up_to_rounding(fp32, bf16, ids, in_mode
     assert_same(*narrow, torch.bfloat16, "fused and merged slots")
 
 
-def test_the_adapter_acts(fp32, bf16, ids):
-    """Guards the two tests above: the LoRA's share of the slots is well over what bf16 loses."""
+def test_the_adapters_effect_exceeds_the_rounding_of_bf16(fp32, bf16, ids):
+    """The accuracy tests above are meaningful only if LoRA moves the slots by much more than bf16 rounding does."""
     idle = ICAE.from_base(fp32.base_model, fp32.config)
     idle.memory_token_embed.load_state_dict(fp32.memory_token_embed.state_dict())
     exact = fp32.compress(ids[:40])[0].slots
@@ -133,7 +133,7 @@ def test_the_adapter_acts(fp32, bf16, ids):
     assert effect > 3 * rms(bf16.compress(ids[:40])[0].slots - exact)
 
 
-def test_three_documents_equal_one_at_a_time(small, ids):
+def test_a_batch_of_three_documents_equals_one_at_a_time(small, ids):
     documents = [ids[:90], ids[90:101], ids[101:230]]
     batch = small.compress(documents)
     backwards = small.compress(documents[::-1], token_budget=130)[::-1]
@@ -159,7 +159,7 @@ def test_greedy_tokens_equal_hugging_face(small, ids):
     assert small.generate(memory, QUESTIONS[::-1], **options)[1] == expected
 
 
-def test_two_prompts_in_bf16_give_text(small, smollm2_bf16, ids, long_text):
+def test_two_prompts_in_bf16_return_text(small, smollm2_bf16, ids, long_text):
     icae = same_in_bf16(small, smollm2_bf16[0])
     text = icae.tokenizer.decode(ids[:100])
     assert long_text.startswith(text)
@@ -174,7 +174,7 @@ def test_two_prompts_in_bf16_give_text(small, smollm2_bf16, ids, long_text):
     assert isinstance(icae.restore(memory, max_new_tokens=3), str)
 
 
-def test_the_chat_template_stands_around_slots_and_prompt(fp32):
+def test_the_chat_template_encloses_slots_and_prompt(fp32):
     tokenizer, ft = fp32.tokenizer, fp32.vocabulary.ft
     prefix, suffix = fp32.prompt_ids(QUESTIONS[0])
     question = tokenizer(QUESTIONS[0])["input_ids"]
@@ -186,13 +186,13 @@ def test_the_chat_template_stands_around_slots_and_prompt(fp32):
     assert tokenizer.decode(suffix[1 + len(question) :]) == "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_text_and_its_tokens_give_the_same_memory(small, ids):
+def test_text_and_its_token_ids_have_the_same_memory(small, ids):
     by_text, by_ids = small.compress(small.tokenizer.decode(ids[:60]))[0], small.compress(ids[:60])[0]
     assert by_text.n_source_tokens == 60
     assert torch.equal(by_text.slots, by_ids.slots)
 
 
-def test_the_tokenizer_fits_the_vocabulary(fp32):
+def test_special_ids_follow_the_base_vocabulary(fp32):
     v = fp32.vocabulary
     assert (v.n_base, v.pad, v.first_memory, v.ae, v.lm, v.ft) == (49152, 49152, 49153, 49281, 49282, 49283)
     assert fp32.eos_token_ids == (2,)

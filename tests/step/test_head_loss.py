@@ -1,4 +1,4 @@
-"""The head's loss without logits equals the one with them, gradients and distillation included."""
+"""The chunked head loss equals the loss over full logits, including gradients and distillation."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from icae_fast.step.head_loss import head_loss
 
 
 def plain(hidden, weight, targets, bias=None, teacher=None, alpha=0.0, temperature=1.0):
-    """The definition, with all logits."""
+    """Compute the loss by its definition, from all logits at once."""
     logits = F.linear(hidden, weight, bias)
     losses = F.cross_entropy(logits, targets, reduction="none")
     if not alpha:
@@ -36,7 +36,7 @@ def make(n, d, v, seed=0, dtype=torch.float64):
     n=st.integers(1, 23), v=st.integers(2, 40), chunk=st.integers(1, 9), bias=st.booleans(),
     alpha=st.sampled_from([0.0, 0.3, 1.0]), temperature=st.sampled_from([1.0, 2.5]),
 )  # fmt: skip
-def test_losses_and_gradients(n, v, chunk, bias, alpha, temperature):
+def test_losses_and_gradients_equal_the_definition(n, v, chunk, bias, alpha, temperature):
     hidden, weight, targets, b, teacher, grad = make(n, 5, v, seed=n * v)
     b = b if bias else None
     found, correct = head_loss(
@@ -49,7 +49,7 @@ def test_losses_and_gradients(n, v, chunk, bias, alpha, temperature):
     torch.testing.assert_close(of_found, of_expected)
 
 
-def test_narrow_types_compute_in_fp32():
+def test_bf16_inputs_are_computed_in_fp32():
     hidden, weight, targets, *_ = make(40, 64, 300, dtype=torch.bfloat16)
     found, _ = head_loss(hidden, weight, targets, chunk_rows=7)
     assert found.dtype == torch.float32
@@ -61,14 +61,14 @@ def test_narrow_types_compute_in_fp32():
     assert (gradient.double() - truth.double()).norm() < 0.01 * truth.double().norm()
 
 
-def test_no_row_and_no_gradient():
+def test_no_rows_have_empty_losses_and_detached_inputs_no_gradient():
     hidden, weight, targets, *_ = make(3, 4, 5)
     losses, correct = head_loss(hidden[:0], weight, targets[:0])
     assert losses.shape == correct.shape == (0,)
     assert not head_loss(hidden.detach(), weight, targets)[0].requires_grad
 
 
-def test_what_it_refuses():
+def test_trainable_heads_and_a_missing_teacher_are_refused():
     hidden, weight, targets, bias, *_ = make(3, 4, 5)
     with pytest.raises(InvalidInputError, match="freeze"):
         head_loss(hidden, weight.requires_grad_(), targets)

@@ -1,4 +1,4 @@
-"""A training step's losses and gradients are those of the plain way, whatever is kept and whatever runs again."""
+"""Losses and gradients of a training step do not depend on which activations are kept and which are recomputed."""
 
 import random
 from dataclasses import replace
@@ -22,7 +22,7 @@ from icae_fast.training.methods.objectives import (
     with_own_tokens,
 )
 
-# No budget, some at which parts of the tiny models are kept, and more than enough.
+# Nothing kept, two budgets at which the tiny models keep some activations, and enough for everything.
 BUDGETS = [
     ActivationBudget(0, 1),
     ActivationBudget(20_000, 40),
@@ -41,12 +41,12 @@ def gradients(icae):
 
 
 def rows_of(samples):
-    """Contexts, prompts and labels of samples."""
+    """Return the contexts, prompts and labels of samples as lists of tensors."""
     return [[torch.tensor(getattr(s, name)) for s in samples] for name in ("input_ids", "prompt_answer_ids", "labels")]
 
 
 def step(icae, samples, budget, seed=3):
-    """(losses, gradients) of one step; the seed decides on dropout."""
+    """Return (losses, gradients) of one step; the seed determines the dropout masks."""
     icae.zero_grad()
     torch.manual_seed(seed)
     found = icae.token_losses(*rows_of(samples), budget)
@@ -72,7 +72,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("budget", [EVERYTHING, *BUDGETS])
 @pytest.mark.parametrize("name", golden.CASES)
-def test_golden_gradients(reference, name, budget):
+def test_gradients_of_the_golden_cases(reference, name, budget):
     case = golden.case(name)
     reference.zero_grad()
     rows = [list(case[n]) for n in ("input_ids", "prompt_answer_ids", "labels")]
@@ -87,21 +87,21 @@ def test_golden_gradients(reference, name, budget):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_every_kind_of_model(make_icae, model_kind, budget):
+def test_a_budget_changes_no_loss_or_gradient_of_any_model_kind(make_icae, model_kind, budget):
     icae = make_icae(model_kind, lora_dropout=0.3, slot_scale="embedding_norm", memory_positions="spread").train()
     samples = samples_of(icae)
-    # Masks depend on a token's place in its micro-batch.
+    # Dropout masks depend on a token's place in its micro-batch, so both steps use the same micro-batches.
     expected, expected_gradients = step(icae, samples, ActivationBudget(None, budget.span_tokens))
     found, found_gradients = step(icae, samples, budget)
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.rows, expected.rows)
     assert_same(found_gradients, expected_gradients)
     other, _ = step(icae, samples, budget, seed=4)
-    assert not torch.allclose(other.losses, found.losses), "dropout has no seed of its own"
+    assert not torch.allclose(other.losses, found.losses), "another seed must change the dropout masks"
 
 
 @pytest.mark.parametrize("sink_token", ["none", "bos"])
-def test_losses_are_those_of_the_reference_s_forward(make_icae, sink_token):
+def test_losses_and_gradients_equal_those_of_icae_forward(make_icae, sink_token):
     icae = make_icae(sink_token=sink_token)
     samples = samples_of(icae)
     found, found_gradients = step(icae, samples, ActivationBudget(0))
@@ -120,7 +120,7 @@ def test_losses_are_those_of_the_reference_s_forward(make_icae, sink_token):
     assert torch.equal(found.correct, torch.cat(right))
 
 
-def test_guesses_are_the_highest_logits(make_icae):
+def test_guesses_are_the_argmax_of_the_logits(make_icae):
     icae = make_icae(sink_token="bos").eval()
     samples = samples_of(icae)
     contexts, prompts, labels = rows_of(samples)
@@ -135,7 +135,7 @@ def test_guesses_are_the_highest_logits(make_icae):
 
 
 @pytest.mark.parametrize("memory_size", [None, 2])
-def test_own_guesses_are_read_in_place_of_the_text(make_icae, memory_size):
+def test_the_models_own_guesses_replace_marked_input_tokens(make_icae, memory_size):
     icae = make_icae(lora_dropout=0.0)
     model = TrainingModel(icae).train()
     samples = [with_own_tokens(s, 1.0, random.Random(5)) for s in samples_of(icae)]
@@ -159,7 +159,7 @@ def test_own_guesses_are_read_in_place_of_the_text(make_icae, memory_size):
     assert_same(mine, gradients(icae))
 
 
-def test_labels_with_gaps(make_icae):
+def test_labels_may_have_gaps(make_icae):
     icae = make_icae()
     sample = samples_of(icae)[0]
     gaps = [label if i % 3 else -100 for i, label in enumerate(sample.labels)]
@@ -182,7 +182,7 @@ def test_a_hooked_module_is_called(make_icae):
     assert_same(found, expected)
 
 
-def test_offloaded(make_icae):
+def test_offloading_activations_changes_no_gradient(make_icae):
     icae = make_icae()
     samples = samples_of(icae)
     _, expected = step(icae, samples, EVERYTHING)
@@ -199,7 +199,7 @@ def test_frozen_parts_get_no_gradient(make_icae):
     assert_same(found, expected)
 
 
-def test_gradients_add_up_over_batches(make_icae):
+def test_gradients_of_parts_of_a_batch_add_up(make_icae):
     icae = make_icae()
     samples = samples_of(icae)
     model = TrainingModel(icae, ActivationBudget(0, 1))
@@ -214,10 +214,10 @@ def test_gradients_add_up_over_batches(make_icae):
     assert_same(gradients(icae), expected)
     for name in ("sums", "counts", "correct"):
         torch.testing.assert_close(sum(p[name] for p in parts), whole[name])
-    assert whole["counts"].tolist() == [*(s.n_labels for s in samples), 0, 0]  # nothing of a warm start or a code
+    assert whole["counts"].tolist() == [*(s.n_labels for s in samples), 0, 0]  # none from a warm start or code
 
 
-def test_a_graph_serves_once(make_icae):
+def test_a_second_backward_through_the_same_losses_is_refused(make_icae):
     icae = make_icae()
     sample = samples_of(icae)[0]
     losses = icae.token_losses(
@@ -228,7 +228,7 @@ def test_a_graph_serves_once(make_icae):
         losses.losses.sum().backward()
 
 
-def test_without_gradients_nothing_is_kept(make_icae):
+def test_losses_under_no_grad_require_no_gradient(make_icae):
     icae = make_icae()
     with torch.no_grad():
         found = icae.token_losses(
@@ -238,7 +238,7 @@ def test_without_gradients_nothing_is_kept(make_icae):
     assert found.losses.shape == (1,)
 
 
-def test_bad_rows(make_icae):
+def test_bad_rows_and_budgets_are_refused(make_icae):
     icae = make_icae()
     ok = [torch.tensor([3, 4, 5])]
     prompt = [torch.tensor([97, 98, 99, 100, 101, 3])]
@@ -255,7 +255,7 @@ def test_bad_rows(make_icae):
 
 
 @pytest.mark.parametrize("budget", [0, 1, 1000, 30_000, 100_000, 10**6, 10**9])
-def test_plans_keep_within_their_budget(make_icae, budget):
+def test_a_plan_keeps_no_more_than_its_budget(make_icae, budget):
     backbone = make_icae().backbone
     decoder_tokens, span_tokens = 100, (40, 40, 20)
     found = plan(ActivationBudget(budget), backbone, 4, decoder_tokens, span_tokens)
@@ -273,7 +273,7 @@ def test_plans_keep_within_their_budget(make_icae, budget):
         assert {*found.decoder, *(lv for levels in found.spans for lv in levels)} == {Level.ALL}
 
 
-def test_what_is_kept_is_what_was_planned(make_icae, monkeypatch):
+def test_the_bytes_kept_match_the_plan(make_icae, monkeypatch):
     icae = make_icae()
     tapes = []
     from icae_fast.step import training_step
@@ -289,11 +289,11 @@ def test_what_is_kept_is_what_was_planned(make_icae, monkeypatch):
     kept += sum(t.nbytes for rest in decoder.rest.values() for t in rest)
     tokens = decoder.hidden.shape[1]
     planned = sum(kept_bytes(icae.backbone, level, tokens, 4) for level in decoder.levels)
-    # The last layer's queries are those of scored positions alone.
+    # Slightly less is kept than planned, because the last layer computes queries only at scored positions.
     assert 0.8 * planned < kept <= planned
 
 
-def test_a_step_needs_no_room_for_what_runs_again(make_icae):
+def test_spans_larger_than_the_token_budget_run_one_per_micro_batch(make_icae):
     step = TrainingStep(make_icae(), [torch.arange(3, 43)], 50, ActivationBudget(0, 1))
     assert [len(b) for b in step.batches] == [1, 1, 1]
     assert step.slot_counts == [12]

@@ -1,6 +1,6 @@
-"""What the processes of test_store_processes.py do: `python store_worker.py ROLE FOLDER NUMBER COUNT`.
+"""Worker process of test_store_processes.py: `python store_worker.py ROLE FOLDER NUMBER COUNT`.
 
-No model is made; a key says what its memory must hold (`memory_for`), so that any process can tell a right one.
+It uses no model. A key determines its memory (`memory_for`), so that any process can check a memory that it reads.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from icae_fast import MemoryStore
 
 
 def put(folder, number, count):
-    """Puts keys of its own and, every tenth time, one that all processes share; says each when it is stored."""
+    """Put this worker's keys and, every tenth time, a key that all workers share; print each key once it is stored."""
     store = MemoryStore(folder, make_origin())
     for i in range(count):
         key = f"shared-{i}" if i % 10 == 0 else f"{number}-{i}"
@@ -23,7 +23,7 @@ def put(folder, number, count):
 
 
 def churn(folder, number, count):
-    """Puts, reads and deletes the same few keys as its rivals."""
+    """Put, read and delete the same few keys as the other workers."""
     store = MemoryStore(folder, make_origin())
     for i in range(count):
         key = f"shared-{(i * 7 + number) % 5}"

@@ -1,4 +1,4 @@
-"""Memories in files: what goes in comes out, and nothing is read by the wrong model."""
+"""Memory files: a round trip, and errors for a wrong model or a damaged file."""
 
 import json
 

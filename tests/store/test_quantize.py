@@ -1,4 +1,4 @@
-"""Slots in int8: how far a value may move, and what stays."""
+"""Slots in int8: bounds of the rounding error, and exact cases."""
 
 import pytest
 import torch

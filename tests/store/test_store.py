@@ -1,4 +1,4 @@
-"""Memory stores: what is put comes back mapped and whole, by its key or by its text, or a typed error names it."""
+"""Memory stores: entries come back mapped and complete, by key or by text, or a typed error names them."""
 
 import gc
 import os
@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.store import K, file_of, make_origin, memory_for, slot_kv
+from helpers.store import K, count_compressed, file_of, make_origin, memory_for, slot_kv
 from icae_fast import ICAEConfig, Memory, MemoryStore, Origin, errors
 from icae_fast.store.memory_file import load_memory, read_memory_header
 from icae_fast.store.provenance import source_hash
@@ -24,12 +24,12 @@ LOCAL, REMOTE = "local", "remote"
 
 @pytest.fixture(params=[LOCAL, REMOTE])
 def address(request, tmp_path):
-    """A folder, and an address in fsspec's store in memory."""
+    """A folder, and an address in fsspec's in-memory file system."""
     return tmp_path / "store" if request.param == LOCAL else f"memory://{uuid.uuid4().hex}/store"
 
 
 def mapped(path):
-    """How often this process has a file mapped."""
+    """Return how many times this process has a file mapped."""
     with open("/proc/self/maps") as maps:
         return sum(line.rstrip().endswith(str(path)) for line in maps)
 
@@ -109,7 +109,7 @@ def test_the_file_says_what_made_it(store):
     assert {"base_model", "base_revision"} <= set(header["config"])
     assert header["span_lengths"] == [10, 10]
     assert (header["key"], header["source_hash"], header["slots_dtype"]) == ("a", "f" * 64, "bfloat16")
-    memory, alone = read_memory_header(file_of(store))  # an entry is a memory file like any other
+    memory, alone = read_memory_header(file_of(store))  # an entry is an ordinary memory file
     assert alone == header
     assert torch.equal(memory.slots, memory_for("a").slots)
 
@@ -158,9 +158,7 @@ def test_bfloat16_slots_of_a_float32_model(tmp_path, tiny_icae, random_ids):
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
 def test_the_same_text_is_compressed_once(tmp_path, make_icae, make_tokenizer, monkeypatch, dtype):
     icae = make_icae(tokenizer=make_tokenizer())
-    calls = []
-    compress = icae.compress
-    monkeypatch.setattr(icae, "compress", lambda rows, **o: calls.append(len(rows)) or compress(rows, **o))
+    calls = count_compressed(monkeypatch)
     store = MemoryStore(tmp_path / "store", icae, dtype=dtype)
     first = store.compress(["w3 w4 w5", [7] * 40, "w3 w4 w5"])
     assert calls == [2]
@@ -172,7 +170,7 @@ def test_the_same_text_is_compressed_once(tmp_path, make_icae, make_tokenizer, m
         assert (a.n_source_tokens, a.span_lengths) == (b.n_source_tokens, b.span_lengths)
         assert a.slots.dtype == b.slots.dtype == icae.dtype
     if dtype is None:
-        assert torch.equal(second[1].slots, compress([[7] * 40])[0].slots)
+        assert torch.equal(second[1].slots, icae.compress([[7] * 40])[0].slots)
     assert store.compress("w3 w4 w5")[0].n_source_tokens == 3
     assert calls == [2, 1]
     key = store.key_of("w3 w4 w5")
@@ -190,7 +188,7 @@ def test_another_config_dtype_or_adapter_is_another_text(tmp_path, make_icae, ma
     others += [make_icae(base=make_base(seed=0).double()), make_icae(lora_alpha=5.0)]
     assert key not in {MemoryStore(tmp_path, other).key_of([3, 4]) for other in others}
     store = MemoryStore(tmp_path, icae)
-    icae.memory_token_embed.weight.data[0, 0] += 1  # leaves no trace in a version counter
+    icae.memory_token_embed.weight.data[0, 0] += 1  # does not change a version counter
     assert store.key_of([3, 4]) != key
 
 
@@ -269,7 +267,7 @@ def test_threads_and_pickles_share_a_store(store):
 
 
 def test_ten_thousand_memories_in_constant_memory(tmp_path, monkeypatch):
-    # What is tested is memory, and 30,000 syncs take minutes on a slow disk.
+    # This test is about memory, and 30,000 syncs take minutes on a slow disk.
     monkeypatch.setattr("icae_fast.io.files.os.fsync", lambda _: None)
     n, data = 10_000, 10_000 * 64 * 64 * 2
     origin = Origin({"hidden_size": 64}, "0" * 16, ICAEConfig(memory_size=64, compression_rate=4))

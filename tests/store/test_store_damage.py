@@ -1,4 +1,4 @@
-"""Memory stores on a bad day: damaged files and indexes, a full disk, waste."""
+"""Memory stores with damaged files or index, a full disk, or waste files."""
 
 import os
 import random
@@ -29,7 +29,7 @@ def test_every_flipped_byte_and_every_cut_is_found(tmp_path):
         header = 8 + int.from_bytes(content[:8], "little")
         found = set()
         for i in range(len(content)):
-            for flip in (0x01, 0x80, 0x29):  # the last makes a space a tab, which JSON would not mind
+            for flip in (0x01, 0x80, 0x29):  # the last turns a space into a tab, which JSON accepts
                 message = damaged(content[:i] + bytes([content[i] ^ flip]) + content[i + 1 :])
             found.add(message.split(": ")[-1].split(";")[0] if i >= header else "header")
         wrong = {f"the checksum of its {n} is wrong" for n in ("slots", "slots_scale", "keys", "values")}

@@ -1,4 +1,4 @@
-"""A memory store under several processes, and under one that is killed."""
+"""A memory store with several processes, and with a process that is killed."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ WORKER = Path(__file__).with_name("store_worker.py")
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(role, number, count)`: a worker on the folder `tmp_path / "store"`; none outlives the test."""
+    """Return `start(role, number, count)`, which starts a worker on `tmp_path / "store"`; all end with the test."""
     running = []
 
     def call(role, number, count):
@@ -37,7 +37,7 @@ def start(tmp_path):
 
 
 def check_all(store, keys):
-    """Every key is there and right."""
+    """Assert that every key has its memory."""
     for key in keys:
         assert torch.equal(store.get(key).slots, memory_for(key).slots), key
 
@@ -51,7 +51,7 @@ def test_kill_during_a_thousand_puts_loses_nothing_that_was_returned(start, tmp_
             if len(returned) >= until * (number + 1):
                 break
         process.send_signal(signal.SIGKILL)
-        # A line that is there in full was printed after its put; the last may be cut off.
+        # A complete line was printed after its put; the last line may be cut off.
         returned += process.stdout.read().split("\n")[:-1]
         assert process.wait() == -signal.SIGKILL
     assert len(returned) > 600
@@ -105,7 +105,7 @@ def test_four_processes_write_at_once(start, tmp_path):
         assert len(keys) == len(store) == 4 * 90 + 10
         check_all(store, keys)
         files = list((tmp_path / "store").glob("??/*"))
-        assert len(files) == len(keys)  # what was replaced is gone
+        assert len(files) == len(keys)  # replaced files are deleted
 
 
 def test_putting_reading_and_deleting_the_same_keys(start, tmp_path):

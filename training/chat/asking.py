@@ -1,4 +1,4 @@
-"""Asks a chat model many things at the same time, and stops when nothing works any more."""
+"""Send many messages to a chat model concurrently, and stop after too many failures in a row."""
 
 from __future__ import annotations
 
@@ -10,37 +10,43 @@ from icae_fast.training.chat.model import ChatModel, RequestFailed
 
 T = TypeVar("T")
 
-GIVE_UP_AFTER = 20  # requests in a row
+GIVE_UP_AFTER = 20  # failed requests in a row
 
 
 class GaveUp(Exception):  # noqa: N818 - never reaches a user: the run reports it
-    """So many requests in a row have failed that others are not tried."""
+    """Too many requests in a row have failed; no further ones are sent."""
 
 
 class Asker:
-    """A chat model, with an eye on failures in a row.
+    """A chat model with a limit on failures in a row.
 
     Args:
-        model: answers; it is opened by `work`.
-        give_up_after: requests in a row, failures of single messages not counted.
+        model: the chat model; `work` opens it.
+        give_up_after: failed requests in a row after which no more are sent; failures that are due to a single message
+            do not count.
     """
 
     def __init__(self, model: ChatModel, give_up_after: int = GIVE_UP_AFTER) -> None:
         self.model, self.give_up_after = model, give_up_after
         self._failed_in_a_row = 0
+        self._failure: RequestFailed | None = None
 
     async def ask(self, message: str, parse: Callable[[str], T]) -> T:
-        """`ChatModel.ask`.
+        """Call `ChatModel.ask` unless too many requests in a row have failed.
+
+        Args:
+            message: the message to answer.
+            parse: reads the reply; raises ValueError if it is unusable.
 
         Raises:
-            RequestFailed: no usable answer came.
-            GaveUp: nor to the requests before this one, which is not sent.
-            ChatModelError: none will come to other messages, either.
+            RequestFailed: there is no usable answer.
+            GaveUp: the previous requests failed, and this one is not sent.
+            ChatModelError: the model cannot answer any message.
         """
-        if self._failed_in_a_row >= self.give_up_after:
+        if self._failed_in_a_row >= self.give_up_after and self._failure is not None:
             raise GaveUp(
                 f"the last {self.give_up_after} requests failed, the latest with {self._failure.cause!r} "
-                f"({self._failure}); when that is mended, run the same command again to go on"
+                f"({self._failure}); fix the cause and run the same command again to resume"
             )
         try:
             reply = await self.model.ask(message, parse)
@@ -53,11 +59,11 @@ class Asker:
 
 
 async def work(jobs: Iterator[Coroutine[Any, Any, None]], model: ChatModel | None) -> None:
-    """Runs all jobs, as many at a time as the model serves; the first that fails ends the others, and is raised.
+    """Run all jobs, `model.width` at a time; the first exception cancels the others and is raised.
 
     Args:
-        jobs: made as they are needed.
-        model: opened meanwhile; None for jobs that ask nothing.
+        jobs: an iterator of coroutines, consumed lazily.
+        model: the chat model, open while the jobs run; None for jobs without requests.
     """
     if model is None:
         await _take(jobs)
@@ -67,10 +73,10 @@ async def work(jobs: Iterator[Coroutine[Any, Any, None]], model: ChatModel | Non
 
 
 async def _take(jobs: Iterator[Coroutine[Any, Any, None]]) -> None:
-    """Takes jobs from the iterator that all workers share, until it is empty."""
+    """Run jobs from the iterator that all workers share, until it is empty."""
     for job in jobs:
         await job
-        await asyncio.sleep(0)  # a job that asks nothing would else let no other one, nor Ctrl-C, in between
+        await asyncio.sleep(0)  # a job without requests would otherwise block the other workers and Ctrl-C
 
 
 async def _together(workers: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -15,7 +15,7 @@ from icae_fast.errors import ChatModelError, InvalidInputError
 from icae_fast.training.chat.model import UNUSABLE, RequestFailed
 from icae_fast.training.chat.replies import shorten
 
-try:  # the same library: it is called httpx2 since Python 3.11, and huggingface_hub brings one or the other
+try:  # one library under two names: httpx2 since Python 3.11; huggingface_hub depends on one of them
     import httpx2 as httpx
 except ImportError:
     import httpx
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 _HOPELESS = {401: "refuses the key", 403: "refuses access", 404: "knows no such address or model"}
 _LONGEST_BACKOFF = 60.0
-_LONGEST_WAIT = 600.0  # what is told to wait longer (a daily quota, say) fails now
+_LONGEST_WAIT = 600.0  # seconds; a request that would have to wait longer (e.g. for a daily quota) fails at once
 
 
 class _Retry(Exception):  # noqa: N818 - control flow within `ask`
@@ -36,20 +36,20 @@ class _Retry(Exception):  # noqa: N818 - control flow within `ask`
 class EndpointModel:
     """A model behind `POST {url}/chat/completions`, as OpenAI, vLLM, llama.cpp and others serve it.
 
-    Timeouts, lost connections, 408, 409, 429, 5xx and replies without a usable answer are tried again after
-    `backoff * 2^n` seconds (at most 60, times a random 0.5 to 1), or after what `Retry-After` asks for; while a 429 or
-    503 asks for that, no other request is sent either. What no retry can mend (no connection, 401, 403 or 404, before a
-    first reply has come) is a ChatModelError at once.
+    Timeouts, lost connections, 408, 409, 429, 5xx and unusable replies are retried after `backoff * 2^n` seconds (at
+    most 60, times a random 0.5 to 1), or after the time in `Retry-After`. While a 429 or 503 with `Retry-After` is
+    pending, no other request is sent either. An error that no retry can fix (no connection, 401, 403 or 404 before the
+    first reply) raises ChatModelError at once.
 
     Args:
-        url: the API's base, such as `http://localhost:8000/v1`.
-        model: the model's name there.
+        url: base URL of the API, e.g. `http://localhost:8000/v1`.
+        model: the model's name at the endpoint.
         api_key: sent as a bearer token; None sends none.
-        jobs: requests at the same time, `width`.
-        timeout: seconds for one request, from its beginning to the end of the reply.
-        retries: how often a request is tried again.
+        jobs: concurrent requests, `width`.
+        timeout: seconds for one request, from sending it to the end of the reply.
+        retries: retries of a request.
         max_answer_tokens: sent as `max_tokens`.
-        body: further fields of each request; one that is None is left out, `max_tokens` too.
+        body: further fields of each request; a field that is None is left out, `max_tokens` too.
         backoff: seconds before the first retry.
 
     Raises:
@@ -79,24 +79,24 @@ class EndpointModel:
         try:
             parsed = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise InvalidInputError(f"{url!r} is no URL ({error}); give one like http://localhost:8000/v1") from error
+            raise InvalidInputError(f"{url!r} is not a URL ({error}); use e.g. http://localhost:8000/v1") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise InvalidInputError(f"{url!r} is no http or https URL; give one like http://localhost:8000/v1")
+            raise InvalidInputError(f"{url!r} is no http or https URL; use e.g. http://localhost:8000/v1")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise InvalidInputError("the API key holds a line end or another character that HTTP forbids; set it anew")
+            raise InvalidInputError("the API key holds a newline or another character that HTTP forbids; set it again")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._not_before = 0.0
-        self._served = False  # a first reply proves that address, key and model are right
+        self._served = False  # after a first reply, address, key and model are known to be right
 
     async def __aenter__(self) -> EndpointModel:
-        self._client = httpx.AsyncClient(headers=self._headers, timeout=None)  # `asyncio.wait_for` limits the whole
+        self._client = httpx.AsyncClient(headers=self._headers, timeout=None)  # `asyncio.wait_for` limits the total
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self._client.aclose()
 
     async def ask(self, message: str, parse: Callable[[str], T]) -> T:
-        """`parse` of the model's reply; see `ChatModel`."""
+        """Return `parse` of the model's reply; see `ChatModel`."""
         body = self._body | {"messages": [{"role": "user", "content": message}]}
         for attempt in range(self._attempts):
             try:
@@ -120,12 +120,12 @@ class EndpointModel:
     async def _post(self, body: Mapping[str, Any]) -> str:
         try:
             response = await asyncio.wait_for(self._client.post(self.url, json=body), self._timeout)
-        except asyncio.TimeoutError:  # the builtin TimeoutError only since Python 3.11
+        except asyncio.TimeoutError:  # an alias of the builtin TimeoutError only since Python 3.11
             raise _Retry("timeout", f"no reply within {self._timeout:g} s") from None
         except httpx.ConnectError as error:
             if not self._served:
                 raise ChatModelError(
-                    f"cannot reach {self.url} ({error}); check the address, and that the server runs"
+                    f"cannot reach {self.url} ({error}); check the address and that the server is running"
                 ) from error
             raise _Retry("no connection", str(error)) from error
         except httpx.TransportError as error:
@@ -151,8 +151,8 @@ class EndpointModel:
         said = f"{status}: {shorten(response.text, 200)}"
         if status == 401 or (status in _HOPELESS and not self._served):
             raise ChatModelError(
-                f"{self.url} {_HOPELESS[status]} ({said}); check the address, the model's name {self.name} "
-                "and the API key"
+                f"{self.url} {_HOPELESS[status]} ({said}); check the address, the model name {self.name} and the API "
+                "key"
             )
         if status in (408, 409, 429) or status >= 500:
             wait = _retry_after(response.headers.get("retry-after"))
@@ -163,7 +163,7 @@ class EndpointModel:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date."""
+    """Return the seconds to wait by a Retry-After header, which holds a number or a date; None if it is unreadable."""
     if header is None:
         return None
     try:

@@ -18,20 +18,20 @@ T = TypeVar("T")
 
 
 class LocalModel:
-    """A transformers model, which answers in batches; `writer_of` says by what it writes.
+    """A transformers model that answers in batches, with the writer that `writer_of` chooses.
 
-    Messages go through the tokenizer's chat template; without one they stand alone, before an empty line.
+    Messages are formatted with the tokenizer's chat template; without a template, an empty line follows the message.
 
     Args:
-        model: the model, on the device where it is to run.
+        model: the model, on its device.
         tokenizer: its tokenizer.
-        name: what records say about where an answer comes from.
+        name: name of the model in records.
         batch_size: messages answered together, `width`.
-        max_answer_tokens: an answer that has not ended by then is a failure.
-        temperature: sample at this temperature; None takes the likeliest tokens.
+        max_answer_tokens: limit of an answer; one that has not ended by then is a failure.
+        temperature: sampling temperature; None decodes greedily.
 
     Raises:
-        TokenizerMismatchError: no token ends an answer.
+        TokenizerMismatchError: there is no end-of-sequence token.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LocalModel:
         await asyncio.gather(self._worker, return_exceptions=True)
 
     async def ask(self, message: str, parse: Callable[[str], T]) -> T:
-        """`parse` of the model's reply; see `ChatModel`."""
+        """Return `parse` of the model's reply; see `ChatModel`."""
         ids = self._encode(message)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) + self.max_answer_tokens > limit:
@@ -108,7 +108,7 @@ class LocalModel:
                 answers = await asyncio.to_thread(self.writer.write, [ids for ids, _ in batch], lambda: self._cancelled)
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError):
-                    error = ChatModelError(f"no memory for {len(batch)} answers at once; answer fewer together")
+                    error = ChatModelError(f"out of memory with {len(batch)} answers in a batch; use a smaller batch")
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)

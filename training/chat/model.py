@@ -1,4 +1,4 @@
-"""What a chat model is: a model that answers one message at a time."""
+"""The interface of chat models, which answer one message at a time."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
-# Causes of `RequestFailed` that both kinds of model know.
+# Causes of `RequestFailed` that both endpoint and local models use.
 UNUSABLE, CUT_OFF, TOO_LONG = "unusable reply", "answer cut off", "message too long"
 
 
-class RequestFailed(Exception):  # noqa: N818 - never reaches a user: the run counts it and goes on
-    """One request has failed for good.
+class RequestFailed(Exception):  # noqa: N818 - never reaches a user: the run counts it and continues
+    """A request that failed after all retries.
 
     Attributes:
-        cause: a few words, the same for failures of one kind, to count them by.
-        of_message: whether it lies in this message, and says nothing about how others will fare.
+        cause: kind of the failure in a few words, to count failures by.
+        of_message: whether the message itself is the reason, so that other messages may succeed.
     """
 
     def __init__(self, cause: str, message: str, *, of_message: bool = False) -> None:
@@ -26,19 +26,19 @@ class RequestFailed(Exception):  # noqa: N818 - never reaches a user: the run co
 
     @classmethod
     def cut_off(cls, limit: int | None) -> RequestFailed:
-        """The failure of an answer that has not ended within so many tokens."""
+        """Return the failure of an answer that did not end within `limit` tokens."""
         within = "" if limit is None else f" within {limit} tokens"
         return cls(CUT_OFF, f"the answer did not end{within}; allow longer ones", of_message=True)
 
 
 class ChatModel(Protocol):
-    """A model that answers messages. It is used in an `async with`.
+    """A model that answers messages, used in an `async with`.
 
     Attributes:
-        name: what records say about where an answer comes from.
-        settings: JSON values that decide about its replies, besides the message.
-        width: how many calls of `ask` it can serve at the same time.
-        retries: how often a request was repeated, by cause.
+        name: name of the model in records.
+        settings: JSON values that determine its replies, besides the message.
+        width: number of concurrent calls of `ask`.
+        retries: number of retried requests, by cause.
     """
 
     name: str
@@ -47,11 +47,15 @@ class ChatModel(Protocol):
     retries: Counter[str]
 
     async def ask(self, message: str, parse: Callable[[str], T]) -> T:
-        """`parse` of the model's reply to a message; a reply for which it raises ValueError is no answer.
+        """Return `parse` of the model's reply to a message.
+
+        Args:
+            message: the message to answer.
+            parse: reads the reply; raises ValueError if it is unusable.
 
         Raises:
-            RequestFailed: no usable answer came.
-            ChatModelError: none will come to other messages, either.
+            RequestFailed: there is no usable answer.
+            ChatModelError: the model cannot answer any message.
         """
 
     async def __aenter__(self) -> ChatModel: ...

@@ -1,4 +1,4 @@
-"""Chat models as commands name them: an endpoint with its key and request fields, or a local model."""
+"""Chat models from command-line options: an endpoint with its key and request fields, or a local model."""
 
 from __future__ import annotations
 
@@ -7,79 +7,79 @@ import os
 from typing import Any
 
 from icae_fast.errors import InvalidInputError
-from icae_fast.io.bundled import EMBEDDED_NAME
+from icae_fast.io.bundled import BUNDLED_NAME
 from icae_fast.io.console import KEY_ENV
 from icae_fast.training.chat.local import LocalModel
 
 
 def check_names(role: str, prefix: str, endpoint: str | None, model: str | None, local: str | None) -> None:
-    """That options name one chat model, or none: an endpoint with the model's name there, or a local model.
+    """Raise unless the options name at most one chat model: an endpoint and a model name, or a local model.
 
     Args:
-        role: what the model is used as, such as "teacher"; in errors.
-        prefix: of the options `endpoint`, `model` and `local`, such as "--judge-"; in errors.
+        role: use of the model for error messages, e.g. "teacher".
+        prefix: prefix of the options for error messages, e.g. "--judge-".
         endpoint, model, local: the options' values.
 
     Raises:
-        InvalidInputError: options that do not go together.
+        InvalidInputError: the options contradict each other or are incomplete.
     """
     if endpoint is not None and local is not None:
         raise InvalidInputError(f"{prefix}endpoint and {prefix}local are two {role}s; give one of them")
     if endpoint is not None and model is None:
-        raise InvalidInputError(f"{prefix}endpoint needs {prefix}model, the model's name there")
+        raise InvalidInputError(f"{prefix}endpoint needs {prefix}model, the model's name at the endpoint")
     if endpoint is None and model is not None:
         raise InvalidInputError(
-            f"{prefix}model is a name at an endpoint; give {prefix}endpoint, too, or {prefix}local in its place"
+            f"{prefix}model is a name at an endpoint; give {prefix}endpoint as well, or {prefix}local instead"
         )
 
 
 def api_key(variable: str) -> str | None:
-    """The key in an environment variable; None where the usual one is not set.
+    """Return the key in an environment variable, or None if the default variable is not set.
 
     Raises:
-        InvalidInputError: another variable is not set.
+        InvalidInputError: a variable other than the default is not set.
     """
     key = os.environ.get(variable)
-    if key is None and variable != KEY_ENV:  # a local server needs none, but who names a variable means it
+    if key is None and variable != KEY_ENV:  # a local server needs no key, but a variable given by name must exist
         raise InvalidInputError(f"the environment variable {variable} of the API key is not set; export it")
     return key
 
 
 def request_fields(option: str, text: str | None, temperature: float | None) -> dict[str, Any]:
-    """Further fields of each request.
+    """Return the extra fields of each request.
 
     Args:
-        option: named in errors.
+        option: name of the option for error messages.
         text: a JSON object, or None.
-        temperature: a field, too, unless the object has it; None for the endpoint's own.
+        temperature: default of the field `temperature`; None leaves it to the endpoint.
 
     Raises:
-        InvalidInputError: the text is no JSON object.
+        InvalidInputError: the text is not a JSON object.
     """
     try:
         fields = json.loads(text or "{}")
     except ValueError as error:
-        raise InvalidInputError(f"{option} is not JSON ({error}); give an object such as '{{\"seed\": 1}}'") from error
+        raise InvalidInputError(f"{option} is not JSON ({error}); give an object, e.g. '{{\"seed\": 1}}'") from error
     if not isinstance(fields, dict):
-        raise InvalidInputError(f"{option} is {text}, not a JSON object; give one such as '{{\"seed\": 1}}'")
+        raise InvalidInputError(f"{option} is {text}, not a JSON object; give one, e.g. '{{\"seed\": 1}}'")
     return ({} if temperature is None else {"temperature": temperature}) | fields
 
 
 def model_name(name: str) -> str:
     """The name that loads a model: `smollm2` stands for the embedded one."""
-    return EMBEDDED_NAME if name == "smollm2" else name
+    return BUNDLED_NAME if name == "smollm2" else name
 
 
 def load_local(name: str, dtype: str, **options: Any) -> LocalModel:
-    """A local model, on the GPU where there is one.
+    """Load a local model, onto the GPU if there is one.
 
     Args:
         name: a folder, a hub id, or smollm2.
         dtype: bfloat16 or float32.
-        options: of `LocalModel`.
+        options: keyword arguments of `LocalModel`.
 
     Raises:
-        InvalidInputError: another dtype.
+        InvalidInputError: the dtype is unknown.
         CheckpointError: the model cannot be loaded.
         TokenizerMismatchError: see `LocalModel`.
     """

@@ -1,4 +1,4 @@
-"""Reads replies of chat models, and shows them in messages."""
+"""Read replies of chat models, and quote them in messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
 def reply_text(reply: str) -> str:
-    """The reply without what a reasoning model thought first, stripped.
+    """Return the reply without a leading `<think>` block, stripped.
 
     Raises:
         ValueError: nothing is left.
@@ -20,11 +20,11 @@ def reply_text(reply: str) -> str:
 
 
 def encodable(text: str) -> str:
-    """The text without lone surrogates, which JSON can escape and UTF-8 cannot hold."""
+    """Replace lone surrogates, which JSON can escape but UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """The text's beginning, on one line, quoted."""
+    """Return the start of a text, quoted and on one line."""
     line = " ".join(text[: 4 * length].split())
     return repr(line if len(line) <= length else line[: length - 3] + "...")

@@ -1,4 +1,4 @@
-"""How a local chat model writes its answers: by the package's own decoder, else by transformers' `generate`."""
+"""Decode a local chat model's answers with icae_fast's decoder, or with transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ log = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """Writes on behind rows of ids.
+    """A decoder that continues rows of ids.
 
     Attributes:
-        name: what records say about how answers were computed.
+        name: name of the decoder in records.
     """
 
     name: str
 
     def write(self, rows: Sequence[list[int]], cancelled: Callable[[], bool]) -> list[list[int]]:
-        """What follows each row, up to the first end-of-sequence id and with it, or as many ids as there may be.
+        """Return the continuation of each row, up to and including the first end-of-sequence id or up to the limit.
 
         Args:
-            rows: ids to read.
-            cancelled: asked every few tokens; once it says True, what is returned does not count.
+            rows: ids to continue.
+            cancelled: checked every few tokens; once it returns True, decoding stops and the result is ignored.
         """
 
 
 def writer_of(
     model: nn.Module, tokenizer: Any, eos: Sequence[int], max_new_tokens: int, temperature: float | None
 ) -> Writer:
-    """The fastest writer that there is for a model.
+    """Return the fastest writer that supports a model.
 
     Args:
-        model: a causal language model of transformers. The package's decoder freezes it.
+        model: a causal language model of transformers; icae_fast's decoder freezes it.
         tokenizer: its tokenizer.
         eos: ids that end a row.
-        max_new_tokens: the most ids of an answer, that of its end included.
-        temperature: sample at this temperature; None takes the likeliest tokens.
+        max_new_tokens: limit of an answer, the end-of-sequence id included.
+        temperature: sampling temperature; None decodes greedily.
     """
     try:
         icae = ICAE(model, ICAEConfig(memory_size=1, lora_rank=1))
     except UnsupportedModelError as error:
-        log.warning("answers come from transformers' generate, since %s", error)
+        log.warning("decoding with transformers' generate, because %s", error)
         return TransformersWriter(model, tokenizer, eos, max_new_tokens, temperature)
     return OwnWriter(icae, eos, max_new_tokens, temperature)
 
@@ -60,12 +60,12 @@ def writer_of(
 def rows_behind_text(
     icae: ICAE, texts: Sequence[tuple[Sequence[int], Sequence[int]]], limits: Sequence[int]
 ) -> list[Row]:
-    """Rows of an `AnswerBatch` that read text in place of slots.
+    """Return rows of an `AnswerBatch` that read text instead of slots.
 
     Args:
-        icae: whose base model reads.
-        texts: of each row, ids that are read once for all rows that begin with the same, and the other ids.
-        limits: most new tokens of each.
+        icae: its base model reads the text.
+        texts: (prefix ids, suffix ids) of each row; a prefix shared by several rows is read once.
+        limits: maximum new tokens of each row.
     """
     nothing = Memory(torch.empty(0, icae.backbone.hidden_size), 0, ())
     return [
@@ -75,12 +75,12 @@ def rows_behind_text(
 
 
 class OwnWriter:
-    """The package's decoder, which reads text as it reads a prompt behind slots.
+    """icae_fast's decoder, which reads text as it reads a prompt after slots.
 
-    Rows that have ended leave the batch, and none is padded; `make bench-decode` compares it with `generate`.
+    Rows leave the batch when they end, and no row is padded; `make bench-decode` compares it with `generate`.
 
     Args:
-        icae: of the model, with any adapter, which is not used.
+        icae: the model with any adapter; the adapter is not used.
         eos, max_new_tokens, temperature: see `writer_of`.
     """
 
@@ -92,7 +92,7 @@ class OwnWriter:
         self._options = GenerationOptions(eos_token_id=sorted(eos), **sampling)
 
     def write(self, rows: Sequence[list[int]], cancelled: Callable[[], bool]) -> list[list[int]]:
-        """See `Writer`."""
+        """Continue each row; see `Writer`."""
         started = rows_behind_text(self.icae, [((), ids) for ids in rows], [self.max_new_tokens] * len(rows))
         for _ in AnswerBatch(self.icae, started, 0, self._options).run():
             if cancelled():
@@ -101,9 +101,10 @@ class OwnWriter:
 
 
 class TransformersWriter:
-    """`generate`, for models that the package's decoder does not know.
+    """transformers' `generate`, for models that icae_fast's decoder does not support.
 
-    Args: see `writer_of`.
+    Args:
+        model, tokenizer, eos, max_new_tokens, temperature: see `writer_of`.
     """
 
     name = "transformers"
@@ -113,7 +114,7 @@ class TransformersWriter:
     ) -> None:
         self.model, self._eos = model, frozenset(eos)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos)
-        # Not the model's own, which may ask for sampling or penalties.
+        # The model's default config may enable sampling or penalties.
         self._options = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=bool(temperature), eos_token_id=sorted(eos),
             pad_token_id=self._pad, **({"temperature": temperature} if temperature else {}),
@@ -121,7 +122,7 @@ class TransformersWriter:
 
     @torch.inference_mode()
     def write(self, rows: Sequence[list[int]], cancelled: Callable[[], bool]) -> list[list[int]]:
-        """See `Writer`."""
+        """Continue each row; see `Writer`."""
         longest = max(map(len, rows))
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows], device=device)
@@ -138,7 +139,7 @@ class TransformersWriter:
 
 
 class _StopWhen(StoppingCriteria):
-    """Ends generation after the current token, so that Ctrl-C need not wait for a whole batch."""
+    """A criterion that ends generation after the current token, so that Ctrl-C need not wait for a whole batch."""
 
     def __init__(self, cancelled: Callable[[], bool]) -> None:
         self.cancelled = cancelled

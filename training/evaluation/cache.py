@@ -1,4 +1,4 @@
-"""What an evaluation has computed, kept so that an interrupted one goes on where it was."""
+"""A cache of everything an evaluation has computed, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from icae_fast.errors import InvalidInputError
 from icae_fast.training.data.line_file import LineFile
 
-_START = b'{"key": "'  # how every line begins
+_START = b'{"key": "'  # the start of every line
 
 
 class AnswerCache:
-    """JSON values by key, in a JSONL file that only grows; use it in a `with`.
+    """JSON values by key in an append-only JSONL file; use it in a `with`.
 
-    Every line has a checksum. A last line that a killed run left half-written is cut off; a line that is damaged is
-    counted, left where it is, and its value is absent, so that it is made again. One process uses a file at a time.
+    Every line has a checksum. A truncated last line of a killed run is removed. A damaged line is counted and stays in
+    the file; its value is missing and will be computed again. Only one process can use a file at a time.
 
     Args:
-        path: the file; its folder has to be there.
+        path: the file, in an existing folder.
 
     Attributes:
-        damaged: lines that were passed over on opening.
+        damaged: damaged lines found on opening.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,8 +36,8 @@ class AnswerCache:
         """Open the file and read it.
 
         Raises:
-            OutputError: it cannot be opened for writing, or another process is writing it.
-            InvalidInputError: it is another kind of file.
+            OutputError: the file cannot be opened for writing, or another process is writing it.
+            InvalidInputError: it is not a file of this class.
         """
         self._file.resume(self._accept)
         if self.damaged and not self._values:
@@ -52,14 +52,14 @@ class AnswerCache:
         return len(self._values)
 
     def get(self, key: str) -> Any | None:
-        """The value that was last put under a key, None if there is none."""
+        """Return the last value put under a key, None if there is none."""
         return self._values.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Keep a JSON value, which is in the file when this returns.
+        """Append a JSON value to the file.
 
         Raises:
-            OutputError: it cannot be written; what was put before is kept.
+            OutputError: the value cannot be written; earlier values are kept.
         """
         self._file.append(json.dumps({"key": key, "value": value, "crc": _checksum(key, value)}, ensure_ascii=False))
         self._values[key] = value

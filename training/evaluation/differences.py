@@ -1,4 +1,4 @@
-"""Two texts side by side in Markdown, with what differs in bold."""
+"""Two texts side by side in Markdown, with the differences in bold."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]<>|~#])")
 
 
 def word_runs(original: Sequence[str], restored: Sequence[str]) -> Iterator[tuple[bool, Sequence[str], Sequence[str]]]:
-    """Runs of words that two texts share or not: (whether they are equal, those of the one, those of the other)."""
+    """Align two texts and yield runs of words: (whether they are equal, words of the original, words restored)."""
     matcher = difflib.SequenceMatcher(None, original, restored, autojunk=False)
     for tag, a, b, c, d in matcher.get_opcodes():
         yield tag == "equal", original[a:b], restored[c:d]
 
 
 def mark_differences(original: str, restored: str, max_words: int | None = None) -> tuple[str, str]:
-    """Both texts as Markdown on one line each, in bold the words of either that the other has not at that place.
+    """Return both texts as one line of Markdown each, with the words that differ in bold.
 
     Args:
-        original, restored: any texts; blanks become single ones.
-        max_words: where a text is cut off, with an ellipsis; None for nowhere.
+        original, restored: texts; any whitespace becomes a single space.
+        max_words: words after which a text is cut off with an ellipsis; None for no limit.
     """
     words = [text.split()[:max_words] for text in (original, restored)]
     marked: tuple[list[str], list[str]] = ([], [])
@@ -37,7 +37,7 @@ def mark_differences(original: str, restored: str, max_words: int | None = None)
 
 
 def side_by_side(examples: Sequence[tuple[str, str, str]], max_words: int | None = None) -> str:
-    """A Markdown table of (what it is, original, restored), with the differences marked; see `mark_differences`."""
+    """Return a Markdown table of (label, original, restored) with the differences in bold; see `mark_differences`."""
     lines = ["| | original | restored |", "| --- | --- | --- |"]
     for what, original, restored in examples:
         left, right = mark_differences(original, restored, max_words)

@@ -1,4 +1,4 @@
-"""Makes the measurements of a run, one after another, and writes each as it is done."""
+"""Run measurements one after another, and write each result as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from icae_fast.training.evaluation.workbench import Workbench
 
 Measurement = Callable[[Sequence[Subject], Workbench], Result]
 
-# Of texts, by what `--only` calls them. A function is called as the result that it gives.
+# Measurements on texts by group, as `--only` names them. A function has the name of its result.
 MEASUREMENTS: dict[str, tuple[Measurement, ...]] = {
     "restoration": (restoration_by_length, restoration_by_memory_size),
     "content": (restoration_by_content,),
     "continuation": (continuation_by_ratio, table_6),
     "several_spans": (several_spans,),
 }
-INSTRUCTIONS = "instructions"  # of rows of prompts; its measurements are those of `instruction_run.Instructions`
+INSTRUCTIONS = "instructions"  # measurements on rows of prompts: those of `instructions.plan.Instructions`
 GROUPS = (*MEASUREMENTS, INSTRUCTIONS)
 
 
 @dataclass
 class Choice:
-    """Which groups of measurements are made.
+    """The chosen groups of measurements.
 
     Args:
-        groups: of `GROUPS`.
-        left_out: why others are not, by group.
+        groups: names in `GROUPS`.
+        left_out: the reason for each group that was left out.
     """
 
     groups: list[str]
@@ -44,20 +44,20 @@ class Choice:
 
     @property
     def of_texts(self) -> dict[str, Measurement]:
-        """The measurements of texts by name."""
+        """The measurements on texts by name."""
         return {m.__name__: m for name in self.groups if name in MEASUREMENTS for m in MEASUREMENTS[name]}
 
 
 def choose_groups(only: str | None, has_texts: bool, has_rows: bool) -> Choice:
-    """Groups by name, separated by commas; None for all that something was given for.
+    """Choose groups of measurements.
 
     Args:
-        only: names.
-        has_texts: whether there are texts, which all but instructions are measured on.
-        has_rows: whether there are rows of prompts.
+        only: names separated by commas; None chooses every group whose input is given.
+        has_texts: whether texts are given, the input of every group except instructions.
+        has_rows: whether rows of prompts are given.
 
     Raises:
-        InvalidInputError: there is no such group, what it is measured on is not given, or nothing is to be measured.
+        InvalidInputError: a group does not exist or its input is not given, or no group is left.
     """
     wanted = list(GROUPS) if only is None else [name.strip() for name in only.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in GROUPS]:
@@ -74,16 +74,16 @@ def choose_groups(only: str | None, has_texts: bool, has_rows: bool) -> Choice:
         raise InvalidInputError(f"{name} cannot be measured: {reason}")
     chosen = [name for name in wanted if name not in lacking]
     if not chosen:
-        raise InvalidInputError("nothing is to be measured; give texts, or rows of prompts with --pwc")
+        raise InvalidInputError("there is nothing to measure; give texts, or rows of prompts with --pwc")
     return Choice(chosen, lacking)
 
 
 def describe_run(subjects: Sequence[Subject], bench: Workbench) -> dict[str, Any]:
-    """What all results of a run have in common, as JSON values: subjects, sizes, seed, machine, versions, commit."""
+    """Return what all results of a run share, as JSON values: subjects, sizes, seed, machine, versions, commit."""
     from icae_fast.benchmark.machine import describe_machine
 
     machine = describe_machine(subjects[0].icae.device)
-    del machine["date"]  # a run that goes on, or is repeated, gives the same files
+    del machine["date"]  # so that a resumed or repeated run writes the same files
     return {
         "subjects": [subject.describe() for subject in subjects],
         "samples": bench.samples,
@@ -101,18 +101,18 @@ def evaluate(
     folder: Path,
     left_out: Mapping[str, str] | None = None,
 ) -> tuple[list[Result], dict[str, str]]:
-    """Make measurements, and write the files of each, and the summary anew, when it is done.
+    """Run measurements; after each one, write its files and the summary.
 
     Args:
-        subjects: measured side by side.
-        bench: texts, sizes, and the cache by which an interrupted run goes on where it was.
-        measurements: by name.
-        folder: which is there.
-        left_out: why others are not made, by name; the summary tells it, too.
+        subjects: adapters to measure side by side.
+        bench: texts, sizes, and the cache that makes runs resumable.
+        measurements: functions by name.
+        folder: existing output folder.
+        left_out: reasons for measurements that were left out, by name; the summary lists them.
 
     Returns:
-        results, and by name why others could not be made: texts that are too short, a model's lack of positions, or a
-        judge that cannot be used.
+        The results, and the reasons for measurements that could not be made, by name: texts are too short, a model has
+        too few positions, or the judge cannot be used.
 
     Raises:
         OutputError: a file cannot be written.

@@ -1,60 +1,56 @@
-"""What is computed of texts, token ids and losses: BLEU, exact prefix, perplexity, quartiles."""
+"""Metrics of texts, token ids and losses: BLEU, exact prefix, perplexity, quartiles."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from icae_fast.errors import InvalidInputError
+from icae_fast.io import packages
 
 
 def optional_package(name: str) -> Any:
     """A module of the extra `eval`.
 
     Raises:
-        InvalidInputError: it is not installed.
+        MissingPackageError: it is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InvalidInputError(f"evaluating needs more packages ({error}); pip install 'icae-fast[eval]'") from error
+    return packages.optional_package(name, "evaluating", "eval")
 
 
 def corpus_bleu(restored: Sequence[str], originals: Sequence[str]) -> float:
-    """BLEU-4 of a corpus, 0 to 1.
+    """Return the BLEU-4 of a corpus, 0 to 1.
 
     Args:
-        restored: a text for each original.
-        originals: the one reference of each.
+        restored: one text per original.
+        originals: the references.
     """
     return _unit(optional_package("sacrebleu").BLEU().corpus_score(list(restored), [list(originals)]).score)
 
 
 def bleu_signature() -> str:
-    """How sacrebleu computes `corpus_bleu`, in its own notation."""
+    """Return sacrebleu's signature of `corpus_bleu`."""
     metric = optional_package("sacrebleu").BLEU()
-    metric.corpus_score([""], [[""]])  # before, it does not know the number of references
+    metric.corpus_score([""], [[""]])  # the signature includes the number of references, known only after a score
     return str(metric.get_signature())
 
 
 def sentence_bleu(restored: str, original: str) -> float:
-    """BLEU of one passage, 0 to 1; of a passage of fewer than four words, over the n-grams that it has."""
+    """Return the BLEU of one passage, 0 to 1; passages of fewer than four words are scored on their n-grams."""
     metric = optional_package("sacrebleu").BLEU(effective_order=True)
     return _unit(metric.sentence_score(restored, [original]).score)
 
 
 def _unit(score: float) -> float:
-    return min(score / 100, 1.0)  # sacrebleu's 100 comes out of exp(log(100)), and may be a little more
+    return min(score / 100, 1.0)  # sacrebleu computes exp(log(100)), which may be slightly above 100
 
 
 def exact_prefix(original: Sequence[int], restored: Sequence[int]) -> float:
-    """Share of the original before the first wrong or missing token, 0 to 1.
+    """Return the share of the original before the first wrong or missing token, 0 to 1.
 
     Args:
-        original: at least one token.
-        restored: what lies beyond the original's length is not looked at.
+        original: ids, at least one.
+        restored: ids; those beyond the original's length are ignored.
     """
     right = 0
     for a, b in zip(original, restored, strict=False):
@@ -65,7 +61,7 @@ def exact_prefix(original: Sequence[int], restored: Sequence[int]) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """`exp(loss)` of a mean loss in nats; infinite where a float cannot hold it."""
+    """Return `exp(loss)` of a mean loss in nats, infinity on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -73,10 +69,10 @@ def perplexity(loss: float) -> float:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile, interpolated linearly.
+    """Return first quartile, median and third quartile, interpolated linearly.
 
     Args:
-        values: at least one.
+        values: at least one value.
     """
     import numpy as np
 

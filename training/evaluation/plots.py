@@ -1,4 +1,4 @@
-"""Draws the plots of a result, as PNG and SVG."""
+"""Draw the plots of a result as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from icae_fast.training.evaluation.result import Plot, Result
 
 _COLORS = ("#1f6fb4", "#c8501e", "#2e8b57", "#8457a8", "#b8860b", "#5a6570", "#c03a76", "#178f9c")
 _MARKERS = "osD^vPX*"
-_HEADROOM = 0.03  # of an axis with a fixed end, so that markers at its ends are whole
-_INCHES = (5.6, 4.4)  # of one plot
-_LABEL_WIDTH = 56  # characters below one plot, all labels of bars together
+_HEADROOM = 0.03  # extra share of an axis with a fixed end, so that markers at the end are not cut
+_INCHES = (5.6, 4.4)  # size of one plot
+_LABEL_WIDTH = 56  # characters that fit below one plot, over all bar labels
 
 
 def draw(result: Result) -> dict[str, bytes]:
-    """The plots of a result side by side.
+    """Draw the plots of a result side by side.
 
-    Rows without a value for x or y have no point, and plots without any point are left out.
+    Rows without a value for x or y are skipped, and plots without any row are left out.
 
     Args:
-        result: its rows and plots.
+        result: has the rows and the plots.
 
     Returns:
-        {".png": ..., ".svg": ...}, the same bytes for the same result; empty without a point to draw.
+        `{".png": ..., ".svg": ...}`, the same bytes for the same result; empty if there is nothing to draw.
 
     Raises:
         InvalidInputError: matplotlib is not installed.
@@ -37,7 +37,7 @@ def draw(result: Result) -> dict[str, bytes]:
         return {}
     optional_package("matplotlib").use("Agg")
     pyplot = optional_package("matplotlib.pyplot")
-    # Text as text, and nothing of the time of drawing: the same figures give the same file.
+    # Text stays text and the date is left out, so that the same figures give the same file.
     with pyplot.rc_context({"svg.hashsalt": result.name, "svg.fonttype": "none", "font.size": 10}):
         figure, axes = pyplot.subplots(
             1, len(plots), figsize=(_INCHES[0] * len(plots), _INCHES[1]), layout="constrained", squeeze=False
@@ -60,7 +60,7 @@ def draw(result: Result) -> dict[str, bytes]:
 
 
 def _legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One for all plots, below them, so that it hides nothing."""
+    """Add one legend for all plots below them, where it hides nothing."""
     entries: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -71,7 +71,7 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
 
 
 def _points(plot: Plot, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that have x and a finite y."""
+    """Return the rows that have x and a finite y."""
     return [row for row in rows if row.get(plot.x) is not None and _is_finite(row.get(plot.y))]
 
 
@@ -105,7 +105,7 @@ def _lines(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
 
 def _bars(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
     series = _by_series(plot, rows)
-    groups: dict[Any, list[str]] = {}  # which series have a bar there
+    groups: dict[Any, list[str]] = {}  # the series that have a bar at each x
     for name, own in series.items():
         for row in own:
             groups.setdefault(row[plot.x], []).append(name)
@@ -125,7 +125,7 @@ def _bars(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _label_groups(axes: Any, labels: Sequence[str]) -> None:
-    """Labels below groups of bars, wrapped, or aslant where they have no room side by side."""
+    """Label groups of bars, with wrapped text, or slanted text if wrapped labels do not fit."""
     width = _LABEL_WIDTH // len(labels)
     wrapped = [textwrap.wrap(label, max(1, width), break_long_words=False) or [""] for label in labels]
     if all(len(line) <= width for lines in wrapped for line in lines):

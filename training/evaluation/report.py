@@ -1,4 +1,4 @@
-"""Writes results into a folder: a file for each table, plot and list of samples, and a summary of all."""
+"""Write results into a folder: a file for each table, plot and list of samples, and a summary."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ SUMMARY_FILE = "summary.md"
 
 
 def result_values(result: Result) -> dict[str, Any]:
-    """A result without its samples as JSON values; numbers that are not finite become None."""
+    """Return a result without its samples as JSON values; non-finite numbers become None."""
     names = ("name", "title", "columns", "rows", "facts", "notes", "unfinished")
     return _finite({name: getattr(result, name) for name in names})
 
 
 def write_result(folder: Path, result: Result, run: Mapping[str, Any]) -> None:
-    """Write NAME.json, NAME.samples.jsonl, NAME.png and NAME.svg, all of them or none.
+    """Write NAME.json, NAME.samples.jsonl, NAME.png and NAME.svg, all or none.
 
-    What an earlier run has left of those that there is nothing for now is deleted.
+    Files of an earlier run that this result does not have are deleted.
 
     Args:
-        folder: which is there.
-        result: a measurement.
-        run: what all results of a run have in common, JSON values; see
-        `icae_fast.training.evaluation.evaluate.describe_run`.
+        folder: existing output folder.
+        result: the result.
+        run: JSON values that all results of a run share; see `icae_fast.training.evaluation.evaluate.describe_run`.
 
     Raises:
-        OutputError: they cannot be written.
+        OutputError: a file cannot be written.
     """
     lines = [json.dumps(_finite(sample), ensure_ascii=False) + "\n" for sample in result.samples]
     values = result_values(result) | {"run": dict(run)}
@@ -49,19 +48,19 @@ def write_result(folder: Path, result: Result, run: Mapping[str, Any]) -> None:
 def write_summary(
     folder: Path, results: Sequence[Result], not_measured: Mapping[str, str], run: Mapping[str, Any]
 ) -> Path:
-    """Write `summary.md`: every table with its plots, and what could not be measured and why.
+    """Write `summary.md` with every table and its plots, and the measurements that could not be made.
 
     Args:
-        folder: which is there, with the results' files.
-        results: in the order of the summary.
+        folder: existing folder with the results' files.
+        results: results in the order of the summary.
         not_measured: reasons by measurement.
-        run: as in `write_result`.
+        run: see `write_result`.
 
     Returns:
-        The file.
+        The file's path.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     parts = ["# Evaluation", _subjects(run), _settings(run)]
     for result in results:
@@ -74,7 +73,7 @@ def write_summary(
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table; cells that are missing or None are dashes."""
+    """Return a Markdown table; missing cells and None become dashes."""
     lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
     lines += [f"| {' | '.join(_escaped(cell(row.get(name))) for name in columns)} |" for row in rows]
     return "\n".join(lines)
@@ -109,13 +108,13 @@ def _settings(run: Mapping[str, Any]) -> str:
     commit = f", commit {machine['commit'][:8]}" if machine["commit"] else ""
     bad = ", ".join(f"{n} times {cause}" for cause, n in run["bad_rows"].items())
     return (
-        f"At most {run['samples']} passages or prompts a row, seed {run['seed']}, {run['documents']} texts"
+        f"At most {run['samples']} passages or prompts per row, seed {run['seed']}, {run['documents']} texts"
         f"{f' (left out: {bad})' if bad else ''}; {machine['cpu']}, {machine['device']}; {versions}{commit}."
     )
 
 
 def cell(value: Any) -> str:
-    """A cell as text: numbers to four digits, and to four places behind the point; a dash for None."""
+    """Return a cell as text: floats with at most four digits and four decimals, a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -128,7 +127,7 @@ def _escaped(text: str) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON values with None in place of numbers that JSON cannot hold."""
+    """Return JSON values with None for non-finite numbers, which JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -141,4 +140,4 @@ def _write(files: Mapping[Path, bytes]) -> None:
         write_atomically(files)
     except OSError as error:
         folder = next(iter(files)).parent
-        raise OutputError(f"cannot write into {folder} ({error.strerror}); make room or give another folder") from error
+        raise OutputError(f"cannot write to {folder} ({error.strerror}); make room or use another folder") from error

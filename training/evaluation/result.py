@@ -1,4 +1,4 @@
-"""What one measurement gives: a table, the plots to draw of it, and the records behind it."""
+"""The result of a measurement: a table, its plots, and the raw records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Value = float | int | str | None  # of a cell; None where there is nothing to tell
+Value = float | int | str | None  # value of a cell; None for a missing value
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Plot:
     Args:
         kind: "line", or "bar" for groups of bars.
         x, y: columns.
-        series: column whose values are the lines, or the bars of a group; None for one.
-        low, high: columns of the spread, such as quartiles, drawn as a band or as whiskers.
-        x_log: a logarithmic x axis of base 2.
-        x_label, y_label: of the axes; the columns' names by default.
-        y_max: the y axis goes from 0 to this, such as 1 for shares; None for what the values need.
+        series: column that separates lines, or the bars of a group; None for a single one.
+        low, high: columns of the spread (e.g. quartiles), drawn as a band or as whiskers.
+        x_log: use a logarithmic x axis of base 2.
+        x_label, y_label: axis labels, by default the column names.
+        y_max: end of the y axis, which then starts at 0 (e.g. 1 for shares); None fits the values.
     """
 
     kind: Literal["line", "bar"]
@@ -37,20 +37,20 @@ class Plot:
 
 @dataclass
 class Result:
-    """One measurement.
+    """The result of one measurement.
 
     Args:
-        name: of its files: "restoration_by_length".
-        title: what it shows.
-        columns: what each column is, with its unit; in the table's order.
+        name: base name of its files, e.g. "restoration_by_length".
+        title: title of the table.
+        columns: meaning and unit of each column, in the table's order.
         rows: cells by column.
-        facts: the protocol, as JSON values: sizes, seeds, what was skipped, failed or tried again.
-        notes: sentences under the table.
-        plots: drawn side by side.
-        samples: raw records by sample, JSON values, for a file of their own.
-        text: Markdown below the notes, such as examples side by side.
-        headline: columns that a terminal shows, where all would be too many for its width; all by default.
-        unfinished: what has failed and is made good by another run, in a sentence; empty if nothing has.
+        facts: the protocol as JSON values: sizes, seeds, what was skipped, failed or retried.
+        notes: sentences below the table.
+        plots: plots, drawn side by side.
+        samples: raw records by sample as JSON values, written to a separate file.
+        text: Markdown below the notes, e.g. examples side by side.
+        headline: columns shown in a terminal if it is too narrow for all; empty shows all.
+        unfinished: a sentence about failures that another run can repair; empty if there are none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What is evaluated: an adapter on its base model, under a name."""
+"""The subject of an evaluation: a named adapter with its base model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,25 @@ from icae_fast.io.checkpoints import read_header
 from icae_fast.io.hub import parse_dtype, resolve_adapter_folder
 from icae_fast.store.provenance import Origin, content_key, source_hash
 
-MEMORY_SIZES = (16, 32, 64, 128, 256)  # k at which an adapter is measured beside its own, where it can have them
+MEMORY_SIZES = (
+    16,
+    32,
+    64,
+    128,
+    256,
+)  # values of k that an adapter is measured at, besides its own, if it supports them
 
 
 @dataclass
 class Subject:
-    """An ICAE under the name that tables show.
+    """An ICAE with a name.
 
-    Its adapter is fixed from here on: what was computed is known by it.
+    The adapter must not change afterwards, because cache keys are derived from it.
 
     Args:
-        name: shown in tables.
-        icae: in evaluation mode. Its `adapter_mode` becomes "fused", since "auto" lets a timing decide how slots round.
+        name: name shown in tables.
+        icae: the ICAE in evaluation mode. Its `adapter_mode` is set to "fused", since with "auto" a timing would decide
+            how slots round.
 
     Raises:
         TokenizerMismatchError: the ICAE has no tokenizer, or a slow one.
@@ -42,31 +49,31 @@ class Subject:
 
     def __post_init__(self) -> None:
         if not getattr(self.icae.tokenizer, "is_fast", False):
-            raise TokenizerMismatchError(f"{self.name} has no fast tokenizer, and texts are evaluated; pass tokenizer=")
+            raise TokenizerMismatchError(f"{self.name} has no fast tokenizer, which evaluation needs; pass tokenizer=")
         self.icae.adapter_mode = "fused"
 
     @cached_property
     def origin(self) -> Origin:
-        """Base model, adapter and config."""
+        """Provenance: base model, adapter and config."""
         return Origin.of(self.icae)
 
     @property
     def span_tokens(self) -> int:
-        """Tokens of a full span, k times the rate."""
+        """Tokens of a full span: k times the compression rate."""
         return self.icae.config.max_span_tokens
 
     def with_memory_size(self, memory_size: int) -> Subject:
-        """The same adapter with its first `memory_size` memory tokens; see `ICAE.with_memory_size`."""
+        """Return the same adapter with its first `memory_size` memory tokens; see `ICAE.with_memory_size`."""
         if memory_size == self.icae.config.memory_size:
             return self
         return Subject(self.name, self.icae.with_memory_size(memory_size))
 
     def n_slots(self, n_tokens: int) -> int:
-        """Slots of a text of so many tokens."""
+        """Return the number of slots of a text of `n_tokens` tokens."""
         return count_spans(n_tokens, self.icae.config) * self.icae.config.memory_size
 
     def memory_sizes(self, wanted: Sequence[int] = MEMORY_SIZES) -> list[int]:
-        """Those of the wanted numbers of slots a span that the adapter can have, and its own k, rising."""
+        """Return the wanted values of k that the adapter supports, and its own k, in ascending order."""
         found = {self.icae.config.memory_size}
         for size in wanted:
             with contextlib.suppress(ConfigError):
@@ -74,21 +81,21 @@ class Subject:
         return sorted(found)
 
     def key(self, context: Sequence[int], *rest: Any) -> str:
-        """A key for what the decoder makes of a context's slots.
+        """Return a cache key for what the decoder computes from a context's slots.
 
         Args:
-            context: its ids.
-            rest: JSON values that tell what else decides about it: the task, further ids, settings.
+            context: ids of the context.
+            rest: JSON values of everything else that determines it: the task, further ids, settings.
         """
         ids = torch.tensor(context, dtype=torch.int64)
         return _digest([content_key(source_hash(ids), self.origin, self.icae.dtype), *rest])
 
     def base_key(self, *rest: Any) -> str:
-        """A key for what the base model makes of text, the same for all adapters."""
+        """Return a cache key for what the base model computes from text, shared by all adapters."""
         return _digest([self.origin.base, str(self.icae.dtype), *rest])
 
     def describe(self) -> dict[str, Any]:
-        """JSON values that identify it: name, adapter, config, base model and dtype."""
+        """Return identifying JSON values: name, adapter, config, base model and dtype."""
         return {
             "name": self.name,
             "adapter": self.origin.adapter_hash,
@@ -101,12 +108,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class SubjectSpec:
-    """A subject to be loaded.
+    """A subject to load.
 
     Args:
-        name: shown in tables.
+        name: name shown in tables.
         adapter: a folder or hub id.
-        model: name or path of the base model, None for the one that the adapter names.
+        model: name or path of the base model, None for the one in the adapter's config.
     """
 
     name: str
@@ -115,7 +122,7 @@ class SubjectSpec:
 
 
 def parse_subject(text: str) -> SubjectSpec:
-    """The spec of `NAME=PATH@MODEL`, where name and model may be left out; the name is then the path's last part.
+    """Parse `NAME=PATH@MODEL`; name (by default the path's last part) and model are optional.
 
     Raises:
         InvalidInputError: a part is empty.
@@ -125,7 +132,7 @@ def parse_subject(text: str) -> SubjectSpec:
     name = name if named else Path(adapter).name
     if not (name and adapter) or (at and not model):
         raise InvalidInputError(
-            f"the adapter {text!r} is not of the form NAME=PATH@MODEL; name and model may be left out"
+            f"the adapter {text!r} is not of the form NAME=PATH@MODEL; NAME= and @MODEL are optional"
         )
     return SubjectSpec(name, adapter, model or None)
 
@@ -133,21 +140,21 @@ def parse_subject(text: str) -> SubjectSpec:
 def load_subjects(
     specs: Sequence[SubjectSpec], model: str | None, dtype: str, rate: int | None = None
 ) -> list[Subject]:
-    """Adapters with their base models; those that name the same base model share it.
+    """Load adapters with their base models; adapters with the same base model share it.
 
     Args:
-        specs: at least one.
-        model: base model of those that do not give one, None for the one that the adapter names.
+        specs: at least one spec.
+        model: base model for specs without one, None for the one in the adapter's config.
         dtype: "bfloat16" or "float32".
-        rate: context tokens a slot, None for each adapter's own.
+        rate: context tokens per slot, None for each adapter's own.
 
     Raises:
-        InvalidInputError: two have one name, or an unknown dtype.
+        InvalidInputError: two specs have the same name, or the dtype is unknown.
         CheckpointError, BaseModelMismatchError, TokenizerMismatchError: see `ICAE.from_pretrained`.
     """
     names = [spec.name for spec in specs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InvalidInputError(f"two adapters are called {twice[0]}; give names, as in --adapter NAME=PATH")
+        raise InvalidInputError(f"two adapters are called {twice[0]}; name them with --adapter NAME=PATH")
     bases: dict[str | None, ICAE] = {}
     subjects = []
     for spec in specs:

@@ -1,4 +1,4 @@
-"""What all measurements of a run share: texts, sizes, seed, and the cache of what was computed before."""
+"""The state that all measurements of a run share: texts, sizes, seed, and the cache of computed values."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from icae_fast.errors import ContextTooLongError, DataError
 from icae_fast.training.evaluation.subject import Subject
 from icae_fast.training.evaluation.texts.passages import Excerpt, Texts
 
-BATCH_TOKENS = 8192  # positions of rows that are read, or written, together
-FEWEST_PASSAGES = 8  # of a row whose passages are far longer than a span
+BATCH_TOKENS = 8192  # positions of a batch
+FEWEST_PASSAGES = 8  # minimum passages of a row whose passages are far longer than a span
 
 Item = TypeVar("Item")
 
 
 class Cache(Protocol):
-    """Values by key that outlive an interrupted run; `icae_fast.training.evaluation.cache.AnswerCache` is one."""
+    """A persistent key-value cache; `icae_fast.training.evaluation.cache.AnswerCache` is one."""
 
     def get(self, key: str) -> Any | None:
-        """The JSON value that was put under a key, None if there is none."""
+        """Return the JSON value under a key, None if there is none."""
 
     def put(self, key: str, value: Any) -> None:
         """Keep a JSON value."""
 
 
 class NoCache:
-    """Keeps nothing."""
+    """A cache that is always empty."""
 
     def get(self, key: str) -> None:
-        """None."""
+        """Return None."""
 
     def put(self, key: str, value: Any) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 @dataclass
 class Workbench:
-    """What measurements are made with.
+    """Texts, cache and settings of a run.
 
     Args:
-        texts: passages are drawn from them.
-        cache: what was computed is kept there, and not computed again.
-        samples: passages for each row of a table; see `affordable` for those beyond a span.
-        seed: of all that is drawn.
-        on_progress: called with (what is done, items done, of how many).
+        texts: texts that passages are drawn from.
+        cache: computed values are kept there and not computed again.
+        samples: passages per row of a table; `affordable` limits passages longer than a span.
+        seed: seed for all random draws.
+        on_progress: called with (current task, items done, items in total).
     """
 
     texts: Texts
@@ -57,15 +57,19 @@ class Workbench:
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def draw(self, subject: Subject, n_tokens: int, following: int = 0, count: int | None = None) -> list[Excerpt]:
-        """Passages in a subject's tokens; see `Texts.draw`."""
+        """Draw passages in a subject's tokens; see `Texts.draw`."""
         count = self.samples if count is None else count
         return self.texts.draw(subject.icae.tokenizer, n_tokens, count, self.seed, following)
 
     def affordable(self, subjects: Sequence[Subject], n_tokens: int) -> int:
-        """How many passages of a length are restored: `samples` up to the longest full span of the subjects.
+        """Return how many passages of a length are restored: `samples` up to the longest full span of the subjects.
 
-        Beyond it as many as make `samples` such spans, so that no row of a table takes much longer than another, but
-        not under `FEWEST_PASSAGES`. Subjects side by side have the same passages.
+        For longer passages it is the number that adds up to `samples` such spans, at least `FEWEST_PASSAGES`, so that
+        no row of a table takes much longer than another. Subjects that are compared use the same passages.
+
+        Args:
+            subjects: the compared subjects.
+            n_tokens: length of a passage.
         """
         longest = max(subject.span_tokens for subject in subjects)
         return min(self.samples, max(FEWEST_PASSAGES, self.samples * longest // n_tokens))
@@ -78,17 +82,17 @@ class Workbench:
         costs: Sequence[int],
         run: Callable[[Sequence[Item]], list[Any]],
     ) -> list[Any]:
-        """A JSON value for each item, from the cache or computed in batches.
+        """Return a JSON value for each item, from the cache or computed in batches.
 
-        Which items make a batch does not depend on the cache, since in bf16 an item's rounding may depend on its
-        company: an interrupted run that goes on gives what one that was not interrupted gives.
+        Batches do not depend on the cache, since in bf16 an item's rounding may depend on the rest of its batch. A
+        resumed run therefore returns the same values as an uninterrupted one.
 
         Args:
-            what: shown while it runs.
-            items: what values are of.
-            keys: under which each value is kept.
-            costs: positions that each takes, by which batches are cut.
-            run: gives the values of a batch.
+            what: name of the task for `on_progress`.
+            items: inputs.
+            keys: cache key of each item.
+            costs: positions of each item, by which batches are cut.
+            run: returns the values of a batch.
         """
         values: list[Any] = []
         self.on_progress(what, 0, len(items))
@@ -105,12 +109,12 @@ class Workbench:
 
 @dataclass
 class Cases:
-    """The rows of a table as they come, and the cases that texts or positions do not allow.
+    """The collected rows of a table, and the cases that had to be skipped.
 
-    Attributes:
+    Args:
         rows: cells by column.
         samples: records of single passages.
-        skipped: a sentence for each case that has no row.
+        skipped: a sentence for each case without a row.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -119,14 +123,14 @@ class Cases:
 
     @contextlib.contextmanager
     def case(self, name: str) -> Iterator[None]:
-        """Within it, texts that are too short, or a model's lack of positions, are noted and end the case alone."""
+        """Skip the rest of the block, with a note, if texts are too short or the model has too few positions."""
         try:
             yield
         except (DataError, ContextTooLongError) as error:
             self.skipped.append(f"{name}: {error}")
 
     def add(self, row: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
-        """A row, and the records behind it."""
+        """Add a row and its records."""
         self.rows.append(row)
         self.samples += samples
 
@@ -134,7 +138,7 @@ class Cases:
         """Raise unless there is a row.
 
         Raises:
-            DataError: there is none; says why for every case.
+            DataError: there is none; the message holds the reason of every case.
         """
         if not self.rows:
-            raise DataError("; ".join(self.skipped) or "nothing was asked for")
+            raise DataError("; ".join(self.skipped) or "there is nothing to measure; give lengths or sizes")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from icae_fast import ICAEConfig
 from icae_fast.errors import ConfigError
-from icae_fast.io.bundled import EMBEDDED_NAME
+from icae_fast.io.bundled import BUNDLED_NAME
 from icae_fast.io.files import write_atomically
 from icae_fast.step.budget import ActivationBudget
 from icae_fast.training.data.sources import SourceSpec
@@ -52,7 +52,7 @@ class ModelSection(Section):
             that trains it where it has to extrapolate.
     """
 
-    name: str = EMBEDDED_NAME
+    name: str = BUNDLED_NAME
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adapter: str | None = None

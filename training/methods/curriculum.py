@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from icae_fast import ICAEConfig
-from icae_fast.core.inputs import is_int
+from icae_fast.checks import is_int
 from icae_fast.errors import ConfigError
 from icae_fast.training.methods.objectives import OBJECTIVES
 

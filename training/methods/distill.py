@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from icae_fast import ICAE
 from icae_fast.backbone.rows import micro_batches, pack_ends
 from icae_fast.backbone.sharding import least_of_all
-from icae_fast.core.inputs import is_int
+from icae_fast.checks import is_int
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.step.labels import IGNORE
 from icae_fast.training.methods.batch import Batch

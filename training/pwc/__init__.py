@@ -1,4 +1,4 @@
-"""Makes training triples of (text, prompt, answer) from any text, in the shape of PwC (`icae-fast make-pwc`).
+"""Make training triples (text, prompt, answer) in the format of PwC from any text (`icae-fast make-pwc`).
 
 Source: the Prompt-with-Context data of Ge et al., arXiv 2307.06945, section 3.1 and appendix C.
 """

@@ -1,4 +1,4 @@
-"""Makes the records of all passages, with any teacher."""
+"""Make the records of all passages with a teacher."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from icae_fast.training.pwc.prompts import CONTINUE, KINDS, QUESTION, RESTATE
 from icae_fast.training.pwc.records import RecordFile
 
 BAD_ROW, TOO_FEW = "bad row", "too few questions"
-TEXT_ITSELF = "text"  # the `teacher` of answers that stand in the document
+TEXT_ITSELF = "text"  # the `teacher` of answers that are part of the document
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked about which passages.
+    """The passages to make and the prompts to ask about them.
 
-    Attributes:
-        kinds: of `icae_fast.training.pwc.prompts.KINDS`, each asked once a passage.
-        questions: prompts that the teacher makes up for each passage and answers.
-        at_once: have the teacher write those prompts with their answers in one JSON reply, instead of a list of
-            prompts and then an answer to each; cheaper, and for strong teachers.
-        max_tokens: the longest passage, in what `count` counts.
-        min_tokens: shorter passages are left out.
-        count: tokens or words of a text.
-        give_up_after: stop when this many requests in a row have failed, rather than try all texts in vain.
+    Args:
+        kinds: keys of `icae_fast.training.pwc.prompts.KINDS`; each is asked once per passage.
+        questions: prompts per passage that the teacher invents and answers.
+        at_once: request those prompts with their answers in one JSON reply, instead of a list of prompts and then an
+            answer to each. It is cheaper, and needs a strong teacher.
+        max_tokens: longest passage, in units of `count`.
+        min_tokens: shortest passage; shorter ones are left out.
+        count: returns the tokens or words of a text.
+        give_up_after: failed requests in a row after which the run stops.
     """
 
     kinds: tuple[str, ...] = tuple(KINDS)
@@ -50,28 +50,28 @@ class Settings:
             raise InvalidInputError(f"there is no kind of prompt {unknown[0]!r}; choose among {', '.join(KINDS)}")
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
             raise InvalidInputError(
-                f"passages of {self.min_tokens} to {self.max_tokens} tokens cannot be cut; give 0 <= min <= max"
+                f"passages of {self.min_tokens} to {self.max_tokens} tokens cannot be cut; use 0 <= min <= max"
             )
         if self.questions < 0 or not (self.kinds or self.questions):
             raise InvalidInputError("nothing is asked; give at least one kind of prompt or one question")
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether anything is asked whose answer does not stand in the texts."""
+        """Whether any prompt has an answer that is not part of the texts."""
         return self.questions > 0 or any(kind not in prompts.WITHOUT_TEACHER for kind in self.kinds)
 
 
 @dataclass
 class Report:
-    """What a run has done, in records but for `skipped` and `retried`.
+    """The counts of a run.
 
-    Attributes:
-        written: records by kind.
-        resumed: records that were there already.
-        failed: records that could not be made, by cause; also bad rows of the input.
-        skipped: passages left out, by cause: too short, or the same as an earlier one.
-        retried: requests tried again, by cause.
-        stopped: why the run ended before all was tried, or None.
+    Args:
+        written: new records by kind.
+        resumed: records that the file already held.
+        failed: records that could not be made, and bad rows of the input, by cause.
+        skipped: passages left out, by cause: too short, or equal to an earlier one.
+        retried: retried requests by cause.
+        stopped: why the run ended early, or None.
     """
 
     written: Counter[str] = field(default_factory=Counter)
@@ -82,7 +82,7 @@ class Report:
     stopped: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as JSON values."""
+        """Return the counts as JSON values."""
         named = {name: dict(getattr(self, name)) for name in ("written", "failed", "skipped", "retried")}
         return named | {"resumed": self.resumed, "stopped": self.stopped}
 
@@ -98,21 +98,21 @@ def make_pwc(
 ) -> Report:
     """Append `{"input": passage, "prompt", "answer"}` records for every passage of the texts.
 
-    A record's id is its passage's hash with the kind of prompt, so what the file holds already is neither asked nor
-    written again. The texts are read twice, first to see how much there is to do.
+    A record's id is the hash of its passage with the kind of prompt, so records that the file already holds are neither
+    requested nor written again. The texts are read twice, first to count the work.
 
     Args:
         texts: files and folders; see `read_documents`.
-        records: the output, opened.
-        teacher: answers; None where `settings.needs_teacher` is False.
+        records: the open output file.
+        teacher: the chat model that answers; may be None if `settings.needs_teacher` is False.
         settings: what to ask.
         on_progress: called with (records done or failed, records to do).
-        on_failure: told about each failure in a sentence, with the text's origin.
+        on_failure: called with a sentence for each failure, which names the text's origin.
 
     Raises:
         DataError: a text cannot be read.
         InvalidInputError: no passage is left, or a teacher is needed.
-        ChatModelError: the teacher cannot be used at all; what it wrote before is kept.
+        ChatModelError: the teacher cannot answer at all; earlier records are kept.
         OutputError: see `RecordFile.append`.
     """
     if settings.needs_teacher and teacher is None:
@@ -123,7 +123,15 @@ def make_pwc(
 class _Run:
     """One call of `make_pwc`."""
 
-    def __init__(self, texts, records, teacher, settings, on_progress, on_failure) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str | Path],
+        records: RecordFile,
+        teacher: ChatModel | None,
+        settings: Settings,
+        on_progress: Callable[[int, int], None] | None,
+        on_failure: Callable[[str], None] | None,
+    ) -> None:
         self.texts, self.records, self.teacher, self.settings = texts, records, teacher, settings
         self.on_progress = on_progress or (lambda done, total: None)
         self.on_failure = on_failure or (lambda message: None)
@@ -146,8 +154,8 @@ class _Run:
             self.report.stopped = str(error)
         if not found:
             raise InvalidInputError(
-                f"the texts hold no passage of at least {self.settings.min_tokens} tokens or words; check the paths, "
-                "or give a smaller --min-tokens"
+                f"the texts hold no passage of at least {self.settings.min_tokens} tokens or words; check the paths "
+                "or lower --min-tokens"
             )
         if self.teacher is not None:
             self.report.retried += self.teacher.retries
@@ -176,7 +184,7 @@ class _Run:
         return bool(passage.following) or self.teacher is not None
 
     def _wanted_kinds(self, passage: Passage) -> list[str]:
-        """Kinds whose record is missing; a document's last passage has no continuation unless a teacher writes it."""
+        """Return the kinds whose record is missing; only a teacher can continue a document's last passage."""
         kinds = [kind for kind in self.settings.kinds if f"{passage.key}-{kind}" not in self.records.ids]
         return [kind for kind in kinds if kind != CONTINUE or self._has_continuation(passage)]
 
@@ -192,11 +200,9 @@ class _Run:
             await self._answer(passage, kind, prompt)
 
     async def _make_questions(self, passage: Passage) -> None:
-        """Asks for a list of prompts and then for the answer to each, or with `at_once` for both in one reply."""
-        at_once, parse = (
-            self.settings.at_once,
-            prompts.parse_pairs if self.settings.at_once else prompts.parse_questions,
-        )
+        """Request a list of prompts and then the answer to each, or with `at_once` both in one reply."""
+        at_once = self.settings.at_once
+        parse: Callable[..., list[Any]] = prompts.parse_pairs if at_once else prompts.parse_questions
         known, missing = self.records.questions(passage.key), self._missing_questions(passage)
         request = prompts.questions_request(passage.text, missing, known, with_answers=at_once)
         reply = await self._ask(passage, QUESTION, request, lambda r: parse(r, known), missing)
@@ -216,7 +222,7 @@ class _Run:
             self._write(passage, kind, prompt, answer, self.teacher.name)
 
     async def _ask(self, passage: Passage, kind: str, request: str, parse: Callable[[str], Any], records: int) -> Any:
-        """What the teacher replies, or None once the failure of so many records is reported."""
+        """Return the teacher's parsed reply, or None after reporting that `records` records failed."""
         try:
             return await self.asker.ask(request, parse)
         except RequestFailed as error:

@@ -1,4 +1,4 @@
-"""Texts, and the passages that they are cut into."""
+"""Read texts and cut them into passages."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from icae_fast.errors import DataError
 from icae_fast.training.data.records import TEXT, find_files, read_records
 
-# Where a text may be cut, best first: the last group of a match is the gap, which goes to what follows it.
+# Where a text may be cut, best first. The last group of a match is the gap, which belongs to the part after it.
 _BREAKS = (
     re.compile(r"(\n[^\S\n]*\n\s*)"),  # paragraphs
     re.compile(r"(\n)"),
     re.compile(r"[.!?…][\"'”’)\]]*(\s+)|[。！？]()"),  # sentences
     re.compile(r"(\s+)"),
 )
-# Chinese and Japanese put no blanks between words, so each of their characters counts.
+# Chinese and Japanese have no spaces between words, so every character counts as a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it was read: a file, or a row of one (`file:line`)."""
+    """A text and its origin: a file, or a row of one (`file:line`)."""
 
     text: str
     origin: str
@@ -35,11 +35,11 @@ class Document:
 class Passage:
     """A part of a document.
 
-    Attributes:
-        text: without blanks at its ends.
-        following: the passage behind it in the document, empty at the document's end.
-        origin: the document's origin, and `#n` for its n-th passage where there are several.
-        size: words or tokens, as counted when it was cut.
+    Args:
+        text: the passage, stripped.
+        following: the next passage of the document, empty at its end.
+        origin: the document's origin, with `#n` for its n-th passage if there are several.
+        size: number of words or tokens.
     """
 
     text: str
@@ -49,20 +49,19 @@ class Passage:
 
     @property
     def key(self) -> str:
-        """The same for the same text, wherever it was read: 16 hexadecimal digits of its SHA-256."""
+        """The first 16 hexadecimal digits of the text's SHA-256."""
         return sha256(self.text.encode()).hexdigest()[:16]
 
 
 def read_documents(
     paths: Sequence[str | Path], on_bad_row: Callable[[str], None], exclude: Path | None = None
 ) -> Iterator[Document]:
-    """Documents of files and folders, in order; what can be read is what training reads
-    (`icae_fast.training.data.records`).
+    """Yield the documents of files and folders in order, in the formats of `icae_fast.training.data.records`.
 
     Args:
         paths: files, folders, globs or URLs, as for `find_files`; rows of JSONL and Parquet have a "text".
-        on_bad_row: told, in a sentence, about each file or row that holds no text; it is left out.
-        exclude: a file that is not read, for an output that lies in one of the folders.
+        on_bad_row: called with a sentence for each file or row without text, which is left out.
+        exclude: a file to skip, e.g. the output if it lies in one of the folders.
 
     Raises:
         DataError: a path does not exist, has an unknown extension, or cannot be read to its end.
@@ -80,20 +79,21 @@ def read_documents(
 
 
 def count_words(text: str) -> int:
-    """Words between blanks; each Chinese character and each kana counts as one."""
+    """Count words between spaces; every Chinese character and every kana counts as one."""
     return sum(1 for _ in _WORD.finditer(text))
 
 
 def split(document: Document, limit: int, count: Callable[[str], int]) -> list[Passage]:
-    """Passages of at most `limit`, filled up in order.
+    """Cut a document greedily into passages of at most `limit` words or tokens.
 
-    A passage ends with a paragraph, or where one is too long with a line, a sentence, a word, or a character.
+    A passage ends with a paragraph. If a paragraph is too long, it ends with a line, a sentence, a word, or a
+    character.
 
     Args:
-        document: what to cut.
-        limit: the most that `count` may give for a passage.
-        count: words or tokens of a text. Parts are counted apart and added up, which is exact for words, and for
-            tokens never too low as long as no token crosses a blank from its left.
+        document: the document to cut.
+        limit: maximum of `count` for a passage.
+        count: returns the words or tokens of a text. Parts are counted separately and added up. That is exact for
+            words, and never too low for tokens as long as no token starts before a space and ends after it.
     """
     texts = [text.strip() for text in _cut(document.text, limit, count)]
     texts = [text for text in texts if text]

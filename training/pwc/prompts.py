@@ -1,4 +1,4 @@
-"""What is asked about a passage, and how the teacher's replies are read.
+"""Prompts about a passage, and parsers of the teacher's replies.
 
 Source of the kinds: Ge et al., arXiv 2307.06945, appendix C: ten prompts made for the text, half of them instructions
 and half questions, and five general ones (rephrase, summary, title, keywords, continuation).
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from icae_fast.training.chat.replies import encodable, reply_text, shorten
 
 RESTATE, CONTINUE, QUESTION = "restate", "continue", "question"
 
-# Several wordings of each kind, so that a student does not learn one by heart.
+# Each kind has several wordings, so that a student does not overfit on one.
 KINDS: dict[str, tuple[str, ...]] = {
     RESTATE: (
         "Repeat the text above word for word.",
@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "Which keywords describe the text above?",
     ),
 }
-WITHOUT_TEACHER = (RESTATE, CONTINUE)  # the answer stands in the document, as long as that goes on
+WITHOUT_TEACHER = (RESTATE, CONTINUE)  # the answer is part of the document, except at its end
 
 _PASSAGE = "Text:\n\n{passage}\n\n---\n\n{task}"
 _ANSWER = "{prompt}\nReply with the answer alone."
@@ -68,47 +68,54 @@ _NUMBERED = re.compile(
     r"\s*(?:[-*•]\s+|\W{0,2}(?:Q|Question|Prompt)?\s*\d{1,3}\s*[.):\]]\*{0,2}\s*(?=[^\d\s]))", re.IGNORECASE
 )
 _BRACKET = re.compile(r"[\[{]")
-_MAX_QUESTION = 500  # characters; what is longer is no prompt but a reply that went astray
+_MAX_QUESTION = 500  # characters; a longer line is not a prompt
 _PROMPT_KEYS = ("prompt", "question", "instruction")
 _ANSWER_KEYS = ("answer", "response", "output")
 
 
 def wording(kind: str, key: str) -> str:
-    """The wording of a kind of prompt for the passage of this key: always the same, and all are equally frequent."""
+    """Return the wording of a kind of prompt for a passage's key: fixed per key, and uniform over the wordings."""
     return KINDS[kind][int(key, 16) % len(KINDS[kind])]
 
 
 def answer_request(passage: str, prompt: str) -> str:
-    """The message that has the teacher answer a prompt."""
+    """Return the message that requests an answer to a prompt about a passage."""
     return _PASSAGE.format(passage=passage, task=_ANSWER.format(prompt=prompt))
 
 
 def questions_request(passage: str, n: int, known: Sequence[str], *, with_answers: bool) -> str:
-    """The message that has the teacher write n prompts unlike the known ones, on request with their answers."""
+    """Return the message that requests n prompts about a passage.
+
+    Args:
+        passage: the text.
+        n: number of prompts.
+        known: prompts that must not be repeated.
+        with_answers: whether to request the answers too.
+    """
     listed = _KNOWN.format(questions="\n".join(f"- {q}" for q in known)) if known else ""
     task = _QUESTIONS.format(n=n, known=listed) + (_PAIRS.format(n=n) if with_answers else _LIST)
     return _PASSAGE.format(passage=passage, task=task)
 
 
 def parse_answer(reply: str, prompt: str = "") -> str:
-    """The reply without what a reasoning model thought first, stripped.
+    """Return the reply without a leading `<think>` block, stripped.
 
     Raises:
-        ValueError: nothing is left, or nothing but the prompt.
+        ValueError: nothing is left, or only the prompt.
     """
     answer = reply_text(reply)
     if answer.casefold() == prompt.casefold():
-        raise ValueError("the reply is the prompt over again")
+        raise ValueError("the reply repeats the prompt")
     return answer
 
 
 def parse_questions(reply: str, known: Sequence[str] = ()) -> list[str]:
-    """The prompts that a reply lists, as numbered lines, bare lines, or JSON strings; none twice, none of the known.
+    """Return the distinct new prompts that a reply lists, as numbered lines, bare lines, or JSON strings.
 
-    Lines without a number are taken for remarks where others have one.
+    If some lines are numbered, the others are ignored as remarks.
 
     Raises:
-        ValueError: it lists none.
+        ValueError: the reply lists no prompt.
     """
     reply = reply_text(reply)
     found = [value for value in _json_values(reply) if isinstance(value, str)]
@@ -123,7 +130,7 @@ def parse_questions(reply: str, known: Sequence[str] = ()) -> list[str]:
 
 
 def parse_pairs(reply: str, known: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """The prompts and answers of a reply: JSON objects anywhere in it, each whole one, whatever stands around them.
+    """Return the new prompts with their answers from all complete JSON objects in a reply.
 
     Raises:
         ValueError: there is none.
@@ -143,7 +150,7 @@ def parse_pairs(reply: str, known: Sequence[str] = ()) -> list[tuple[str, str]]:
     return pairs
 
 
-def _new(pairs: Any, known: Sequence[str]) -> list[tuple[str, str]]:
+def _new(pairs: Iterable[tuple[str, str]], known: Sequence[str]) -> list[tuple[str, str]]:
     seen, new = {question.casefold() for question in known}, []
     for text, answer in pairs:
         question = encodable(text).strip().strip("*").strip()
@@ -154,7 +161,7 @@ def _new(pairs: Any, known: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _json_values(text: str) -> Iterator[Any]:
-    """The dicts, and the strings in lists, of all JSON in a text; a list that is cut off gives its whole entries."""
+    """Yield the dicts, and the strings in lists, of all JSON in a text; of a truncated list, the complete entries."""
     decoder, start = json.JSONDecoder(strict=False), 0
     while (bracket := _BRACKET.search(text, start)) is not None:
         try:

@@ -1,4 +1,4 @@
-"""The output: a JSONL file that grows by whole records and can be taken up again."""
+"""The output: a JSONL file of complete records that can be resumed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from icae_fast.training.data.line_file import LineFile
 from icae_fast.training.pwc.prompts import QUESTION
 
 _FIELDS = ("id", "input", "prompt", "answer", "kind", "origin", "teacher")
-_START = b'{"id": "'  # how every record begins, so that a foreign line is not taken for half of one
+_START = b'{"id": "'  # the start of every record, to tell a truncated record from a foreign line
 
 
 class RecordFile:
     """Records appended to a JSONL file; use it in a `with`.
 
-    What a killed run left of a last record is cut off, and one process writes at a time; see `LineFile`.
+    A truncated last record of a killed run is removed. Only one process can write at a time; see `LineFile`.
+
+    Args:
+        path: the file.
 
     Attributes:
-        path: the file.
-        ids: of the records that it holds.
+        ids: ids of the file's records.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,11 +35,11 @@ class RecordFile:
         self._file = LineFile(path)
 
     def __enter__(self) -> RecordFile:
-        """Open the file and read the records that are there.
+        """Open the file and read its records.
 
         Raises:
-            OutputError: it cannot be opened for writing, or another process is writing it.
-            InvalidInputError: it holds something else than records of this command.
+            OutputError: the file cannot be opened for writing, or another process is writing it.
+            InvalidInputError: a line is not a record of this command.
         """
         self._file.resume(self._accept)
         return self
@@ -47,11 +49,11 @@ class RecordFile:
 
     @property
     def cut(self) -> int:
-        """Bytes of a half-written record that were cut off on opening."""
+        """Bytes of a truncated record that were removed on opening."""
         return self._file.cut
 
     def questions(self, passage_key: str) -> list[str]:
-        """The questions about a passage that have their records."""
+        """Return the questions about a passage that have records."""
         return self._questions.get(passage_key, [])
 
     def append(self, record: dict[str, Any]) -> None:
@@ -61,7 +63,7 @@ class RecordFile:
             record: id, input, prompt, answer, kind, origin and teacher, all strings.
 
         Raises:
-            OutputError: it cannot be written, for want of room, say; the file ends with the record before it.
+            OutputError: the record cannot be written, e.g. because the disk is full; the file keeps the earlier ones.
         """
         record = {field: record[field] for field in _FIELDS}
         self._file.append(json.dumps(record, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""An endpoint that is a real HTTP server, and stalls, limits, fails and talks nonsense."""
+"""A real HTTP server that stalls, limits, fails and replies nonsense."""
 
 import asyncio
 import datetime
@@ -17,7 +17,7 @@ MESSAGE = answer_request(PARAGRAPHS[0], "Write a title.")
 
 
 def ask(server, times=1, **options):
-    """Replies to so many requests at once, and the model."""
+    """Send `times` concurrent requests; return the replies and the model."""
     options = {"backoff": 0.01, "timeout": 10.0} | options
     chat_model = EndpointModel(server.url, "model", **options)
 
@@ -81,7 +81,7 @@ def test_all_requests_wait_as_long_as_the_server_asks():
     assert chat_model.retries == {"rate limit": 1}
     times = sorted(time for time, *_ in server.requests)
     assert len(times) == 5
-    assert times[-1] - times[0] >= 0.3  # the first to be asked again waited, whatever the others did
+    assert times[-1] - times[0] >= 0.3  # the first retry waited, independent of the other requests
 
 
 def test_a_wait_beyond_all_reason_is_a_failure():

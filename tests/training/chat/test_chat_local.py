@@ -19,7 +19,7 @@ ENDS = range(2, 320, 4)
 
 @pytest.fixture
 def chat_model(make_base, byte_tokenizer, one_thread):
-    """A random model that ends its greedy answers within 64 tokens."""
+    """Return a random model that ends its greedy answers within 64 tokens."""
     model = make_base(vocab_size=320)
     model.generation_config.eos_token_id = list(ENDS)
     return LocalModel(model, byte_tokenizer, "tiny", batch_size=3, max_answer_tokens=64)
@@ -104,7 +104,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_one_error(chat_model, monkeypatc
 
     monkeypatch.setattr(chat_model.writer, "write", fail)
     results = ask_all(chat_model, MESSAGES)
-    assert all(isinstance(r, ChatModelError) and "answer fewer together" in str(r) for r in results)
+    assert all(isinstance(r, ChatModelError) and "use a smaller batch" in str(r) for r in results)
 
 
 @pytest.mark.parametrize("kind", [OwnWriter, TransformersWriter])

@@ -1,4 +1,4 @@
-"""Measurements of the golden adapter: known answers, resuming, and the same files every time."""
+"""Measurements of the golden adapter: known answers, resumed runs, and reproducible files."""
 
 import json
 
@@ -18,8 +18,8 @@ from icae_fast.training.evaluation.subject import Subject, parse_subject
 from icae_fast.training.evaluation.texts.content import CONTENTS, restoration_by_content
 from icae_fast.training.evaluation.texts.continuation import continuation_by_ratio, table_6
 from icae_fast.training.evaluation.texts.passages import Texts
-from icae_fast.training.evaluation.texts.reading import UNSCORED, slot_scores, text_scores
 from icae_fast.training.evaluation.texts.restoration import restoration_by_length, restoration_by_memory_size
+from icae_fast.training.evaluation.texts.scoring import UNSCORED, slot_scores, text_scores
 from icae_fast.training.evaluation.texts.several_spans import several_spans
 from icae_fast.training.evaluation.workbench import Workbench
 from icae_fast.training.methods.objectives import continuation_sample
@@ -42,7 +42,7 @@ def bench(tmp_path):
 
 
 def make_restorer(subject, monkeypatch, restore):
-    """Has the subject restore what a function makes of a context's ids, with EOS behind it."""
+    """Make the subject restore a function of a context's ids, followed by EOS."""
     icae, compress = subject.icae, subject.icae.compress
     read = {}
 
@@ -59,7 +59,7 @@ def test_a_perfect_restoration_scores_one(subject, bench, monkeypatch):
     make_restorer(subject, monkeypatch, lambda ids: ids)
     for row in restoration_by_length([subject], bench, lengths=(16, 40)).rows:
         assert row["bleu"] == row["bleu_median"] == row["prefix_low"] == row["identical"] == 1
-        assert row["accuracy"] < 0.5  # which the stub does not touch
+        assert row["accuracy"] < 0.5  # the stub does not affect teacher forcing
     assert all(row["bleu"] == 1 for row in restoration_by_content([subject], bench).rows)
 
 
@@ -121,7 +121,7 @@ def test_the_base_model_reads_a_text_once_for_all_adapters(subject, bench, make_
     continuation_by_ratio([subject], bench, memory_sizes=())
     before = len(bench.cache)
     continuation_by_ratio([Subject("other", other)], bench, memory_sizes=())
-    assert len(bench.cache) == before + bench.samples  # scores behind the slots alone
+    assert len(bench.cache) == before + bench.samples  # only the scores after slots
 
 
 def test_restoration_against_k(subject, bench):
@@ -139,7 +139,7 @@ def test_lengths_go_with_the_span_and_long_passages_are_fewer(subject, bench, mo
     assert [row["tokens"] for row in restoration_by_memory_size([subject], bench, ()).rows] == [8, 16, 32]
     bench.samples = 32
     assert [bench.affordable([subject], n) for n in (16, 32, 64, 1000)] == [32, 32, 16, 2]
-    # Side by side with an adapter of longer spans, the passages are those of both.
+    # Compared with an adapter of longer spans, both use the same passages.
     other = Subject("other", ICAE.from_base(golden.load_base(), ICAEConfig(memory_size=16), subject.icae.tokenizer))
     assert [bench.affordable([subject, other], n) for n in (64, 128)] == [32, 16]
 

@@ -1,4 +1,4 @@
-"""The cache of an evaluation: what it keeps, and what is left of it after kills and damage."""
+"""The cache of an evaluation: kept values, and recovery from kills and damage."""
 
 import json
 

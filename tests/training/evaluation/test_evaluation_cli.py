@@ -1,4 +1,4 @@
-"""`icae-fast eval` as a user runs it."""
+"""`icae-fast eval` on the command line."""
 
 import itertools
 import json
@@ -10,7 +10,6 @@ from helpers import golden
 from helpers.chat import ChatServer
 from helpers.evaluation import golden_icae, words
 from helpers.instructions import longer_wins
-from icae_fast.cli import app as cli
 from icae_fast.errors import InvalidInputError
 from icae_fast.training.evaluation.cache import AnswerCache
 from icae_fast.training.evaluation.evaluate import GROUPS, choose_groups
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def folders(tmp_path, make_tokenizer):
-    """The golden base and adapter, and a text, in a folder."""
+    """Return a folder with the golden base and adapter, and a text."""
     model, tokenizer = golden.load_base(), make_tokenizer()
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -89,7 +88,7 @@ def messages(server):
 
 @pytest.fixture
 def heeds_ctrl_c():
-    """Where the tests run in a shell's background, SIGINT is ignored."""
+    """Restore the SIGINT handler, which is ignored if a shell runs the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -193,7 +192,7 @@ def test_what_is_measured_goes_by_what_is_given():
     ("options", "message"),
     [
         (("--only", "speed"), "no measurement 'speed'; choose among restoration, content"),
-        (("--only", ","), "nothing is to be measured"),
+        (("--only", ","), "there is nothing to measure"),
         (("--adapter", "a=x", "--adapter", "a=y"), "two adapters are called a"),
         (("--adapter", "a="), "NAME=PATH@MODEL"),
         (("--adapter", "/nowhere/adapter"), "/nowhere/adapter is neither a folder"),
@@ -242,7 +241,7 @@ def test_ctrl_c_says_how_to_go_on(run, folders, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("icae_fast.training.evaluation.evaluate.evaluate", interrupt)
-    monkeypatch.setattr(cli, "load", lambda *arguments: golden_icae(None))
+    monkeypatch.setattr("icae_fast.cli.commands.evaluate.load", lambda *arguments: golden_icae(None))
     monkeypatch.setattr("icae_fast.training.evaluation.subject.Subject", lambda name, icae: icae)
     code, _, err = run("eval", folders / "text.txt", "-o", folders / "out")
     assert code == 130

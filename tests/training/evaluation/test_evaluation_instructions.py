@@ -1,4 +1,4 @@
-"""Contestants and their answers with a random model: what is read, what is kept, and how answers are scored."""
+"""Contestants and their answers with a random model: inputs, caching, and scores."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from icae_fast.errors import DataError, InvalidInputError
 from icae_fast.generation.prompts import chat_template_ids
 from icae_fast.training.evaluation.cache import AnswerCache
 from icae_fast.training.evaluation.instructions import answering, contestants
-from icae_fast.training.evaluation.instructions.answering import SUMMARY_PROMPT, Answered, Given, answer_all
+from icae_fast.training.evaluation.instructions.answering import SUMMARY_PROMPT, Answered, GivenAnswer, answer_all
 from icae_fast.training.evaluation.instructions.contestants import (
     Contestant,
     answers_to_text,
@@ -21,8 +21,8 @@ from icae_fast.training.evaluation.instructions.contestants import (
     lay_out,
     text_ids,
 )
-from icae_fast.training.evaluation.instructions.measurements import measure_instructions
 from icae_fast.training.evaluation.instructions.questions import read_questions
+from icae_fast.training.evaluation.instructions.references import measure_instructions
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -124,7 +124,7 @@ def test_what_subjects_answer_alike_is_answered_once(make_icae, make_base, byte_
 
 
 class Interrupting(AnswerCache):
-    """Is interrupted before a certain value is kept."""
+    """A cache that is interrupted before a certain value is kept."""
 
     left = 3
 
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_and_a_second_one_computes_nothing(subject, t
         monkeypatch.setattr(subject.icae, "answer", None)
         monkeypatch.setattr(answering, "answers_to_text", None)
         assert measure_instructions(answer_all(chosen, QUESTIONS, make_bench(tmp_path, cache), 5)) == expected
-    # Another limit makes other answers.
+    # Another limit computes new answers.
     with AnswerCache(path) as cache, pytest.raises(TypeError):
         answer_all(chosen, QUESTIONS, make_bench(tmp_path, cache), 6)
 
@@ -159,15 +159,15 @@ def test_questions_that_do_not_fit_are_asked_no_one_and_counted(subject, bench):
     assert answered.questions == QUESTIONS
     assert answered.left_out == {"too long for tiny: full text": 1}
     result = measure_instructions(answered)
-    assert any("1 questions were asked no one" in note for note in result.notes)
+    assert any("1 questions were left out" in note for note in result.notes)
     with pytest.raises(DataError, match="no question can be asked: 1 times too long for tiny: full text"):
         answer_all(contestants_of([subject], ["slots", "full"]), [long], bench, 4)
 
 
 def test_the_table(subject):
     slots, full = (Contestant(subject, reads) for reads in ("slots", "full"))
-    right = [Given(q.answer, 3, True, 8) for q in QUESTIONS]
-    wrong = [Given("cat", 5, False, 30), *(Given("", 5, False, 30) for _ in QUESTIONS[1:])]
+    right = [GivenAnswer(q.answer, 3, True, 8) for q in QUESTIONS]
+    wrong = [GivenAnswer("cat", 5, False, 30), *(GivenAnswer("", 5, False, 30) for _ in QUESTIONS[1:])]
     result = measure_instructions(Answered(QUESTIONS, {slots: right, full: wrong}, 5))
     assert [(r["contestant"], r["kind"], r["answers"]) for r in result.rows] == [
         ("tiny: slots", "all", 4), ("tiny: full text", "all", 4), ("tiny: slots", "question", 3),

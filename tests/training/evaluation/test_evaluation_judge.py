@@ -1,4 +1,4 @@
-"""Judging pairs with a server that stalls, fails and talks nonsense, with biased judges, and after interruptions."""
+"""Judging pairs with a server that stalls, fails and replies nonsense, with biased judges, and after interruptions."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from icae_fast.errors import ChatModelError, InvalidInputError
 from icae_fast.training.chat import EndpointModel, RequestFailed
 from icae_fast.training.chat.local import LocalModel
 from icae_fast.training.evaluation.cache import AnswerCache
-from icae_fast.training.evaluation.instructions.answering import Answered, Given
+from icae_fast.training.evaluation.instructions.answering import Answered, GivenAnswer
 from icae_fast.training.evaluation.instructions.contestants import Contestant, contestants_of
 from icae_fast.training.evaluation.instructions.judge import default_pairs, judge_pairs
 from icae_fast.training.evaluation.instructions.plan import Instructions, load_judge
@@ -23,11 +23,11 @@ N = len(QUESTIONS)
 
 @pytest.fixture
 def answered(make_icae, make_base, byte_tokenizer):
-    """Slots answer longer than the full text to two questions, shorter to one, and alike to one."""
+    """Return answers in which slots are longer than the full text for two questions, shorter for one, equal for one."""
     subject = make_subject(make_icae, make_base, byte_tokenizer)
     ours, theirs = ["long answer", "a longer one", "no", "same"], ["short", "brief", "longest of all", "same"]
     answers = {
-        Contestant(subject, reads): [Given(text, 3, True, 8) for text in texts]
+        Contestant(subject, reads): [GivenAnswer(text, 3, True, 8) for text in texts]
         for reads, texts in (("slots", ours), ("full", theirs))
     }
     return Answered(QUESTIONS, answers, 5)
@@ -44,7 +44,7 @@ def cache_path(tmp_path):
 
 
 class Judge(ScriptedTeacher):
-    """Replies with `reply(message)`, unless the script has something else."""
+    """A chat model that replies with `reply(message)`, unless its script holds something else."""
 
     def __init__(self, reply=longer_wins, script=()):
         super().__init__(script)
@@ -94,7 +94,7 @@ def test_a_judge_that_looks_at_the_order_alone_gives_ties(answered, bench, place
     assert result.rows[0]["on_par"] == 1
     assert result.facts["verdicts"] == {place: 6}
     assert any(f"{place} 100%" in note for note in result.notes)
-    # Whoever calls everything a tie does not contradict itself.
+    # A judge that calls everything a tie does not contradict itself.
     assert result.rows[0]["consistent"] == (1 if place == "TIE" else 0)
     assert any("contradicts itself in 3 of 3 pairs" in note for note in result.notes) == (place != "TIE")
 
@@ -218,10 +218,10 @@ def test_who_is_compared_with_whom(make_icae, make_base, byte_tokenizer):
 
 def test_nobody_to_compare_with_is_an_error(answered, bench):
     del answered.answers[list(answered.answers)[1]]
-    with pytest.raises(InvalidInputError, match="nobody to compare"):
+    with pytest.raises(InvalidInputError, match="no pair of answers to compare"):
         judge_pairs(answered, Judge(), bench)
     answered.answers.clear()
-    with pytest.raises(InvalidInputError, match="nobody to compare"):
+    with pytest.raises(InvalidInputError, match="no pair of answers to compare"):
         judge_pairs(answered, Judge(), bench)
 
 

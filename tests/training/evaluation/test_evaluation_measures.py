@@ -1,4 +1,4 @@
-"""What is computed of texts and losses, passages drawn from texts, and differences marked: known answers."""
+"""Metrics, drawn passages and marked differences with known answers."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.evaluation import words
-from icae_fast.errors import DataError, InvalidInputError
+from icae_fast.errors import DataError, MissingPackageError
 from icae_fast.training.evaluation import measures
 from icae_fast.training.evaluation.differences import mark_differences, side_by_side
 from icae_fast.training.evaluation.texts.passages import Texts
@@ -47,7 +47,7 @@ def test_quartiles_and_perplexity():
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)  # as if it were not installed
-    with pytest.raises(InvalidInputError, match=r"pip install 'icae-fast\[eval\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'icae-fast\[eval\]'"):
         measures.sentence_bleu("a", "a")
 
 
@@ -62,7 +62,7 @@ def test_differences_are_bold_and_markup_is_not_taken_for_any():
 
 @pytest.fixture
 def texts(tmp_path):
-    """Two texts of 300 and 40 words, and a row without any."""
+    """Return two texts of 300 and 40 words, and a row without text."""
     rows = [{"text": words(300, 1)}, {"text": ""}, {"text": words(40, 2)}]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

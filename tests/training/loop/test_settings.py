@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from icae_fast.cli import app as cli
-from icae_fast.cli.train import installed_configs
+from icae_fast.cli.commands.train import installed_configs
 from icae_fast.errors import ConfigError
 from icae_fast.training.loop.settings import Settings, changed_keys, load_settings
 

@@ -1,4 +1,4 @@
-"""make-pwc with a scripted teacher: which records come, and what is left after faults and kills."""
+"""make-pwc with a scripted teacher: the records, and recovery from faults and kills."""
 
 import json
 import resource
@@ -17,7 +17,7 @@ LIMITS = {"max_tokens": 30, "min_tokens": 5}
 
 @pytest.fixture
 def make(tmp_path):
-    """`make(teacher, **settings)`: a run over five paragraphs into `out.jsonl`; gives (report, failures)."""
+    """Return `make(teacher, **settings)`, which runs over five paragraphs and returns (report, failures)."""
     (tmp_path / "text.txt").write_text("\n\n".join(PARAGRAPHS))
 
     def call(teacher, **settings):

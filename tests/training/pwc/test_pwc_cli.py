@@ -1,4 +1,4 @@
-"""`icae-fast make-pwc` as a user meets it: with a server, with a local model, killed, interrupted, and misused."""
+"""`icae-fast make-pwc` on the command line: with a server, with a local model, killed, interrupted, and misused."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def start(text_file, out, server):
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
-        # A shell that runs the tests in the background has them, and all that they start, ignore it.
+        # If a shell runs the tests in the background, they and their children ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 8):
@@ -132,7 +132,7 @@ def test_a_refusal_is_exit_code_2_and_leaves_nothing(run, text_file, tmp_path):
 
 @pytest.fixture
 def local_model(tmp_path, make_base, byte_tokenizer, one_thread):
-    """A folder with a random model, which ends its answers soon because a quarter of its tokens does."""
+    """Return a folder with a random model that ends its answers soon, since a quarter of its tokens are EOS."""
     model = make_base(vocab_size=320, max_position_embeddings=2048)
     model.generation_config.eos_token_id = list(range(2, 320, 4))
     model.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Reading texts, cutting them into passages, and reading a teacher's replies."""
+"""Reading texts, cutting them into passages, and parsing a teacher's replies."""
 
 import contextlib
 import json
@@ -130,7 +130,7 @@ def test_an_empty_reply_is_refused(parse, reply):
 
 
 def test_a_reply_that_repeats_the_prompt_is_refused():
-    with pytest.raises(ValueError, match="over again"):
+    with pytest.raises(ValueError, match="repeats the prompt"):
         parse_answer(" who? ", "Who?")
 
 

@@ -1,1 +1,1 @@
-"""Measurements of instruction following, and the judge."""
+"""Measurements of instruction following: answers against references, and pairs of answers before a judge."""

@@ -1,4 +1,4 @@
-"""Has all contestants answer the same prompts, greedily, in batches, from the cache where it can."""
+"""Let all contestants answer the same prompts greedily, in batches, through the cache."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SUMMARY_PROMPT = "Summarize the text above in a few sentences. Keep names, numbe
 
 
 @dataclass(frozen=True)
-class Given:
-    """An answer.
+class GivenAnswer:
+    """An answer of a contestant.
 
     Args:
-        text: without special tokens.
+        text: the answer without special tokens.
         n_tokens: its tokens, the end-of-sequence token included.
-        ended: whether it came to its end within the limit.
-        n_read: slots, or tokens of text, that stood for the input.
+        ended: whether it ended within the limit.
+        n_read: slots, or tokens of text, that the contestant read for the input.
     """
 
     text: str
@@ -44,22 +44,22 @@ class Given:
 class Answered:
     """Questions with the answers of all contestants.
 
-    Attributes:
-        questions: those that all contestants could be asked.
-        answers: of each contestant, one for each question.
-        max_new_tokens: the limit of an answer.
-        left_out: questions that were not asked, by cause.
-        cut_summaries: summaries that did not end within their budget, of how many, by contestant.
+    Args:
+        questions: the questions that fit every contestant.
+        answers: answers of each contestant, one per question.
+        max_new_tokens: limit of an answer.
+        left_out: number of questions that were not asked, by cause.
+        cut_summaries: (summaries that did not end within their budget, all summaries) by contestant.
     """
 
     questions: list[Question]
-    answers: dict[Contestant, list[Given]]
+    answers: dict[Contestant, list[GivenAnswer]]
     max_new_tokens: int
     left_out: Counter[str] = field(default_factory=Counter)
     cut_summaries: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """The protocol as JSON values."""
+        """Return the protocol as JSON values."""
         return {
             "questions": len(self.questions),
             "max_new_tokens": self.max_new_tokens,
@@ -74,16 +74,16 @@ class Answered:
 def answer_all(
     contestants: Sequence[Contestant], questions: Sequence[Question], bench: Workbench, max_new_tokens: int = 128
 ) -> Answered:
-    """Every contestant's greedy answer to every question.
+    """Let every contestant answer every question greedily.
 
-    A question that does not fit the positions of one of the base models is asked none, so that all figures are of the
-    same questions, and is counted.
+    A question that does not fit into the positions of one contestant's base model is counted and asked of none, so that
+    all figures are over the same questions.
 
     Args:
         contestants: see `contestants_of`.
         questions: see `read_questions`.
-        bench: keeps answers and summaries.
-        max_new_tokens: the most tokens of an answer.
+        bench: caches answers and summaries.
+        max_new_tokens: limit of an answer.
 
     Raises:
         DataError: no question fits.
@@ -97,8 +97,8 @@ def answer_all(
         else:
             asked.append(question)
     if not asked:
-        causes = ", ".join(f"{n} times {cause}" for cause, n in left_out.most_common()) or "there is none"
-        raise DataError(f"no question can be asked: {causes}; give shorter texts, or leave that contestant out")
+        reasons = ", ".join(f"{n} times {cause}" for cause, n in left_out.most_common()) or "there is none"
+        raise DataError(f"no question can be asked: {reasons}; give shorter texts, or leave that contestant out")
     answered = Answered(asked, {}, max_new_tokens, left_out)
     for contestant in contestants:
         answer = _from_slots if contestant.reads == "slots" else _from_text
@@ -107,7 +107,7 @@ def answer_all(
 
 
 def _why_not(contestant: Contestant, question: Question, max_new_tokens: int) -> str | None:
-    """Why a question cannot be asked, None if it can."""
+    """Return why a question cannot be asked, None if it can."""
     icae = contestant.subject.icae
     n_text, budget = _sizes(contestant, question)
     after = len(lay_out(icae, [], question.prompt)) + max_new_tokens
@@ -121,13 +121,13 @@ def _why_not(contestant: Contestant, question: Question, max_new_tokens: int) ->
 
 
 def _sizes(contestant: Contestant, question: Question) -> tuple[int, int]:
-    """Tokens of a question's text for the base model, and the subject's slots for it."""
+    """Return the base model's tokens of a question's text, and the subject's slots for it."""
     icae = contestant.subject.icae
     n_compressed = len(icae.tokenizer(question.input, verbose=False)["input_ids"])
     return len(text_ids(icae, question.input)), contestant.subject.n_slots(n_compressed)
 
 
-def _from_slots(contestant: Contestant, answered: Answered, bench: Workbench) -> list[Given]:
+def _from_slots(contestant: Contestant, answered: Answered, bench: Workbench) -> list[GivenAnswer]:
     subject, limit = contestant.subject, answered.max_new_tokens
     icae = subject.icae
     contexts = [icae.context_ids(q.input).tolist() for q in answered.questions]
@@ -145,7 +145,7 @@ def _from_slots(contestant: Contestant, answered: Answered, bench: Workbench) ->
     return [_given(v, subject.n_slots(len(c))) for v, c in zip(values, contexts, strict=True)]
 
 
-def _from_text(contestant: Contestant, answered: Answered, bench: Workbench) -> list[Given]:
+def _from_text(contestant: Contestant, answered: Answered, bench: Workbench) -> list[GivenAnswer]:
     subject = contestant.subject
     texts = _texts(contestant, answered, bench)
     layouts = [lay_out(subject.icae, texts[q.input], q.prompt) for q in answered.questions]
@@ -155,7 +155,7 @@ def _from_text(contestant: Contestant, answered: Answered, bench: Workbench) -> 
 
 
 def _texts(contestant: Contestant, answered: Answered, bench: Workbench) -> dict[str, list[int]]:
-    """Ids that a contestant reads in place of each input."""
+    """Return the ids that a contestant reads for each input."""
     icae = contestant.subject.icae
     inputs = {q.input: q for q in answered.questions}
     full = {text: text_ids(icae, text) for text in inputs}
@@ -177,7 +177,7 @@ def _texts(contestant: Contestant, answered: Answered, bench: Workbench) -> dict
 def _written(
     subject: Subject, what: str, layouts: Sequence[TextLayout], limits: Sequence[int], bench: Workbench
 ) -> list[Any]:
-    """What the base model writes for each layout, as `_to_json` gives it."""
+    """Return the base model's answer to each layout, in the form of `_to_json`."""
     items = list(zip(layouts, limits, strict=True))
 
     def run(batch: Sequence[tuple[TextLayout, int]]) -> list[Any]:
@@ -195,5 +195,5 @@ def _ended(value: dict[str, Any]) -> bool:
     return value["finish_reason"] != "length"
 
 
-def _given(value: dict[str, Any], n_read: int) -> Given:
-    return Given(value["text"].strip(), len(value["ids"]), _ended(value), n_read)
+def _given(value: dict[str, Any], n_read: int) -> GivenAnswer:
+    return GivenAnswer(value["text"].strip(), len(value["ids"]), _ended(value), n_read)

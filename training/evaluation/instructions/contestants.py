@@ -1,4 +1,4 @@
-"""Who answers prompts about a text: a model that reads its slots, or the base model on text."""
+"""Contestants, which answer prompts about a text: a model that reads its slots, or the base model on text."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LABELS: dict[Reads, str] = {
 
 @dataclass(frozen=True, eq=False)
 class Contestant:
-    """A subject, or its base model, and what it reads in place of a text.
+    """A subject, or its base model, with what it reads for a text.
 
     Args:
-        subject: whose adapter makes slots, or whose base model reads text.
-        reads: "slots"; "full", the whole text; "truncated", as many of its first tokens as the subject has slots for
-            it; "summary", one of at most so many tokens, which the base model writes from the full text.
+        subject: its adapter makes the slots, or its base model reads the text.
+        reads: "slots"; "full", the whole text; "truncated", the text's first tokens, as many as the subject has slots
+            for it; "summary", a summary of at most that many tokens, which the base model writes from the full text.
     """
 
     subject: Subject
@@ -35,12 +35,12 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        """As tables show it."""
+        """The name shown in tables."""
         return f"{self.subject.name}: {LABELS[self.reads]}"
 
     @property
     def identity(self) -> str:
-        """The same for contestants that would give the same answers whatever their subjects' adapters."""
+        """A key that is equal for contestants that would return the same answers."""
         config = self.subject.icae.config
         if self.reads == "slots":
             return self.subject.key([], self.reads)
@@ -49,7 +49,11 @@ class Contestant:
 
 
 def contestants_of(subjects: Sequence[Subject], reads: Sequence[Reads] = get_args(Reads)) -> list[Contestant]:
-    """Every subject on everything that is asked for; what several subjects would answer alike, only for the first.
+    """Return a contestant for every subject and kind of input, without those that would repeat another's answers.
+
+    Args:
+        subjects: the adapters.
+        reads: kinds of input.
 
     Raises:
         InvalidInputError: see `check_reads`.
@@ -64,10 +68,10 @@ def contestants_of(subjects: Sequence[Subject], reads: Sequence[Reads] = get_arg
 
 
 def check_reads(reads: Sequence[str]) -> None:
-    """That contestants can read these things.
+    """Raise unless all names are kinds of input.
 
     Raises:
-        InvalidInputError: there is no such thing to read, or nothing.
+        InvalidInputError: a name is unknown, or there is none.
     """
     unknown = [name for name in reads if name not in LABELS]
     if unknown or not reads:
@@ -77,11 +81,11 @@ def check_reads(reads: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class TextLayout:
-    """What the base model reads: `before, text, blank line, prompt, after`.
+    """The base model's input: `before, text, blank line, prompt, after`.
 
     Args:
-        prefix: ids of `before` and the text, which prompts about one text share.
-        suffix: the other ids.
+        prefix: ids of `before` and the text, shared by all prompts about the text.
+        suffix: the remaining ids.
     """
 
     prefix: tuple[int, ...]
@@ -92,18 +96,18 @@ class TextLayout:
 
 
 def text_ids(icae: ICAE, text: str) -> list[int]:
-    """Ids of a text for the base model: with the tokenizer's special tokens where no template brings them."""
+    """Tokenise a text for the base model, with special tokens unless the chat template adds them."""
     has_template = bool(_template(icae)[0])
     return icae.tokenizer(text, add_special_tokens=not has_template, verbose=False)["input_ids"]
 
 
 def lay_out(icae: ICAE, text: Sequence[int], prompt: str) -> TextLayout:
-    """A prompt about a text in the template that the slots are read in, without AE, LM and FT, which belong to those.
+    """Lay out a prompt about a text in the template that slots are read in, without the special tokens AE, LM and FT.
 
     Args:
-        icae: whose base model reads.
-        text: ids.
-        prompt: asked behind it.
+        icae: its base model reads the layout.
+        text: ids of the text.
+        prompt: the prompt after the text.
     """
     before, after = _template(icae)
     asked = icae.tokenizer("\n\n" + prompt, add_special_tokens=False, verbose=False)["input_ids"]
@@ -115,15 +119,15 @@ def _template(icae: ICAE) -> tuple[list[int], list[int]]:
 
 
 def answers_to_text(icae: ICAE, layouts: Sequence[TextLayout], limits: Sequence[int]) -> list[Answer]:
-    """Greedy answers of the base model, all in one batch, which reads a text once for all prompts about it.
+    """Return the base model's greedy answers, decoded in one batch that reads each text once for all its prompts.
 
     Args:
-        icae: whose base model reads.
-        layouts: what it reads.
-        limits: most new tokens of each.
+        icae: its base model answers.
+        layouts: the inputs.
+        limits: maximum new tokens of each answer.
 
     Raises:
-        ContextTooLongError: a row passes the base model's positions.
+        ContextTooLongError: a row needs more positions than the base model has.
     """
     rows = rows_behind_text(icae, [(layout.prefix, layout.suffix) for layout in layouts], limits)
     return AnswerBatch(icae, rows, 0, GenerationOptions()).finish()

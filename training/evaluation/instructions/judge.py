@@ -1,4 +1,4 @@
-"""Pairwise judging: another model says which of two answers is better, in both orders.
+"""Pairwise judging: a chat model decides which of two answers is better, in both orders.
 
 Source of the protocol: Ge et al., arXiv 2307.06945, section 3.3 (GPT-4 judges; on par = win + tie).
 """
@@ -31,29 +31,33 @@ from icae_fast.training.evaluation.result import Plot, Result
 from icae_fast.training.evaluation.workbench import Workbench
 
 SAME, UNPARSED, FAILED, NOT_ASKED = "same", "unparsed", "failed", "not asked"
-NO_VERDICT = (UNUSABLE, CUT_OFF)  # causes of failures after which a judge is asked for the verdict alone
+NO_VERDICT = (UNUSABLE, CUT_OFF)  # failures after which only the verdict is requested
 
 COLUMNS = {
-    "contestant": "whose answers are judged",
-    "opponent": "against whose",
+    "contestant": "the contestant whose answers are judged",
+    "opponent": "the contestant that it is compared with",
     "pairs": "questions that both have answered",
-    "judged": "pairs with a result: verdicts in both orders, or answers that are the same",
+    "judged": "pairs with a result: verdicts in both orders, or identical answers",
     "win": "pairs in which both orders prefer the contestant",
     "lose": "pairs in which both orders prefer the opponent",
     "tie": "the other judged pairs: a tie in one order or both, or a preference that changes with the order",
     "on_par": "share of judged pairs that are a win or a tie",
-    "consistent": "share of pairs with two verdicts that mean the same; where it is low, ties mean nothing",
-    "same": "of the ties, answers that are the same, which are not asked about",
-    "unparsed": "pairs without a result because a reply held no verdict, asked again included",
+    "consistent": "share of pairs whose two verdicts agree; if it is low, ties mean nothing",
+    "same": "ties that are identical answers, which the judge is not asked about",
+    "unparsed": "pairs without a result because a reply held no verdict, even after a second request",
     "failed": "pairs without a result because a request failed",
-    "not_asked": "pairs without a result because the judge was given up before",
+    "not_asked": "pairs without a result because judging had stopped",
 }
 
 Pair = tuple[Contestant, Contestant]
 
 
 def default_pairs(contestants: Sequence[Contestant]) -> list[Pair]:
-    """Every subject's slots against what its base model reads, and the first subject's against the others' slots."""
+    """Return the default pairs.
+
+    They are every subject's slots against its base model on text, and the first subject's slots against the slots of
+    every other subject.
+    """
     slots = [c for c in contestants if c.reads == "slots"]
     text = [c for c in contestants if c.reads != "slots"]
     pairs = [(a, b) for a in slots for b in text if Contestant(a.subject, b.reads).identity == b.identity]
@@ -62,7 +66,7 @@ def default_pairs(contestants: Sequence[Contestant]) -> list[Pair]:
 
 @dataclass
 class _Duel:
-    """Two answers to one question, and what came of asking about them in both orders."""
+    """Two answers to one question, with the verdicts in both orders."""
 
     pair: Pair
     index: int
@@ -73,12 +77,12 @@ class _Duel:
 
     @property
     def consistent(self) -> bool | None:
-        """Whether the verdicts of both orders mean the same, None unless there are two."""
+        """Whether the verdicts of both orders agree, None unless there are two."""
         return None if None in self.verdicts else agree(*self.verdicts)
 
     @property
     def result(self) -> str:
-        """win, lose or tie, or why there is none."""
+        """win, lose or tie, or the reason for having no result."""
         if self.same:
             return SAME
         if None not in self.verdicts:
@@ -88,7 +92,7 @@ class _Duel:
         return UNPARSED if all(f.cause in NO_VERDICT for f in self.failures) else FAILED
 
 
-Place = tuple[_Duel, int]  # a duel, and in which order its answers are shown
+Place = tuple[_Duel, int]  # a duel, and the order in which its answers are shown
 
 
 class _Judging:
@@ -102,7 +106,7 @@ class _Judging:
         self.stopped: str | None = None
 
     def run(self) -> None:
-        wanted: dict[str, list[Place]] = defaultdict(list)  # by request, since several pairs may lead to the same
+        wanted: dict[str, list[Place]] = defaultdict(list)  # by request, since several pairs may share one
         for duel in self.duels:
             for order in () if duel.same else (0, 1):
                 wanted[duel.requests[order]].append((duel, order))
@@ -122,7 +126,7 @@ class _Judging:
             self.stopped = str(error)
 
     async def _ask(self, request: str, places: Sequence[Place], of: int) -> None:
-        """Asks, and where the reply holds no verdict once more, for nothing else."""
+        """Request a verdict; if the reply holds none, request only the verdict."""
         try:
             try:
                 verdict, reply = await self.asker.ask(request, _verdict_of)
@@ -152,15 +156,15 @@ class _Judging:
 
     @property
     def unfinished(self) -> str:
-        """How many pairs have no result, and whether the judge was given up."""
+        """A sentence about pairs without a result, and why judging stopped; empty if all have one."""
         missing = sum(d.result in (UNPARSED, FAILED, NOT_ASKED) for d in self.duels)
         if not missing:
             return ""
-        stopped = f" The judge was given up: {self.stopped}." if self.stopped else ""
+        stopped = f" Judging stopped: {self.stopped}." if self.stopped else ""
         return f"{missing} of {len(self.duels)} pairs have no result and are in no figure; run it again.{stopped}"
 
     def facts(self) -> dict[str, Any]:
-        """What was asked, and what came of it, as JSON values."""
+        """Return the judge, the verdicts and the counts of requests as JSON values."""
         return {
             "judge": {"name": self.judge.name, "settings": self.judge.settings},
             "verdicts": dict(Counter(v for d in self.duels for v in d.verdicts if v is not None)),
@@ -180,26 +184,26 @@ def judge_pairs(
     pairs: Sequence[Pair] | None = None,
     give_up_after: int = GIVE_UP_AFTER,
 ) -> Result:
-    """Has a judge compare the answers of pairs of contestants, question by question, each in both orders.
+    """Let a judge compare the answers of pairs of contestants, question by question, in both orders.
 
-    A pair is won where both orders prefer the same answer, and else tied. After a reply without a verdict the judge is
-    asked for the verdict alone. What then has none is counted, as is a request that fails; neither is scored. Verdicts
-    are kept as they come, so that a run that is made again asks only for those that are missing.
+    A pair is won if both orders prefer the same answer, and tied otherwise. After a reply without a verdict, only the
+    verdict is requested. Pairs that still have none, and failed requests, are counted and not scored. Verdicts are
+    cached as they arrive, so another run requests only the missing ones.
 
     Args:
         answered: see `answer_all`.
-        judge: an `EndpointModel` or a `LocalModel`, or any other.
-        bench: keeps verdicts.
-        pairs: by default `default_pairs`.
-        give_up_after: ask no more when so many requests in a row have failed.
+        judge: the chat model.
+        bench: caches verdicts.
+        pairs: pairs of contestants, by default `default_pairs`.
+        give_up_after: failed requests in a row after which judging stops.
 
     Raises:
         InvalidInputError: there is no pair.
-        ChatModelError: the judge cannot be used at all; verdicts that came before are kept.
+        ChatModelError: the judge cannot answer at all; earlier verdicts are kept.
     """
     pairs = default_pairs(list(answered.answers)) if pairs is None else list(pairs)
     if not pairs:
-        raise InvalidInputError("there is nobody to compare answers with; add contestants or another adapter")
+        raise InvalidInputError("there is no pair of answers to compare; add contestants or another adapter")
     duels = [_duel(answered, pair, i) for pair in pairs for i in range(len(answered.questions))]
     judging = _Judging(duels, judge, bench, give_up_after)
     judging.run()
@@ -255,16 +259,16 @@ def _row(pair: Pair, duels: Sequence[_Duel]) -> dict[str, Any]:
 
 
 def _notes(judging: _Judging) -> list[str]:
-    notes = ["A pair is asked about twice, with the order of the answers swapped; on par = win + tie."]
+    notes = ["Every pair is judged twice, with the order of the answers swapped; on par = win + tie."]
     verdicts = Counter(v for d in judging.duels for v in d.verdicts if v is not None)
     if verdicts:
         shares = ", ".join(f"{name} {verdicts[name] / verdicts.total():.0%}" for name in ("A", "B", "TIE"))
-        notes.append(f"Verdicts by place, A being shown first: {shares}. A judge without a bias names A and B alike.")
+        notes.append(f"Verdicts by position (A is shown first): {shares}. An unbiased judge prefers A and B equally.")
     agreements = [d.consistent for d in judging.duels if d.consistent is not None]
     if agreements and 2 * sum(agreements) < len(agreements):
         notes.append(
             f"The judge contradicts itself in {agreements.count(False)} of {len(agreements)} pairs when their order is "
-            "swapped: what is on par here says more about the judge than about the answers; take a stronger one."
+            "swapped: on par here says more about the judge than about the answers; use a stronger judge."
         )
     return notes
 

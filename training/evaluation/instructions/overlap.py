@@ -1,4 +1,4 @@
-"""How much an answer has in common with a reference: ROUGE, and SQuAD's exact match and F1."""
+"""Overlap of an answer with a reference: ROUGE, and SQuAD's exact match and F1."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def rouge(answer: str, reference: str) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, 0 to 1, of Porter-stemmed words.
+    """Return the F1 of ROUGE-1, ROUGE-2 and ROUGE-L, 0 to 1, over Porter-stemmed words.
 
-    Of rouge_score, whose words are ASCII letters and digits: texts in other scripts score 0.
+    rouge_score's words are ASCII letters and digits, so texts in other scripts score 0.
 
     Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
 
@@ -36,7 +36,7 @@ def _scorer() -> Any:
 
 
 def normalised_words(text: str) -> list[str]:
-    """Words in lower case, without articles and ASCII punctuation.
+    """Return the words of a text in lower case, without articles and ASCII punctuation.
 
     Source: the evaluation of SQuAD, Rajpurkar et al., arXiv 1606.05250, section 6.1.
     """
@@ -44,12 +44,12 @@ def normalised_words(text: str) -> list[str]:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where the normalised words are the same, else 0."""
+    """Return 1 if the normalised words are equal, else 0."""
     return float(normalised_words(answer) == normalised_words(reference))
 
 
 def word_f1(answer: str, reference: str) -> float:
-    """F1 of the bags of normalised words, 0 to 1; where one of them is empty, 1 if both are."""
+    """Return the F1 of the bags of normalised words, 0 to 1; if one is empty, 1 if both are, else 0."""
     ours, theirs = (Counter(normalised_words(text)) for text in (answer, reference))
     if not ours or not theirs:
         return float(ours == theirs)

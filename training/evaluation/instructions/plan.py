@@ -1,4 +1,4 @@
-"""Instruction following as `icae-fast eval` measures it: rows, contestants and a judge in, measurements out."""
+"""The instruction measurements of `icae-fast eval`, built from rows, contestants and a judge."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from icae_fast.training.chat.options import api_key, check_names, load_local, re
 from icae_fast.training.evaluation.instructions.answering import Answered, answer_all
 from icae_fast.training.evaluation.instructions.contestants import Reads, check_reads, contestants_of
 from icae_fast.training.evaluation.instructions.judge import default_pairs, judge_pairs
-from icae_fast.training.evaluation.instructions.measurements import measure_instructions
 from icae_fast.training.evaluation.instructions.questions import Question
+from icae_fast.training.evaluation.instructions.references import measure_instructions
 from icae_fast.training.evaluation.result import Result
 from icae_fast.training.evaluation.subject import Subject
 from icae_fast.training.evaluation.workbench import Workbench
 
-JUDGE_TOKENS = 512  # of a reply: a sentence and a verdict, and what a reasoning model thinks first
+JUDGE_TOKENS = 512  # limit of a reply: a sentence and a verdict, after a reasoning model's thoughts
 
 
 def load_judge(
@@ -31,18 +31,18 @@ def load_judge(
     body: str | None = None,
     jobs: int = 4,
 ) -> ChatModel | None:
-    """The judge that options name, which answers greedily; None where they name none.
+    """Return the greedy judge that options describe, None if they describe none.
 
     Args:
         endpoint: base URL of an OpenAI-compatible API.
-        model: the model's name there.
-        local: a folder, a hub id, or smollm2, in place of an endpoint.
+        model: the model's name at the endpoint.
+        local: a folder, a hub id, or smollm2, instead of an endpoint.
         api_key_env: environment variable with the endpoint's key.
-        body: further fields of each request, a JSON object; null takes one out.
-        jobs: requests at the same time.
+        body: extra fields of each request, a JSON object; null removes a field.
+        jobs: concurrent requests.
 
     Raises:
-        InvalidInputError: options that do not go together, or that cannot be used.
+        InvalidInputError: the options contradict each other, or one is invalid.
         CheckpointError: the local model cannot be loaded.
     """
     check_names("judge", "--judge-", endpoint, model, local)
@@ -61,13 +61,13 @@ class Instructions:
 
     Args:
         questions: see `read_questions`.
-        problems: rows that could not be used, by cause, for the protocol.
-        reads: what stands for texts; see `contestants_of`.
-        max_new_tokens: the most tokens of an answer.
-        judge: compares answers; None for references alone.
+        problems: number of unusable rows by cause, for the protocol.
+        reads: what contestants read for texts; see `contestants_of`.
+        max_new_tokens: limit of an answer.
+        judge: compares answers; None measures only against references.
 
     Raises:
-        InvalidInputError: there is no such thing to read, or nothing.
+        InvalidInputError: a name in `reads` is unknown, or there is none.
     """
 
     questions: Sequence[Question]
@@ -80,24 +80,24 @@ class Instructions:
         check_reads(self.reads)
 
     def check(self, subjects: Sequence[Subject]) -> None:
-        """That a judge has something to compare, before anything is computed.
+        """Raise, before anything is computed, if there is a judge but no pair of contestants.
 
         Raises:
             InvalidInputError: there is no pair of contestants.
         """
         if self.judge is not None and not default_pairs(contestants_of(subjects, self.reads)):
             raise InvalidInputError(
-                f"a judge compares two answers, and there is only {', '.join(self.reads)} of {len(subjects)} adapter; "
+                f"a judge compares two answers, but there is only {', '.join(self.reads)} of {len(subjects)} adapter; "
                 "add contestants or another adapter, or leave the judge out"
             )
 
     def measurements(self) -> dict[str, Callable[[Sequence[Subject], Workbench], Result]]:
-        """The measurements by name: answers against references and, where there is a judge, pairs of answers."""
+        """Return the measurements by name: answers against references and, with a judge, pairs of answers."""
         found = {"instructions": self._against_references}
         return found if self.judge is None else found | {"instructions_judged": self._judged}
 
     def _answered(self, subjects: Sequence[Subject], bench: Workbench) -> Answered:
-        """Computed for the first measurement and found in the cache for the second."""
+        """Return all answers; the second measurement finds them in the cache."""
         return answer_all(contestants_of(subjects, self.reads), self.questions, bench, self.max_new_tokens)
 
     def _against_references(self, subjects: Sequence[Subject], bench: Workbench) -> Result:

@@ -1,4 +1,4 @@
-"""Instruction data to be answered: rows of PwC's shape."""
+"""Questions to answer: rows of instruction data in the format of PwC."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Question:
 
     Args:
         input: the text.
-        prompt: what is asked about it.
-        answer: the reference.
-        kind: of the prompt, such as "summary"; empty where the data does not tell.
-        origin: where it stands: "pwc.jsonl:17".
+        prompt: the prompt.
+        answer: the reference answer.
+        kind: kind of the prompt, e.g. "summary"; empty if the data has none.
+        origin: file and line, e.g. "pwc.jsonl:17".
     """
 
     input: str
@@ -32,21 +32,21 @@ class Question:
 def read_questions(
     paths: Sequence[str], limit: int | None = None, seed: int = 0
 ) -> tuple[list[Question], Counter[str]]:
-    """The rows of files, folders and globs of JSONL and Parquet with "input", "prompt", "answer", and maybe "kind".
+    """Read rows with "input", "prompt", "answer" and optionally "kind" from JSONL and Parquet.
 
     Args:
-        paths: see `icae_fast.training.data.records.find_files`.
-        limit: rows to take, drawn at random; None for all.
-        seed: of the drawing.
+        paths: files, folders and globs; see `icae_fast.training.data.records.find_files`.
+        limit: number of rows to draw at random; None takes all.
+        seed: seed of the draw.
 
     Returns:
-        The rows in order, and how many rows cannot be used, by cause.
+        The rows in order, and the number of unusable rows by cause.
 
     Raises:
         DataError: nothing is found, a file cannot be read, or no row can be used.
     """
     records, problems = usable_records(paths, PWC, "instruction data", optional=("kind",))
     if limit is not None and limit < len(records):
-        # Not evenly spaced: rows of one passage after another have their kinds at even distances.
+        # Not evenly spaced, because the kinds of prompts repeat with a fixed period in the file.
         records = [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), limit))]
     return [Question(**{name: record[name] for name in (*PWC, "kind", "origin")}) for record in records], problems

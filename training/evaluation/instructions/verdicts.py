@@ -1,4 +1,4 @@
-"""What a judge is asked about two answers, and how its replies are read."""
+"""Requests to a judge about two answers, and the parser of its replies."""
 
 from __future__ import annotations
 
@@ -44,18 +44,23 @@ _VALUES = {"A": 1, "B": -1, "TIE": 0}
 
 
 def judge_request(question: Question, a: str, b: str) -> str:
-    """The message that asks which of two answers is better, in the order in which they are to be shown."""
+    """Return the message that requests a verdict on two answers.
+
+    Args:
+        question: the question.
+        a, b: the answers in the order in which they are shown.
+    """
     shown = _REQUEST.format(text=question.input, prompt=question.prompt, a=a or "(empty)", b=b or "(empty)")
     return shown + _WITH_REASON
 
 
 def one_word_request(request: str) -> str:
-    """The same request for nothing but the verdict, for a judge whose reply had none; small models can do that."""
+    """Return the same request for only the verdict, for a judge whose reply held none; small models manage that."""
     return request.removesuffix(_WITH_REASON) + _ONE_WORD
 
 
 def parse_verdict(reply: str) -> Verdict:
-    """The verdict on the last line of a reply, which may be marked or labelled ("**B**", "Verdict: TIE").
+    """Return the verdict on a reply's last line, which may be formatted or labelled ("**B**", "Verdict: TIE").
 
     Raises:
         ValueError: there is none.
@@ -68,19 +73,19 @@ def parse_verdict(reply: str) -> Verdict:
 
 
 def agree(shown_first: Verdict, shown_second: Verdict) -> bool:
-    """Whether two verdicts on the same two answers, in one order and in the other, mean the same."""
+    """Return whether the verdicts on two answers agree in both orders."""
     return _VALUES[shown_first] == -_VALUES[shown_second]
 
 
 def outcome(shown_first: Verdict, shown_second: Verdict) -> Outcome:
-    """What two verdicts on the same two answers mean for the first of them.
+    """Return the outcome for an answer from its two verdicts.
 
     Args:
-        shown_first: where it was shown as A.
-        shown_second: where it was shown as B.
+        shown_first: the verdict with the answer shown as A.
+        shown_second: the verdict with the answer shown as B.
 
     Returns:
-        "win" or "lose" where both orders prefer the same answer, else "tie".
+        "win" or "lose" if both orders prefer the same answer, else "tie".
     """
     if shown_first == "TIE" or not agree(shown_first, shown_second):
         return "tie"

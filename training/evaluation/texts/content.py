@@ -1,9 +1,10 @@
-"""Restoration by content: normal text, patterned random text, random words.
+"""Restoration by content: normal text, patterned random text, random words, random tokens.
 
-An encoder that copies would restore all of them alike; one that memorises by understanding restores what it knows.
+An encoder that copies would restore all of them equally well; one that memorises by understanding restores best what it
+knows.
 
-Source: Ge et al., arXiv 2307.06945, section 3.2, which shifts the token ids of normal text by a constant for text that
-has a pattern and no meaning.
+Source: Ge et al., arXiv 2307.06945, section 3.2, where patterned random text is made by adding a constant to the token
+ids of normal text.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from icae_fast.training.evaluation.texts.passages import Excerpt
 from icae_fast.training.evaluation.texts.restoration import RESTORATION_COLUMNS, restoration_row
 from icae_fast.training.evaluation.workbench import Cases, Workbench
 
-MAX_TOKENS = 512  # the paper's passages
+MAX_TOKENS = 512  # length of the paper's passages
 SHIFT = 1  # the paper's constant
-EXAMPLES, EXAMPLE_WORDS = 2, 80  # of each content, and the most words of a text that are shown
+EXAMPLES, EXAMPLE_WORDS = 2, 80  # examples of each content, and words shown of each text
 
 Content = Callable[[Subject, Sequence[Excerpt], int], list[Excerpt]]
 
 
 def normal_text(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> list[Excerpt]:
-    """The passages as they are."""
+    """Return the passages unchanged."""
     return list(excerpts)
 
 
 def patterned_random(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> list[Excerpt]:
-    """Each token is replaced by the one `SHIFT` places on in the vocabulary, special tokens left out."""
+    """Replace each token by the one `SHIFT` places further in the vocabulary, skipping special tokens."""
     vocabulary = _ordinary_ids(subject)
     places = {token: i for i, token in enumerate(vocabulary)}
 
@@ -44,19 +45,19 @@ def patterned_random(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -
 
 
 def random_words(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> list[Excerpt]:
-    """Words drawn from those of all the passages, each as likely as it is frequent, and tokenised as text."""
+    """Draw words of the passages by frequency, and tokenise them as text."""
     tokenizer = subject.icae.tokenizer
     words = [word for e in excerpts for word in tokenizer.decode(e.ids, skip_special_tokens=True).split()]
     made = []
     for i, e in enumerate(excerpts):
-        text = " ".join(random.Random(f"words {seed} {i}").choices(words, k=len(e.ids)))  # a word has a token at least
+        text = " ".join(random.Random(f"words {seed} {i}").choices(words, k=len(e.ids)))  # a word is at least one token
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         made.append(replace(e, ids=ids[: len(e.ids)], origin=f"random words {i}"))
     return made
 
 
 def random_tokens(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> list[Excerpt]:
-    """Tokens drawn from the whole vocabulary alike, special ones left out."""
+    """Draw tokens uniformly from the vocabulary without special tokens."""
     vocabulary = _ordinary_ids(subject)
     made = []
     for i, e in enumerate(excerpts):
@@ -79,16 +80,16 @@ def restoration_by_content(
     n_tokens: int | None = None,
     contents: Sequence[str] = tuple(CONTENTS),
 ) -> Result:
-    """Restoration of passages of one length, by what stands in them.
+    """Measure the restoration of passages of one length by their content.
 
     Args:
-        subjects: measured side by side.
-        bench: gives the normal passages, which the others are made of.
-        n_tokens: length; by default the shortest full span of the adapters, and 512 at most.
-        contents: of `CONTENTS`.
+        subjects: adapters to measure side by side.
+        bench: draws the normal passages, from which the others are made.
+        n_tokens: length of a passage, by default the shortest full span of the adapters, at most 512.
+        contents: keys of `CONTENTS`.
 
     Raises:
-        DataError: no text is as long.
+        DataError: no text is long enough.
     """
     n = n_tokens or min(MAX_TOKENS, *(s.span_tokens for s in subjects))
     found, examples = Cases(), []
@@ -103,25 +104,25 @@ def restoration_by_content(
     return Result(
         "restoration_by_content",
         "Restoration by content",
-        {"subject": "adapter and base model", "content": "what stands in the passages"} | RESTORATION_COLUMNS,
+        {"subject": "adapter and base model", "content": "content of the passages"} | RESTORATION_COLUMNS,
         found.rows,
         {"tokens": n, "shift": SHIFT, "bleu": bleu_signature(), "skipped": found.skipped},
         [
-            "Patterned random text is normal text with each token id moved on by one.",
-            "Bars are medians, with quartiles where there are whiskers.",
+            "Patterned random text is normal text with each token id increased by one.",
+            "Bars are medians; whiskers are quartiles.",
         ],
         [
             Plot("bar", "content", "bleu_median", "subject", "bleu_low", "bleu_high", y_label="BLEU", y_max=1),
-            Plot("bar", "content", "loss", "subject", y_label="cross-entropy, nats a token"),
+            Plot("bar", "content", "loss", "subject", y_label="cross-entropy, nats per token"),
         ],
         found.samples,
-        f"The first passages of each, with the words in bold that differ:\n\n{side_by_side(examples, EXAMPLE_WORDS)}",
+        f"The first passages of each, with differing words in bold:\n\n{side_by_side(examples, EXAMPLE_WORDS)}",
         ("subject", "content", "bleu_median", "prefix_median", "accuracy", "loss"),
     )
 
 
 def _ordinary_ids(subject: Subject) -> list[int]:
-    """Ids of the tokenizer that are not special, rising."""
+    """Return the tokenizer's ids without special ones, in ascending order."""
     tokenizer = subject.icae.tokenizer
     special = {*tokenizer.all_special_ids, *subject.icae.eos_token_ids}
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

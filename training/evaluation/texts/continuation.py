@@ -1,11 +1,11 @@
-"""Text continuation: how well the decoder goes on behind slots, beside what it does behind text.
+"""Text continuation: the decoder's perplexity after slots, against its perplexity after text.
 
-Four readers see the same continuation, and the same tokens of it are scored:
+Four inputs precede the same continuation, and the same tokens of it are scored:
 
-    full text    context, continuation
-    slots        slots of the context, continuation
-    truncated    the context's last tokens, as many as there are slots, continuation
-    nothing      continuation
+    full text    the context
+    slots        the slots of the context
+    truncated    the context's last tokens, as many as there are slots
+    nothing      nothing
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from icae_fast.training.evaluation.result import Plot, Result
 from icae_fast.training.evaluation.subject import MEMORY_SIZES, Subject
 from icae_fast.training.evaluation.texts.passages import Excerpt
 from icae_fast.training.evaluation.texts.published import PAPER_TABLE_6
-from icae_fast.training.evaluation.texts.reading import UNSCORED, Scores, slot_scores, text_scores
 from icae_fast.training.evaluation.texts.restoration import restoration_row
+from icae_fast.training.evaluation.texts.scoring import UNSCORED, Scores, slot_scores, text_scores
 from icae_fast.training.evaluation.workbench import Cases, Workbench
 
 CONTINUATION_TOKENS = 128
-TABLE_6_TOKENS = 512  # the paper's contexts
+TABLE_6_TOKENS = 512  # length of the paper's contexts
 
 CONTINUATION_COLUMNS = {
     "context": "tokens of the context",
     "slots": "slots that it is compressed into",
-    "ratio": "context tokens a slot",
+    "ratio": "context tokens per slot",
     "passages": "passages measured",
-    "ppl_text": "perplexity of the continuation behind the full text",
-    "ppl_slots": "behind the slots",
-    "ppl_truncated": "behind the last tokens of the text, as many as there are slots",
-    "ppl_nothing": "behind nothing",
-    "loss_added": "cross-entropy behind the slots less that behind the full text, nats a token",
-    "over_truncated": "cross-entropy behind the truncated text less that behind the slots, nats a token",
-    "kept": "share of what the full text tells that the slots tell, (nothing - slots) / (nothing - full text) in nats; "
-    "none where the text tells less than 0.01",
+    "ppl_text": "perplexity of the continuation after the full text",
+    "ppl_slots": "perplexity after the slots",
+    "ppl_truncated": "perplexity after the last tokens of the text, as many as there are slots",
+    "ppl_nothing": "perplexity without a context",
+    "loss_added": "cross-entropy after the slots minus that after the full text, nats per token",
+    "over_truncated": "cross-entropy after the truncated text minus that after the slots, nats per token",
+    "kept": "share of the full text's information that the slots keep, (nothing - slots) / (nothing - full text) in "
+    "nats; empty if the text is worth less than 0.01",
 }
 _RESTORATION = {
     "restored": "contexts that were restored",
     "bleu": "BLEU-4 of the restored contexts as one corpus, 0 to 1",
-    "loss": "cross-entropy of restoring under teacher forcing, nats a token",
+    "loss": "cross-entropy of restoring under teacher forcing, nats per token",
     "accuracy": "token accuracy of restoring under teacher forcing",
 }
-_LEAST_TOLD = 0.01  # nats a token; of less, a share would be noise
+_LEAST_TOLD = 0.01  # nats per token; a share of less would be noise
 _FACTS = {"continuation_tokens": CONTINUATION_TOKENS, "unscored_first_tokens": UNSCORED}
 
 
 def continuation_row(
     subject: Subject, excerpts: Sequence[Excerpt], bench: Workbench
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of the continuation of passages of one length.
+    """Measure the continuation of passages of one length.
 
     Args:
-        subject: reads them.
-        excerpts: at least one, with what follows them.
-        bench: keeps scores.
+        subject: the adapter.
+        excerpts: at least one passage, with the tokens that follow it.
+        bench: caches scores.
 
     Returns:
-        `subject` and the cells of `CONTINUATION_COLUMNS`, and a record of each passage. Where the full text passes the
-        base model's positions, what depends on it is None.
+        `subject` and the cells of `CONTINUATION_COLUMNS`, and a record of each passage. If the full text does not fit
+        into the base model's positions, the cells that depend on it are None.
     """
     contexts, following = [e.ids for e in excerpts], [e.following for e in excerpts]
     n, slots = len(contexts[0]), subject.n_slots(len(contexts[0]))
@@ -94,14 +94,14 @@ def continuation_row(
 def continuation_by_ratio(
     subjects: Sequence[Subject], bench: Workbench, memory_sizes: Sequence[int] = MEMORY_SIZES
 ) -> Result:
-    """Perplexity of what follows a full span, against the ratio at which the span is compressed.
+    """Measure the perplexity of the text after a full span by compression ratio.
 
-    The ratio is varied by k: the first k' memory tokens of an adapter.
+    The ratio is varied through k: the first k' memory tokens of an adapter.
 
     Args:
-        subjects: measured side by side.
-        bench: gives passages.
-        memory_sizes: those that an adapter cannot have are left out, and its own k is always there.
+        subjects: adapters to measure side by side.
+        bench: draws passages.
+        memory_sizes: values of k; unsupported ones are left out, and an adapter's own k is always included.
 
     Raises:
         DataError: nothing can be measured.
@@ -120,14 +120,14 @@ def continuation_by_ratio(
         found.rows,
         _FACTS | {"skipped": found.skipped},
         [
-            f"The first {UNSCORED} tokens of a continuation carry no loss, for no reader, as in training.",
-            "An adapter that was trained with one k alone is not expected to serve others.",
+            f"The first {UNSCORED} tokens of a continuation are not scored, with any input, as in training.",
+            "An adapter that was trained with a single k is not expected to work with others.",
         ],
         [
-            Plot("line", "ratio", y, "subject", x_log=True, x_label="context tokens a slot", y_label=label)
+            Plot("line", "ratio", y, "subject", x_log=True, x_label="context tokens per slot", y_label=label)
             for y, label in (
-                ("loss_added", "loss added by compressing, nats a token"),
-                ("kept", "share kept of what the text tells"),
+                ("loss_added", "loss added by compressing, nats per token"),
+                ("kept", "share of the text's information kept"),
             )
         ],
         found.samples,
@@ -136,11 +136,11 @@ def continuation_by_ratio(
 
 
 def table_6(subjects: Sequence[Subject], bench: Workbench) -> Result:
-    """The paper's Table 6: restoration and continuation of 512 tokens, with the paper's models beside it.
+    """Measure the paper's Table 6: restoration and continuation of 512 tokens, with the paper's figures.
 
     Args:
-        subjects: measured side by side.
-        bench: gives passages; an adapter whose spans are shorter takes several for one.
+        subjects: adapters to measure side by side.
+        bench: draws passages; an adapter with shorter spans uses several spans for one passage.
 
     Raises:
         DataError: nothing can be measured.
@@ -168,7 +168,7 @@ def table_6(subjects: Sequence[Subject], bench: Workbench) -> Result:
         {"subject": "adapter and base model", "source": "where the figures are from"} | _RESTORATION | columns,
         found.rows + published,
         _FACTS | {"bleu": bleu_signature(), "skipped": found.skipped},
-        [f"Published figures are of {PAPER_TABLE_6.what}, on other texts and other models' tokens."],
+        [f"Published figures are of {PAPER_TABLE_6.what}, on other texts and with other tokenizers."],
         samples=found.samples,
         headline=("subject", "bleu", "loss", "context", "slots", "ppl_text", "ppl_slots"),
     )

@@ -1,4 +1,4 @@
-"""Draws passages of given lengths from texts, the same in every run."""
+"""Draw reproducible passages of given lengths from texts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from icae_fast.errors import DataError
 from icae_fast.training.data.records import TEXT, usable_records
 from icae_fast.training.pwc.passages import Document
 
-_TRIES = 64  # places that are looked at for a passage before texts are taken to hold no more
+_TRIES = 64  # places tried per passage before the texts are considered exhausted
 _WORD_BEGIN = re.compile(r"(?<=\s)\S|\A\S")
-_CHARACTERS = 8  # tokenised for a token that is needed; more are, where that was too little
+_CHARACTERS = 8  # characters tokenised per needed token; doubled until they suffice
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Excerpt:
     """Consecutive tokens of a text.
 
     Args:
-        ids: the passage.
-        following: tokens behind it.
-        origin: where it begins: "books.jsonl:17, character 120".
+        ids: ids of the passage.
+        following: ids of the tokens after it.
+        origin: where it begins, e.g. "books.jsonl:17, character 120".
     """
 
     ids: list[int]
@@ -39,13 +39,12 @@ class Texts:
     """The texts of files, folders and globs.
 
     Args:
-        paths: as for training, `.txt`, `.jsonl`, `.ndjson` and `.parquet`; see
-        `icae_fast.training.data.records.find_files`. None at
-            all are no texts, for measurements that draw nothing.
+        paths: `.txt`, `.jsonl`, `.ndjson` and `.parquet`, as for training; see
+            `icae_fast.training.data.records.find_files`. Empty for measurements that draw no passages.
 
     Attributes:
-        documents: in order.
-        problems: rows that hold no text, by cause.
+        documents: the documents in order.
+        problems: number of rows without text, by cause.
 
     Raises:
         DataError: nothing is found, a file cannot be read, or no row holds text.
@@ -59,27 +58,29 @@ class Texts:
             self.documents = [Document(r["text"], r["origin"]) for r in records]
 
     def draw(self, tokenizer: Any, n_tokens: int, count: int, seed: int, following: int = 0) -> list[Excerpt]:
-        """Passages that begin with a word at random places of the texts, every character alike, and do not overlap.
+        """Draw passages that do not overlap and begin with a word, at places uniform over the texts' characters.
 
-        The places depend on the seed alone as long as the texts go on for long enough behind them, so that passages of
-        several lengths, and in several models' tokens, begin alike.
+        The places depend only on the seed as long as enough text follows them, so passages of different lengths, and in
+        different models' tokens, begin at the same places.
 
         Args:
-            tokenizer: special tokens are not added.
-            n_tokens: length of each.
-            count: how many.
-            seed: of the places.
-            following: tokens that are needed behind each.
+            tokenizer: the tokenizer; special tokens are not added.
+            n_tokens: length of a passage.
+            count: number of passages.
+            seed: seed of the places.
+            following: number of tokens needed after each passage.
 
         Returns:
-            `count` of them, or fewer where the texts hold no more.
+            `count` passages, or fewer if the texts hold no more.
 
         Raises:
-            DataError: no text is long enough for a single one.
+            DataError: no text is long enough for a passage.
         """
         needed = n_tokens + following
-        usable = [d for d in self.documents if len(d.text) >= needed]  # a token has a character at least
-        rng, taken, found = random.Random(seed), {}, []
+        usable = [d for d in self.documents if len(d.text) >= needed]  # a token has at least one character
+        rng = random.Random(seed)
+        taken: dict[int, list[tuple[int, int]]] = {}
+        found: list[Excerpt] = []
         ends = list(accumulate(len(d.text) for d in usable))
         for _ in range(_TRIES * count if usable else 0):
             if len(found) == count:
@@ -99,13 +100,13 @@ class Texts:
             longest = max((len(d.text) for d in self.documents), default=0)
             raise DataError(
                 f"none of the texts has {needed} tokens in a row (the longest has {longest:,} characters); give longer "
-                "texts, such as a whole book in one file"
+                "texts, e.g. a whole book in one file"
             )
         return found
 
 
-def _window(tokenizer, document, offset, needed):
-    """(first character, character behind, ids) of so many tokens from the next word on, None where the text ends."""
+def _window(tokenizer: Any, document: Document, offset: int, needed: int) -> tuple[int, int, list[int]] | None:
+    """Return (first character, end character, ids) of `needed` tokens from the next word on, None at the text's end."""
     word = _WORD_BEGIN.search(document.text, offset)
     if word is None:
         return None
@@ -114,7 +115,7 @@ def _window(tokenizer, document, offset, needed):
         text = document.text[start : start + size]
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = found["input_ids"]
-        # What the cut has made of the last word is no token of the text.
+        # The cut may split the last word into tokens that the text does not have.
         if len(ids) > needed + 1 or (start + size >= len(document.text) and len(ids) >= needed):
             return start, start + found["offset_mapping"][needed - 1][1], ids[:needed]
         if start + size >= len(document.text):

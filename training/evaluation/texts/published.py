@@ -1,4 +1,4 @@
-"""Published figures of other models, with their sources, to be shown beside what is measured."""
+"""Published figures of other models, with their sources, to compare measurements with."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Published:
     """Published figures.
 
     Args:
-        what: whose they are, and how they were taken.
-        figures: values by what they belong to.
-        source: where they stand.
+        what: the models, and how they were measured.
+        figures: values by length or model.
+        source: the publication.
     """
 
     what: str

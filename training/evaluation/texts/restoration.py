@@ -1,4 +1,4 @@
-"""Restoration (autoencoding): how much of a passage comes back from its slots, by its length and by their number."""
+"""Restoration (autoencoding) of passages from their slots, by length of the passage and by number of slots."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from icae_fast.training.evaluation.result import Plot, Result
 from icae_fast.training.evaluation.subject import MEMORY_SIZES, Subject
 from icae_fast.training.evaluation.texts.passages import Excerpt
 from icae_fast.training.evaluation.texts.published import ICAE_BY_LENGTH
-from icae_fast.training.evaluation.texts.reading import Scores, restoration_scores, restored_ids
+from icae_fast.training.evaluation.texts.scoring import Scores, restoration_scores, restored_ids
 from icae_fast.training.evaluation.workbench import Cases, Workbench
 
 PAPER_LENGTHS = (100, 200, 300, 400, 500)
-SPANS = (0.25, 0.5, 1, 2, 4)  # lengths in full spans of an adapter
+SPANS = (0.25, 0.5, 1, 2, 4)  # passage lengths in units of an adapter's full span
 
 RESTORATION_COLUMNS = {
     "tokens": "length of the passages, tokens",
@@ -27,9 +27,9 @@ RESTORATION_COLUMNS = {
     "prefix_median": "median share of a passage before its first wrong token",
     "prefix_low": "its first quartile",
     "prefix_high": "its third quartile",
-    "identical": "share of passages that came back token for token, and ended there",
-    "accuracy": "share of tokens predicted right when the right ones before are given (teacher forcing)",
-    "loss": "cross-entropy under teacher forcing, nats a token",
+    "identical": "share of passages restored token for token, end included",
+    "accuracy": "share of tokens predicted correctly under teacher forcing",
+    "loss": "cross-entropy under teacher forcing, nats per token",
 }
 _COLUMNS = {"subject": "adapter and base model"} | RESTORATION_COLUMNS
 _HEADLINE = ("subject", "tokens", "slots", "bleu", "bleu_median", "prefix_median", "accuracy")
@@ -39,18 +39,18 @@ _DECODING = "greedy, free-running, at most 16 tokens beyond the passage"
 def restoration_row(
     subject: Subject, excerpts: Sequence[Excerpt], bench: Workbench
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of the restoration of passages of one length.
+    """Measure the restoration of passages of one length.
 
     Args:
-        subject: restores them.
-        excerpts: at least one.
-        bench: keeps what was restored.
+        subject: the adapter.
+        excerpts: at least one passage.
+        bench: caches restored passages and scores.
 
     Returns:
         `subject` and the cells of `RESTORATION_COLUMNS`, and a record of each passage.
 
     Raises:
-        ContextTooLongError: a passage and its slots pass the model's positions.
+        ContextTooLongError: a passage and its slots do not fit into the model's positions.
     """
     rows = [excerpt.ids for excerpt in excerpts]
     scores, restored = restoration_scores(subject, rows, bench), restored_ids(subject, rows, bench)
@@ -78,12 +78,12 @@ def restoration_row(
 def restoration_by_length(
     subjects: Sequence[Subject], bench: Workbench, lengths: Sequence[int] | None = None
 ) -> Result:
-    """Restoration against the passage's length, at an adapter's own k.
+    """Measure restoration by passage length, at each adapter's own k.
 
     Args:
-        subjects: measured side by side.
-        bench: gives passages; those of all lengths begin at the same places.
-        lengths: tokens; by default those of the paper, and `SPANS` of each adapter.
+        subjects: adapters to measure side by side.
+        bench: draws passages; those of all lengths begin at the same places.
+        lengths: passage lengths in tokens, by default those of the paper and `SPANS` of each adapter.
 
     Raises:
         DataError: no length can be measured.
@@ -102,7 +102,7 @@ def restoration_by_length(
     published = ", ".join(f"{bleu} at {n}" for n, bleu in ICAE_BY_LENGTH.figures.items())
     result.notes = [
         f"For comparison, BLEU-4 of {ICAE_BY_LENGTH.what}: {published} tokens ({ICAE_BY_LENGTH.source}).",
-        "Passages beyond a full span are fewer, so that all rows take about as long.",
+        "Rows with passages longer than a full span have fewer passages, so that all rows take about the same time.",
     ]
     return result
 
@@ -113,13 +113,13 @@ def restoration_by_memory_size(
     memory_sizes: Sequence[int] = MEMORY_SIZES,
     lengths: Sequence[int] | None = None,
 ) -> Result:
-    """Restoration against k: the first k' memory tokens of an adapter behind passages of at most one span.
+    """Measure restoration by k: the first k' memory tokens of an adapter, on passages of at most one span.
 
     Args:
-        subjects: measured side by side.
-        bench: gives passages.
-        memory_sizes: those that an adapter cannot have are left out, and its own k is always there.
-        lengths: tokens, by default a quarter, a half and the whole of a span; those over it are left out.
+        subjects: adapters to measure side by side.
+        bench: draws passages.
+        memory_sizes: values of k; unsupported ones are left out, and an adapter's own k is always included.
+        lengths: passage lengths in tokens, by default a quarter, a half and a whole span; longer ones are left out.
 
     Raises:
         DataError: nothing can be measured.
@@ -138,17 +138,17 @@ def restoration_by_memory_size(
             ("prefix_median", "prefix_low", "prefix_high", "exact prefix, median and quartiles"),
         )
     ]
-    result.notes = ["An adapter that was trained with one k alone is not expected to serve others."]
+    result.notes = ["An adapter that was trained with a single k is not expected to work with others."]
     return result
 
 
 def _lengths(subject: Subject) -> list[int]:
-    """`SPANS` in tokens."""
+    """Return `SPANS` in tokens."""
     return sorted({max(1, int(spans * subject.span_tokens)) for spans in SPANS})
 
 
 def _measure(cases: Sequence[tuple[Subject, str, int]], bench: Workbench) -> Result:
-    """A result of a row for each (subject, its line in plots, length)."""
+    """Return a result with a row for each (subject, series name in plots, length)."""
     found, subjects = Cases(), [subject for subject, _, _ in cases]
     for subject, case, n in cases:
         with found.case(f"{case}, {n} tokens" if case == subject.name else case):
