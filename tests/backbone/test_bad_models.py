@@ -1,4 +1,4 @@
-"""Configs and base models that cannot be used: one typed error, which says what to do."""
+"""Invalid configs and unsupported base models raise one typed error that says what to do."""
 
 import pytest
 from torch import nn
@@ -37,7 +37,7 @@ class TestConfig:
 
 
 class QuantisedLinear(nn.Linear):
-    """Stands for the linear layers of a quantisation library."""
+    """A stand-in for a quantisation library's linear layer."""
 
 
 class TestModels:

@@ -1,4 +1,4 @@
-"""Every supported architecture against Hugging Face's own forward with the LoRA merged into the weights."""
+"""Every supported architecture against Hugging Face's forward with LoRA merged into the weights."""
 
 import math
 
@@ -17,7 +17,7 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def merged_weights(icae):
-    """Base weights by name, q and v as `W + alpha / r * B A`, with a graph to the LoRA factors."""
+    """Return base weights by name, q and v as `W + alpha / r * B A` with a graph to the LoRA factors."""
     weights = dict(icae.base_model.model.named_parameters())
     for i, layer in enumerate(icae.adapter.layers):
         for p in "qv":
@@ -36,7 +36,7 @@ def positions_by_hand(length, config):
 
 
 def hf_slots(icae, ids):
-    """Slots by running the Hugging Face model on each span and its memory tokens, positions written out."""
+    """Compute slots by the Hugging Face model on each span and its memory tokens, with explicit positions."""
     config, weights = icae.config, merged_weights(icae)
     memory = icae.memory_token_embed.weight[: config.memory_size]
     slots = []
@@ -48,7 +48,7 @@ def hf_slots(icae, ids):
             kwargs={
                 "inputs_embeds": x,
                 "position_ids": torch.tensor([positions_by_hand(len(span), config)]),
-                # Given, so that positions which do not go up by one are not taken for packed sequences.
+                # Passed because transformers takes positions that do not rise by one for packed sequences.
                 "attention_mask": torch.ones(x.shape[:2], dtype=torch.int64),
                 "use_cache": False,
             },
@@ -58,7 +58,7 @@ def hf_slots(icae, ids):
 
 
 def hf_greedy(icae, embeddings, n, min_new_tokens=0):
-    """Plain greedy loop of the base model over input embeddings, with its own cache."""
+    """Decode greedily by the base model from input embeddings, with Hugging Face's cache."""
     cache, ids = DynamicCache(), []
     x = embeddings[None]
     for step in range(n):
@@ -133,7 +133,7 @@ def test_teacher_forced_logits_equal_hugging_face(make_icae, random_ids, model_k
 
 
 def test_the_window_matters(make_icae, random_ids):
-    """Guards the tests above: with the window taken away the slots are others."""
+    """Removing the window changes the slots, so the tests above would detect a missing window."""
     for kind, field in (("mistral", "sliding_window"), ("qwen2-window", "sliding_window")):
         icae, ids = make_icae(kind), random_ids(16)
         before = icae.compress(ids)[0].slots
@@ -181,7 +181,7 @@ def test_a_module_with_hooks_is_called(make_icae, random_ids, name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_that_is_trained_gets_its_gradient(make_icae, random_ids, name):
-    """The package freezes the base model, but whoever thaws a part of it must not go without its gradient."""
+    """The package freezes the base model, but a user who unfreezes a part of it gets its gradient."""
     icae, ids = make_icae(), random_ids(29)
     parameters = list(icae.base_model.model.layers[1].get_submodule(name).requires_grad_(True).parameters())
     got = torch.autograd.grad(icae.encode([ids])[0].square().sum(), parameters)

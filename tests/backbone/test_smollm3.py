@@ -17,7 +17,7 @@ MIXED = {"no_rope_layers": [1, 0, 1], "use_sliding_window": False}
 
 @pytest.fixture
 def icae(make_icae, make_base):
-    """A tiny SmolLM3 whose middle layer has no RoPE, and no layer a window."""
+    """A tiny SmolLM3 whose middle layer has no RoPE; no layer has a window."""
     return make_icae(base=make_base("smollm3", **MIXED))
 
 

@@ -1,4 +1,4 @@
-"""The CUDA route on meta tensors: results look as the specs say, and no launcher waits for a value on the device."""
+"""The CUDA route on meta tensors: results match the specs' fakes, and no launcher synchronises with the device."""
 
 import importlib
 
@@ -17,7 +17,7 @@ CASES = [
     if spec.gpu is not None
     for sample in spec.samples
 ]
-HOST_KNOWN = ("cu_seqlens_q", "cu_seqlens_k")  # by `PackedRows`; a meta tensor has no other values to be read
+HOST_KNOWN = ("cu_seqlens_q", "cu_seqlens_k")  # from `PackedRows`; a meta tensor has no values to read
 
 
 def to_meta(name, value):

@@ -17,7 +17,7 @@ def _mix(h):
 
 @triton.jit
 def row_keys(seed, which, rows):
-    """Return the hash state of rows of x, from which `kept` goes on.
+    """Return the hash state of rows of x, which `kept` continues.
 
     Args:
         seed: pointer to the int64.

@@ -60,7 +60,7 @@ def _require(name):
         _flash_attn()
     if name == "torch" and not torch.backends.cuda.is_flash_attention_available():
         raise BackendError(
-            f"attention by torch was asked for, but torch {torch.__version__} is built without flash attention; "
+            f"attention by torch was requested, but torch {torch.__version__} is built without flash attention; "
             "install a CUDA build, or choose 'triton'"
         )
 
@@ -70,7 +70,7 @@ def _flash_attn():
         return importlib.import_module("flash_attn.flash_attn_interface")
     except ImportError as error:
         raise BackendError(
-            f"attention by flash-attn was asked for, but it cannot be imported ({error}); run "
+            f"attention by flash-attn was requested, but it cannot be imported ({error}); run "
             "`pip install flash-attn`, or choose 'triton'"
         ) from error
 
