@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from icae_fast.backbone.families.view import LayerView
-from icae_fast.backbone.packing import packed_gate_up
+from icae_fast.backbone.packing import packed_gate_up, weight_of
 from icae_fast.ops import linear, rms_norm, swiglu
-
-
-def part(module: nn.Module, name: str) -> Any:
-    """Return a module's submodule or parameter. `nn.Module.__getattr__` takes ten times as long."""
-    found = module._modules.get(name)
-    if found is None:
-        found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
 
 
 def is_plain(module: nn.Module, x: torch.Tensor) -> bool:
@@ -46,7 +36,7 @@ def is_plain_mlp(layer: LayerView, x: torch.Tensor) -> bool:
 
 def norm_op(module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the RMS norm of `residual + x` by a plain norm module's weight, and that sum."""
-    return rms_norm(x, part(module, "weight"), module.variance_epsilon, residual=residual)
+    return rms_norm(x, weight_of(module), module.variance_epsilon, residual=residual)
 
 
 def apply_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +49,7 @@ def apply_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None
 
 def linear_op(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return a plain linear module's product."""
-    return linear(x, part(module, "weight"), module.bias)
+    return linear(x, weight_of(module), module.bias)
 
 
 def apply_linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def gathered(layers: Sequence[nn.Module], i: int, step: int) -> AbstractContextM
 
 
 @contextlib.contextmanager
-def _gathered(layers, i, step):
+def _gathered(layers: Sequence[nn.Module], i: int, step: int) -> Iterator[nn.Module]:
     layer = layers[i]
     if not hasattr(next(layer.parameters()), "to_local"):  # no DTensor: inside `whole_model`
         yield layer

@@ -168,7 +168,12 @@ class Backbone:
         """
         plain, compiled = self.forward, torch.compile(self.forward, **({"fullgraph": True} | options))
 
-        def forward(x, rows, lora=None, cache=None):
+        def forward(
+            x: torch.Tensor,
+            rows: PackedRows,
+            lora: Sequence[PackedLoRA] | Sequence[MergedQKV] | None = None,
+            cache: KeyValueCache | None = None,
+        ) -> torch.Tensor:
             if cache is not None:
                 return plain(x, rows, lora, cache)
             self.pack()
