@@ -86,7 +86,7 @@ def learn(
     losses: list[float] = []
     reached = False
     for _ in range(case.max_steps):
-        out = model(**batch)
+        out = model(batch)
         losses.append(out["loss"].item())
         may_end = case.goal is not None and losses[-1] < case.goal and bool((out["correct"] == out["counts"]).all())
         if may_end and all(restored(icae, passages)):

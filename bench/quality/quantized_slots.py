@@ -24,7 +24,7 @@ from icae_fast.benchmark.machine import REPOSITORY, describe_machine, machine_sl
 from icae_fast.benchmark.measure import rounded
 from icae_fast.io.bundled import load_smollm2
 from icae_fast.store.quantize import SlotDtype, pack_slots, unpack_slots
-from icae_fast.training.methods.objectives import autoencoding_sample, collate
+from icae_fast.training.methods.objectives import autoencoding_sample, pad_samples
 
 STORED: tuple[SlotDtype | None, ...] = (None, "bfloat16", "int8")
 ADAPTER = "smollm2-135m"
@@ -60,7 +60,7 @@ def restoration(icae: ICAE, windows: Sequence[torch.Tensor]) -> dict[str, Any]:
         `loss_from_others`, the loss with the slots of the next window, which is what the decoder guesses without the
         memory.
     """
-    batch = collate(icae, [autoencoding_sample(icae, w.tolist()) for w in windows])
+    batch = pad_samples(icae, [autoencoding_sample(icae, w.tolist()) for w in windows])
     slots = torch.cat(icae.encode(list(windows)))
     result: dict[str, Any] = {"loss": {}, "slot_error": {}}
     for dtype in STORED:

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from icae_fast.backbone.rows import PackedRows, cumulative
 from icae_fast.core.compress import encode
 from icae_fast.core.core import ICAECore
+from icae_fast.core.inputs import Vocabulary
 from icae_fast.errors import InvalidInputError
 from icae_fast.step.budget import ActivationBudget
 from icae_fast.step.head_loss import head_argmax, head_loss
@@ -95,7 +96,10 @@ def forward(
     contexts, prompts = check_contexts(core.vocabulary, unpad(input_ids, pad)), unpad(prompt_answer_ids, pad)
     targets = None if labels is None else shifted_targets(labels, prompts, core.vocabulary.n_base)
     lengths = check_prompt_lengths(contexts, prompts, core.max_positions)
-    embeddings = _with_slots(core, prompts, encode(core, contexts, token_budget))
+    slots, packed = encode(core, contexts, token_budget), torch.cat(prompts)
+    _check_prompts(core.vocabulary, prompts, [len(s) for s in slots])
+    places = _memory_places(core.vocabulary, packed)
+    embeddings = _with_slots(core, *_copy_once(core.device, packed, places), slots)
     rows = PackedRows(torch.cat([torch.arange(n) for n in lengths]), cumulative(lengths), max(lengths))
     logits = core.base_model.lm_head(core.backbone.forward(embeddings, rows.to(core.device)))
     width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(lengths)
@@ -179,14 +183,22 @@ def _scored_hidden(
     rows, kept, scored = scored_rows(check_prompt_lengths(contexts, prompts, core.max_positions), targets)
     if slots is not None and (len(slots) != len(prompts) or any(s.dim() != 2 for s in slots)):
         raise InvalidInputError(f"slots are given for {len(slots)} of {len(prompts)} rows; give (n, d) for each")
-    step = TrainingStep(core, contexts if slots is None else [], len(kept), budget, memory_size)
-    embeddings = _with_slots(core, prompts, step.encode() if slots is None else slots)[kept.to(core.device)]
-    hidden = step.decode(embeddings, rows.to(core.device))
     assert rows.cu_seqlens_out is not None  # `scored_rows` sets it
     row_of = torch.arange(len(prompts)).repeat_interleave(rows.cu_seqlens_out.diff())
-    if len(scored) < len(row_of):
-        hidden, row_of = hidden[scored.to(core.device)], row_of[scored]
-    return hidden, targets[targets != IGNORE].to(core.device), row_of
+    has_gaps = len(scored) < len(row_of)
+    if has_gaps:
+        row_of = row_of[scored]
+    # Ids and labels are copied to the device here, in one transfer; lengths and the layout stay on the host.
+    packed = torch.cat(prompts)
+    places, wanted = _memory_places(core.vocabulary, packed), targets[targets != IGNORE]
+    packed, places, kept, scored, wanted, *contexts = _copy_once(
+        core.device, packed, places, kept, scored, wanted, *(contexts if slots is None else [])
+    )
+    step = TrainingStep(core, contexts, len(kept), budget, memory_size)
+    _check_prompts(core.vocabulary, prompts, step.slot_counts if slots is None else [len(s) for s in slots])
+    embeddings = _with_slots(core, packed, places, step.encode() if slots is None else slots)[kept]
+    hidden = step.decode(embeddings, rows.to(core.device))
+    return hidden[scored] if has_gaps else hidden, wanted, row_of
 
 
 def _head_losses(
@@ -209,24 +221,45 @@ def _head_losses(
     return losses, correct
 
 
-def _with_slots(core: ICAECore, prompts: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the packed embeddings of all prompts, each memory id replaced by the next slot of its row."""
-    ids = torch.cat(prompts).to(core.device)
-    vocabulary = core.vocabulary
-    for i, (row, own) in enumerate(zip(prompts, slots, strict=True)):
+def _copy_once(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Copy int64 tensors of one dimension from the host to a device, all in one transfer."""
+    packed = torch.cat(tensors).to(device, non_blocking=True)
+    return packed.split([len(t) for t in tensors])
+
+
+def _memory_places(vocabulary: Vocabulary, packed: torch.Tensor) -> torch.Tensor:
+    """Return the (n_slots,) positions of the memory ids among packed ids."""
+    return vocabulary.is_memory(packed).nonzero()[:, 0]
+
+
+def _check_prompts(vocabulary: Vocabulary, prompts: Sequence[torch.Tensor], slot_counts: Sequence[int]) -> None:
+    """Raise unless each prompt, on the host, has valid ids and a memory id for each slot of its row."""
+    for i, (row, n_slots) in enumerate(zip(prompts, slot_counts, strict=True)):
         n = int(vocabulary.is_memory(row).sum())
-        if len(row) == 0 or n != len(own):
+        if len(row) == 0 or n != n_slots:
             raise InvalidInputError(
-                f"row {i} of prompt_answer_ids has {n} memory ids, but its context gives {len(own)} slots; put "
+                f"row {i} of prompt_answer_ids has {n} memory ids, but its context gives {n_slots} slots; put "
                 "memory_size ids for each span"
             )
         if int(row.min()) < 0 or int(row.max()) > vocabulary.ft or bool((row == vocabulary.pad).any()):
             raise InvalidInputError(
                 f"row {i} of prompt_answer_ids holds ids outside 0 to {vocabulary.ft}, or [PAD] before its end"
             )
-    is_memory = vocabulary.is_memory(ids)
-    embeddings = core.tokens_to_embeddings(ids)
-    return embeddings.index_put((is_memory.nonzero(as_tuple=True)[0],), torch.cat(slots).to(embeddings))
+
+
+def _with_slots(
+    core: ICAECore, packed: torch.Tensor, places: torch.Tensor, slots: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return the (T, d) embeddings of packed prompts, with the slots in the places of the memory ids.
+
+    Args:
+        core: the model.
+        packed: (T,) int64 ids on the device.
+        places: (n_slots,) int64 positions of the memory ids, on the device.
+        slots: (n_i, d) slots of each row.
+    """
+    embeddings = core.tokens_to_embeddings(packed)
+    return embeddings.index_put((places,), torch.cat(list(slots)).to(embeddings))
 
 
 def _mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from bench.quality.quantized_slots import restoration, slots_changed, stored
 from icae_fast import MemoryStore
-from icae_fast.training.methods.objectives import autoencoding_sample, collate
+from icae_fast.training.methods.objectives import autoencoding_sample, pad_samples
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
@@ -15,7 +15,7 @@ def test_it_measures_what_a_store_returns(tiny_icae, random_ids, tmp_path, dtype
     with MemoryStore(tmp_path / "store", tiny_icae, dtype=dtype) as store:
         store.put("a", memory)
         assert torch.equal(stored(memory.slots, dtype), store.get("a").slots)
-    batch = collate(tiny_icae, [autoencoding_sample(tiny_icae, ids.tolist())])
+    batch = pad_samples(tiny_icae, [autoencoding_sample(tiny_icae, ids.tolist())])
     with torch.no_grad():
         before = tiny_icae(**batch)["loss"].item()
         with slots_changed(tiny_icae, lambda rows: [stored(row, dtype) for row in rows]):

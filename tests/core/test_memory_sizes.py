@@ -7,7 +7,7 @@ from helpers import golden
 from icae_fast import ICAE
 from icae_fast.core.spans import count_spans, memory_positions, pack_spans
 from icae_fast.errors import ConfigError, InvalidInputError
-from icae_fast.training.methods.objectives import autoencoding_sample, collate, instruction_sample, with_memory_size
+from icae_fast.training.methods.objectives import autoencoding_sample, instruction_sample, pad_samples, with_memory_size
 
 
 @pytest.fixture(scope="module", params=["append", "spread"])
@@ -130,4 +130,4 @@ def test_training_samples_can_have_fewer_slots():
         pairs.append((make(icae), sample))
     with pytest.raises(InvalidInputError, match="6 memory ids; its 3 spans of 8 slots need 24"):
         with_memory_size(icae, pairs[0][1], 2)
-    assert torch.isfinite(smaller(**collate(smaller, [autoencoding_sample(smaller, context)]))["loss"])
+    assert torch.isfinite(smaller(**pad_samples(smaller, [autoencoding_sample(smaller, context)]))["loss"])

@@ -14,7 +14,7 @@ from icae_fast.training.data.rows import Row
 from icae_fast.training.data.samples import PretrainingDraw, SampleLayout
 from icae_fast.training.data.tally import Tally
 from icae_fast.training.methods.curriculum import Stage
-from icae_fast.training.methods.objectives import autoencoding_sample, collate, continuation_sample
+from icae_fast.training.methods.objectives import autoencoding_sample, continuation_sample, pad_samples
 
 BOS = 1
 
@@ -95,7 +95,7 @@ def test_training_samples_begin_with_bos(make_icae, random_ids):
         sample, without = make(icae), make(bare)
         assert sample.prompt_answer_ids == [BOS, *without.prompt_answer_ids]
         assert sample.labels == [-100, *without.labels]
-        expected = icae(**collate(icae, [sample]))["loss"]
+        expected = icae(**pad_samples(icae, [sample]))["loss"]
         found = icae.token_losses(*[[torch.tensor(row)] for row in (context, sample.prompt_answer_ids, sample.labels)])
         torch.testing.assert_close(found.losses.mean(), expected)
 

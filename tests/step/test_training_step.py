@@ -150,7 +150,7 @@ def test_the_models_own_guesses_replace_marked_input_tokens(make_icae, memory_si
             ids[i] = int(guesses[i - first])
     assert ids != restored.prompt_answer_ids
     by_hand = [replace(s, own_tokens=()) for s in (replace(restored, prompt_answer_ids=ids), *samples[1:])]
-    found, expected = (model(**pack(s), memory_size=memory_size) for s in (samples, by_hand))
+    found, expected = (model(pack(s, memory_size)) for s in (samples, by_hand))
     assert torch.equal(found["sums"], expected["sums"])
     found["loss"].backward()
     mine = gradients(icae)
@@ -205,11 +205,11 @@ def test_gradients_of_parts_of_a_batch_add_up(make_icae):
     model = TrainingModel(icae, ActivationBudget(0, 1))
     n = sum(s.n_labels for s in samples)
     icae.zero_grad()
-    whole = model(**pack(samples))
+    whole = model(pack(samples))
     whole["loss"].backward()
     expected = gradients(icae)
     icae.zero_grad()
-    parts = [model(**pack([s]), num_items_in_batch=n) for s in samples]
+    parts = [model(pack([s]), num_items_in_batch=n) for s in samples]
     sum(p["loss"] for p in parts).backward()
     assert_same(gradients(icae), expected)
     for name in ("sums", "counts", "correct"):

@@ -66,7 +66,7 @@ def request_fields(option: str, text: str | None, temperature: float | None) -> 
 
 
 def model_name(name: str) -> str:
-    """The name that loads a model: `smollm2` stands for the embedded one."""
+    """Return the name that loads a model; `smollm2` means the bundled one."""
     return BUNDLED_NAME if name == "smollm2" else name
 
 

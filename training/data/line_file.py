@@ -1,4 +1,4 @@
-"""A JSONL file that grows by whole lines, and can be taken up again after its writer was killed."""
+"""A JSONL file that grows by whole lines and can be continued after its writer was killed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from icae_fast.errors import OutputError
 
 
 class LineFile:
-    """Lines appended to a file, each in one write; use it in a `with`.
+    """A file to which lines are appended, each by one write; used in a `with` block.
 
-    A write that fails is taken back. One process writes at a time: the file beside it, `.NAME.lock`, is locked
-    meanwhile. A new file without a line is deleted again.
+    A failed write is undone. Only one process writes at a time: it holds a lock on the file `.NAME.lock` in the same
+    folder. A new file without a line is deleted again.
 
     Args:
-        path: the file; its folder has to be there.
+        path: the file; its folder must exist.
 
     Attributes:
-        cut: bytes of a half-written last line that `read` has cut off.
+        cut: bytes of a half-written last line that `read` removed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,7 +32,7 @@ class LineFile:
         self._size = 0
 
     def resume(self, accept: Callable[[int, bytes], bool]) -> None:
-        """Open the file and `read` it; whatever `accept` raises closes it again."""
+        """Open the file and `read` it; an exception from `accept` closes it again."""
         self.__enter__()
         try:
             self.read(accept)
@@ -41,18 +41,18 @@ class LineFile:
             raise
 
     def __enter__(self) -> LineFile:
-        """Open the file; `read` has to come next.
+        """Open the file; call `read` next.
 
         Raises:
             OutputError: it cannot be opened for writing, or another process is writing it.
         """
         if not self.path.parent.is_dir():
-            raise OutputError(f"{self.path.parent} is no folder; make it first")
+            raise OutputError(f"{self.path.parent} is not a folder; create it first")
         if self.path.exists() and not self.path.is_file():
-            raise OutputError(f"{self.path} is not a plain file; give another output")
+            raise OutputError(f"{self.path} is not a regular file; give another output")
         try:
             self._lock.acquire(timeout=0)
-            # O_BINARY keeps Windows from writing other line ends, which would upset the offsets.
+            # O_BINARY keeps Windows from changing line ends, which would shift the offsets.
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
             self._descriptor = os.open(self.path, flags, 0o666)
         except Timeout as error:
@@ -71,12 +71,12 @@ class LineFile:
         self._lock.release()
 
     def read(self, accept: Callable[[int, bytes], bool]) -> None:
-        """Go through the lines that are there.
+        """Read the existing lines.
 
         Args:
-            accept: called with the number, from 1, and the bytes of each line; says whether the line is whole. A last
-                line without its end is cut off where it is not, and else given its end: an editor, or the kill, took
-                it away. What `accept` raises leaves the file as it is.
+            accept: called with the number, from 1, and the bytes of each line; returns whether the line is complete. An
+                incomplete last line without a line end is removed; a complete one gets its line end, which an editor or
+                the kill took away. An exception from `accept` leaves the file unchanged.
         """
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -85,16 +85,17 @@ class LineFile:
                     self._size += len(line)
                 elif whole:
                     self._size += len(line) + os.write(self._descriptor, b"\n")
-                    return  # or what was just written would be read as a line
+                    return  # the loop would read the line end just written as a line
                 else:
                     self.cut = len(line)
                     os.ftruncate(self._descriptor, self._size)
 
     def append(self, line: str) -> None:
-        """Write one line, given without its end.
+        """Write one line, given without its line end.
 
         Raises:
-            OutputError: it cannot be written, for want of room, say; the file ends with the line before it.
+            OutputError: it cannot be written, for example because the disk is full; the file then ends with the
+                previous line.
         """
         data = (line + "\n").encode()
         try:
@@ -106,7 +107,7 @@ class LineFile:
             if not isinstance(error, OSError):
                 raise
             raise OutputError(
-                f"cannot write {self.path} ({error.strerror}), whose lines are whole; make room and run the same "
-                "command again to go on"
+                f"cannot write {self.path} ({error.strerror}); its lines are complete: free space and run the same "
+                "command again to continue"
             ) from error
         self._size += len(data)

@@ -1,8 +1,8 @@
-"""Which samples make an optimiser step, and which of them a forward.
+"""The samples of each optimiser step, and of each forward.
 
-Samples of several steps are sorted by cost and cut into micro-batches of about equal cost, so that the rows of one
-are alike; each step then gets one micro-batch of every size class, so that steps are alike as well. Everything is a
-function of the costs, the budgets and a random generator.
+Samples of several steps are sorted by cost and cut into micro-batches of about equal cost, so that the rows of a
+micro-batch have similar lengths. Each step then gets one micro-batch of every size class, so that steps are similar
+too. The result is a function of the costs, the budgets and a random generator.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ Step = list[list[int]]  # micro-batches of indices of samples
 
 
 def count_micro_batches(tokens_per_step: int, micro_batch_tokens: int, world_size: int = 1) -> int:
-    """Micro-batches of an optimiser step over all processes: `ceil(tokens_per_step / micro_batch_tokens)`.
+    """Return the micro-batches of an optimiser step over all processes: `ceil(tokens_per_step / micro_batch_tokens)`.
 
-    It is at least one for each process, and a multiple of their number.
+    The number is rounded up to a multiple of the number of processes.
     """
     needed = -(-tokens_per_step // micro_batch_tokens)
     return -(-needed // world_size) * world_size
 
 
-def fit(costs: Sequence[int], n_batches: int, budget: int) -> int:
-    """How many of the first samples `n_batches` micro-batches can hold.
+def count_fitting(costs: Sequence[int], n_batches: int, budget: int) -> int:
+    """Return how many of the first samples fit into `n_batches` micro-batches.
 
-    Each gets samples of at most `budget` tokens, or a single one that costs more. With at least `n_batches` samples it
-    is at least so many.
+    A micro-batch holds samples of at most `budget` tokens, or a single larger sample. With at least `n_batches` samples
+    the result is at least `n_batches`.
     """
     low, high = min(n_batches, len(costs)), len(costs)
-    # More samples never take fewer micro-batches.
+    # The number of micro-batches does not decrease with the number of samples.
     return bisect_right(range(low + 1, high + 1), n_batches, key=lambda n: _Runs(sorted(costs[:n])).count(budget)) + low
 
 
@@ -39,14 +39,15 @@ def pack_steps(costs: Sequence[int], n_steps: int, per_step: int, budget: int, r
     """Distribute samples over steps and micro-batches.
 
     Args:
-        costs: tokens of each sample; `fit(costs, n_steps * per_step, budget)` must be all of them.
+        costs: tokens of each sample; `count_fitting(costs, n_steps * per_step, budget)` must be all of them.
         n_steps: optimiser steps.
-        per_step: micro-batches of each.
-        budget: tokens of a micro-batch; a sample that costs more goes alone.
-        rng: decides which of the micro-batches of about the same cost goes into which step.
+        per_step: micro-batches of a step.
+        budget: tokens of a micro-batch; a larger sample has a micro-batch to itself.
+        rng: shuffles micro-batches of about the same cost over the steps.
 
     Returns:
-        Steps of micro-batches of indices into `costs`, every index once, no micro-batch empty.
+        Steps, each a list of micro-batches of indices into `costs`. Each index occurs once, and no micro-batch is
+        empty.
 
     Raises:
         ValueError: there are more samples than fit, or fewer than micro-batches.
@@ -63,23 +64,25 @@ def pack_steps(costs: Sequence[int], n_steps: int, per_step: int, budget: int, r
     return steps
 
 
-def share(step: Step, costs: Sequence[int], rank: int = 0, world_size: int = 1) -> list[tuple[int, list[int]]]:
-    """A process's part of a step: as many micro-batches as every other, of about the same cost.
+def share_of_process(
+    step: Step, costs: Sequence[int], rank: int = 0, world_size: int = 1
+) -> list[tuple[int, list[int]]]:
+    """Return one process's micro-batches of a step: as many as every other process, of about the same cost.
 
     Args:
-        step: as `pack_steps` gives it, of a multiple of `world_size` micro-batches.
+        step: step from `pack_steps`, with a multiple of `world_size` micro-batches.
         costs: tokens of each sample.
-        rank: of the process.
+        rank: rank of the process.
         world_size: number of processes.
 
     Returns:
-        (which of the step's micro-batches it is, the most costly being 0; its samples), the most costly first, so that
-        memory that is too small shows at once.
+        (place, samples) of each micro-batch, the place being its rank by cost in the step. The largest comes first, so
+        that a lack of memory shows at once.
     """
     ranked = sorted(range(len(step)), key=lambda j: (-sum(costs[i] for i in step[j]), j))
 
     def receiver(place: int) -> int:
-        # Forth and back, so that nobody gets the most costly of every turn.
+        # Back and forth, so that no process gets the most costly micro-batch of every round.
         turn, seat = divmod(place, world_size)
         return seat if turn % 2 == 0 else world_size - 1 - seat
 
@@ -87,33 +90,33 @@ def share(step: Step, costs: Sequence[int], rank: int = 0, world_size: int = 1) 
 
 
 class _Runs:
-    """Runs of neighbouring samples whose costs add up to at most a cap; one that costs more is a run of its own."""
+    """Runs of consecutive samples with a total cost of at most a cap; a sample above the cap is a run by itself."""
 
     def __init__(self, costs: Sequence[int]) -> None:
         self.n = len(costs)
         self.sums = [0, *accumulate(costs)]
 
     def end(self, start: int, cap: int) -> int:
-        """Where the longest run from `start` ends."""
+        """Return the end of the longest run from `start`."""
         return max(bisect_right(self.sums, self.sums[start] + cap) - 1, start + 1)
 
     def count(self, cap: int) -> int:
-        """The least number of runs, which is what taking the longest one each time gives."""
+        """Return the least number of runs, found by taking the longest run each time."""
         start = runs = 0
         while start < self.n:
             start, runs = self.end(start, cap), runs + 1
         return runs
 
     def split(self, n_runs: int, budget: int) -> list[range]:
-        """Exactly so many runs, none empty, whose greatest cost is the least possible, and otherwise about equal.
+        """Return exactly `n_runs` non-empty runs with the least possible maximum cost, otherwise about equal.
 
         Raises:
-            ValueError: that cannot be done within the budget.
+            ValueError: the budget does not allow it.
         """
         if not self.n >= n_runs >= self.count(budget):
             raise ValueError(f"{self.n} samples do not fill {n_runs} micro-batches of at most {budget} tokens")
         cap = bisect_left(range(budget), True, key=lambda c: self.count(c) <= n_runs)
-        needed = [0] * (self.n + 1)  # runs of the samples from i on
+        needed = [0] * (self.n + 1)  # runs of the samples from index i on
         for i in reversed(range(self.n)):
             needed[i] = 1 + needed[self.end(i, cap)]
         runs, start = [], 0

@@ -1,7 +1,7 @@
-"""Rows of text with their place: from JSONL, Parquet and text files, local or remote, compressed or not.
+"""Records of text with their provenance: from JSONL, Parquet and text files, local or remote, compressed or not.
 
-A record is a dict of the row's text fields, its `origin` ("books.jsonl:17") and its `problem`, which is empty unless
-the row cannot be used; its fields are empty then.
+A record is a dict of the row's text fields, its `origin` ("books.jsonl:17") and its `problem`. The problem is empty if
+the row can be used; otherwise the fields are empty.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from icae_fast.errors import DataError
 
 Record = dict[str, str]
 
-TEXT = ("text",)  # The Pile's shape
-PWC = ("input", "prompt", "answer")  # Prompt-with-Context's
+TEXT = ("text",)  # rows of The Pile
+PWC = ("input", "prompt", "answer")  # rows of Prompt-with-Context
 
-_PARQUET_ROWS = 256  # read at once: rows may be whole books
+_PARQUET_ROWS = 256  # rows per read: a row may be a whole book
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def make_record(row: Any, fields: Iterable[str], origin: str, optional: Iterable[str] = ()) -> Record:
-    """The record of one row, with its problem if it has one.
+    """Return the record of one row.
 
     Args:
-        row: what a line or a table holds; it should be a mapping with text in all `fields`.
+        row: value of a line or table row; a usable one is a mapping with text in all `fields`.
         fields: names of the text fields.
-        origin: where it stands.
+        origin: provenance of the row.
         optional: names of further fields, empty where a row has no text in them.
     """
     problem, values = "", {}
@@ -74,19 +74,19 @@ def _field_problem(name: str, present: bool, value: Any) -> str:
         return f"field {name!r} is empty"
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON may escape half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:  # JSON may escape half a surrogate pair, which tokenizers reject
         return f"field {name!r} is not Unicode"
     return ""
 
 
 def read_records(paths: Iterable[str], fields: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[Record]:
-    """The records of files, one file after the other.
+    """Yield the records of files, one file after the other.
 
-    Lines of JSONL are counted from 1, rows of Parquet from 0; a `.txt` file is one row. Blank lines are no rows.
+    Lines of JSONL are numbered from 1, rows of Parquet from 0; a `.txt` file is one row. Blank lines are skipped.
 
     Args:
-        paths: files of known extensions, as `find_files` gives them.
-        fields: names of the text fields; a `.txt` file has the field "text" alone.
+        paths: files of known extensions, from `find_files`.
+        fields: names of the text fields; a `.txt` file has only the field "text".
         optional: names of further fields, empty where a row has no text in them.
 
     Raises:
@@ -104,14 +104,14 @@ def read_records(paths: Iterable[str], fields: tuple[str, ...], optional: tuple[
 
 
 def _open(path: str) -> Any:
-    """An open binary file, decompressed by its name."""
+    """Open a file for binary reading, decompressed according to its name."""
     if path.endswith(".zst") and "zst" not in compressions:
         raise DataError(f"{path} needs the package zstandard; `pip install zstandard` or decompress the file")
     return fsspec.open(path, "rb", compression="infer")
 
 
 def _read_jsonl(file: Any, path: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[Record]:
-    # zstandard's reader has no lines of its own
+    # zstandard's reader has no readline
     lines = file if hasattr(file, "readline") else io.BufferedReader(file)
     for number, line in enumerate(lines, 1):
         origin = f"{path}:{number}"
@@ -162,24 +162,24 @@ _READERS: dict[str, Callable[[Any, str, tuple[str, ...], tuple[str, ...]], Itera
 
 
 def _extension(path: str) -> str:
-    """The extension of a file without that of its compression."""
+    """Return a file's extension without that of its compression."""
     for suffix in _COMPRESSED:
         path = path.removesuffix(suffix)
     return os.path.splitext(path)[1].lower()
 
 
 def find_files(path: str) -> list[str] | None:
-    """The files that a path means, sorted, or None where it can only be a data set's name on the hub.
+    """Return the files that a path names, sorted, or None if it can only be the name of a data set on the hub.
 
     Args:
         path: a file, a folder (all files of known extensions in it and below), a glob (`**` for folders), or a URL of
-            any of those that fsspec knows ("s3://bucket/part-*.parquet").
+            one of these that fsspec knows ("s3://bucket/part-*.parquet").
 
     Returns:
-        File names beginning as `path` does, or None.
+        File names with the same beginning as `path`, or None.
 
     Raises:
-        DataError: nothing is there, or it has an unknown extension.
+        DataError: nothing is found, or a file has an unknown extension.
     """
     path = os.path.expanduser(path)
     try:
@@ -204,7 +204,7 @@ def find_files(path: str) -> list[str] | None:
 
 
 def _named(fs: Any, name: str, path: str, local: bool) -> str:
-    """A file that was found, as the user would write it."""
+    """Return the name of a found file in the user's notation."""
     if not local:
         return fs.unstrip_protocol(name)
     return name if os.path.isabs(path) or "://" in path else os.path.relpath(name)
@@ -214,7 +214,7 @@ def _checked_extensions(names: list[str]) -> list[str]:
     for name in names:
         if _extension(name) not in _READERS:
             raise DataError(
-                f"{name} has an unknown extension; known are {_known()}. Rename a file that has one JSON object a line "
+                f"{name} has an unknown extension; known are {_known()}. rename a file with one JSON object per line "
                 "to .jsonl"
             )
     return names
@@ -227,12 +227,12 @@ def _known() -> str:
 def usable_records(
     paths: Sequence[str], fields: tuple[str, ...], what: str, optional: tuple[str, ...] = ()
 ) -> tuple[list[Record], Counter[str]]:
-    """All records of files, folders and globs that can be used, and how many others there are, by problem.
+    """Return all usable records of files, folders and globs, and the number of others by problem.
 
     Args:
-        paths: see `find_files`; no data sets of the hub.
+        paths: see `find_files`; data sets of the hub are not accepted.
         fields, optional: see `read_records`.
-        what: a name for the records in errors, such as "text".
+        what: name of the records in errors, such as "text".
 
     Raises:
         DataError: nothing is found, a file cannot be read, or no row can be used.
@@ -242,7 +242,7 @@ def usable_records(
     for path in paths:
         files = find_files(path)
         if files is None:
-            raise DataError(f"there is no file or folder {path}; files are read here, no data sets of the hub")
+            raise DataError(f"there is no file or folder {path}; data sets of the hub are not read here")
         for record in read_records(files, fields, optional):
             if record["problem"]:
                 problems[record["problem"]] += 1
@@ -250,11 +250,11 @@ def usable_records(
                 usable.append(record)
     if not usable:
         causes = ", ".join(f"{n} times {cause}" for cause, n in problems.most_common()) or "no row at all"
-        raise DataError(f"{', '.join(paths)} give no {what} that can be used: {causes}")
+        raise DataError(f"{', '.join(paths)} have no usable {what}: {causes}")
     return usable, problems
 
 
 def file_version(path: str) -> str:
-    """A hash that changes when a file does, of what its file system says about it (size and time, or an ETag)."""
+    """Return a hash that changes with a file, from its size and time, or its ETag, in the file system."""
     fs, root = url_to_fs(path)
     return fs.ukey(root)

@@ -1,8 +1,8 @@
-"""Rows of token ids in an order that depends on a seed and the epoch alone, and places in it.
+"""Rows of token ids in an order that depends only on a seed and the epoch, and positions in that order.
 
-`MappedSource` reads rows that were tokenised beforehand and visits them in a random order; `StreamedSource` tokenises
-as it reads, and draws the order of files (or of a data set's shards) alone. Either way `rows(epoch)` gives an iterator
-whose `state_dict` says exactly where it stands.
+`MappedSource` reads rows that were tokenised beforehand and visits them in random order. `StreamedSource` tokenises
+while it reads, and only draws the order of files (or of a data set's shards). In both, `rows(epoch)` returns an
+iterator whose `state_dict` is its exact position.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from icae_fast.errors import DataError
 from icae_fast.training.data.records import Record, make_record
 from icae_fast.training.data.tokenise import Tokenise, ids_column
 
-STREAMED_ROWS = 32  # tokenised in one call; a resumed run tokenises up to so many again
+STREAMED_ROWS = 32  # rows per call of the tokenizer; a resumed run tokenises up to this many again
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised row, or the part of a document in which the windows of an epoch begin.
+    """A tokenised row, or the part of a document in which excerpts of an epoch begin.
 
     Args:
-        key: names it within its source, whatever the order; random draws depend on it.
-        origin: where its text stands: "books.jsonl:17".
-        ids: (L,) int32 token ids of each field. Only the first begins with the tokenizer's special tokens.
-        start, end: windows begin at tokens `start` to `end - 1` of the first field.
-        problem: why it cannot be used; `ids` are empty then.
+        key: name within the source, independent of the order; random draws depend on it.
+        origin: provenance of the text: "books.jsonl:17".
+        ids: (L,) int32 token ids of each field. Only the first field begins with the tokenizer's special tokens.
+        start, end: excerpts begin at tokens `start` to `end - 1` of the first field.
+        problem: reason why the row cannot be used; its `ids` are then empty. Default "", usable.
     """
 
     key: str
@@ -43,14 +43,14 @@ class Row:
 
 
 class RowIterator(Iterator[Row]):
-    """The rows of an epoch, in order, and a place among them."""
+    """An iterator over the rows of an epoch, with a position."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The place behind the last row given, in JSON values."""
+        """Return the position after the last row returned, in JSON values."""
         raise NotImplementedError
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a place.
+        """Continue from a position.
 
         Raises:
             DataError: the state was made with other data.
@@ -62,13 +62,13 @@ class MappedSource:
     """Rows that were tokenised beforehand, in an order drawn for each epoch.
 
     Args:
-        dataset: as `icae_fast.training.data.tokenise.tokenise_once` gives it.
+        dataset: dataset from `icae_fast.training.data.tokenise.tokenise_once`.
         fields: text fields of a row.
         fragment_tokens: see `open_source`.
-        seed: of the orders.
+        seed: seed of the orders.
 
     Attributes:
-        bad_rows: (origin, problem) of each row that cannot be used; these are in no epoch.
+        bad_rows: (origin, problem) of each row that cannot be used; no epoch contains them.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class MappedSource:
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        """Rows of an epoch, the parts of a document counted one by one."""
+        """Return the rows of an epoch; each part of a document counts as one."""
         return len(self._documents)
 
     def __getitem__(self, index: int) -> Row:
-        """A row by its place in the data."""
+        """Return a row by its index in the data."""
         row = self._rows[int(self._documents[index])]
         ids = tuple(row.column(ids_column(name))[0].values.to_numpy() for name in self.fields)
         n = len(ids[0])
@@ -102,17 +102,19 @@ class MappedSource:
         return Row(str(index), row.column("origin")[0].as_py(), ids, start, end)
 
     def order(self, epoch: int) -> np.ndarray:
-        """(len(self),) places of the rows of an epoch, a permutation."""
+        """Return a permutation (len(self),) of the indices, the order of an epoch."""
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
         return self._order[1]
 
     def rows(self, epoch: int) -> RowIterator:
-        """The rows of an epoch, each once."""
+        """Return an iterator over the rows of an epoch, each once."""
         return _MappedRows(self, epoch)
 
 
 class _MappedRows(RowIterator):
+    """See `MappedSource.rows`."""
+
     def __init__(self, source: MappedSource, epoch: int) -> None:
         self._source, self._order, self._index = source, source.order(epoch), 0
 
@@ -131,16 +133,16 @@ class _MappedRows(RowIterator):
 
 
 class StreamedSource:
-    """Rows that are read and tokenised as they are asked for, file after file (or shard after shard of a data set).
+    """Rows that are read and tokenised on demand, file after file (or shard after shard of a data set).
 
     Args:
-        streams: what to read.
-        tokenise: gives the ids.
-        stop: raise at a bad row, instead of giving it.
-        seed: of the order of files.
+        streams: record streams to read.
+        tokenise: maps records to ids.
+        stop: raise at a bad row instead of returning it.
+        seed: seed of the order of files.
 
     Attributes:
-        bad_rows: none; they come among the rows.
+        bad_rows: always empty; bad rows are among the rows.
     """
 
     bad_rows: tuple[tuple[str, str], ...] = ()
@@ -154,32 +156,39 @@ class StreamedSource:
 
     @property
     def n_shards(self) -> int:
-        """Files and shards."""
+        """Number of files and shards."""
         return len(self._shards)
 
     def shard(self, index: int) -> datasets.IterableDataset:
-        """The tokenised rows of one of them."""
+        """Return the tokenised rows of a file or shard."""
         stream, i = self._shards[index]
         return stream.shard(i).map(self._tokenise, batched=True, batch_size=STREAMED_ROWS)
 
     def rows(self, epoch: int) -> RowIterator:
-        """The rows of an epoch, bad ones included.
+        """Return an iterator over the rows of an epoch, including bad ones.
 
-        The iterator raises DataError where a file cannot be read, where no row of the epoch can be used, and at a bad
-        row if asked to.
+        The iterator raises DataError if a file cannot be read, if no row of the epoch can be used, and with `stop` at a
+        bad row.
         """
         return _StreamedRows(self, epoch)
 
 
 @dataclass(frozen=True)
 class RecordStream:
-    """Records of files or of a data set of the hub, in shards."""
+    """Records of files or of a data set of the hub, in shards.
+
+    Args:
+        dataset: dataset of the records.
+        fields: text fields of a row.
+        hub_name: name for provenance of a data set of the hub; None for files, whose records have their provenance.
+    """
 
     dataset: datasets.IterableDataset
     fields: tuple[str, ...]
     hub_name: str | None = None
 
     def shard(self, index: int) -> datasets.IterableDataset:
+        """Return the records of one shard."""
         n = self.dataset.num_shards
         shard = self.dataset.shard(n, index)
         if self.hub_name is None:
@@ -192,6 +201,8 @@ class RecordStream:
 
 
 class _StreamedRows(RowIterator):
+    """See `StreamedSource.rows`."""
+
     def __init__(self, source: StreamedSource, epoch: int) -> None:
         self._source = source
         self._order = np.random.default_rng([source.seed, epoch]).permutation(source.n_shards)
@@ -214,13 +225,13 @@ class _StreamedRows(RowIterator):
                 return self._made(columns, f"{shard}:{self._row - 1}")
             self._shard, self._row, self._inside, self._open = self._shard + 1, 0, None, None
         if not self._usable:
-            raise DataError("the streamed data gives no row that can be used; the log says what is wrong with them")
+            raise DataError("the streamed data has no usable row; the log names the problem of each")
         raise StopIteration
 
     def _made(self, columns: Mapping[str, Any], key: str) -> Row:
         origin, problem = columns["origin"], columns["problem"]
         if problem and self._source.stop:
-            raise DataError(stopped(origin, problem))
+            raise DataError(bad_row_message(origin, problem))
         self._usable = self._usable or not problem
         ids = tuple(np.asarray(columns[ids_column(name)], dtype=np.int32) for name in self._source.fields)
         return Row(key, origin, ids, 0, len(ids[0]), problem)
@@ -241,24 +252,24 @@ class _StreamedRows(RowIterator):
 def _check_same(what: str, before: int | None, now: int) -> None:
     if before != now:
         raise DataError(
-            f"the data has {now} {what}, and had {before} when the checkpoint was written; a run can only go on with "
-            "the same data and window sizes"
+            f"the data has {now} {what}, and had {before} when the checkpoint was written; a run can only continue "
+            "with the same data and the same longest stage"
         )
 
 
-def stopped(origin: str, problem: str) -> str:
-    """The sentence for a bad row that ends a run."""
-    return f"{origin}: {problem}; mend the row, or set on_bad_row to 'skip'"
+def bad_row_message(origin: str, problem: str) -> str:
+    """Return the error message for a bad row that ends a run."""
+    return f"{origin}: {problem}; correct the row, or set on_bad_row to 'skip'"
 
 
 def _hub_columns(batch: Mapping[str, list], rows: Sequence[int], fields: tuple[str, ...], name: str) -> dict[str, list]:
-    """The same as columns, for `datasets` to map over."""
+    """Return `hub_records` as columns, for `datasets` to map over."""
     records = hub_records(batch, rows, fields, name)
     return {key: [r[key] for r in records] for key in records[0]}
 
 
 def hub_records(batch: Mapping[str, list], rows: Sequence[int], fields: tuple[str, ...], name: str) -> list[Record]:
-    """Records of the rows of a batch, which are numbers `rows` of the data set."""
+    """Return the records of a batch, whose rows have the numbers `rows` in the data set."""
     n_rows = len(next(iter(batch.values())))
     values = [{n: batch[n][i] for n in fields if n in batch} for i in range(n_rows)]
     return [make_record(v, fields, f"{name}:{row}") for v, row in zip(values, rows, strict=False)]

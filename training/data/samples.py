@@ -1,8 +1,8 @@
-"""Draws training samples from tokenised rows: windows of documents, or instructions about a context.
+"""Drawing of training samples from tokenised rows: excerpts of documents, or instructions about a context.
 
-What is drawn of a row depends on the row, the stage and a random generator that the caller seeds for that row. A drawn
-sample is a `Draft`, whose cost is known and whose ids are put together only when its micro-batch is due, so that the
-samples of many steps can be sorted without holding their tokens.
+The samples of a row depend on the row, the stage and a random generator that the caller seeds for the row. A drawn
+sample is a `Draft`: its cost is known, and its ids are assembled only when its micro-batch is due, so that the samples
+of many steps can be sorted without holding their tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from icae_fast import ICAE
+from icae_fast.core.core import ICAECore
 from icae_fast.core.spans import count_spans
 from icae_fast.errors import ConfigError
 from icae_fast.generation import prompts
@@ -28,7 +28,7 @@ from icae_fast.training.methods.objectives import (
     Sample,
     autoencoding_sample,
     continuation_sample,
-    draw_window,
+    draw_excerpt,
     instruction_sample,
 )
 
@@ -37,46 +37,49 @@ SKIPPED = "skipped"
 
 
 class SampleLayout:
-    """What the functions of `icae_fast.training.methods.objectives` need of an ICAE, without its weights.
+    """The properties of an ICAE that determine samples, without its weights.
 
-    It can be sent to another process, and renders the chat template once.
+    It implements `icae_fast.training.methods.objectives.Layout`, can be sent to another process, and renders the chat
+    template only once.
 
     Args:
-        icae: the model that will be trained.
+        icae: the model to train.
     """
 
-    def __init__(self, icae: ICAE) -> None:
+    def __init__(self, icae: ICAECore) -> None:
         self.config = icae.config
         self.vocabulary = icae.vocabulary
         self.eos_token_ids = icae.eos_token_ids
         self.leading_ids = icae.leading_ids
         self.max_positions = icae.max_positions
         if not self.eos_token_ids:
-            raise ConfigError("neither the base model nor its tokenizer has an EOS token, which ends what is learned")
+            raise ConfigError(
+                "neither the base model nor its tokenizer has an EOS token, and training samples need one"
+            )
         self._before, (self._ft, *self._behind) = prompts.layout_ids(
             [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids
         )
 
     def prompt_ids(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Ids before and behind the slots, as `ICAE.prompt_ids` gives them."""
+        """Return the ids before and after the slots, as `ICAE.prompt_ids` does."""
         return self._before, [self._ft, *prompt, *self._behind]
 
     def n_slots(self, n_tokens: int) -> int:
-        """Slots of a context of so many tokens."""
+        """Return the number of slots of a context of `n_tokens` tokens."""
         return count_spans(n_tokens, self.config) * self.config.memory_size
 
     def n_before(self, n_tokens: int) -> int:
-        """What the decoder reads before AE or a continuation: `leading_ids`, and the slots of so many tokens."""
+        """Return the decoder tokens before AE or a continuation: `leading_ids`, and the slots of `n_tokens` tokens."""
         return len(self.leading_ids) + self.n_slots(n_tokens)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample that is chosen, but not put together.
+    """A chosen sample whose ids are not assembled yet.
 
     Args:
-        cost: its `Sample.n_tokens`.
-        build: puts it together.
+        cost: `Sample.n_tokens` of the sample.
+        build: returns the sample.
     """
 
     cost: int
@@ -84,11 +87,11 @@ class Draft:
 
 
 class Draw(Protocol):
-    """Draws the samples of a row.
+    """An object that draws the samples of a row.
 
     Attributes:
-        fields: of the rows it takes.
-        layout: of its samples.
+        fields: text fields of the rows.
+        layout: layout of the samples.
     """
 
     fields: tuple[str, ...]
@@ -98,29 +101,30 @@ class Draw(Protocol):
         """Raise unless the samples of a stage can be drawn.
 
         Raises:
-            ConfigError: the stage has an objective that such rows cannot serve, or its samples cannot fit into the
+            ConfigError: the stage has an objective that the rows do not support, or its samples cannot fit into the
                 base model's positions.
         """
 
     def __call__(self, row: Row, stage: Stage, rng: random.Random, tally: Tally) -> list[Draft]:
-        """The samples of a row, which may be none; `tally` is told what was skipped or truncated."""
+        """Return the samples of a row, possibly none; `tally` counts skipped and truncated rows."""
 
 
 class PretrainingDraw:
-    """Windows of documents, each to be restored or continued.
+    """Excerpts of documents, each to be restored or continued.
 
-    A document of n tokens gives one window, or with `windows="all"` as many as their lengths add up to n; the first
-    begins in the first of so many equal parts of the document, and so on. A window that is to be continued is followed
-    by at most as many tokens as it has itself (and `max_target_tokens`, and the base model's positions); where 64 or
-    fewer follow, it is restored instead, as the reference does.
+    A document of n tokens has one excerpt, or with `excerpts="all"` as many as their lengths need to add up to n.
+    Excerpt i of m begins in the i-th of m equal parts of the document. The target of a continuation has at most the
+    length of its excerpt (and `max_target_tokens`, and the base model's positions). If 64 or fewer tokens follow an
+    excerpt, it is restored instead, as in the reference.
 
     Args:
-        icae: the model that will be trained.
-        windows: of a document (or of each part of it, see `icae_fast.training.data.sources.open_source`) in an epoch.
-        spans: (low, high); the number of full spans of a window is drawn from these, the stage's `max_tokens` being
-            the most; None leaves lengths to the stage alone.
-        max_target_tokens: the most tokens to go on with; None for as many as the window has.
-        lm_token: put the LM token behind the slots where a text is continued.
+        icae: the model to train.
+        excerpts: "all" or "one" per epoch, of a document or of each part of it (see
+            `icae_fast.training.data.sources.open_source`).
+        spans: (low, high), the range from which the number of full spans of an excerpt is drawn, up to the stage's
+            `max_tokens`. Default None: lengths depend only on the stage.
+        max_target_tokens: tokens of a continuation, at most. Default None: the length of the excerpt.
+        lm_token: put the LM token after the slots of a continuation.
 
     Raises:
         ConfigError: an option is out of range.
@@ -130,21 +134,21 @@ class PretrainingDraw:
 
     def __init__(
         self,
-        icae: ICAE,
+        icae: ICAECore,
         *,
-        windows: Literal["all", "one"] = "all",
+        excerpts: Literal["all", "one"] = "all",
         spans: tuple[int, int] | None = None,
         max_target_tokens: int | None = None,
         lm_token: bool = False,
     ) -> None:
-        if windows not in ("all", "one"):
-            raise ConfigError(f"windows is {windows!r}; it must be 'all' or 'one'")
+        if excerpts not in ("all", "one"):
+            raise ConfigError(f"excerpts is {excerpts!r}; it must be 'all' or 'one'")
         if spans is not None and not 1 <= spans[0] <= spans[1]:
             raise ConfigError(f"spans is {list(spans)}; give [low, high] with 1 <= low <= high")
         if max_target_tokens is not None and max_target_tokens <= MIN_TOKENS_FOR_LM:
             raise ConfigError(f"max_target_tokens is {max_target_tokens}; it must be over {MIN_TOKENS_FOR_LM}, or None")
         self.layout = SampleLayout(icae)
-        self.windows = windows
+        self.excerpts = excerpts
         self.spans = spans
         self.max_target_tokens = max_target_tokens
         self.lm_token = lm_token
@@ -152,7 +156,7 @@ class PretrainingDraw:
     def check(self, stage: Stage) -> None:
         """See `Draw.check`."""
         if "ft" in stage.objectives:
-            raise ConfigError("a stage asks for 'ft', but rows of text have no prompts; give rows of instructions")
+            raise ConfigError("a stage has 'ft', but rows of text have no prompts; give rows of instructions")
         longest = stage.max_tokens
         if self.spans is not None:
             longest = min(longest, self.spans[1] * self.layout.config.max_span_tokens)
@@ -169,7 +173,7 @@ class PretrainingDraw:
     def __call__(self, row: Row, stage: Stage, rng: random.Random, tally: Tally) -> list[Draft]:
         """See `Draw.__call__`."""
         lengths = [self._draw_length(stage, rng)]
-        while self.windows == "all" and sum(lengths) < row.end - row.start:
+        while self.excerpts == "all" and sum(lengths) < row.end - row.start:
             lengths.append(self._draw_length(stage, rng))
         drafts = [self._draft(row, stage, rng, tally, i, lengths) for i in range(len(lengths))]
         return [draft for draft in drafts if draft is not None]
@@ -179,14 +183,16 @@ class PretrainingDraw:
             return stage.draw_length(rng)
         return min(rng.randint(*self.spans) * self.layout.config.max_span_tokens, stage.max_tokens)
 
-    def _draft(self, row, stage, rng, tally, i: int, lengths: list[int]) -> Draft | None:
-        """Window i of a row, or None where it can be neither continued nor restored."""
+    def _draft(
+        self, row: Row, stage: Stage, rng: random.Random, tally: Tally, i: int, lengths: list[int]
+    ) -> Draft | None:
+        """Return excerpt i of a row, or None if it can be neither continued nor restored."""
         layout, (ids,) = self.layout, row.ids
         objective = stage.draw_objective(rng)
         wants_lm = objective == "lm"
         part = (row.end - row.start) / len(lengths)
         begins = row.start + int(i * part), row.start + max(int((i + 1) * part), int(i * part) + 1)
-        start, end = draw_window(rng, len(ids), lengths[i], begins, wants_lm)
+        start, end = draw_excerpt(rng, len(ids), lengths[i], begins, wants_lm)
         n_before = layout.n_before(end - start)
         if wants_lm:
             target = min(lengths[i], self.max_target_tokens or lengths[i], len(ids) - end)
@@ -197,7 +203,7 @@ class PretrainingDraw:
         needed = n_before + 1 + end - start + 1
         if objective != "warm" and needed > layout.max_positions:
             tally.add(
-                f"{SKIPPED}: too little text behind a window that is too long to be restored", row.origin,
+                f"{SKIPPED}: too little text after an excerpt that is too long to be restored", row.origin,
                 f"{end - start} tokens need {needed} positions",
             )  # fmt: skip
             return None
@@ -215,15 +221,14 @@ def _continued(layout: SampleLayout, origin: str, ids: np.ndarray, n_context: in
 
 
 class InstructionDraw:
-    """A prompt about a context, and its answer.
+    """Prompts about a context, and their answers.
 
     Args:
-        icae: the model that will be trained, with the tokenizer whose chat template is put around.
-        max_context_tokens: the most tokens of a context; a stage's `max_tokens` holds, too.
-        max_answer_tokens: the most of a prompt, and of an answer.
-        on_long_row: "truncate" cuts what is longer (and an answer that is cut has no EOS), "skip" leaves the row out;
-            both are counted. A row whose slots, prompt and answer do not fit into the base model's positions even so
-            is left out in any case.
+        icae: the model to train; its tokenizer provides the chat template.
+        max_context_tokens: tokens of a context, at most; the stage's `max_tokens` is a limit too.
+        max_answer_tokens: tokens of a prompt, and of an answer, at most.
+        on_long_row: "truncate" cuts longer fields (a truncated answer has no EOS), "skip" drops the row; both are
+            counted. A row whose slots, prompt and answer exceed the base model's positions even so is always dropped.
 
     Raises:
         ConfigError: an option is out of range.
@@ -233,7 +238,7 @@ class InstructionDraw:
 
     def __init__(
         self,
-        icae: ICAE,
+        icae: ICAECore,
         *,
         max_context_tokens: int = 2048,
         max_answer_tokens: int = 512,
@@ -252,11 +257,11 @@ class InstructionDraw:
     def check(self, stage: Stage) -> None:
         """See `Draw.check`."""
         if others := sorted(set(stage.objectives) - {"ft", "warm"}):
-            raise ConfigError(f"a stage asks for {', '.join(others)}, but rows of instructions serve 'ft' and 'warm'")
+            raise ConfigError(f"a stage has {', '.join(others)}, but rows of instructions support 'ft' and 'warm'")
         slots = self.layout.n_slots(min(self.max_context_tokens, stage.max_tokens))
         if slots >= self.layout.max_positions:
             raise ConfigError(
-                f"the longest context has {slots} slots, which alone fill the decoder's {self.layout.max_positions} "
+                f"the longest context has {slots} slots, which fill all of the decoder's {self.layout.max_positions} "
                 "positions; lower max_context_tokens, or allow more positions"
             )
 

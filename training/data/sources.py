@@ -1,4 +1,4 @@
-"""Where training rows come from: files, folders, globs, URLs, or data sets on the hub."""
+"""Sources of training rows: files, folders, globs, URLs, or data sets on the hub."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ import datasets
 
 from icae_fast.errors import ConfigError, DataError
 from icae_fast.training.data.records import TEXT, Record, file_version, find_files, read_records
-from icae_fast.training.data.rows import MappedSource, RecordStream, StreamedSource, hub_records, stopped
+from icae_fast.training.data.rows import MappedSource, RecordStream, StreamedSource, bad_row_message, hub_records
 from icae_fast.training.data.tokenise import Tokenise, tokenise_once
 from icae_fast.training.methods.curriculum import check_keys
 
-_READ_ROWS = 256  # read at once from a data set
+_READ_ROWS = 256  # rows per read of a data set
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Where rows come from.
+    """A source of rows.
 
     Args:
-        path: a file, a folder or a glob, local or a URL (see `icae_fast.training.data.records.find_files`); or a data
-        set on the hub.
-        config: the hub data set's configuration.
-        split: its split.
-        revision: its revision; give one, because a run that is resumed needs the same rows.
-        streaming: read and tokenise as training goes on, and keep nothing on the disk.
+        path: a file, a folder or a glob, local or a URL that fsspec knows; or a data set on the hub.
+        config: configuration of the hub data set.
+        split: split of the hub data set.
+        revision: revision of the hub data set. Set it, because a resumed run needs the same rows.
+        streaming: read and tokenise during training, and store nothing on the disk.
     """
 
     path: str
@@ -39,7 +38,7 @@ class SourceSpec:
 
     @classmethod
     def make(cls, value: str | Mapping[str, Any] | SourceSpec) -> SourceSpec:
-        """A spec of a path alone, or of a mapping of fields.
+        """Return a spec from a path or from a mapping of fields.
 
         Raises:
             ConfigError: a field is missing, unknown or of the wrong type.
@@ -67,23 +66,23 @@ def open_source(
     cache_folder: str | None = None,
     seed: int = 0,
 ) -> MappedSource | StreamedSource:
-    """The rows of one or many files, folders, globs or data sets on the hub.
+    """Return the rows of one or several files, folders, globs or data sets on the hub.
 
     Args:
-        specs: what to read; all of them streaming, or none.
-        tokenizer: the base model's, a fast one.
+        specs: sources to read, either all streaming or none.
+        tokenizer: fast tokenizer of the base model.
         fields: `icae_fast.training.data.records.TEXT` or `PWC`.
-        on_bad_row: "skip" gives them with their `problem`, for the stream to count and log; "stop" raises. Rows that
-            are not streamed are all looked at before this returns.
-        fragment_tokens: a document that is not streamed is visited in equal parts of at most so many tokens, each at
-            its own place in the epoch's order, so that neighbouring samples are not of one book; the longest window
-            of a run is a good choice. None for whole documents.
-        cache_folder: for tokenised rows; None for the default of `datasets`.
-        seed: of the orders.
+        on_bad_row: "skip" returns bad rows with their `problem`, for the stream to count and log; "stop" raises. Rows
+            that are not streamed are all checked before this returns.
+        fragment_tokens: longest part of a document, in tokens. A document that is not streamed is visited in equal
+            parts, each at its own place in the epoch's order, so that neighbouring samples come from different books.
+            The longest excerpt of the run is a good choice. Default None: whole documents.
+        cache_folder: folder of tokenised rows, None for the default of `datasets`.
+        seed: seed of the orders.
 
     Raises:
-        ConfigError: an option or a spec is wrong.
-        DataError: nothing is found, a file cannot be read, no row can be used, or a bad row and "stop".
+        ConfigError: an option or a spec is invalid.
+        DataError: nothing is found, a file cannot be read, no row can be used, or a row is bad with "stop".
         TokenizerMismatchError: the tokenizer is missing or slow.
         CacheError: the tokenised rows cannot be written.
     """
@@ -91,8 +90,8 @@ def open_source(
         raise ConfigError(f"on_bad_row is {on_bad_row!r}; it must be 'skip' or 'stop'")
     if fragment_tokens is not None and fragment_tokens < 1:
         raise ConfigError(f"fragment_tokens is {fragment_tokens}; it must be at least 1, or None")
-    alone = isinstance(specs, (str, Mapping, SourceSpec))
-    chosen = [SourceSpec.make(s) for s in ([specs] if alone else specs)]
+    single = isinstance(specs, (str, Mapping, SourceSpec))
+    chosen = [SourceSpec.make(s) for s in ([specs] if single else specs)]
     if not chosen:
         raise ConfigError("the list of data sources is empty; give at least one")
     if len({spec.streaming for spec in chosen}) > 1:
@@ -104,22 +103,22 @@ def open_source(
     source = MappedSource(datasets.concatenate_datasets(parts), fields, fragment_tokens, seed)
     if source.bad_rows and on_bad_row == "stop":
         origin, problem = source.bad_rows[0]
-        raise DataError(stopped(origin, problem) + f" ({len(source.bad_rows)} such rows in all)")
+        raise DataError(bad_row_message(origin, problem) + f" ({len(source.bad_rows)} such rows in all)")
     if not len(source):
         causes = Counter(problem for _, problem in source.bad_rows)
         listed = ", ".join(f"{n} times {cause}" for cause, n in causes.most_common())
-        raise DataError(f"{', '.join(spec.path for spec in chosen)} gives no row that can be used: {listed}")
+        raise DataError(f"{', '.join(spec.path for spec in chosen)} has no usable row: {listed}")
     return source
 
 
 def _tokenised(spec: SourceSpec, tokenise: Tokenise, cache_folder: str | None) -> datasets.Dataset:
-    """All rows of a spec, tokenised once."""
+    """Return all rows of a spec, tokenised once."""
     paths = _files(spec)
     if paths is not None:
         identity = [[path, file_version(path)] for path in paths]
         return tokenise_once(spec.path, read_records(paths, tokenise.fields), identity, tokenise, cache_folder)
     dataset = _load_hub(spec, tokenise.fields)
-    identity = [asdict(spec), dataset.cache_files]  # whose folders are named by config and revision
+    identity = [asdict(spec), dataset.cache_files]  # the folders are named by config and revision
 
     def records() -> Iterator[Record]:
         for start in range(0, len(dataset), _READ_ROWS):
@@ -130,21 +129,23 @@ def _tokenised(spec: SourceSpec, tokenise: Tokenise, cache_folder: str | None) -
 
 
 def _streamed(spec: SourceSpec, fields: tuple[str, ...]) -> RecordStream:
-    """The records of a spec, to be read as they are asked for."""
+    """Return the records of a spec, read on demand."""
     paths = _files(spec)
     if paths is None:
         return RecordStream(_load_hub(spec, fields), fields, _hub_name(spec))
-    # A list makes shards, and so does not do for `fields`.
+    # `datasets` makes a shard of each item of a list, so `fields` stays a tuple.
     files = {"paths": paths, "fields": fields}
     return RecordStream(datasets.IterableDataset.from_generator(read_records, gen_kwargs=files), fields)
 
 
 def _files(spec: SourceSpec) -> list[str] | None:
-    """The spec's files, None for a data set of the hub."""
+    """Return the spec's files, None for a data set of the hub."""
     paths = find_files(spec.path)
     given = [n for n, v in (("config", spec.config), ("revision", spec.revision)) if v is not None]
     if paths is not None and given:
-        raise ConfigError(f"{spec.path} is read from files, which have no {' and no '.join(given)}; leave it out")
+        raise ConfigError(
+            f"{spec.path} is read from files, which have no {' and no '.join(given)}; leave out these fields"
+        )
     return paths
 
 
@@ -153,10 +154,10 @@ def _hub_name(spec: SourceSpec) -> str:
 
 
 def _load_hub(spec: SourceSpec, fields: tuple[str, ...]) -> Any:
-    """A data set of the hub, with the columns of `fields` alone.
+    """Return a data set of the hub with only the columns of `fields`.
 
     Raises:
-        DataError: it cannot be had, or lacks a column.
+        DataError: it cannot be loaded, or lacks a column.
     """
     try:
         dataset = datasets.load_dataset(
@@ -164,10 +165,10 @@ def _load_hub(spec: SourceSpec, fields: tuple[str, ...]) -> Any:
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{spec.path} is no file or folder here, and could not be loaded as a data set of the hub: {error}"
+            f"{spec.path} is not a file or folder, and could not be loaded as a data set of the hub: {error}"
         ) from error
     columns = dataset.column_names
-    if columns is None:  # a streamed one may not say
+    if columns is None:  # unknown for some streamed data sets
         return dataset
     if missing := [name for name in fields if name not in columns]:
         raise DataError(

@@ -1,9 +1,9 @@
-"""The micro-batches of a training run, one after another, from any place in the middle.
+"""The micro-batches of a training run, in order, starting at any position.
 
-The samples of a window of some optimiser steps are drawn, sorted and packed together
-(`icae_fast.training.data.packing`); samples that
-do not fit begin the next window. All that happens is a function of the data, the settings, the seed and the window's
-place in the data, so that a place is enough to go on from, and every process finds its own part by itself.
+The samples of a window of optimiser steps are drawn, sorted and packed together (`icae_fast.training.data.packing`);
+samples that do not fit begin the next window. Everything is a function of the data, the settings, the seed and the
+window's position in the data. So a position is enough to resume, and each process finds its own part without
+communication.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from icae_fast.errors import ConfigError, DataError
 from icae_fast.training.data import packing
 from icae_fast.training.data.rows import MappedSource, StreamedSource
 from icae_fast.training.data.samples import SKIPPED, Draw
+from icae_fast.training.data.step_windows import StepWindow, StepWindowMaker, draw_row
 from icae_fast.training.data.tally import Tally
-from icae_fast.training.data.windows import Window, WindowMaker, draw_row
 from icae_fast.training.methods.curriculum import Curriculum, Stage
 from icae_fast.training.methods.objectives import Sample, with_memory_size, with_own_tokens, with_wrong_tokens
 
@@ -31,9 +31,9 @@ class MicroBatch(list[Sample]):
     """Samples of one forward.
 
     Attributes:
-        step: optimiser step that they belong to, from 0.
-        memory_size: slots a span, drawn from the stage's `memory_sizes`; None for the adapter's k.
-        state: of the stream behind them, for `BatchStream.load_state_dict`.
+        step: optimiser step of the samples, from 0.
+        memory_size: slots per span, drawn from the stage's `memory_sizes`; None for the adapter's k.
+        state: state of the stream after them, for `BatchStream.load_state_dict`.
     """
 
     def __init__(self, samples: list[Sample], step: int, memory_size: int | None, state: dict[str, Any]) -> None:
@@ -44,29 +44,28 @@ class MicroBatch(list[Sample]):
 
 
 class BatchStream(IterableDataset):
-    """This process's micro-batches, in the order of the optimiser steps, without end.
+    """The micro-batches of one process, in the order of the optimiser steps, without end.
 
     Each optimiser step has about `tokens_per_step` tokens over all processes (`Sample.n_tokens`), in
-    `micro_batches_per_step` micro-batches for each process; which samples make a step does not depend on the number
-    of processes as long as their micro-batches are as many together. Every process draws all samples and puts
-    together its own.
+    `micro_batches_per_step` micro-batches per process. The samples of a step do not depend on the number of processes,
+    as long as the total number of micro-batches is the same. Every process draws all samples and builds only its own.
 
     Args:
         source: rows; see `icae_fast.training.data.sources.open_source`.
-        draw: samples of a row; see `icae_fast.training.data.samples`.
-        curriculum: stages.
+        draw: draws the samples of a row; see `icae_fast.training.data.samples`.
+        curriculum: stages of the run.
         tokens_per_step: tokens of an optimiser step over all processes.
-        micro_batch_tokens: the most tokens of a micro-batch; a sample that has more goes alone.
-        rank: of this process; only 0 logs.
-        world_size: number of processes.
-        seed: of all draws.
-        window_steps: optimiser steps that are sorted and shuffled together. A window ends with its stage.
+        micro_batch_tokens: tokens of a micro-batch, at most; a larger sample has a micro-batch to itself.
+        rank: rank of this process, default 0; only rank 0 logs.
+        world_size: number of processes, default 1.
+        seed: seed for all random draws, default 0.
+        window_steps: optimiser steps that are sorted and shuffled together, default 16. A window ends with its stage.
 
     Attributes:
-        micro_batches_per_step: of this process.
+        micro_batches_per_step: micro-batches of this process in a step.
 
     Raises:
-        ConfigError: an option is out of range, the draw needs other rows, or a stage cannot be drawn.
+        ConfigError: an option is out of range, the draw requires other rows, or a stage cannot be drawn.
 
     Example:
         ```python
@@ -100,7 +99,7 @@ class BatchStream(IterableDataset):
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}; it must be 0 to {world_size - 1}")
         if source.fields != draw.fields:
-            raise ConfigError(f"the rows have {', '.join(source.fields)}, and samples need {', '.join(draw.fields)}")
+            raise ConfigError(f"the rows have {', '.join(source.fields)}, but samples need {', '.join(draw.fields)}")
         for i, stage in enumerate(curriculum.stages):
             try:
                 stage.check(draw.layout.config)
@@ -121,32 +120,32 @@ class BatchStream(IterableDataset):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows that were skipped or truncated so far, by cause; those of the current window are in it already."""
+        """Skipped and truncated rows so far by cause, including those of the whole current window."""
         return dict(self._state["counts"])
 
     @property
     def step(self) -> int:
-        """Optimiser steps whose micro-batches were all given."""
+        """Optimiser steps whose micro-batches were all returned."""
         return self._state["begin"]["step"] + self._state["steps"]
 
     @property
     def epoch(self) -> int:
-        """The epoch in which the current window begins, from 0."""
+        """Epoch in which the current window begins, from 0."""
         return self._state["begin"]["epoch"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The place behind the last micro-batch given, in JSON values.
+        """Return the position after the last micro-batch, in JSON values.
 
-        With `loader`, it is that behind the last batch that the loader gave.
+        With `loader`, this is the position after the last batch that the loader returned.
         """
         return {
             "version": STATE_VERSION, "settings": self._settings(), "world_size": self.world_size, **self._state,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a place; iterators that were made before are of no use any more.
+        """Continue from a position; existing iterators become invalid.
 
-        At the end of a step the number of processes may be another one.
+        At the end of a step the number of processes may change.
 
         Raises:
             ConfigError: the state was made with other settings, or by another version.
@@ -155,9 +154,9 @@ class BatchStream(IterableDataset):
         before = state.get("settings", {}) | {"version": state.get("version")}
         if changed := [name for name in settings if settings[name] != before.get(name)]:
             listed = ", ".join(f"{name} was {before.get(name)} and is {settings[name]}" for name in changed)
-            raise ConfigError(f"the data cannot go on from where the checkpoint stands: {listed}")
+            raise ConfigError(f"the data cannot continue from the checkpoint's position: {listed}")
         if state["micro_batches"] and state["world_size"] != self.world_size:
-            raise ConfigError("the checkpoint stands within a step, and was written by another number of processes")
+            raise ConfigError("the checkpoint is within a step, and was written by another number of processes")
         self._state = {name: state[name] for name in self._state}
 
     def _settings(self) -> dict[str, Any]:
@@ -167,15 +166,15 @@ class BatchStream(IterableDataset):
         }  # fmt: skip
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Micro-batches from the current place on.
+        """Yield micro-batches from the current position on.
 
         Raises:
-            ConfigError: more than one worker of a `DataLoader` asks.
-            DataError: a row or file cannot be used, or no row of an epoch gives a sample.
+            ConfigError: a `DataLoader` runs more than one worker.
+            DataError: a row or file cannot be used, or no row of an epoch has a sample.
         """
         worker = get_worker_info()
         _check_workers(worker.num_workers if worker else 0)
-        maker = WindowMaker(
+        maker = StepWindowMaker(
             self.source, self.draw, self.curriculum, self._state["begin"], tokens_per_step=self.tokens_per_step,
             micro_batches_per_step=self._per_step, micro_batch_tokens=self.micro_batch_tokens,
             window_steps=self.window_steps, seed=self.seed, quiet=self.rank > 0,
@@ -186,23 +185,23 @@ class BatchStream(IterableDataset):
                 yield from self._step(window, s, maker.tally)
 
     def loader(
-        self, collate: Callable[[MicroBatch], Any] | None = None, num_workers: int = 0, **options: Any
+        self, make_batch: Callable[[MicroBatch], Any] | None = None, num_workers: int = 0, **options: Any
     ) -> StreamLoader:
-        """A `DataLoader` that gives `collate(micro_batch)` for each micro-batch, and keeps this stream's place.
+        """Return a `DataLoader` of `make_batch(micro_batch)` that keeps this stream's position.
 
         Args:
-            collate: such as `icae_fast.training.methods.batch.pack`; it runs in the worker, if there is one. None
-            gives the samples.
-            num_workers: 1 draws and packs in a second process.
-            options: others of `DataLoader`.
+            make_batch: makes a batch of a micro-batch, such as `icae_fast.training.methods.batch.pack`; it runs in the
+                worker, if there is one. Default None: the micro-batch.
+            num_workers: 0, or 1 to draw and pack in a second process.
+            options: further options of `DataLoader`.
         """
-        return StreamLoader(self, collate, num_workers, **options)
+        return StreamLoader(self, make_batch, num_workers, **options)
 
-    def _step(self, window: Window, s: int, tally: Tally) -> Iterator[MicroBatch]:
-        """The rest of step s of a window."""
+    def _step(self, window: StepWindow, s: int, tally: Tally) -> Iterator[MicroBatch]:
+        """Yield the remaining micro-batches of step s of a window."""
         number = window.begin["step"] + s
         costs = [draft.cost for draft in window.drafts]
-        mine = packing.share(window.steps[s], costs, self.rank, self.world_size)
+        mine = packing.share_of_process(window.steps[s], costs, self.rank, self.world_size)
         for m in range(self._state["micro_batches"], len(mine)):
             place, chosen = mine[m]
             stage, rng = window.stage, random.Random(f"{self.seed}:{number}:{place}")
@@ -217,8 +216,8 @@ class BatchStream(IterableDataset):
             self._advance(window, s, m, len(mine), tally)
             yield MicroBatch(samples, number, size, self.state_dict())
 
-    def _advance(self, window: Window, s: int, m: int, n: int, tally: Tally) -> None:
-        """Set the place behind micro-batch m of n of step s."""
+    def _advance(self, window: StepWindow, s: int, m: int, n: int, tally: Tally) -> None:
+        """Set the position after micro-batch m of n of step s."""
         step, micro = (s + 1, 0) if m + 1 == n else (s, m + 1)
         begin = window.begin
         if step == len(window.steps):
@@ -229,35 +228,35 @@ class BatchStream(IterableDataset):
 def _check_workers(n: int) -> None:
     if n > 1:
         raise ConfigError(
-            f"the data loader has {n} workers; the stream is for 0 or 1, or each sample would come {n} times"
+            f"the data loader has {n} workers; the stream supports 0 or 1, because each sample would come {n} times"
         )
 
 
 class StreamLoader(DataLoader):
-    """A `DataLoader` of a `BatchStream` whose place in this process follows the batches that were given.
+    """A `DataLoader` of a `BatchStream` whose position in this process follows the batches returned.
 
     Args:
-        stream: what to load.
-        collate: makes a batch of each micro-batch; None gives the micro-batch.
+        stream: stream to load.
+        make_batch: makes a batch of a micro-batch; None returns the micro-batch.
         num_workers: 0 or 1. A worker reads ahead, in a copy of the stream.
-        options: others of `DataLoader`.
+        options: further options of `DataLoader`.
 
     Raises:
-        ConfigError: num_workers is over 1.
+        ConfigError: num_workers is greater than 1.
     """
 
     def __init__(
         self,
         stream: BatchStream,
-        collate: Callable[[MicroBatch], Any] | None = None,
+        make_batch: Callable[[MicroBatch], Any] | None = None,
         num_workers: int = 0,
         **options: Any,
     ) -> None:
         _check_workers(num_workers)
-        super().__init__(stream, None, num_workers=num_workers, collate_fn=_WithState(collate), **options)
+        super().__init__(stream, None, num_workers=num_workers, collate_fn=_WithState(make_batch), **options)
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches from the stream's place on."""
+        """Yield batches from the stream's position on."""
         for batch, state in super().__iter__():
             if self.num_workers:
                 self.dataset.load_state_dict(state)
@@ -265,29 +264,29 @@ class StreamLoader(DataLoader):
 
 
 class _WithState:
-    """Collates a micro-batch, and sends its state along. A class, since a worker may be given it by pickling."""
+    """A function that makes a batch and adds the stream's state; a class, so that it can be pickled for a worker."""
 
-    def __init__(self, collate: Callable[[MicroBatch], Any] | None) -> None:
-        self.collate = collate
+    def __init__(self, make_batch: Callable[[MicroBatch], Any] | None) -> None:
+        self.make_batch = make_batch
 
     def __call__(self, samples: MicroBatch) -> tuple[Any, dict[str, Any]]:
-        return samples if self.collate is None else self.collate(samples), samples.state
+        return samples if self.make_batch is None else self.make_batch(samples), samples.state
 
 
 def held_out(
     source: MappedSource | StreamedSource, draw: Draw, stage: Stage, n_samples: int, micro_batch_tokens: int,
     seed: int = 0,
 ) -> list[list[Sample]]:  # fmt: skip
-    """The same samples each time, for evaluation: the first that the rows give, in micro-batches of like samples.
+    """Return evaluation samples, the same at each call: the first of the rows, in micro-batches of similar samples.
 
     Args:
         source, draw, micro_batch_tokens, seed: as for `BatchStream`.
-        stage: what samples look like; each has the adapter's k slots a span.
-        n_samples: the most; fewer where the rows give fewer.
+        stage: stage that the samples are drawn for; each sample has the adapter's k slots per span.
+        n_samples: number of samples, at most.
 
     Raises:
         ConfigError: the stage cannot be drawn.
-        DataError: no row gives a sample.
+        DataError: no row has a sample.
     """
     draw.check(stage)
     tally, drafts = Tally(), []
@@ -298,7 +297,7 @@ def held_out(
         if len(drafts) >= n_samples:
             break
     if not drafts:
-        raise DataError(f"no held-out row gives a sample: {dict(tally.counts)}")
+        raise DataError(f"no held-out row yields a sample: {dict(tally.counts)}")
     drafts = sorted(drafts[:n_samples], key=lambda draft: draft.cost)
     runs = micro_batches([draft.cost for draft in drafts], micro_batch_tokens)
     return [[drafts[i].build() for i in run] for run in runs]

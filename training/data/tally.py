@@ -1,4 +1,4 @@
-"""Counting and logging what became of rows that could not be used as they are."""
+"""Counting and logging of rows that could not be used, or only in part."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ LOGGED_PER_CAUSE = 20
 
 
 class Tally:
-    """Counts by cause, with a log line for the first rows of each.
+    """Counts by cause, with a log line for the first rows of each cause.
 
     Args:
-        counts: what was counted before.
-        quiet: count alone; for all processes of a run but one.
+        counts: initial counts, default none.
+        quiet: count without logging; for all processes of a run but one.
 
     Attributes:
-        counts: how many rows of each cause.
+        counts: rows of each cause.
     """
 
     def __init__(self, counts: Mapping[str, int] | None = None, *, quiet: bool = False) -> None:
@@ -32,8 +32,8 @@ class Tally:
 
         Args:
             cause: one of a few fixed sentences, such as "skipped: not JSON".
-            origin: where the row stands: "books.jsonl:17".
-            detail: what is special about this one, for the log alone.
+            origin: provenance of the row: "books.jsonl:17".
+            detail: details of this row, only for the log.
         """
         self.counts[cause] += 1
         if self.quiet or self._logged[cause] > LOGGED_PER_CAUSE:

@@ -1,4 +1,4 @@
-"""Texts become token ids, once: rows of ids in the Arrow cache of `datasets`."""
+"""Tokenisation of texts, done once: rows of ids in the Arrow cache of `datasets`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from datasets.fingerprint import Hasher
 from icae_fast.errors import CacheError, DataError, ICAEError, TokenizerMismatchError
 from icae_fast.training.data.records import Record
 
-CACHE_VERSION = 1  # of the columns below; another one tokenises anew
-_ROWS, _CHARACTERS = 1024, 1 << 20  # the most that is tokenised in one call
-_WRITTEN_ROWS = 256  # kept in memory until they are written: rows may be whole books
+CACHE_VERSION = 1  # version of the columns below; a change tokenises everything again
+_ROWS, _CHARACTERS = 1024, 1 << 20  # limits of one call of the tokenizer
+_WRITTEN_ROWS = 256  # rows held in memory before a write: a row may be a whole book
 
 
 class Tokenise:
-    """Turns a batch of records into rows of token ids: what `datasets` maps over.
+    """A function for `datasets` that maps a batch of records to rows of token ids.
 
     Args:
-        tokenizer: a fast one.
+        tokenizer: a fast tokenizer.
         fields: text fields of a row.
 
     Raises:
@@ -42,7 +42,7 @@ class Tokenise:
         columns = {}
         for i, name in enumerate(self.fields):
             texts = list(batch[name])
-            # As the reference does: the context with the tokenizer's special tokens, the others without.
+            # As in the reference: special tokens for the context, none for the other fields.
             ids = self.tokenizer(
                 texts, add_special_tokens=i == 0, return_attention_mask=False, truncation=False, verbose=False
             )["input_ids"]
@@ -55,40 +55,40 @@ class Tokenise:
         return {"origin": list(batch["origin"]), "problem": problems, **columns}
 
     def features(self) -> datasets.Features:
-        """Columns of the result."""
+        """Return the columns of the result."""
         text, ids = datasets.Value("string"), datasets.List(datasets.Value("int32"))
         return datasets.Features({"origin": text, "problem": text, **{ids_column(n): ids for n in self.fields}})
 
     def version(self) -> str:
-        """A hash of all that decides which ids a text becomes."""
+        """Return a hash of everything that determines a text's ids."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        backend.pop("truncation"), backend.pop("padding")  # set anew at every call
+        backend.pop("truncation"), backend.pop("padding")  # set at every call
         return Hasher.hash([CACHE_VERSION, list(self.fields), json.dumps(backend, sort_keys=True)])
 
 
 def ids_column(name: str) -> str:
-    """The column of a text field's ids."""
+    """Return the name of the column of a text field's ids."""
     return f"{name}_ids"
 
 
 def tokenise_once(
     name: str, records: Iterable[Record], identity: Any, tokenise: Tokenise, cache_folder: str | None
 ) -> datasets.Dataset:
-    """All records as rows of ids, memory-mapped from the disk.
+    """Return all records as rows of ids, memory-mapped from the disk.
 
-    They are read, and tokenised, only if no earlier call wrote rows of the same identity, tokenizer and fields into
-    the cache. Processes that ask at the same time wait for the first.
+    Records are read and tokenised only if the cache has no rows of the same identity, tokenizer and fields. Concurrent
+    processes wait for the first one.
 
     Args:
-        name: of the data, for messages.
-        records: read when it is iterated.
+        name: name of the data, for messages.
+        records: iterable of records, read only when needed.
         identity: JSON values that change when the records do.
-        tokenise: gives the rows.
-        cache_folder: None for the default of `datasets`.
+        tokenise: makes rows of records.
+        cache_folder: folder of the cache, None for the default of `datasets`.
 
     Raises:
         CacheError: the cache cannot be written.
-        DataError: there is no record at all, or whatever `records` raises.
+        DataError: there is no record, or iterating `records` raises it.
     """
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -98,7 +98,7 @@ def tokenise_once(
             for values in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, values, strict=True))
         if batch is None:
-            raise DataError(f"{name} gives no row that can be used: it is empty")
+            raise DataError(f"{name} has no usable row: it is empty")
 
     try:
         return datasets.Dataset.from_generator(
@@ -116,12 +116,12 @@ def tokenise_once(
             raise
         folder = cache_folder or datasets.config.HF_DATASETS_CACHE
         raise CacheError(
-            f"cannot write the tokenised rows into {folder}: {cause}; make room, or choose another cache folder"
+            f"cannot write the tokenised rows into {folder}: {cause}; free space, or choose another cache folder"
         ) from error
 
 
 def _batches(records: Iterable[Record], fields: Sequence[str]) -> Iterator[list[Record]]:
-    """Runs of records that are tokenised together."""
+    """Yield lists of records that are tokenised together."""
     batch, characters = [], 0
     for record in records:
         batch.append(record)

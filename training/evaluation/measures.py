@@ -10,7 +10,7 @@ from icae_fast.io import packages
 
 
 def optional_package(name: str) -> Any:
-    """A module of the extra `eval`.
+    """Import a module of the extra `eval`.
 
     Raises:
         MissingPackageError: it is not installed.

@@ -1,37 +1,38 @@
-"""The section `train`: any field of transformers' `TrainingArguments`, one more optimiser, and three of our own."""
+"""The section `train`: fields of transformers' `TrainingArguments`, the optimiser SOAP, and three further keys."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from difflib import get_close_matches
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from transformers import TrainingArguments
 
 from icae_fast.errors import ConfigError
 
-_STEP = "data.tokens_per_step and data.micro_batch_tokens say how much a step and a micro-batch hold"
-_MODEL = "model.dtype is what everything is computed in"
-_MEMORY = "the section memory says what is computed again"
-_STATE = "the data's own position is part of a checkpoint"
-_LAUNCH = "the launch says how processes share work: `accelerate launch --multi_gpu`, or `--use_fsdp --fsdp_version 2`"
-# Fields that would have no effect here, or break something; why.
+_STEP = "data.tokens_per_step and data.micro_batch_tokens set the size of a step and of a micro-batch"
+_MODEL = "model.dtype is the dtype of the computation"
+_MEMORY = "the section memory sets what the backward recomputes"
+_STATE = "the position in the data is part of a checkpoint"
+_LAUNCH = "the launch sets how processes share work: `accelerate launch --multi_gpu`, or `--use_fsdp --fsdp_version 2`"
+# Fields that would have no effect here, or break something, and the reason.
 REFUSED = {
-    "output_dir": "the key output, at the top, is the folder",
+    "output_dir": "the top-level key output is the folder",
     "per_device_train_batch_size": _STEP, "per_device_eval_batch_size": _STEP, "gradient_accumulation_steps": _STEP,
     "auto_find_batch_size": _STEP, "train_sampling_strategy": _STEP, "length_column_name": _STEP,
-    "dataloader_drop_last": _STEP, "average_tokens_across_devices": "a loss is always divided by all tokens of a step",
-    "num_train_epochs": "a run is as long as max_steps, or the stages together; its epochs are logged",
+    "dataloader_drop_last": _STEP, "average_tokens_across_devices":
+        "a loss is always divided by the labelled tokens of the whole step",
+    "num_train_epochs": "a run lasts max_steps, or all stages; epochs are logged",
     "ignore_data_skip": _STATE, "restore_callback_states_from_checkpoint": _STATE, "save_only_model": _STATE,
-    "resume_from_checkpoint": "train.resume says where to go on",
-    "dataloader_num_workers": "data.workers says whether a second process reads",
-    "dataloader_persistent_workers": "data.workers says whether a second process reads",
+    "resume_from_checkpoint": "train.resume names the checkpoint",
+    "dataloader_num_workers": "data.workers sets whether a second process reads",
+    "dataloader_persistent_workers": "data.workers sets whether a second process reads",
     "bf16": _MODEL, "fp16": _MODEL, "bf16_full_eval": _MODEL, "fp16_full_eval": _MODEL,
     "activation_checkpointing": _MEMORY, "activation_checkpointing_kwargs": _MEMORY,
     "gradient_checkpointing": _MEMORY, "gradient_checkpointing_kwargs": _MEMORY,
-    "logging_nan_inf_filter": "train.on_nan says what a NaN does",
+    "logging_nan_inf_filter": "train.on_nan sets the reaction to a NaN",
     "label_smoothing_factor": "the loss has no such term", "neftune_noise_alpha": "the loss has no such term",
     "use_liger_kernel": "the base model runs on this package's kernels",
     "liger_kernel_config": "the base model runs on this package's kernels",
@@ -44,20 +45,31 @@ REFUSED = {
     "push_to_hub": "upload the finished adapter by `ICAE.push_to_hub`",
 }  # fmt: skip
 
-# What differs from transformers: nothing is reported anywhere unless asked for, clipping is the paper's, and the best
-# checkpoint is never the one that is deleted.
-DEFAULTS: dict[str, Any] = {
-    "logging_steps": 10,
-    "save_steps": 500,
-    "save_total_limit": 3,
-    "report_to": "none",
-    "max_grad_norm": 1.0,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "constant_with_warmup",
-    "weight_decay": 0.0,
-    # All trained parameters take part in every step, and the frozen base has no buffer that changes.
-    "ddp_find_unused_parameters": False,
-    "ddp_broadcast_buffers": False,
+
+class Default(NamedTuple):
+    """A default of this package for a field of `TrainingArguments`.
+
+    Args:
+        value: the default.
+        text: description of the field, for `docs/settings.md`.
+    """
+
+    value: Any
+    text: str
+
+
+DEFAULTS: dict[str, Default] = {
+    "logging_steps": Default(10, "interval of log lines."),
+    "save_steps": Default(500, "interval of checkpoints."),
+    "save_total_limit": Default(3, "checkpoints that are kept; the best one is never deleted."),
+    "report_to": Default("none", "where logs are sent besides the output folder, such as tensorboard or wandb."),
+    "max_grad_norm": Default(1.0, "norm to which gradients are clipped, as in the paper."),
+    "learning_rate": Default(1e-4, "peak learning rate."),
+    "lr_scheduler_type": Default("constant_with_warmup", "shape of the learning rate over the run."),
+    "weight_decay": Default(0.0, "decoupled weight decay."),
+    # Every trained parameter takes part in every step, and the frozen base model has no buffer that changes.
+    "ddp_find_unused_parameters": Default(False, "whether DDP searches for parameters without a gradient."),
+    "ddp_broadcast_buffers": Default(False, "whether DDP broadcasts buffers."),
 }
 SOAP = "soap"
 
@@ -66,15 +78,14 @@ class TrainSection(BaseModel):
     """Fields of `TrainingArguments`, and these.
 
     Args:
-        on_nan: what a loss or gradient with NaN or infinity does: "stop" ends the run with an error that names the
-            step and its samples, "skip" drops that optimiser step, logs and counts it.
-        resume: "auto" goes on from the newest complete checkpoint in the output folder, if there is one; "never"
-            starts anew, and then the folder must hold none; else a checkpoint folder.
-        token_lr_factor: the learning rate of memory and special tokens and of the slot gain is `learning_rate` times
-            this: they are as large as embeddings, where LoRA's factors are small.
-        optim: an optimiser of `TrainingArguments`, or "soap": `icae_fast.training.loop.soap.Soap` for LoRA's matrices
-        and AdamW for
-            the rest, with `adam_beta1`, `adam_beta2`, `adam_epsilon` and `weight_decay`.
+        on_nan: reaction to NaN or infinity in a loss or gradient: "stop" ends the run with an error that names the step
+            and its samples, "skip" drops the optimiser step, logs and counts it.
+        resume: "auto" continues from the newest complete checkpoint in the output folder, if there is one; "never"
+            starts anew and requires a folder without checkpoints; any other value is a checkpoint folder.
+        token_lr_factor: learning rate of memory tokens, special tokens and the slot gain, as a multiple of
+            `learning_rate`. These are as large as embeddings, whereas LoRA's factors are small.
+        optim: an optimiser of `TrainingArguments`, or "soap", which trains LoRA's matrices with SOAP and the rest with
+            AdamW, with `adam_beta1`, `adam_beta2`, `adam_epsilon` and `weight_decay`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -89,6 +100,8 @@ class TrainSection(BaseModel):
     def _check_fields(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        # YAML reads an unquoted `no` as false.
+        values = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in values.items()}
         problems = [problem for name, value in values.items() if (problem := cls._problem(name, value))]
         if problems:
             raise ValueError("; ".join(problems))
@@ -115,36 +128,37 @@ class TrainSection(BaseModel):
 
     @classmethod
     def known(cls) -> list[str]:
-        """All keys that the section takes."""
+        """Return all keys that the section accepts."""
         return [*cls.model_fields, *(name for name in _types() if name not in REFUSED)]
 
     def given(self) -> dict[str, Any]:
-        """What the file says, and the fields above."""
+        """Return the keys that the file sets, and the four of this class."""
         return self.model_dump(mode="json")
 
     def arguments(self, output: str, max_steps: int, **fixed: Any) -> TrainingArguments:
-        """`TrainingArguments` of these fields over `DEFAULTS`.
+        """Return `TrainingArguments` of these fields over `DEFAULTS`.
 
         Args:
-            output: the folder.
-            max_steps: where the section gives none.
-            fixed: what follows from other sections.
+            output: output folder.
+            max_steps: optimiser steps, unless the section sets them.
+            fixed: fields that follow from other sections; they override this one.
 
         Raises:
-            ConfigError: transformers refuses a value.
+            ConfigError: transformers rejects a value.
         """
-        values = {"max_steps": max_steps} | DEFAULTS | dict(self.model_extra or {}) | fixed
-        if self.optim != SOAP:  # which the trainer makes
+        defaults = {name: default.value for name, default in DEFAULTS.items()}
+        values = {"max_steps": max_steps, **defaults} | dict(self.model_extra or {}) | fixed
+        if self.optim != SOAP:  # the trainer makes SOAP
             values["optim"] = self.optim
         try:
             return TrainingArguments(output_dir=output, ignore_data_skip=True, logging_nan_inf_filter=False, **values)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            raise ConfigError(f"the section train does not hold together: {error}") from error
+            raise ConfigError(f"transformers rejects the section train: {error}") from error
 
 
 @functools.cache
 def _types() -> dict[str, TypeAdapter]:
-    """A check of each field of `TrainingArguments`."""
+    """Return a type checker for each field of `TrainingArguments`."""
     hints = get_type_hints(TrainingArguments)
     config = ConfigDict(arbitrary_types_allowed=True)
     return {f.name: TypeAdapter(hints[f.name], config=config) for f in dataclasses.fields(TrainingArguments) if f.init}

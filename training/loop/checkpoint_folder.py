@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written under another name, synced, then renamed."""
+"""Checkpoint folders that are complete or absent: written under another name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -26,57 +26,57 @@ FILES = (CONFIG_FILE, TENSORS_FILE, STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, 
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, *, leads: bool, any_of_all: Callable[[bool], bool]) -> Iterator[Path]:
-    """A folder to write into, which takes its name when all processes have written what is theirs.
+def atomic_folder(folder: Path, *, is_main: bool, any_process: Callable[[bool], bool]) -> Iterator[Path]:
+    """Yield a folder to write into, which gets its name once all processes have written their part.
 
     Args:
-        folder: the name; a folder that has it is replaced.
-        leads: whether this process makes and renames it.
-        any_of_all: tells whether a flag is set in any process; all of them call it.
+        folder: the final name; an existing folder of this name is replaced.
+        is_main: whether this process creates and renames the folder.
+        any_process: collective call that returns whether a flag is set in any process.
 
     Yields:
-        the folder under its temporary name; it exists in all processes.
+        The folder under its temporary name; it exists in all processes.
 
     Raises:
-        CheckpointError: it cannot be written in some process, a full disk being the usual reason; nothing of it is
-            left, and other folders stay as they are.
+        CheckpointError: it cannot be written in some process, usually because the disk is full. Its files are removed,
+            and other folders are left as they are.
     """
-    partial = folder.with_name(f".{folder.name}.partial")  # which no pattern for checkpoints matches
+    partial = folder.with_name(f".{folder.name}.partial")  # no pattern for checkpoints matches this name
     failure: Exception | None = None
     try:
-        if leads:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
             partial.mkdir(parents=True)
     except OSError as error:
         failure = error
-    if not any_of_all(failure is not None):
+    if not any_process(failure is not None):
         try:
             yield partial
-            if leads:
+            if is_main:
                 _sync(partial)
-        except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:  # torch.save's is a RuntimeError
+        except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:  # torch.save raises RuntimeError
             failure = error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if not any_of_all(failure is not None):
-            if leads:
+        if not any_process(failure is not None):
+            if is_main:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)
                 sync_folder(folder.parent)
-            any_of_all(False)  # nobody goes on before it is there
+            any_process(False)  # a barrier: no process continues before the folder has its name
             return
-    if leads:
+    if is_main:
         shutil.rmtree(partial, ignore_errors=True)
-    reason = str(failure).splitlines()[0] if failure else "another process could not"
+    reason = str(failure).splitlines()[0] if failure else "another process failed"
     raise CheckpointError(
-        f"cannot write {folder} ({reason}); nothing of it is left, and earlier checkpoints stand: free space or choose "
-        "another output folder, and start again to go on from the last one"
+        f"cannot write {folder} ({reason}); its files were removed and earlier checkpoints stand: free space or choose "
+        "another output folder, and start again to continue from the last checkpoint"
     ) from failure
 
 
 def _sync(folder: Path) -> None:
-    """Have a folder's files and their names on the disk."""
+    """Flush a folder's files and directory entries to the disk."""
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -84,22 +84,19 @@ def _sync(folder: Path) -> None:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Files that a complete checkpoint has and this folder has not."""
+    """Return the names of the files that a complete checkpoint has and this folder lacks."""
     return [name for name in FILES if not (folder / name).is_file()]
 
 
 def find_checkpoint(output: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from.
+    """Return the checkpoint to continue from, or None to start anew.
 
     Args:
         output: folder of the checkpoints.
-        resume: "auto" for the newest complete one, "never" for none, else its folder.
-
-    Returns:
-        Its folder, or None where training starts anew.
+        resume: "auto" for the newest complete one, "never" for none, otherwise a checkpoint folder.
 
     Raises:
-        CheckpointError: the folder that was asked for is no complete checkpoint.
+        CheckpointError: the given folder is not a complete checkpoint.
         ConfigError: "never", but the output folder holds checkpoints.
     """
     found = [Path(p) for p in sort_checkpoints(str(output))]
@@ -107,7 +104,7 @@ def find_checkpoint(output: Path, resume: str) -> Path | None:
         complete = [p for p in found if not missing_files(p)]
         for path in found:
             if path not in complete:
-                log.warning("%s is left out: it lacks %s", path, ", ".join(missing_files(path)))
+                log.warning("%s is ignored: it lacks %s", path, ", ".join(missing_files(path)))
         return complete[-1] if complete else None
     if resume == "never":
         if found:

@@ -1,4 +1,4 @@
-"""What a training run tells about itself: losses by objective, speed, memory, and a passage restored without help."""
+"""Measurements that a training run logs: losses by objective, speed, memory, and a passage restored from its slots."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 class Scores:
-    """Sums of losses, numbers of what they sum up, and of the right ones, by objective.
+    """Sums of losses, counts and numbers of correct predictions, by objective.
 
     Args:
-        values: (len(NAMES), 3) fp64: sum of losses, count, and how many were right; zeros by default.
+        values: (len(NAMES), 3) fp64: sum of losses, count, and number correct. Default zeros.
     """
 
     def __init__(self, values: torch.Tensor | None = None) -> None:
@@ -33,16 +33,16 @@ class Scores:
 
     @classmethod
     def of(cls, outputs: Mapping[str, torch.Tensor]) -> Scores:
-        """Those of a `TrainingModel`'s forward, on its device."""
+        """Return the scores of a `TrainingModel`'s outputs, on their device."""
         return cls(torch.stack([outputs[key].double() for key in ("sums", "counts", "correct")], dim=1))
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(self.values + other.values)
 
     def means(self, prefix: str = "") -> dict[str, float]:
-        """`loss` over all labelled tokens, and `loss_NAME` and `accuracy_NAME` of each objective that occurred.
+        """Return `loss` over all labelled tokens, and `loss_NAME` and `accuracy_NAME` of each objective that occurred.
 
-        The warm start's loss is on another scale, so `loss` is its own only where nothing else occurred.
+        The warm start's loss has another scale, so it enters `loss` only if no other objective occurred.
         """
         rows = {name: row for name, row in zip(NAMES, self.values.tolist(), strict=True) if row[1]}
         scored = [row for name, row in rows.items() if name != WARM] or list(rows.values())
@@ -54,16 +54,16 @@ class Scores:
         return logs
 
 
-class LossWindow:
+class LogInterval:
     """Sums over the optimiser steps since the last log line, over all processes.
 
-    Its state is part of a checkpoint, so that a resumed run logs what the uninterrupted one does: sums are Python
-    floats, which JSON keeps exactly.
+    Its state is part of a checkpoint, so that a resumed run logs the same values as an uninterrupted one: sums are
+    Python floats, which JSON stores exactly.
 
     Attributes:
         without_teacher: samples that were too long for a teacher, since training began.
-        skipped_steps: optimiser steps that were dropped since training began.
-        tokens, context_tokens: seen since training began.
+        skipped_steps: optimiser steps dropped since training began.
+        tokens, context_tokens: tokens seen since training began.
     """
 
     def __init__(self) -> None:
@@ -77,25 +77,25 @@ class LossWindow:
         self._start, self._seconds_tokens, self._seconds_context = time.perf_counter(), 0, 0
 
     def add(self, scores: Scores, tokens: int, context_tokens: int) -> None:
-        """Count one optimiser step.
+        """Add one optimiser step.
 
         Args:
-            scores: of the step.
-            tokens: of contexts and of what the decoder read.
-            context_tokens: of contexts alone.
+            scores: scores of the step.
+            tokens: context and decoder tokens.
+            context_tokens: context tokens.
         """
         self._scores += scores
         self.see(tokens, context_tokens)
 
     def see(self, tokens: int, context_tokens: int) -> None:
-        """Count tokens without a loss: those of a step that was dropped."""
+        """Count tokens without a loss, those of a dropped step."""
         self.tokens += tokens
         self.context_tokens += context_tokens
         self._seconds_tokens += tokens
         self._seconds_context += context_tokens
 
     def drain(self) -> dict[str, float]:
-        """The log line's values: mean losses of the window, and speed; the window begins anew."""
+        """Return the values of a log line, mean losses and speed, and begin a new interval."""
         logs = self._scores.means()
         seconds = time.perf_counter() - self._start
         logs["tokens_per_second"] = round(self._seconds_tokens / seconds, 1)
@@ -109,7 +109,7 @@ class LossWindow:
         return logs
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values for `load_state_dict`."""
+        """Return JSON values for `load_state_dict`."""
         return {
             "scores": self._scores.values.tolist(),
             "skipped_steps": self.skipped_steps,
@@ -119,14 +119,14 @@ class LossWindow:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; speed is measured from now on."""
+        """Continue from a state; speed is measured from now on."""
         self._begin(Scores(torch.tensor(state["scores"], dtype=torch.float64)))
         self.skipped_steps, self.without_teacher = state["skipped_steps"], state["without_teacher"]
         self.tokens, self.context_tokens = state["tokens"], state["context_tokens"]
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """MB at the peak: of this process since it began on a CPU, of CUDA's allocator since the last call."""
+    """Return peak memory in MB: of this process since its start on a CPU, of CUDA's allocator since the last call."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -137,30 +137,30 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def _peak_rss() -> int:
     try:
         import resource
-    except ImportError:  # Windows, where psutil knows
+    except ImportError:  # Windows
         return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if psutil.MACOS else peak * 1024
 
 
 def restoration(icae: ICAE, ids: Sequence[int], origin: str) -> dict[str, Any]:
-    """Compress a passage and have it restored greedily from its memory alone.
+    """Compress a passage and restore it greedily from its memory.
 
     Args:
-        icae: in evaluation mode.
+        icae: model in evaluation mode.
         ids: the passage.
-        origin: where it comes from.
+        origin: provenance of the passage.
 
     Returns:
-        JSON values: `origin`, `original` and `restored` (texts, or ids without a tokenizer), `exact_prefix`, the
-        share of the passage up to the first wrong token, and `matched`, that of its tokens which are in the longest
-        matching blocks (`difflib`).
+        JSON values: `origin`; `original` and `restored`, texts, or ids without a tokenizer; `exact_prefix`, the share
+            of the passage up to the first wrong token; `matched`, the share of its tokens in the longest matching
+            blocks (`difflib`).
     """
     memory = icae.compress([list(ids)])[0]
     out = icae.restore(memory, max_new_tokens=len(ids) + 1, return_ids=True)
     restored = [int(i) for i in out if int(i) not in icae.eos_token_ids]
     passage = [int(i) for i in ids]
-    icae.clear_kv()  # the next step makes other slots
+    icae.clear_kv()  # the next step changes the slots
     blocks = difflib.SequenceMatcher(None, passage, restored, autojunk=False).get_matching_blocks()
     show = icae.tokenizer.decode if icae.tokenizer else list
     return {
@@ -173,7 +173,7 @@ def restoration(icae: ICAE, ids: Sequence[int], origin: str) -> dict[str, Any]:
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Add a JSON line to a file; NaN becomes null."""
+    """Append a JSON line to a file; NaN becomes null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(clean, ensure_ascii=False) + "\n")

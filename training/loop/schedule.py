@@ -1,4 +1,4 @@
-"""Learning rates of a curriculum whose stages have their own: each stage is scheduled by itself."""
+"""Learning-rate schedules of curricula whose stages have rates: each stage is scheduled separately."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Factor = Callable[[int], float]
 def stage_schedule(
     optimizer: torch.optim.Optimizer, arguments: TrainingArguments, curriculum: Curriculum, token_lr_factor: float
 ) -> LambdaLR:
-    """A schedule that begins anew with each stage, at the stage's own rate.
+    """Return a schedule that restarts with each stage, at the stage's rate.
 
         rate(step) = stage's learning_rate * shape((step - stage's first) of the stage's steps)
 
     The shape is transformers' `lr_scheduler_type` with its warm-up and keywords, over the steps of one stage. A second
-    group of parameters (tokens and gain) has the rate times `token_lr_factor`, a stage's own where it has one.
+    parameter group (tokens and gain) has this rate times the `token_lr_factor` of the stage, or of the run.
 
     Args:
-        optimizer: of one group, or of two; the rates that they have now are those of the run.
-        arguments: give the kind of schedule.
-        curriculum: stages; one without a rate has the run's.
-        token_lr_factor: the run's.
+        optimizer: optimiser with one or two parameter groups; their present rates are those of the run.
+        arguments: training arguments that set the kind of schedule.
+        curriculum: stages; a stage without a rate uses the run's.
+        token_lr_factor: factor of the run.
 
     Raises:
         ConfigError: the kind of schedule depends on more than the step.
@@ -54,7 +54,7 @@ def stage_schedule(
 
 
 def _shape(arguments: TrainingArguments, steps: int) -> Factor:
-    """The factor of the learning rate over the steps of one stage, from transformers' own schedule."""
+    """Return the factor of the learning rate over the steps of one stage, from transformers' schedule."""
     nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     made = get_scheduler(
         arguments.lr_scheduler_type, nothing, num_warmup_steps=arguments.get_warmup_steps(steps),
@@ -62,7 +62,7 @@ def _shape(arguments: TrainingArguments, steps: int) -> Factor:
     )  # fmt: skip
     if not isinstance(made, LambdaLR):
         raise ConfigError(
-            f"train.lr_scheduler_type {arguments.lr_scheduler_type.value!r} cannot begin anew with each stage; choose "
-            "another, or give no stage a learning_rate"
+            f"train.lr_scheduler_type {arguments.lr_scheduler_type.value!r} cannot restart with each stage; choose "
+            "another one, or remove learning_rate from the stages"
         )
     return made.lr_lambdas[0]

@@ -11,28 +11,28 @@ SIDES = (0, 1)
 
 
 class Soap(torch.optim.Optimizer):
-    """Adam whose moments are kept in a rotated basis (Vyas et al. 2024, "SOAP", algorithm 3).
+    """Adam with moments in a rotated basis (Vyas et al. 2024, "SOAP", algorithm 3).
 
-    For a matrix W of m rows with gradient G and Q the eigenvectors of an average of G G^T:
+    For a matrix W of m rows with gradient G, and Q the eigenvectors of a running average of G G^T:
 
         M = b1 M + (1 - b1) G;    V = b2 V + (1 - b2) (Q^T G)^2;    W -= lr Q (Q^T M / (sqrt(V) + eps))
 
-    (bias of M and V corrected as in Adam), and the same for the columns. A LoRA pair `B A` stays what it is when its
-    `rank` inner directions are rotated, which AdamW's element-wise moments do not see. A side is rotated only where it
-    has at most `max_basis` entries: the rank of LoRA's factors, and not the model's width, whose QR costs more than
-    it gains. What has no such side is trained by AdamW. Training SmolLM2's adapter on from a loss of 0.48, 110 steps of
-    autoencoding with the same samples and rates gave 0.501 with AdamW, 0.459 with one side rotated, at 1.04 of the
-    time, and 0.453 with both, at 1.33 (one thread, docs/results/adapter-smollm2-135m.json).
+    with M and V bias-corrected as in Adam, and likewise for the columns. A LoRA pair `B A` does not change when its
+    `rank` inner directions are rotated, but AdamW's element-wise moments depend on that rotation. A side is rotated
+    only if it has at most `max_basis` entries: the rank of LoRA's factors, but not the model's width, whose QR costs
+    more than it gains. Parameters without such a side are trained by AdamW. Continuing SmolLM2's adapter from a loss of
+    0.48, 110 steps of autoencoding with the same samples and rates reached 0.501 with AdamW, 0.459 with one side
+    rotated, at 1.04 of the time, and 0.453 with both, at 1.33 (one thread, docs/results/adapter-smollm2-135m.json).
 
     Args:
-        params: as for any optimiser.
-        lr: learning rate; AdamW's fits, since updates are as large.
-        betas: of the moments.
-        basis_beta: of the averages of G G^T.
-        eps: added to the root.
-        weight_decay: decoupled, as AdamW's.
-        update_every: steps after which the basis is brought up to date, by a step of power iteration and a QR.
-        max_basis: the longest side that is rotated; 0 for AdamW.
+        params: parameters or groups, as for any optimiser.
+        lr: learning rate; AdamW's is suitable, because updates have the same size.
+        betas: decay rates of the moments.
+        basis_beta: decay rate of the average of G G^T.
+        eps: term added to the root.
+        weight_decay: decoupled weight decay, as in AdamW.
+        update_every: steps between updates of the basis, each one step of power iteration and a QR.
+        max_basis: longest side that is rotated; 0 for AdamW.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Soap(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """One step for everything that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -91,7 +91,7 @@ class Soap(torch.optim.Optimizer):
 
 
 def _observe(state: dict[str, Any], gradient: torch.Tensor, side: int, beta: float) -> None:
-    """Take the gradient into the average of G G^T (side 0) or G^T G (side 1); the first one gives the basis."""
+    """Add a gradient to the average of G G^T (side 0) or G^T G (side 1); the first gradient sets the basis."""
     moment = gradient @ gradient.T if side == 0 else gradient.T @ gradient
     if f"moment_{side}" in state:
         state[f"moment_{side}"].lerp_(moment, 1 - beta)
@@ -100,7 +100,7 @@ def _observe(state: dict[str, Any], gradient: torch.Tensor, side: int, beta: flo
 
 
 def _rotate(state: dict[str, Any], x: torch.Tensor, sides: Iterable[int], back: bool = False) -> torch.Tensor:
-    """x in the bases of its sides, or `back` from there."""
+    """Return x in the bases of its sides, or rotated `back` from there."""
     for side in sides:
         basis = state[f"basis_{side}"] if back == (side == 0) else state[f"basis_{side}"].T
         x = basis @ x if side == 0 else x @ basis
@@ -108,7 +108,7 @@ def _rotate(state: dict[str, Any], x: torch.Tensor, sides: Iterable[int], back: 
 
 
 def _renew_basis(state: dict[str, Any], side: int) -> None:
-    """Power iteration towards the eigenvectors, in falling order of what they explain; V keeps to its directions."""
+    """Refine the eigenvectors by power iteration, sorted by eigenvalue; V is permuted along with them."""
     moment, basis = state[f"moment_{side}"], state[f"basis_{side}"]
     order = torch.einsum("ij,ik,kj->j", basis, moment, basis).argsort(descending=True)
     state["exp_avg_sq"] = state["exp_avg_sq"].index_select(side, order)

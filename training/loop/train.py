@@ -1,4 +1,4 @@
-"""From settings to a trained adapter: what pretraining and fine-tuning have in common."""
+"""From settings to a trained adapter: the part that pretraining and fine-tuning share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from icae_fast.training.data.stream import BatchStream, held_out
 from icae_fast.training.loop.arguments import SOAP
 from icae_fast.training.loop.checkpoint_folder import STATE_FILE, find_checkpoint
 from icae_fast.training.loop.model import TrainingModel
-from icae_fast.training.loop.settings import SETTINGS_FILE, Settings, changed_keys
+from icae_fast.training.loop.settings import SETTINGS_FILE, Settings
+from icae_fast.training.loop.settings_file import changed_keys
 from icae_fast.training.loop.sharding import take_over_launch
 from icae_fast.training.loop.trainer import ICAETrainer
 from icae_fast.training.methods.batch import pack
@@ -32,50 +33,50 @@ from icae_fast.training.methods.slot_code import SlotCode
 
 log = logging.getLogger(__name__)
 
-# Another value of these makes another adapter, or a base model that it does not fit.
+# With another value of these a checkpoint's adapter would not fit.
 _FIXED = ("model.name", "model.revision", "model.adapter", "adapter.")
 
 
 def load_icae(settings: Settings) -> ICAE:
-    """The base model, and around it a new adapter, the same for a seed, or the one to go on from.
+    """Load the base model, with a new adapter, which depends only on the seed, or the adapter to continue from.
 
     Raises:
         CheckpointError, UnsupportedModelError, TokenizerMismatchError: a part cannot be loaded.
-        ConfigError: parts do not fit together.
+        ConfigError: the parts do not fit together.
     """
     model, dtype = settings.model, getattr(torch, settings.model.dtype)
     if model.adapter is None or "name" in model.model_fields_set:
         base, tokenizer = load_base_model(None, settings.icae_config(), dtype)
     else:
-        base, tokenizer = None, None  # the adapter knows its own
+        base, tokenizer = None, None  # the adapter's config names its base model
     if model.adapter is None:
         icae = ICAE.from_base(base, settings.icae_config(), tokenizer)
     else:
         icae = ICAE.from_pretrained(model.adapter, base_model=base, dtype=dtype, tokenizer=tokenizer)
     if model.max_positions is not None:
         icae.max_positions = model.max_positions
-    # "auto" is a matter of timing, and evaluation must not round differently after a resume.
+    # "auto" depends on timings, and evaluation must round the same way after a resume.
     icae.adapter_mode = "fused"
     return icae
 
 
 def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Path:
-    """Train as the settings say, from the last checkpoint where there is one.
+    """Train as the settings say, from the last checkpoint if there is one.
 
     Args:
-        settings: see `icae_fast.training.loop.settings`.
-        make_draw: gives what draws samples of rows.
+        settings: settings of the run.
+        make_draw: makes the object that draws samples from rows.
 
     Returns:
         The folder of the finished adapter, `output/adapter`.
 
     Raises:
-        ICAEError: whatever is wrong, one error; checkpoints that were written stand.
+        ICAEError: any failure, as one error; checkpoints that were already written stay.
     """
     output, curriculum = Path(settings.output), settings.curriculum()
     sharded = take_over_launch()
-    arguments = settings.train.arguments(settings.output, curriculum.total_steps, **_sizes(settings))
-    _quiet_but_for_one(arguments)
+    arguments = settings.training_arguments()
+    _log_from_one_process(arguments)
     found = find_checkpoint(output, settings.train.resume)
     _check_unchanged(settings, output, found)
     set_seed(arguments.seed)
@@ -107,30 +108,25 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
     if found is None or TrainerState.load_from_json(str(found / STATE_FILE)).global_step < arguments.max_steps:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     else:
-        log.info("%s is as long as the run: nothing is left to train", found)
+        log.info("%s is the end of the run: there is nothing left to train", found)
         trainer.load_adapter(found)
     trainer.save_model(str(output / "adapter"))
     return output / "adapter"
 
 
 def _slot_code(icae: ICAE, curriculum: Curriculum, arguments: TrainingArguments, sharded: bool) -> SlotCode | None:
-    """A slot code, where a stage trains one."""
+    """Return a slot code if a stage trains one, else None."""
     if not any(stage.is_code for stage in curriculum.stages):
         return None
     if sharded:
         raise ConfigError("a slot code cannot be trained with a sharded base model; launch without FSDP")
-    arguments.ddp_find_unused_parameters = True  # it trains without the encoder, and the encoder without it
+    arguments.ddp_find_unused_parameters = True  # a code stage trains no encoder, and other stages no slot code
     return SlotCode.of(icae)
 
 
-def _sizes(settings: Settings) -> dict[str, Any]:
-    """Training arguments that follow from other sections."""
-    return {"dataloader_num_workers": settings.data.workers}
-
-
-def _quiet_but_for_one(arguments: TrainingArguments) -> None:
-    """The first process tells how training goes; others only what is wrong with them."""
-    logger = logging.getLogger("training")
+def _log_from_one_process(arguments: TrainingArguments) -> None:
+    """Log information in the first process, and errors in the others."""
+    logger = logging.getLogger("icae_fast.training")
     logger.setLevel(logging.INFO if arguments.process_index == 0 else logging.ERROR)
     if not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stderr)
@@ -139,18 +135,18 @@ def _quiet_but_for_one(arguments: TrainingArguments) -> None:
 
 
 def _check_unchanged(settings: Settings, output: Path, found: Path | None) -> None:
-    """Compare with the settings that the checkpoint was begun with."""
+    """Compare the settings with those that the checkpoint was begun with."""
     path = output / SETTINGS_FILE
     if found is None or not path.is_file():
         return
     changed = changed_keys(yaml.safe_load(path.read_text()), settings.to_dict())
     if fixed := [key for key in changed if key.startswith(_FIXED)]:
         raise ConfigError(
-            f"{', '.join(fixed)} differ{'s' * (len(fixed) == 1)} from what {found} was begun with; choose another "
-            "output folder for a new run"
+            f"{', '.join(fixed)} differ{'s' * (len(fixed) == 1)} from the settings {found} was begun with; choose "
+            "another output folder for a new run"
         )
     if changed:
-        log.warning("going on from %s with other settings than before: %s", found, ", ".join(changed))
+        log.warning("continuing from %s with changed settings: %s", found, ", ".join(changed))
 
 
 def _open(settings: Settings, specs: Any, icae: ICAE, draw: Draw, curriculum: Curriculum, seed: int) -> Any:
@@ -162,7 +158,7 @@ def _open(settings: Settings, specs: Any, icae: ICAE, draw: Draw, curriculum: Cu
 
 
 def _held_out(settings: Settings, icae: ICAE, draw: Draw, curriculum: Curriculum, seed: int) -> list[list[Sample]]:
-    """Evaluation's samples, which look like those of the last stage."""
+    """Return the evaluation samples, drawn as in the last stage."""
     if settings.data.eval is None:
         return []
     source = _open(settings, settings.data.eval, icae, draw, curriculum, seed)
@@ -171,7 +167,7 @@ def _held_out(settings: Settings, icae: ICAE, draw: Draw, curriculum: Curriculum
 
 
 def _passage(settings: Settings, held_out_samples: list[list[Sample]]) -> tuple[list[int], str] | None:
-    """The beginning of the first held-out context."""
+    """Return the beginning of the first held-out context and its provenance, or None."""
     n = settings.evaluation.restore_tokens
     if not n or not held_out_samples:
         return None

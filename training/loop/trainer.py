@@ -1,4 +1,4 @@
-"""Hugging Face's `Trainer` for packed ICAE batches: exact normalisation, resume to the same bits, and honest logs."""
+"""Hugging Face's `Trainer` for packed ICAE batches: exact normalisation, bit-identical resume, and correct logs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -31,23 +31,21 @@ from icae_fast.io.checkpoints import TENSORS_FILE, read_header, write_adapter
 from icae_fast.io.files import load_tensors
 from icae_fast.io.identity import base_identity, compare_identities, tensors_hash
 from icae_fast.step.labels import IGNORE
+from icae_fast.training.data.stream import BatchStream, MicroBatch
 from icae_fast.training.loop.checkpoint_folder import (
     OPTIMIZER_FILE,
     PROGRESS_FILE,
     SCHEDULER_FILE,
     STATE_FILE,
-    whole_folder,
+    atomic_folder,
 )
 from icae_fast.training.loop.model import TrainingModel
-from icae_fast.training.loop.report import SAMPLES_FILE, LossWindow, Scores, append_line, peak_memory, restoration
+from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores, append_line, peak_memory, restoration
 from icae_fast.training.loop.schedule import stage_schedule
 from icae_fast.training.loop.sharding import replicate_trained, shard_base_model
 from icae_fast.training.loop.soap import Soap
 from icae_fast.training.methods.batch import Batch, pack
 from icae_fast.training.methods.curriculum import WARM
-
-if TYPE_CHECKING:
-    from icae_fast.training.data.stream import BatchStream, MicroBatch
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +54,14 @@ _LOAD = StateDictOptions(full_state_dict=True, strict=False)
 _MOST_ORIGINS = 8
 
 
-def collate(samples: MicroBatch) -> Batch:
-    """A packed micro-batch, with its `memory_size` where the stage draws one."""
-    size = samples.memory_size
-    return pack(samples) if size is None else pack(samples) | {"memory_size": size}
+def pack_micro_batch(samples: MicroBatch) -> dict[str, Batch]:
+    """Return the keyword arguments of `TrainingModel.forward` for a micro-batch."""
+    return {"batch": pack(samples, samples.memory_size)}
 
 
 @dataclass
-class _MicroBatch:
-    """What is remembered of a micro-batch until its optimiser step is complete."""
+class _Forward:
+    """Results of a micro-batch's forward, kept until its optimiser step is complete."""
 
     scores: Scores
     origins: Sequence[str]
@@ -74,27 +71,27 @@ class _MicroBatch:
 
 
 class ICAETrainer(Trainer):
-    """Trains a `TrainingModel` on a `BatchStream`.
+    """A trainer of a `TrainingModel` on a `BatchStream`.
 
     * An optimiser step's loss is the sum of its token losses over all processes, divided by their number.
-    * A checkpoint is whole or not there, holds trained tensors alone, and resumes to the same bits, in the middle of an
-      epoch and of a log window.
-    * `log` has a loss for each objective, tokens per second, peak memory, and counts of rows left out.
+    * A checkpoint is complete or absent, holds only trained tensors, and resumes bit-identically, also in the middle of
+      an epoch or of a log interval.
+    * Logs have a loss for each objective, tokens per second, peak memory, and counts of skipped rows.
 
     Args:
-        model: what is trained.
-        args: with `gradient_accumulation_steps` as the stream has micro-batches in a step.
-        stream: this process's micro-batches.
-        eval_batches: packed held-out batches, the same in all processes, which share them out.
-        on_nan: what NaN in a loss or gradient does: "stop" raises `NonFiniteError`, "skip" drops the step.
-        restore: (ids, origin) of a passage that every evaluation restores, or None.
-        shard_base: whether processes hold shares of the base model's weights; see `icae_fast.training.loop.sharding`.
-        token_lr_factor: learning rate of memory and special tokens and of the slot gain, over that of the rest.
-        soap: train LoRA's matrices by `Soap` and the rest by AdamW, in place of `args.optim`.
-        callbacks: further `TrainerCallback`s.
+        model: the model to train.
+        args: training arguments; `gradient_accumulation_steps` must be the stream's micro-batches per step.
+        stream: micro-batches of this process.
+        eval_batches: packed held-out batches, the same in all processes, which share the work. Default none.
+        on_nan: reaction to NaN in a loss or gradient: "stop" raises `NonFiniteError`, "skip" drops the step.
+        restore: (ids, origin) of a passage that each evaluation restores, default None.
+        shard_base: whether the base model's weights are sharded; see `icae_fast.training.loop.sharding`.
+        token_lr_factor: learning rate of memory tokens, special tokens and the slot gain, relative to the rest.
+        soap: train LoRA's matrices by `Soap` and the rest by AdamW, overriding `args.optim`.
+        callbacks: additional `TrainerCallback`s.
     """
 
-    # Losses come normalised over the whole step.
+    # Losses are already normalised over the whole step.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -117,52 +114,56 @@ class ICAETrainer(Trainer):
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore, self._code = stream, on_nan, restore, model.code
         self._token_lr_factor, self._soap = token_lr_factor, soap
-        self._window, self._step = LossWindow(), []
+        self._interval, self._forwards = LogInterval(), []
         if shard_base:
             shard_base_model(model)
         super().__init__(
             model=model, args=args, train_dataset=stream, eval_dataset=list(eval_batches) or None, callbacks=callbacks
         )
         self.model_accepts_loss_kwargs = True
-        # Processes that drew the same dropout masks would see less noise together than one that does all their work.
+        # Processes draw different dropout masks, as one process does for each sample.
         set_seed(args.seed, device_specific=True)
 
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """This process's micro-batches; Accelerate must not share them out again, so it does not see the loader."""
+        """Return the loader of this process's micro-batches.
+
+        It does not go through Accelerate, which would split the micro-batches over the processes again.
+        """
         return self._stream.loader(
-            collate,
+            pack_micro_batch,
             num_workers=self.args.dataloader_num_workers,
-            # Making an iterator draws a seed. Out of the global generator, that would move the dropout of a resumed
-            # run, which makes one iterator more.
+            # Making an iterator draws a seed. From the global generator, it would change the dropout of a resumed run,
+            # which makes one more iterator.
             generator=torch.Generator(),
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor]:
-        """The micro-batches of an optimiser step, and what its loss is divided by.
+    ) -> tuple[list[dict[str, Batch]], torch.Tensor]:
+        """Return the micro-batches of an optimiser step, and the divisor of its loss.
 
-        That is the number of labelled tokens in the micro-batches of all processes together, or of slots in a warm
-        start.
+        The divisor is the number of labelled tokens in the micro-batches of all processes, in a warm start the number
+        of slots.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        if self._alone == WARM:
-            n_items = sum(int(self._icae.vocabulary.is_memory(b["prompt_answer_ids"]).sum()) for b in batches)
+        if self._exclusive == WARM:
+            is_memory = self._icae.vocabulary.is_memory
+            n_items = sum(int(is_memory(b["batch"].prompt_answer_ids).sum()) for b in batches)
         else:
-            n_items = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
+            n_items = sum(int((b["batch"].labels != IGNORE).sum()) for b in batches)
         return batches, self.accelerator.reduce(torch.tensor(n_items, device=device), "sum")
 
     @property
-    def _alone(self) -> str | None:
-        """What this step's stage trains alone, the encoder (warm) or the slot code, or None."""
-        return self._stream.curriculum.stage_at(self.state.global_step)[1].alone
+    def _exclusive(self) -> str | None:
+        """The exclusive objective of this step's stage, "warm" or "code", or None."""
+        return self._stream.curriculum.stage_at(self.state.global_step)[1].exclusive
 
     # Steps
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """See `Trainer.create_optimizer`; tokens and gain may learn faster."""
+        """See `Trainer.create_optimizer`; tokens and gain have their own group where their rate differs."""
         factors = {self._token_lr_factor, *(s.token_lr_factor or 1 for s in self._stream.curriculum.stages)}
         if self.optimizer is None and (factors != {1} or self._soap):
             tokens, others = [], []
@@ -172,17 +173,17 @@ class ICAETrainer(Trainer):
                     (tokens if is_token else others).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             decay, faster = {"weight_decay": self.args.weight_decay}, options["lr"] * self._token_lr_factor
-            alone = {}
-            if self._soap:  # embeddings are no matrix whose rows could be mixed
-                kind, options, alone = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
-            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **alone}]
+            of_tokens = {}
+            if self._soap:  # rows of an embedding must not be mixed
+                kind, options, of_tokens = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
+            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **of_tokens}]
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """See `Trainer.create_scheduler`; stages with rates of their own are scheduled one by one."""
+        """See `Trainer.create_scheduler`; stages with learning rates are scheduled one by one."""
         curriculum = self._stream.curriculum
         if self.lr_scheduler is None and curriculum.has_rates:
             chosen = self.optimizer if optimizer is None else optimizer
@@ -190,7 +191,7 @@ class ICAETrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
-        """See `Trainer._wrap_model`; Accelerate would have DDP keep the base model's shares in step, too."""
+        """See `Trainer._wrap_model`; with Accelerate's wrapping DDP would also synchronise the base model's shards."""
         if training and is_sharded(model):
             return replicate_trained(model, self.args.device)
         return super()._wrap_model(model, training, dataloader)
@@ -198,45 +199,47 @@ class ICAETrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
-        """See `Trainer.compute_loss`; keeps what the log will say."""
-        alone = {"alone": self._alone} if self._alone else {}
-        loss, outputs = super().compute_loss(model, inputs | alone, True, num_items_in_batch)
-        n_context = len(inputs["context_ids"])
-        n_tokens = n_context + len(inputs["prompt_answer_ids"])
-        self._step.append(
-            _MicroBatch(Scores.of(outputs), inputs["origins"], n_tokens, n_context, outputs["without_teacher"])
+        """See `Trainer.compute_loss`; keeps the results for the log."""
+        exclusive = {"exclusive": self._exclusive} if self._exclusive else {}
+        loss, outputs = super().compute_loss(model, inputs | exclusive, True, num_items_in_batch)
+        batch, without = inputs["batch"], outputs["without_teacher"]
+        self._forwards.append(
+            _Forward(Scores.of(outputs), batch.origins, batch.n_tokens, len(batch.context_ids), without)
         )
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """See `Trainer.training_step`. What is not finite is dealt with at the end of the step, and not added up."""
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """See `Trainer.training_step`. Losses that are not finite are handled at the end of the step, not summed."""
         return super().training_step(model, inputs, num_items_in_batch).nan_to_num(0.0, 0.0, 0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """The gradient's norm; called once before each optimiser step, which is dropped here if it is not finite."""
+        """Return the gradient's norm.
+
+        The `Trainer` calls this once before each optimiser step. A step that is not finite is dropped here.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        step, self._step = self._step, []
+        step, self._forwards = self._forwards, []
         scores = sum((m.scores for m in step), start=Scores(torch.zeros_like(step[0].scores.values)))
         bad = [m for m in step if not bool(torch.isfinite(m.scores.values).all())]
         sizes = [[any(m is b for b in bad), m.tokens, m.context_tokens, m.without_teacher] for m in step]
         mine = torch.cat((scores.values.new_tensor(sizes).sum(0), scores.values.flatten()))
         n_bad, tokens, context_tokens, without, *values = self.accelerator.reduce(mine, "sum").tolist()
-        self._window.without_teacher += int(without)
+        self._interval.without_teacher += int(without)
         if n_bad == 0 and math.isfinite(norm):
             scores = Scores(torch.tensor(values, dtype=torch.float64).view(-1, 3))
-            self._window.add(scores, int(tokens), int(context_tokens))
+            self._interval.add(scores, int(tokens), int(context_tokens))
             return norm
         self._drop_step(model, bad or step)
-        self._window.see(int(tokens), int(context_tokens))
+        self._interval.see(int(tokens), int(context_tokens))
         return norm
 
-    def _drop_step(self, model: nn.Module, blamed: Sequence[_MicroBatch]) -> None:
-        """Take the gradients away, so that the optimiser finds nothing to do, or stop."""
+    def _drop_step(self, model: nn.Module, blamed: Sequence[_Forward]) -> None:
+        """Clear the gradients so that the optimiser changes nothing, or stop."""
         origins = list(dict.fromkeys(o for m in blamed for o in m.origins))
         shown = ", ".join(origins[:_MOST_ORIGINS]) + (f" and {len(origins) - _MOST_ORIGINS} more" * (len(origins) > _MOST_ORIGINS))  # noqa: E501  # fmt: skip
         what = f"step {self.state.global_step + 1}: loss or gradient holds NaN or infinity, with the samples {shown}"
@@ -245,20 +248,20 @@ class ICAETrainer(Trainer):
                 f"{what}; the last checkpoint stands: lower the learning rate, leave these samples out, or set "
                 "train.on_nan to skip"
             )
-        self._window.skipped_steps += 1
+        self._interval.skipped_steps += 1
         log.warning("%s; the step is dropped", what)
         model.zero_grad()
 
     # Logs and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """See `Trainer.log`: adds what this package knows, and leaves out what would be wrong."""
+        """See `Trainer.log`; adds the values of this package and removes transformers' values that would be wrong."""
         if "loss" in logs:
-            logs = {k: v for k, v in logs.items() if k != "loss" and math.isfinite(v)} | self._window.drain()
+            logs = {k: v for k, v in logs.items() if k != "loss" and math.isfinite(v)} | self._interval.drain()
             logs |= peak_memory(self.args.device)
             logs |= {f"rows/{cause}": n for cause, n in self._stream.counts.items()}
             logs["stage"] = self._stream.curriculum.stage_at(max(self.state.global_step - 1, 0))[0]
-        # The Trainer counts samples by a batch size that does not exist here.
+        # The Trainer counts samples by a batch size that is not used here.
         logs = {k: v for k, v in logs.items() if not k.endswith("samples_per_second") and k != "total_flos"}
         self.state.epoch = float(self._stream.epoch)
         super().log(logs, start_time)
@@ -267,7 +270,7 @@ class ICAETrainer(Trainer):
     def evaluate(
         self, eval_dataset: Sequence[Batch] | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Losses over held-out batches, and a passage restored from its memory alone.
+        """Measure losses over held-out batches, and restore a passage from its memory.
 
         Returns:
             `eval_loss`, `eval_loss_ae` and so on, `eval_restored` and `eval_exact_prefix`.
@@ -277,9 +280,9 @@ class ICAETrainer(Trainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         total = Scores(Scores().values.to(self.args.device))
         for start in range(0, len(batches), world):
-            # All run as many forwards, which sharded weights ask for; what is there twice is not counted.
+            # Sharded weights require the same number of forwards in all processes; repeated batches are not counted.
             index = min(start + rank, len(batches) - 1)
-            scores = Scores.of(self.model(**self._prepare_inputs(batches[index])))
+            scores = Scores.of(self.model(batch=batches[index]))
             if index == start + rank:
                 total += scores
         total = Scores(self.accelerator.reduce(total.values, "sum").cpu())
@@ -290,7 +293,7 @@ class ICAETrainer(Trainer):
         return metrics
 
     def _restored(self, prefix: str) -> dict[str, float]:
-        """The restoration sample, written by the first process and known to all."""
+        """Return the metrics of the restored passage in all processes; the first one writes the sample."""
         if self._restore is None:
             return {}
         rates = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -313,7 +316,7 @@ class ICAETrainer(Trainer):
         """
         tensors = get_model_state_dict(self.model, options=_FULL)
         if self.args.should_save:
-            # A head that is tied to the embeddings comes along under its second name, frozen or not.
+            # A head tied to the embeddings is included under its second name, even when frozen.
             named = {self._keys[name]: tensor for name, tensor in tensors.items() if name in self._keys}
             ordered = {key: named[key] for key in self._keys.values()}
             write_adapter(output_dir or self.args.output_dir, self._config, self._base, ordered)
@@ -323,37 +326,37 @@ class ICAETrainer(Trainer):
         best = self.state.best_global_step
         if best == step or (best and (output / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(output / f"checkpoint-{best}")
-        leads = self.args.should_save
-        with whole_folder(output / f"checkpoint-{step}", leads=leads, any_of_all=self._any_of_all) as folder:
+        is_main = self.args.should_save
+        with atomic_folder(output / f"checkpoint-{step}", is_main=is_main, any_process=self._any_process) as folder:
             self.save_model(str(folder), _internal_call=True)
             optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=_FULL)
             self._save_rng_state(str(folder))
-            if leads:
+            if is_main:
                 torch.save(optimizer, folder / OPTIMIZER_FILE)
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
                 self.state.save_to_json(str(folder / STATE_FILE))
-                progress = {"stream": self._stream.state_dict(), "window": self._window.state_dict()}
+                progress = {"stream": self._stream.state_dict(), "window": self._interval.state_dict()}
                 (folder / PROGRESS_FILE).write_text(json.dumps(progress))
                 if self._code is not None:
                     self._code.save(folder)
-        if leads:
+        if is_main:
             rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _any_of_all(self, flag: bool) -> bool:
+    def _any_process(self, flag: bool) -> bool:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Adapter, position in the data, and the log's window."""
+        """Load the adapter, the position in the data, and the log interval."""
         folder = Path(resume_from_checkpoint)
         self.load_adapter(folder)
         if self._code is not None:
             self._code.load(folder)
         progress = json.loads((folder / PROGRESS_FILE).read_text())
         self._stream.load_state_dict(progress["stream"])
-        self._window.load_state_dict(progress["window"])
+        self._interval.load_state_dict(progress["window"])
 
     def load_adapter(self, folder: Path) -> None:
-        """Take the adapter of a checkpoint; all processes call it.
+        """Load the adapter of a checkpoint; all processes call it.
 
         Raises:
             CheckpointError: it has another config, or is damaged.
@@ -364,11 +367,13 @@ class ICAETrainer(Trainer):
         tensors = load_tensors(folder / TENSORS_FILE)[0]
         if config != self._config:
             raise CheckpointError(
-                f"{folder} holds an adapter of another config than this run's; go on with the settings it was begun "
-                "with, or choose another output folder"
+                f"{folder} holds an adapter with another config than this run's; continue with the settings it was "
+                "begun with, or choose another output folder"
             )
         if tensors_hash((key, tensors[key]) for key in self._keys.values() if key in tensors) != header["adapter_hash"]:
-            raise CheckpointError(f"the adapter in {folder} is damaged; delete the folder to go on from an earlier one")
+            raise CheckpointError(
+                f"the adapter in {folder} is damaged; delete the folder to continue from an earlier one"
+            )
         set_model_state_dict(self.model, {name: tensors[key] for name, key in self._keys.items()}, options=_LOAD)
 
     def _load_best_model(self) -> None:
@@ -378,7 +383,7 @@ class ICAETrainer(Trainer):
         folder = Path(checkpoint)
         state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=_LOAD)
-        # Loading made a state of zeros, one step old, for what has not learned yet.
+        # Loading creates a zero state, one step old, for parameters that have not been trained yet.
         for name, parameter in self.model.named_parameters():
             if name not in state["state"]:
                 self.optimizer.optimizer.state.pop(parameter, None)

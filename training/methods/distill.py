@@ -1,7 +1,7 @@
-"""Knowledge distillation from the full-context model: what it would say of the answer, had it read the text itself.
+"""Knowledge distillation from the base model that reads the whole context.
 
-The teacher is the frozen base model. It reads a sample with the context's tokens where the memory's slots are, and
-without AE, LM and FT, which it does not know:
+The teacher is the frozen base model. It reads a sample with the context's tokens in place of the slots, and without AE,
+LM and FT, which it does not know:
 
     student   template, slots, FT, prompt, template, answer
     teacher   template, context tokens, prompt, template, answer
@@ -10,7 +10,7 @@ and each labelled token has the loss
 
     (1 - alpha) * CE + alpha * tau^2 * KL(teacher || student),   both softened by a temperature tau
 
-Source: Hinton et al., arXiv 1503.02531, section 2, which gives the factor tau^2: gradients keep their size for every
+Source: Hinton et al., arXiv 1503.02531, section 2, which derives the factor tau^2: gradients keep their size for every
 tau.
 """
 
@@ -24,10 +24,10 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from icae_fast import ICAE
 from icae_fast.backbone.rows import micro_batches, pack_ends
 from icae_fast.backbone.sharding import least_of_all
 from icae_fast.checks import is_int
+from icae_fast.core.core import ICAECore
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.step.labels import IGNORE
 from icae_fast.training.methods.batch import Batch
@@ -39,20 +39,20 @@ TooLong = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much of the loss comes from the teacher, and for which samples.
+    """Weight of the teacher in the loss, and the samples that have one.
 
     Args:
         alpha: weight of the divergence from the teacher, 0 to 1; 0 is no distillation.
-        temperature: tau, by which the logits of both are divided.
-        objectives: those of the samples that have a teacher. Autoencoding ones have none by default: to a model that
-            sees the text, repeating it tells no more than the text does.
-        too_long: what becomes of a sample whose teacher would need more positions than the model has: `"stop"` raises,
-            `"skip"` trains on it without a teacher, and counts it.
-        token_budget: tokens that the teacher reads in one forward, which bounds its working memory; a longer row goes
-            alone.
+        temperature: tau, the divisor of both models' logits.
+        objectives: objectives of the samples with a teacher. By default autoencoding samples have none, because the
+            text tells as much as a model that repeats it.
+        too_long: treatment of a sample whose teacher needs more positions than the model has: `"stop"` raises, `"skip"`
+            trains on it without a teacher and counts it.
+        token_budget: tokens of one forward of the teacher, which bounds its working memory; a longer row runs
+            separately.
 
     Raises:
-        ConfigError: a value is of the wrong kind or out of range.
+        ConfigError: a value has the wrong type or is out of range.
     """
 
     alpha: float = 0.0
@@ -65,7 +65,7 @@ class Distillation:
         if not _is_number(self.alpha) or not 0 <= self.alpha <= 1:
             raise ConfigError(f"the distillation's alpha is {self.alpha!r}; it must be a number from 0 to 1")
         if not _is_number(self.temperature) or self.temperature <= 0:
-            raise ConfigError(f"the distillation's temperature is {self.temperature!r}; it must be a number over 0")
+            raise ConfigError(f"the distillation's temperature is {self.temperature!r}; it must be a number above 0")
         chosen = self.objectives
         listed = isinstance(chosen, Sequence) and not isinstance(chosen, str) and len(chosen) > 0
         if not listed or any(name not in OBJECTIVES for name in chosen):
@@ -78,7 +78,7 @@ class Distillation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Distillation:
-        """The settings with these fields, the others at their defaults.
+        """Return the settings with these fields, others at their defaults.
 
         Raises:
             ConfigError: a field is unknown or out of range.
@@ -95,14 +95,14 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What the teacher reads of a batch.
+    """The teacher's input for a batch.
 
     Args:
-        ids: (T_i,) int64 of each row that has a teacher, up to its last token that predicts a labelled one.
-        wanted: (N_i,) int64, rising: positions in `ids[i]` whose next token is labelled.
-        covered: (N,) bool over the labelled tokens of all rows of the batch in order, True where `wanted` has it; for
-            `icae_fast.step.loss.Teacher`.
-        n_too_long: rows without a teacher because they were too long.
+        ids: (T_i,) int64 of each row with a teacher, up to the last token that predicts a label.
+        wanted: (N_i,) int64, increasing: positions in `ids[i]` whose next token is labelled.
+        covered: (N,) bool over the labelled tokens of all rows of the batch in order, True where `wanted` has the
+            token; for `icae_fast.step.loss.Teacher`.
+        n_too_long: rows without a teacher because they are too long.
     """
 
     ids: list[torch.Tensor]
@@ -111,29 +111,26 @@ class TeacherRows:
     n_too_long: int
 
 
-def teacher_rows(icae: ICAE, batch: Batch, settings: Distillation) -> TeacherRows:
-    """Replaces memory ids by the context's tokens, leaves AE, LM and FT out, and finds the labelled tokens again.
+def teacher_rows(icae: ICAECore, batch: Batch, settings: Distillation) -> TeacherRows:
+    """Return the teacher's rows: memory ids replaced by the context, AE, LM and FT removed, labels located again.
 
-    A label at a row's very beginning, which nothing predicts, does not count, as in `ICAE.forward`.
+    A label on a row's first token, which nothing predicts, does not count, as in `ICAE.forward`.
 
     Args:
-        icae: gives ids, and positions of the base model.
-        batch: see `icae_fast.training.methods.batch.pack`.
-        settings: which rows have a teacher.
+        icae: the model; its vocabulary and positions are used.
+        batch: packed batch.
+        settings: settings that select the rows with a teacher.
 
     Raises:
-        InvalidInputError: memory ids of a row are missing or scattered.
-        ContextTooLongError: a row needs more than `icae.max_positions`, and settings say to stop.
+        InvalidInputError: memory ids of a row are missing or not contiguous.
+        ContextTooLongError: a row needs more than `icae.max_positions`, and `too_long` is "stop".
     """
-    contexts = batch["context_ids"].cpu().split(batch["context_lengths"].tolist())
-    prompts, labels = (batch[n].cpu().split(batch["prompt_lengths"].tolist()) for n in ("prompt_answer_ids", "labels"))
-    objectives = [OBJECTIVES[i] for i in batch["objectives"].tolist()]
     ids, wanted, covered, n_too_long = [], [], [], 0
-    for i, (context, prompt, row_labels) in enumerate(zip(contexts, prompts, labels, strict=True)):
-        labelled = (row_labels[1:] != IGNORE).nonzero()[:, 0] + 1
-        has_teacher = objectives[i] in settings.objectives and len(labelled) > 0
+    for i, (context, prompt, labels) in enumerate(zip(batch.contexts, batch.prompts, batch.label_rows, strict=True)):
+        labelled = (labels[1:] != IGNORE).nonzero()[:, 0] + 1
+        has_teacher = batch.objectives[i] in settings.objectives and len(labelled) > 0
         if has_teacher:
-            what = batch["origins"][i] or f"row {i}"
+            what = batch.origins[i] or f"row {i}"
             row, positions = _teacher_row(icae, context, prompt, labelled, what)
             if len(row) > icae.max_positions:
                 _check_too_long(settings, what, len(row), icae.max_positions)
@@ -145,14 +142,14 @@ def teacher_rows(icae: ICAE, batch: Batch, settings: Distillation) -> TeacherRow
     return TeacherRows(ids, wanted, torch.cat(covered), n_too_long)
 
 
-def _teacher_row(icae, context, prompt, labelled, what):
-    """A row's teacher ids, and the positions in them before each labelled token."""
+def _teacher_row(
+    icae: ICAECore, context: torch.Tensor, prompt: torch.Tensor, labelled: torch.Tensor, what: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a row's teacher ids, and the positions in them before each labelled token."""
     is_memory = icae.vocabulary.is_memory(prompt)
     places = is_memory.nonzero()[:, 0]
     if len(places) == 0 or int(places[-1] - places[0]) + 1 != len(places):
-        raise InvalidInputError(
-            f"{what} has no memory ids, or scattered ones; the teacher reads the context in one piece"
-        )
+        raise InvalidInputError(f"{what} has no memory ids, or scattered ones; they must be contiguous for a teacher")
     first = int(places[0])
     kept = ~is_memory & (prompt < icae.vocabulary.first_memory)  # AE, LM and FT come after the memory ids
     row = torch.cat((prompt[:first], context, prompt[first:][kept[first:]]))
@@ -161,7 +158,7 @@ def _teacher_row(icae, context, prompt, labelled, what):
     return row[: int(positions[-1]) + 1], positions
 
 
-def _check_too_long(settings, what, n, limit):
+def _check_too_long(settings: Distillation, what: str, n: int, limit: int) -> None:
     if settings.too_long == "stop":
         raise ContextTooLongError(
             f"the teacher of {what} would read {n} tokens, but the base model has {limit} positions; shorten contexts, "
@@ -170,15 +167,15 @@ def _check_too_long(settings, what, n, limit):
 
 
 @torch.no_grad()
-def teacher_hidden(icae: ICAE, teacher: TeacherRows, token_budget: int = 4096) -> torch.Tensor:
-    """The frozen base model's final hidden states that predict the labelled tokens, without a graph.
+def teacher_hidden(icae: ICAECore, teacher: TeacherRows, token_budget: int = 4096) -> torch.Tensor:
+    """Return the frozen base model's final hidden states that predict the labelled tokens, without a graph.
 
-    Nothing but these is kept, and no logits are made: the head is applied with the loss.
+    Only these are kept, and no logits are computed: the loss applies the head.
 
     Args:
         icae: the model.
-        teacher: what `teacher_rows` gave.
-        token_budget: see `Distillation`.
+        teacher: result of `teacher_rows`.
+        token_budget: see `Distillation`, default 4096.
 
     Returns:
         (covered tokens, d) in the model's dtype, in the order of the batch's labelled tokens.
@@ -193,7 +190,7 @@ def teacher_hidden(icae: ICAE, teacher: TeacherRows, token_budget: int = 4096) -
         hidden = icae.backbone.forward(icae.embed(torch.cat(ids)), rows).split(counts)
         parts += [h[(p - p[0]).to(icae.device)] for h, p in zip(hidden, wanted, strict=True)]
     for _ in range(len(batches), passes):
-        icae.backbone.stand_by(1)  # other processes' teachers read more
+        icae.backbone.stand_by(1)  # teachers of other processes run more forwards
     return torch.cat(parts)
 
 
@@ -204,14 +201,14 @@ def distillation_loss(
     alpha: float,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """The loss of each labelled token, see the head of this file, in plain torch: what a fused loss is held against.
+    """Return the loss of each labelled token, in plain torch: the reference for a fused loss.
 
     Args:
-        logits: (N, vocabulary) of the student.
-        teacher_logits: (N, vocabulary).
-        targets: (N,) int64.
+        logits: (N, vocabulary) logits of the student.
+        teacher_logits: (N, vocabulary) logits of the teacher.
+        targets: (N,) int64 labels.
         alpha: weight of the divergence.
-        temperature: tau.
+        temperature: tau, default 1.
 
     Returns:
         (N,) fp32, or fp64 for fp64 logits.

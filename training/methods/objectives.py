@@ -1,10 +1,10 @@
-"""Training samples of the three objectives, as the reference builds them.
+"""Training samples of the three objectives, in the format of the reference.
 
-Each function gives a `Sample` whose memory ids stand where the slots will be; `collate` pads a list of them
-for `ICAE.forward`, which ignores the padding.
+Each function returns a `Sample` with memory ids in place of the slots. `pad_samples` makes a padded batch for
+`ICAE.forward`, which ignores the padding; `icae_fast.training.methods.batch.pack` makes a packed one.
 
-Source: Ge et al., arXiv 2307.06945, section 2.2; `pretrain_tokenize_function` and
-`instruct_ft_tokenize_function` in getao/icae `code/icae_v2/training_utils.py`.
+Source: Ge et al., arXiv 2307.06945, section 2.2; `pretrain_tokenize_function` and `instruct_ft_tokenize_function` in
+getao/icae `code/icae_v2/training_utils.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from icae_fast import ICAE, ICAEConfig
+from icae_fast.config import ICAEConfig
+from icae_fast.core.core import ICAECore
 from icae_fast.core.inputs import Vocabulary
 from icae_fast.core.spans import count_spans, slots_per_span
 from icae_fast.errors import InvalidInputError
@@ -32,14 +33,13 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
 class Layout(Protocol):
-    """What decides how samples look: an `ICAE`, or a `icae_fast.training.data.samples.SampleLayout`, which has no
-    weights.
+    """The properties that determine samples: an `ICAE`, or an `icae_fast.training.data.samples.SampleLayout`.
 
     Attributes:
-        config: gives the span rule and k.
+        config: span rule and k.
         vocabulary: ids of memory and special tokens.
-        eos_token_ids: the first of which ends what is learned.
-        leading_ids: before the slots where no template stands.
+        eos_token_ids: the first one ends a target.
+        leading_ids: ids before the slots when there is no template.
     """
 
     config: ICAEConfig
@@ -47,14 +47,14 @@ class Layout(Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """See above."""
+        """See `Layout`."""
 
     @property
     def leading_ids(self) -> tuple[int, ...]:
-        """See above."""
+        """See `Layout`."""
 
     def prompt_ids(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Ids before and behind the slots when a prompt is asked."""
+        """Return the ids before and after the slots for a prompt."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Sample:
     """One row for `ICAE.forward` and `ICAE.token_losses`.
 
     Args:
-        input_ids: the context's ids.
-        prompt_answer_ids: what the decoder reads, with a memory id for every slot.
+        input_ids: ids of the context.
+        prompt_answer_ids: ids that the decoder reads, with a memory id for each slot.
         labels: as long as `prompt_answer_ids`, -100 where nothing is learned.
         objective: "ae" (autoencoding), "lm" (continuation) or "ft" (instruction).
-        origin: where it comes from, for messages: "books.jsonl:17".
-        own_tokens: as long as `prompt_answer_ids`, or empty: where the decoder reads what it would have guessed itself
-            in place of the id that stands there; see `with_own_tokens`.
+        origin: provenance, for messages: "books.jsonl:17".
+        own_tokens: as long as `prompt_answer_ids`, or empty: True where the decoder reads its own guess instead of the
+            id; see `with_own_tokens`.
     """
 
     input_ids: list[int]
@@ -80,17 +80,25 @@ class Sample:
 
     @property
     def n_tokens(self) -> int:
-        """Context and decoder tokens together, by which micro-batches are filled."""
+        """Context and decoder tokens, the cost of a sample in a micro-batch."""
         return len(self.input_ids) + len(self.prompt_answer_ids)
 
     @property
     def n_labels(self) -> int:
-        """Tokens that carry a loss."""
+        """Labelled tokens."""
         return sum(label != IGNORE for label in self.labels)
 
 
-def _sample(icae: Layout, objective: Objective, context, before, after, answer, unscored=0) -> Sample:
-    """`before, slots, after, answer`, with labels on the answer but for its first `unscored` tokens."""
+def _sample(
+    icae: Layout,
+    objective: Objective,
+    context: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+    answer: Sequence[int],
+    unscored: int = 0,
+) -> Sample:
+    """Return `before, slots, after, answer`, with labels on the answer except its first `unscored` tokens."""
     if not context or not answer:
         raise InvalidInputError("a training sample needs at least one context token and one token to learn")
     n_slots = count_spans(len(context), icae.config) * icae.config.memory_size
@@ -100,7 +108,7 @@ def _sample(icae: Layout, objective: Objective, context, before, after, answer, 
 
 
 def autoencoding_sample(icae: Layout, context: Sequence[int]) -> Sample:
-    """`leading_ids + [slots, AE] + context + EOS`: the memory must give the context back."""
+    """Return `leading_ids + [slots, AE] + context + EOS`: the decoder restores the context."""
     return _sample(icae, "ae", context, icae.leading_ids, [icae.vocabulary.ae], [*context, icae.eos_token_ids[0]])
 
 
@@ -112,14 +120,14 @@ def continuation_sample(
     lm_token: bool = False,
     leave: int = LEAVE_TOKENS_FOR_LM,
 ) -> Sample:
-    """`leading_ids + [slots] (+ LM) + continuation`, without EOS: the memory must tell what comes next.
+    """Return `leading_ids + [slots] (+ LM) + continuation`, without EOS: the decoder continues the text.
 
     Args:
-        icae: gives ids and span rule.
+        icae: layout of the sample.
         context: ids to compress.
         continuation: ids that follow them.
-        lm_token: put the LM token behind the slots.
-        leave: tokens of the continuation that carry no loss, being hard to guess without any text before.
+        lm_token: put the LM token after the slots.
+        leave: first tokens of the continuation without a loss; they are hard to predict without preceding text.
     """
     after = [icae.vocabulary.lm] * lm_token
     return _sample(icae, "lm", context, icae.leading_ids, after, continuation, min(leave, len(continuation)))
@@ -128,26 +136,27 @@ def continuation_sample(
 def instruction_sample(
     icae: Layout, context: Sequence[int], prompt: Sequence[int], answer: Sequence[int], *, ends: bool = True
 ) -> Sample:
-    """Template, slots, FT, prompt, template, answer, EOS, by the config's prompt format.
+    """Return template, slots, FT, prompt, template, answer and EOS, by the config's prompt format.
 
-    An answer that was cut off does not end (`ends=False`), and then no EOS is learned behind it.
+    With `ends=False`, for a truncated answer, there is no EOS.
     """
     before, after = icae.prompt_ids(list(prompt))
     return _sample(icae, "ft", context, before, after, [*answer, *([icae.eos_token_ids[0]] if ends else [])])
 
 
 def with_wrong_tokens(sample: Sample, most: float, rng: random.Random) -> Sample:
-    """The same sample, where the decoder reads some wrong tokens in what it has to restore; its labels stay.
+    """Return the sample with some wrong tokens in the decoder's input of a text to restore; labels do not change.
 
-    Teacher forcing never shows the decoder its own mistakes, and behind one of them it loses its place: with a tenth of
-    what it read replaced, "smollm2-135m" had an accuracy of 0.75, and of 0.79 after training with wrong tokens. Samples
-    of other objectives, and EOS, stay as they are.
+    With teacher forcing the decoder never reads its own mistakes, and after one it loses its place: with a tenth of its
+    input replaced, "smollm2-135m" had an accuracy of 0.75, and of 0.79 after training with wrong tokens. Samples of
+    other objectives, and EOS, do not change.
 
     Args:
-        sample: of any objective.
-        most: each token is replaced with one probability, which the sample draws from 0 to this: in half of the cases
-            by one of the three tokens before or behind it, else by any of the sample's.
-        rng: drawn from for autoencoding samples alone.
+        sample: a sample of any objective.
+        most: upper bound of the probability that a token is replaced; the sample's probability is drawn uniformly from
+            0 to this. The replacement is with equal chance one of the three tokens before or after, or any of the
+            sample's.
+        rng: random generator, used only for autoencoding samples.
     """
     if sample.objective != "ae":
         return sample
@@ -165,16 +174,16 @@ OWN_TOKENS = 0.8
 
 
 def with_own_tokens(sample: Sample, probability: float, rng: random.Random) -> Sample:
-    """The same sample, where the decoder may read its own guesses in what it has to restore; its labels stay.
+    """Return the sample with marks where the decoder reads its own guesses of a text to restore; labels do not change.
 
-    Free-running, the decoder reads what it wrote, and its own mistakes are others than those of `with_wrong_tokens`:
-    behind a training with those "smollm2-135m" restored 32 held-out windows with a BLEU of 0.60, and of 0.64 after
-    1,095 more steps with guesses in 45 % of them. Samples of other objectives, and EOS, stay as they are.
+    In generation the decoder reads its own output, and its mistakes differ from those of `with_wrong_tokens`: after
+    training with those "smollm2-135m" restored 32 held-out excerpts with a BLEU of 0.60, and of 0.64 after 1,095 more
+    steps with guesses in 45 % of them. Samples of other objectives, and EOS, do not change.
 
     Args:
-        sample: of any objective.
-        probability: that this sample reads guesses, each of its tokens then with a probability of 0.8.
-        rng: drawn from for autoencoding samples alone.
+        sample: a sample of any objective.
+        probability: probability that the sample has guesses; each of its tokens then is one with a probability of 0.8.
+        rng: random generator, used only for autoencoding samples.
 
     Source: Bengio et al., arXiv 1506.03099 (scheduled sampling), here in two passes as in Mihaylova and Martins, arXiv
     1906.07651.
@@ -196,38 +205,34 @@ def pretraining_sample(
     lm_token: bool = False,
     min_for_lm: int = MIN_TOKENS_FOR_LM,
 ) -> Sample:
-    """Autoencoding or, with probability `lm_ratio`, continuation of a random window of a text.
+    """Return an autoencoding or, with probability `lm_ratio`, a continuation sample of a random excerpt of a text.
 
-    The window has `max_tokens` tokens, or fewer of a short text; continuation needs more than
-    `min_for_lm` tokens behind the window and falls back to autoencoding the window otherwise.
+    The excerpt has `max_tokens` tokens, or fewer of a short text. A continuation needs more than `min_for_lm` tokens
+    after the excerpt; otherwise the excerpt is restored.
     """
     rng = rng or random.Random()
     if not ids:
-        raise InvalidInputError("a training text is empty; leave it out")
+        raise InvalidInputError("a training text is empty; remove it")
     wants_lm = rng.random() < lm_ratio
-    start, end = draw_window(rng, len(ids), max_tokens, (0, len(ids)), wants_lm)
+    start, end = draw_excerpt(rng, len(ids), max_tokens, (0, len(ids)), wants_lm)
     rest = ids[end : end + max_tokens] if wants_lm else ()
     if len(rest) > min_for_lm:
         return continuation_sample(icae, ids[start:end], rest, lm_token=lm_token)
     return autoencoding_sample(icae, ids[start:end])
 
 
-def draw_window(
+def draw_excerpt(
     rng: random.Random, n_tokens: int, max_tokens: int, begins: tuple[int, int], wants_lm: bool
 ) -> tuple[int, int]:
-    """A random window of a text.
+    """Return a random excerpt of a text as (first token, token after the last).
 
     Args:
-        rng: drawn from once.
+        rng: random generator, used once.
         n_tokens: length of the text, at least 1.
-        max_tokens: length of the window. A shorter text is the window, or a random beginning of it where something
-            has to be left to go on with.
-        begins: the window begins at one of the tokens `begins[0]` to `begins[1] - 1`, or before them where the text
-            ends too soon.
-        wants_lm: whether the text behind the window is needed.
-
-    Returns:
-        (first token, first token behind it).
+        max_tokens: length of the excerpt. Of a shorter text the excerpt is the whole, or with `wants_lm` a random
+            beginning.
+        begins: the excerpt begins at a token from `begins[0]` to `begins[1] - 1`, or earlier if the text ends too soon.
+        wants_lm: whether text after the excerpt is needed.
     """
     if n_tokens <= max_tokens:
         return 0, rng.randint(1, n_tokens) if wants_lm else n_tokens
@@ -237,15 +242,15 @@ def draw_window(
 
 
 def with_memory_size(icae: Layout, sample: Sample, memory_size: int) -> Sample:
-    """The same sample for a memory of the first `memory_size` slots a span: fewer memory ids in what the decoder reads.
+    """Return the sample for a memory of the first `memory_size` slots per span, with fewer memory ids.
 
     Args:
-        icae: gives ids and span rule.
-        sample: made for all k slots a span.
-        memory_size: k', from 1 to k; the context has to be encoded with it, too (`ICAE.encode`).
+        icae: layout of the sample.
+        sample: a sample for all k slots per span.
+        memory_size: k', from 1 to k; the context must be encoded with the same value (`ICAE.encode`).
 
     Raises:
-        InvalidInputError: memory_size is not 1 to k, or the sample has not k memory ids a span.
+        InvalidInputError: memory_size is not 1 to k, or the sample does not have k memory ids per span.
     """
     keep = slots_per_span(icae.config, memory_size)
     n_spans = count_spans(len(sample.input_ids), icae.config)
@@ -258,7 +263,7 @@ def with_memory_size(icae: Layout, sample: Sample, memory_size: int) -> Sample:
         )
     dropped = set(positions[n_spans * keep :])
 
-    def kept(row):
+    def kept(row: Sequence[Any]) -> list[Any]:
         return [value for i, value in enumerate(row) if i not in dropped]
 
     return replace(
@@ -267,10 +272,10 @@ def with_memory_size(icae: Layout, sample: Sample, memory_size: int) -> Sample:
     )  # fmt: skip
 
 
-def collate(icae: ICAE, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `prompt_answer_ids` ([PAD] id) and `labels` (-100), each (B, longest) int64."""
+def pad_samples(icae: ICAECore, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Return right-padded `input_ids`, `prompt_answer_ids` ([PAD] id) and `labels` (-100), each (B, longest) int64."""
 
-    def pad(rows, value):
+    def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
         return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
 
     pad_id = icae.vocabulary.pad

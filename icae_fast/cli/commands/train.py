@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -33,18 +32,11 @@ def finetune_command(config: Config, set_: Set = None) -> None:
     _run("finetune", config, set_ or [])
 
 
-def installed_configs() -> dict[str, Path]:
-    """Return the configs that are installed with the package, name to file."""
-    folder = Path(str(files("icae_fast.training"))) / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def _run(kind: str, config: Path, overrides: list[str]) -> None:
     require_extra("train", "training")
     with importing("training", install_command("train")):
-        from icae_fast.training import finetune as finetuning
-        from icae_fast.training import pretrain as pretraining
-        from icae_fast.training.loop.settings import load_settings
+        from icae_fast.training.loop.recipes import RECIPES
+        from icae_fast.training.loop.settings_file import installed_configs, load_settings
     path = config if config.exists() else installed_configs().get(str(config), config)
     if not path.exists():
         raise ConfigError(
@@ -52,7 +44,7 @@ def _run(kind: str, config: Path, overrides: list[str]) -> None:
             f"installed are {', '.join(installed_configs())}"
         )
     settings = load_settings(path, overrides)
-    adapter = (pretraining if kind == "pretrain" else finetuning).run(settings)
+    adapter = RECIPES[kind](settings)
     if os.environ.get("RANK", "0") == "0":
         model = "" if settings.model.name == BUNDLED_NAME else f" --model {settings.model.name}"
         typer.echo(

@@ -1,4 +1,4 @@
-"""Samples are packed into steps and micro-batches: each once, within budgets, about equally, however many processes."""
+"""Packing into steps and micro-batches: each sample once, within budgets, at about equal cost, for any world size."""
 
 import random
 
@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icae_fast.training.data.packing import count_micro_batches, fit, pack_steps, share
+from icae_fast.training.data.packing import count_fitting, count_micro_batches, pack_steps, share_of_process
 
 COSTS = st.lists(st.integers(1, 120), min_size=1, max_size=60)
 
 
 @st.composite
 def packings(draw):
-    """(costs that fit, steps, micro-batches a step, budget)."""
+    """Draw (costs that fit, steps, micro-batches per step, budget)."""
     n_steps, per_step = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 4, 8]))
     budget = draw(st.integers(1, 200))
     n = n_steps * per_step
     costs = draw(st.lists(st.integers(1, 120), min_size=n, max_size=n + 60))
-    return costs[: fit(costs, n, budget)], n_steps, per_step, budget
+    return costs[: count_fitting(costs, n, budget)], n_steps, per_step, budget
 
 
 @given(packings(), st.integers(0, 3))
@@ -37,14 +37,14 @@ def test_every_sample_goes_into_one_micro_batch_within_its_budget(packing, seed)
 def test_processes_share_a_step(packing):
     costs, n_steps, per_step, budget = packing
     for step in pack_steps(costs, n_steps, per_step, budget, random.Random(0)):
-        alone = share(step, costs)
-        assert sorted(map(tuple, step)) == sorted(tuple(batch) for _, batch in alone)
-        loads = [sum(costs[i] for i in batch) for _, batch in alone]
+        whole = share_of_process(step, costs)
+        assert sorted(map(tuple, step)) == sorted(tuple(batch) for _, batch in whole)
+        loads = [sum(costs[i] for i in batch) for _, batch in whole]
         assert loads == sorted(loads, reverse=True)
         for world in (w for w in (2, 4, 8) if per_step % w == 0):
-            parts = [share(step, costs, rank, world) for rank in range(world)]
+            parts = [share_of_process(step, costs, rank, world) for rank in range(world)]
             assert {len(part) for part in parts} == {per_step // world}
-            assert sorted(numbered for part in parts for numbered in part) == alone
+            assert sorted(numbered for part in parts for numbered in part) == whole
 
 
 @given(COSTS, st.integers(1, 60), st.integers(1, 200))
@@ -58,7 +58,7 @@ def test_fit_is_the_most_that_sorted_runs_can_hold(costs, n_batches, budget):
         return batches
 
     fits = [n for n in range(len(costs) + 1) if needed(n) <= n_batches]
-    assert fit(costs, n_batches, budget) == max(fits)
+    assert count_fitting(costs, n_batches, budget) == max(fits)
     assert fits == list(range(len(fits)))
 
 
@@ -66,7 +66,7 @@ def test_fit_is_the_most_that_sorted_runs_can_hold(costs, n_batches, budget):
 def test_steps_of_like_samples_cost_about_the_same(costs, seed):
     steps = pack_steps(costs, 4, 4, 10_000, random.Random(seed))
     batches = [sum(costs[i] for i in batch) for step in steps for batch in step]
-    # Cuts fall between samples, so one micro-batch may have one more than another, and hardly two.
+    # Cuts are between samples, so micro-batches differ by one sample, rarely by two.
     assert max(batches) - min(batches) <= 2 * 60
     totals = [sum(costs[i] for batch in step for i in batch) for step in steps]
     assert max(totals) - min(totals) <= 4 * 60

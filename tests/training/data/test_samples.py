@@ -1,4 +1,4 @@
-"""Samples are drawn from rows: windows of documents and instructions, with what is cut or left out counted."""
+"""Drawing samples from rows: excerpts of documents, and instructions, with counts of truncated and skipped rows."""
 
 import itertools
 import pickle
@@ -20,7 +20,7 @@ from icae_fast.training.methods.curriculum import Stage
 from icae_fast.training.methods.objectives import (
     autoencoding_sample,
     continuation_sample,
-    draw_window,
+    draw_excerpt,
     with_memory_size,
     with_own_tokens,
     with_wrong_tokens,
@@ -57,15 +57,15 @@ def draw(drawer, row, stage, seed=0):
     st.booleans(),
     st.integers(0, 9),
 )
-def test_windows_of_a_document(tiny_icae, n, a, b, objectives, windows, spans, target, lm_token, seed):
+def test_excerpts_of_a_document(tiny_icae, n, a, b, objectives, excerpts, spans, target, lm_token, seed):
     stage = Stage(1, objectives, max(a, b), min(a, b))
-    drawer = PretrainingDraw(tiny_icae, windows=windows, spans=spans, max_target_tokens=target, lm_token=lm_token)
+    drawer = PretrainingDraw(tiny_icae, excerpts=excerpts, spans=spans, max_target_tokens=target, lm_token=lm_token)
     drawer.check(stage)
     samples, counts = draw(drawer, text_row(n), stage, seed)
     assert samples == draw(drawer, text_row(n), stage, seed)[0]
     assert len(samples) >= 1
     assert not counts
-    assert windows == "all" or len(samples) == 1
+    assert excerpts == "all" or len(samples) == 1
     lengths = {min(s * SPAN, stage.max_tokens) for s in range(*(spans[0], spans[1] + 1))} if spans else None
     for sample in samples:
         context = sample.input_ids
@@ -123,9 +123,9 @@ def test_own_tokens_are_of_the_text(tiny_icae, n, probability, seed, k):
     continued = with_own_tokens(continuation_sample(tiny_icae, ids, ids), 1.0, random.Random(seed))
     assert not any(continued.own_tokens)
     batch = pack([own, continuation_sample(tiny_icae, ids, ids), continued])
-    assert batch["own_tokens"].nonzero()[:, 0].tolist() == [i for i, mark in enumerate(own.own_tokens) if mark]
-    assert len(batch["own_tokens"]) == len(batch["prompt_answer_ids"])
-    assert "own_tokens" not in pack([sample])
+    assert batch.own_tokens.nonzero()[:, 0].tolist() == [i for i, mark in enumerate(own.own_tokens) if mark]
+    assert len(batch.own_tokens) == len(batch.prompt_answer_ids)
+    assert pack([sample]).own_tokens is None
 
 
 def test_four_in_five_tokens_are_the_decoders_own(tiny_icae):
@@ -136,16 +136,16 @@ def test_four_in_five_tokens_are_the_decoders_own(tiny_icae):
     assert 0.77 < sum(some) / len(some) < 0.83
 
 
-def test_windows_are_within_their_text():
+def test_excerpts_are_within_their_text():
     for n, longest, wants_lm in itertools.product((1, 9, 10, 11, 30), (1, 10), (False, True)):
-        found = {draw_window(random.Random(seed), n, longest, (0, n), wants_lm) for seed in range(200)}
+        found = {draw_excerpt(random.Random(seed), n, longest, (0, n), wants_lm) for seed in range(200)}
         if n > longest:
             assert found == {(start, start + longest) for start in range(n - longest + 1)}
         else:
             assert found == ({(0, end) for end in range(1, n + 1)} if wants_lm else {(0, n)})
 
 
-def test_all_windows_cover_a_document_evenly(tiny_icae):
+def test_all_excerpts_cover_a_document_evenly(tiny_icae):
     drawer = PretrainingDraw(tiny_icae)
     seen = Counter()
     for seed in range(300):
@@ -159,7 +159,7 @@ def test_all_windows_cover_a_document_evenly(tiny_icae):
     assert max(inner) < 400
 
 
-def test_windows_begin_in_their_part_of_a_document(tiny_icae):
+def test_excerpts_begin_in_their_part_of_a_document(tiny_icae):
     drawer = PretrainingDraw(tiny_icae)
     starts = {s.input_ids[0] for seed in range(50) for s in draw(drawer, text_row(320, 64, 128), AE_ONLY, seed)[0]}
     assert min(starts) >= 64
@@ -172,7 +172,7 @@ def test_objectives_are_drawn_by_their_weights(tiny_icae):
     stage = Stage(1, {"ae": 1, "lm": 3}, 70)
     found = Counter(s.objective for seed in range(100) for s in draw(drawer, text_row(1400), stage, seed)[0])
     assert sum(found.values()) == 2000
-    assert 0.65 < found["lm"] / 2000 < 0.75  # a few of the last windows have too little behind them
+    assert 0.65 < found["lm"] / 2000 < 0.75  # some of the last excerpts have too little text after them
 
 
 def test_positions_limit_what_is_learned(tiny_icae):
@@ -183,7 +183,7 @@ def test_positions_limit_what_is_learned(tiny_icae):
     drawer.check(stage)
     sample = draw(drawer, text_row(1000), stage, 1)[0][0]
     assert len(sample.prompt_answer_ids) == POSITIONS
-    # A row that ends behind the window cannot be continued, and 600 tokens cannot be restored.
+    # A row that ends after the excerpt cannot be continued, and 600 tokens cannot be restored.
     samples, counts = draw(drawer, text_row(600), Stage(1, {"lm": 1}, 599), 0)
     assert len(samples) + sum(counts.values()) == 2
     assert sum(counts.values()) >= 1
@@ -210,7 +210,7 @@ def test_long_instructions_are_truncated_or_skipped(tiny_icae):
     stage, row = Stage(1, {"ft": 1}, 18), instruction_row(30, 6, 7)
     drawer = InstructionDraw(tiny_icae, max_context_tokens=20, max_answer_tokens=5)
     (sample,), counts = draw(drawer, row, stage)
-    assert len(sample.input_ids) == 18  # the stage's limit is the lower one
+    assert len(sample.input_ids) == 18  # the stage's limit is lower
     assert sample.prompt_answer_ids[-11:] == [tiny_icae.vocabulary.ft, *[4] * 5, *[5] * 5]  # and no EOS
     assert counts == {f"truncated: {name} too long": 1 for name in ("context", "prompt", "answer")}
     drawer = InstructionDraw(tiny_icae, max_context_tokens=20, max_answer_tokens=5, on_long_row="skip")
@@ -222,7 +222,7 @@ def test_long_instructions_are_truncated_or_skipped(tiny_icae):
 
 def test_wrong_options_are_refused(tiny_icae):
     for make in (
-        lambda: PretrainingDraw(tiny_icae, windows="some"),
+        lambda: PretrainingDraw(tiny_icae, excerpts="some"),
         lambda: PretrainingDraw(tiny_icae, spans=(2, 1)),
         lambda: PretrainingDraw(tiny_icae, max_target_tokens=64),
         lambda: InstructionDraw(tiny_icae, on_long_row="stop"),

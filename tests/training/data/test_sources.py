@@ -1,4 +1,4 @@
-"""Rows come from every kind of file with their place, are tokenised once, and bad ones are named."""
+"""Sources of rows: every kind of file, provenance, tokenisation once, and messages about bad rows."""
 
 import bz2
 import gzip
@@ -43,7 +43,7 @@ def lines(rows):
 
 
 def listed(source, epoch=0):
-    """[(origin, ids of the fields, problem)] in the order of their keys."""
+    """Return [(origin, ids of the fields, problem)] in the order of their keys."""
     rows = sorted(source.rows(epoch), key=lambda row: [int(n) for n in row.key.split(":")])
     return [(row.origin, *(ids.tolist() for ids in row.ids), row.problem) for row in rows]
 
@@ -58,7 +58,7 @@ def open_rows(make_tokenizer, tmp_path):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """`write(name, rows or bytes)`: a file in the current folder; gives its name."""
+    """Return `write(name, rows or bytes)`, which writes a file into the current folder and returns its name."""
     monkeypatch.chdir(tmp_path)
 
     def write_(name, content):
@@ -148,7 +148,7 @@ def test_bad_rows_in_the_middle(open_rows, write, line, problem, streaming):
     source = open_rows(spec)
     assert [r for r in listed(source) if not r[-1]] == [("rows.jsonl:1", [5], ""), ("rows.jsonl:3", [6], "")]
     assert ("rows.jsonl:2", problem) in [*source.bad_rows, *((r[0], r[-1]) for r in listed(source))]
-    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {problem}; mend the row"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {problem}; correct the row"):
         listed(open_rows(spec, on_bad_row="stop"))
 
 
@@ -168,7 +168,7 @@ def test_a_text_without_tokens(write, byte_tokenizer, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_data_that_gives_nothing(open_rows, write, streaming):
     for name, content in (("empty.jsonl", b""), ("blank.jsonl", b"\n\n"), ("bad.jsonl", lines([{"text": ""}, b"{\n"]))):
-        with pytest.raises(DataError, match="gives no row that can be used"):
+        with pytest.raises(DataError, match="has no usable row"):
             listed(open_rows({"path": write(name, content), "streaming": streaming}))
 
 
@@ -180,7 +180,7 @@ def test_data_that_gives_nothing(open_rows, write, streaming):
         ("missing-*.jsonl", "nothing matches missing-"),
         ("folder", "no file of a known extension in folder"),
         ("table.csv", "table.csv has an unknown extension; known are .jsonl"),
-        ("no/such-dataset", "no/such-dataset is no file or folder here, and could not be loaded"),
+        ("no/such-dataset", "no/such-dataset is not a file or folder, and could not be loaded"),
         ("file://nowhere/x.jsonl", "there is no file://nowhere/x.jsonl"),
         ("nosuch://bucket/x.jsonl", "cannot look for nosuch://"),
     ],
@@ -216,7 +216,7 @@ def test_rows_are_tokenised_once(open_rows, write, monkeypatch, make_tokenizer, 
     first = listed(open_rows("rows.jsonl"))
     assert len(calls) == 1
     padded = make_tokenizer()
-    padded(["w5", "w5 w6"], padding=True, truncation=True, max_length=1)  # sets options of the tokenizer for good
+    padded(["w5", "w5 w6"], padding=True, truncation=True, max_length=1)  # changes options of the tokenizer permanently
     assert listed(open_source("rows.jsonl", padded, cache_folder=str(tmp_path / "cache"))) == first
     assert len(calls) == 1
     open_source("rows.jsonl", make_tokenizer(80), cache_folder=str(tmp_path / "cache"))
@@ -250,7 +250,7 @@ def test_an_error_leaves_no_cache_behind(open_rows, write, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A data set of the hub that is none: a Parquet file of three parts."""
+    """A stand-in for a data set of the hub: a Parquet file of three parts."""
     rows = [{"text": words(i), "other": i} for i in range(5, 14)]
     rows[4]["text"] = None
     files = []
@@ -308,7 +308,7 @@ def test_an_order_for_each_epoch_and_a_place_in_it(open_rows, write, kind, reque
         assert [row.key for row in rows] == orders[2][i:]
     write("rows/4.jsonl", [{"text": "w5"}])
     if kind != "hub":
-        with pytest.raises(DataError, match="a run can only go on with the same data"):
+        with pytest.raises(DataError, match="a run can only continue with the same data"):
             open_rows(spec).rows(2).load_state_dict(states[1])
 
 

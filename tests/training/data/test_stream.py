@@ -1,4 +1,4 @@
-"""The stream of micro-batches is the same from wherever it is taken up, and on however many processes."""
+"""The stream of micro-batches is the same from any position and for any number of processes."""
 
 import json
 import pickle
@@ -44,7 +44,7 @@ def mapped(lengths, fragment_tokens=None, seed=0):
 
 @pytest.fixture
 def open_jsonl(tmp_path, make_tokenizer):
-    """`open_jsonl(lengths, streaming)`: three files of documents of these lengths, a bad row among each."""
+    """Return `open_jsonl(lengths, streaming)`: three files of documents of these lengths, each with a bad row."""
 
     def open_(lengths, streaming, **options):
         for i in range(3):
@@ -58,7 +58,7 @@ def open_jsonl(tmp_path, make_tokenizer):
 
 
 def steps_of(streams, n):
-    """The first n steps as sets of samples, from the streams of all ranks."""
+    """Return the first n steps as sets of samples, from the streams of all ranks."""
     its = [iter(s) for s in streams]
     steps = []
     for number in range(n):
@@ -69,7 +69,7 @@ def steps_of(streams, n):
 
 
 def assert_resumes(make, n, every=1):
-    """Whatever comes after each of the first n micro-batches comes again after loading the state behind it."""
+    """Assert that loading the state after each of the first n micro-batches repeats the micro-batches that followed."""
     stream = make()
     it = iter(stream)
     states, batches, counts = [stream.state_dict()], [], [stream.counts]
@@ -103,11 +103,11 @@ def assert_resumes(make, n, every=1):
     st.integers(0, 3),
 )
 def test_resumes_at_every_micro_batch(
-    tiny_icae, lengths, curriculum, fragment, windows, tokens_per_step, budget, window_steps, seed
+    tiny_icae, lengths, curriculum, fragment, excerpts, tokens_per_step, budget, window_steps, seed
 ):
     def make():
         return BatchStream(
-            mapped(lengths, fragment, seed), PretrainingDraw(tiny_icae, windows=windows), curriculum,
+            mapped(lengths, fragment, seed), PretrainingDraw(tiny_icae, excerpts=excerpts), curriculum,
             tokens_per_step=tokens_per_step, micro_batch_tokens=budget, window_steps=window_steps, seed=seed,
         )  # fmt: skip
 
@@ -174,14 +174,14 @@ def test_another_number_of_processes_may_go_on(tiny_icae):
         make().load_state_dict(two[0].state_dict())
 
 
-@pytest.mark.parametrize("windows", ["all", "one"])
-def test_an_epoch_has_every_row(tiny_icae, windows):
+@pytest.mark.parametrize("excerpts", ["all", "one"])
+def test_an_epoch_has_every_row(tiny_icae, excerpts):
     lengths = [n % 60 + 1 for n in range(100)]
     stages = Curriculum([Stage(1, {"ae": 1}, 64)])
-    stream = BatchStream(mapped(lengths), PretrainingDraw(tiny_icae, windows=windows), stages, **SIZES)
+    stream = BatchStream(mapped(lengths), PretrainingDraw(tiny_icae, excerpts=excerpts), stages, **SIZES)
     samples = [s for batch in islice(stream, 4000) for s in batch]
     times = [sum(s.origin == f"rows:{i}" for s in samples) for i in range(100)]
-    # Steps mix neighbouring rows, so that the last epoch may be cut anywhere.
+    # Steps mix neighbouring rows, so the last epoch may end anywhere.
     assert max(times) - min(times) <= 1
     assert min(times) > 20
 
@@ -193,7 +193,7 @@ def test_the_rest_of_a_row_ends_with_its_stage(tiny_icae):
     order = [source[int(i)].origin for i in source.order(0)]
     batches = list(islice(stream, 2 * stream.micro_batches_per_step))
     origins = [sorted(s.origin for b in batches if b.step == step for s in b) for step in range(2)]
-    # Eight of the first row's ten windows fill the first step, and the next stage begins with the second row.
+    # Eight of the first row's ten excerpts fill the first step, and the next stage begins with the second row.
     assert origins == [[order[0]] * 8, sorted(order[1:5])]
 
 
@@ -220,7 +220,7 @@ def test_counts_of_rows(tiny_icae, tmp_path, make_tokenizer, caplog):
         draw = InstructionDraw(tiny_icae, max_context_tokens=20)
         return BatchStream(source, draw, Curriculum([Stage(1, {"ft": 1}, 40)]), rank=rank, world_size=2, **SIZES)
 
-    # Four micro-batches a step and windows of three steps: at least twelve of about thirty tokens each.
+    # Four micro-batches per step and windows of three steps: at least twelve of about thirty tokens each.
     stream = make()
     batches = list(islice(stream, 2))
     assert stream.counts["skipped: no field 'answer'"] == 1
@@ -245,9 +245,9 @@ def test_rows_that_all_are_skipped(tiny_icae, tmp_path, make_tokenizer):
                              cache_folder=str(tmp_path / "cache"))  # fmt: skip
         draw = InstructionDraw(tiny_icae, max_context_tokens=1, on_long_row="skip")
         stage = Stage(1, {"ft": 1}, 40)
-        with pytest.raises(DataError, match=r"no row of the data gives a sample.*'skipped: context too long': 1"):
+        with pytest.raises(DataError, match=r"no row of the data yields a sample.*'skipped: context too long': 1"):
             next(iter(BatchStream(source, draw, Curriculum([stage]), **SIZES)))
-        with pytest.raises(DataError, match="no held-out row gives a sample"):
+        with pytest.raises(DataError, match="no held-out row yields a sample"):
             held_out(source, draw, stage, 4, 100)
 
 
@@ -267,8 +267,8 @@ def test_a_loader_keeps_the_place(tiny_icae, open_jsonl, streaming, workers):
     resumed = make()
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     given += islice(resumed.loader(pack, workers), 11)
-    assert [[v.tolist() if isinstance(v, torch.Tensor) else v for v in b.values()] for b in given] == [
-        [v.tolist() if isinstance(v, torch.Tensor) else v for v in b.values()] for b in expected
+    assert [[v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(b).values()] for b in given] == [
+        [v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(b).values()] for b in expected
     ]
     assert resumed.state_dict() == plain.state_dict()
     assert resumed.counts == plain.counts
@@ -283,10 +283,10 @@ def test_a_stream_can_be_sent_to_a_worker(tiny_icae, open_jsonl, streaming):
 
 def test_more_workers_are_refused(tiny_icae, monkeypatch):
     batches = BatchStream(mapped([50]), PretrainingDraw(tiny_icae), PLAIN, **SIZES)
-    with pytest.raises(ConfigError, match="2 workers; the stream is for 0 or 1"):
+    with pytest.raises(ConfigError, match="2 workers; the stream supports 0 or 1"):
         batches.loader(num_workers=2)
     monkeypatch.setattr(stream_module, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
-    with pytest.raises(ConfigError, match="2 workers; the stream is for 0 or 1"):
+    with pytest.raises(ConfigError, match="2 workers; the stream supports 0 or 1"):
         next(iter(batches))
 
 

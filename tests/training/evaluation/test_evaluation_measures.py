@@ -46,7 +46,7 @@ def test_quartiles_and_perplexity():
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # simulates a missing package
     with pytest.raises(MissingPackageError, match=r"pip install 'icae-fast\[eval\]'"):
         measures.sentence_bleu("a", "a")
 

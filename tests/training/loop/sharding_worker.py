@@ -1,6 +1,6 @@
 """Training steps over a sharded base model in two processes: `torchrun sharding_worker.py FILE`.
 
-FILE takes a list with what each process found, for `torch.load`.
+FILE receives a list of the results of each process, for `torch.load`.
 """
 
 import sys
@@ -19,16 +19,16 @@ from icae_fast.training.methods.batch import pack
 from icae_fast.training.methods.distill import Distillation
 from training_worker import make_icae, make_sample
 
-# Each span is a micro-batch of its own: three of the first process, nine of the second.
+# Each span is one micro-batch: three in the first process, nine in the second.
 ROWS = ((0, 1), (2, 5, 8))
-# Nothing kept; some of one process's spans; everything by budget; everything without one.
+# Keep nothing; some of one process's spans; everything within a budget; everything without a budget.
 BUDGETS = {"none": 0, "some": 60_000, "default": ActivationBudget().bytes, "everything": None}
 
 
 class CountingStep(TrainingStep):
-    """Counts the micro-batches of spans of which something is kept."""
+    """A `TrainingStep` that counts the micro-batches of spans with kept activations."""
 
-    last: tuple[int, int]  # these, and all
+    last: tuple[int, int]  # with kept activations, and in total
 
     def _agree(self):
         if self.plan:
@@ -37,15 +37,15 @@ class CountingStep(TrainingStep):
 
 
 def make_model(name):
-    """A model whose teacher reads a row at a time, too."""
+    """Return a model whose teacher reads one row at a time."""
     distillation = Distillation(0.5, objectives=("ae", "lm"), token_budget=8)
     return TrainingModel(make_icae(lora_dropout=0.0), ActivationBudget(BUDGETS[name], 12), distillation).train()
 
 
 def batch_of(model, rows):
-    """A batch, and how many of its tokens are labelled."""
+    """Return a batch and its number of labelled tokens."""
     batch = pack([make_sample(model.icae, i) for i in rows])
-    return batch, int((batch["labels"] != -100).sum())
+    return batch, int((batch.labels != -100).sum())
 
 
 def gradients(model):
@@ -53,32 +53,32 @@ def gradients(model):
 
 
 def expected(name):
-    """Loss and gradients of all rows in one process, of a base model in one piece."""
+    """Return loss and gradients of all rows in one process, without sharding."""
     model = make_model(name)
     batch, count = batch_of(model, [i for rows in ROWS for i in rows])
-    mean = model(**batch, num_items_in_batch=count)["loss"]
+    mean = model(batch, num_items_in_batch=count)["loss"]
     mean.backward()
     return mean.detach(), gradients(model)
 
 
 def held_bytes(model):
-    """Bytes of the base model's weights that this process holds."""
+    """Return the bytes of the base model's weights in this process."""
     parameters = model.icae.base_model.parameters()
     return sum(p.to_local().untyped_storage().nbytes() if hasattr(p, "to_local") else p.nbytes for p in parameters)
 
 
 def found(name):
-    """Model, loss and gradients by both processes over shares, in two micro-batches; bytes before and after."""
+    """Return model, loss, gradients and bytes of two sharded processes with two micro-batches each."""
     model = make_model(name)
     before = held_bytes(model)
     shard_base_model(model)
     wrapped = replicate_trained(model, torch.device("cpu"))
     rows = ROWS[dist.get_rank()]
-    count = sum(batch_of(model, rows)[1] for rows in ROWS) / dist.get_world_size()  # DDP takes means
+    count = sum(batch_of(model, rows)[1] for rows in ROWS) / dist.get_world_size()  # DDP averages
     with wrapped.no_sync():
-        first = wrapped(**batch_of(model, rows[:1])[0], num_items_in_batch=count)["loss"]
+        first = wrapped(batch_of(model, rows[:1])[0], num_items_in_batch=count)["loss"]
         first.backward()
-    second = wrapped(**batch_of(model, rows[1:])[0], num_items_in_batch=count)["loss"]
+    second = wrapped(batch_of(model, rows[1:])[0], num_items_in_batch=count)["loss"]
     second.backward()
     mean = (first + second).detach() / dist.get_world_size()
     dist.all_reduce(mean)
@@ -86,7 +86,7 @@ def found(name):
 
 
 def gathered_bytes(model):
-    """Bytes of the base model's gathered weights, while it is whole and afterwards."""
+    """Return the bytes of the base model's weights while it is gathered and afterwards."""
     with whole_model(model):
         weights = [p.detach() for p in model.icae.base_model.parameters()]
         whole = sum(w.untyped_storage().nbytes() for w in weights)
@@ -94,13 +94,13 @@ def gathered_bytes(model):
 
 
 def evaluate(model):
-    """Mean loss of this process's rows without a graph, over shares."""
+    """Return the mean loss of this process's rows with a sharded base model, without a graph."""
     with torch.no_grad():
-        return model.eval()(**batch_of(model, ROWS[dist.get_rank()])[0])["loss"]
+        return model.eval()(batch_of(model, ROWS[dist.get_rank()])[0])["loss"]
 
 
 def refusal(model):
-    """What plain autograd through sharded layers is told."""
+    """Return the error of plain autograd through sharded layers."""
     with whole_model(model):
         try:
             model.icae.encode([torch.arange(3, 8)])

@@ -1,4 +1,4 @@
-"""Stages with learning rates of their own, each scheduled by itself."""
+"""Stages with learning rates, each scheduled separately."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ AE = {"ae": 1.0}
 
 
 def rates(stages, groups=2, factor=4.0, **arguments):
-    """Learning rates of the groups at every step, and two steps further."""
+    """Return the learning rates of the groups at every step, and at two more."""
     arguments = TrainingArguments(learning_rate=1e-3, use_cpu=True, **arguments)
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(groups)]
     made = [{"params": [w], "lr": 1e-3 * f} for w, f in zip(weights, (1.0, factor), strict=False)]
@@ -66,14 +66,14 @@ def test_a_resumed_schedule_goes_on(tmp_path):
 
 def test_a_schedule_that_watches_the_loss_is_refused():
     stages = [Stage(2, AE, 8, learning_rate=5e-4)]
-    with pytest.raises(ConfigError, match="cannot begin anew with each stage"):
+    with pytest.raises(ConfigError, match="cannot restart with each stage"):
         rates(stages, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1)
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "token_lr_factor"])
 @pytest.mark.parametrize("value", [0, -1.0, True, "1e-3", float("inf")])
 def test_rates_are_positive_numbers(name, value):
-    with pytest.raises(ConfigError, match=f"{name} is .*; it must be a number over 0"):
+    with pytest.raises(ConfigError, match=f"{name} is .*; it must be a number above 0"):
         Stage(1, AE, 8, **{name: value})
 
 

@@ -1,12 +1,12 @@
-"""Settings files: what is read, and that every mistake is one sentence that names it."""
+"""Settings files: reading them, and that every mistake is one sentence that names it."""
 
 import pytest
 import yaml
 
 from icae_fast.cli import app as cli
-from icae_fast.cli.commands.train import installed_configs
 from icae_fast.errors import ConfigError
-from icae_fast.training.loop.settings import Settings, changed_keys, load_settings
+from icae_fast.training.loop.settings import Settings
+from icae_fast.training.loop.settings_file import changed_keys, installed_configs, load_settings
 
 BASE = {
     "output": "out",
@@ -17,7 +17,7 @@ BASE = {
 
 @pytest.fixture
 def load(tmp_path):
-    """`load(overrides=(), **sections)`: settings of a file with these sections over `BASE`."""
+    """Return `load(overrides=(), **sections)`, the settings of a file with these sections over `BASE`."""
 
     def make(overrides=(), **sections):
         path = tmp_path / "run.yaml"
@@ -32,7 +32,7 @@ def test_every_installed_config_is_sound():
     assert {"smollm2-cpu-pretrain", "llama2-7b-8gpu-pretrain", "mistral-7b-8gpu-finetune"} <= configs.keys()
     for path in configs.values():
         settings = load_settings(path)
-        arguments = settings.train.arguments(settings.output, settings.curriculum().total_steps, use_cpu=True)
+        arguments = settings.training_arguments(use_cpu=True)
         assert arguments.max_steps == settings.curriculum().total_steps
 
 
@@ -89,7 +89,7 @@ def test_a_number_without_a_dot_is_one(tmp_path):
         ({"train": {"max_steps": "100"}}, "train.max_steps is '100'"),
         ({"train": {"lr_scheduler_type": 3}}, "train.lr_scheduler_type is 3"),
         ({"train": {"gradient_accumulation_steps": 4}}, "cannot be set: data.tokens_per_step"),
-        ({"train": {"fsdp": "full_shard"}}, "cannot be set: the launch says how"),
+        ({"train": {"fsdp": "full_shard"}}, "cannot be set: the launch sets how"),
         ({"train": {"bf16": True}}, "cannot be set: model.dtype"),
         ({"train": {"on_nan": "ignore"}}, "train.on_nan is 'ignore'"),
         ({"train": {"eval_strategy": "steps"}}, "data.eval names no held-out rows"),
@@ -110,6 +110,36 @@ def test_a_mistake_is_one_sentence(load, sections, message):
 def test_all_mistakes_are_told_at_once(load):
     with pytest.raises(ConfigError, match=r"lora_rnk.*on_nan"):
         load(adapter={"lora_rnk": 4}, train={"on_nan": 1})
+
+
+EVAL = {**BASE["data"], "eval": "held_out.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "strategy", "steps"),
+    [
+        ({}, "no", None),  # no held-out rows
+        ({"data": EVAL}, "steps", 10),  # at the end of a run that is shorter than save_steps
+        ({"data": EVAL, "train": {"save_steps": 4}}, "steps", 4),
+        ({"data": EVAL, "train": {"eval_steps": 3}}, "steps", 3),
+        ({"data": EVAL, "train": {"max_steps": 900}}, "steps", 500),
+        ({"data": EVAL, "train": {"load_best_model_at_end": True}}, "steps", 500),
+        ({"data": EVAL, "train": {"eval_strategy": "steps", "eval_steps": 2}}, "steps", 2),
+        ({"data": EVAL, "train": {"eval_strategy": "no"}}, "no", None),
+        ({"data": EVAL, "train": {"eval_strategy": False}}, "no", None),  # an unquoted `no` in YAML
+    ],
+)
+def test_held_out_rows_are_evaluated_unless_switched_off(load, sections, strategy, steps):
+    arguments = load(**sections).training_arguments(use_cpu=True)
+    assert (arguments.eval_strategy.value, arguments.eval_steps) == (strategy, steps)
+
+
+def test_a_key_may_have_its_old_name(load, caplog):
+    settings = load(["data.windows_per_document=one"])
+    assert settings.data.excerpts_per_document == "one"
+    assert "data.windows_per_document is now called data.excerpts_per_document" in caplog.text
+    with pytest.raises(ConfigError, match="give only the latter"):
+        load(["data.windows_per_document=one", "data.excerpts_per_document=one"])
 
 
 @pytest.mark.parametrize("override", ["train.max_steps", "=1", "output.x=1", "stages.7.steps=1", "train.seed=[1"])

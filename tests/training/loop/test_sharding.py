@@ -1,4 +1,4 @@
-"""A base model in shares (FSDP2) trains as one in one piece does; and what of a launch is refused."""
+"""Training with a sharded base model (FSDP2) equals training without; and rejected options of a launch."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ BUDGETS = ("none", "some", "default", "everything")
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What each of two processes found."""
+    """The results of two processes."""
     path = tmp_path_factory.mktemp("sharding") / "found.pt"
     ran = launch(WORKER, path, processes=2)
     assert ran.returncode == 0, ran.stderr
@@ -36,7 +36,7 @@ def test_gradients_of_unequal_processes_are_those_of_one(processes, budget):
 
 
 def test_some_micro_batches_run_again_in_one_process_alone(processes):
-    """Or the schedule that processes agree on would go untested."""
+    """Guard the tests above: processes with unequal numbers must agree on a schedule."""
     (first_kept, first_spans), (second_kept, second_spans) = (process["kept"]["some"] for process in processes)
     assert (first_spans, second_spans) == (2, 6)
     assert first_kept == first_spans
@@ -47,7 +47,7 @@ def test_some_micro_batches_run_again_in_one_process_alone(processes):
 def test_a_process_holds_its_share_alone_after_a_step(processes, budget):
     before, *_ = (process["budgets"][budget]["found"][2][0] for process in processes)
     after = [process["budgets"][budget]["found"][2][1] for process in processes]
-    assert before <= sum(after) < 1.01 * before  # rows of an odd number are padded
+    assert before <= sum(after) < 1.01 * before  # an odd number of rows is padded
     assert max(after) < 0.51 * before
 
 

@@ -1,4 +1,4 @@
-"""SOAP: what it computes, and what it is for."""
+"""SOAP: its update rule, and its advantage on LoRA pairs."""
 
 import copy
 
@@ -11,14 +11,14 @@ from icae_fast.training.loop.soap import Soap
 
 
 def gradients(shape, n=6, seed=0, dtype=torch.float64):
-    """The gradients of some steps, of which some directions are much larger than others."""
+    """Return gradients of several steps with directions of very different size."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -2, shape[0], dtype=dtype)[:, None]
     return [scale * torch.randn(shape, generator=generator, dtype=dtype) for _ in range(n)]
 
 
 def run(optimizer, parameters, steps):
-    """Step with the given gradients of each step."""
+    """Make a step with each of the given gradients."""
     for step in steps:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()
@@ -48,7 +48,7 @@ def test_first_step_of_a_gradient_of_rank_one():
 
 @pytest.mark.parametrize("update_every", [1, 3])
 def test_a_rotation_of_the_rank_changes_nothing(update_every):
-    """B A = (B R)(R^T A): SOAP's steps on both pairs are the same step, AdamW's are not."""
+    """B A = (B R)(R^T A): SOAP updates both pairs equally, AdamW does not."""
     rank, d_in, d_out = 4, 17, 11
     g_a, g_b = gradients((rank, d_in)), [g.T for g in gradients((rank, d_out), seed=1)]
     rotation = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))[0]
@@ -70,7 +70,7 @@ def test_the_basis_finds_the_eigenvectors():
     optimizer = Soap([weight], lr=0.0, max_basis=4, update_every=1, basis_beta=0.9)
     run(optimizer, [weight], [[turn @ g] for g in gradients((4, 30), n=60)])
     found = optimizer.state[weight]["basis_0"].T @ turn
-    assert found.diagonal().abs().min() > 0.98  # in falling order, up to the sign
+    assert found.diagonal().abs().min() > 0.98  # in descending order, up to the sign
 
 
 def test_moments_keep_to_their_directions_when_the_order_changes():
@@ -132,5 +132,5 @@ def test_its_name_is_a_setting():
     assert section.arguments("out", 3, use_cpu=True).adam_beta2 == 0.95
     with pytest.raises(ValueError, match="optim_args has no effect on soap"):
         TrainSection(optim="soap", optim_args="a=1")
-    with pytest.raises(ConfigError, match=r"does not hold together.*soup"):
+    with pytest.raises(ConfigError, match=r"rejects the section train.*soup"):
         TrainSection(optim="soup").arguments("out", 3, use_cpu=True)

@@ -1,4 +1,4 @@
-"""Pretraining and fine-tuning as a user runs them: a YAML file and rows of text in, an adapter out."""
+"""Pretraining and fine-tuning as a user runs them: from a YAML file and rows of text to an adapter."""
 
 import json
 import shutil
@@ -15,7 +15,8 @@ from helpers import golden
 from icae_fast import ICAE
 from icae_fast.cli import app as cli
 from icae_fast.training import finetune, pretrain
-from icae_fast.training.loop.settings import load_settings
+from icae_fast.training.loop import recipes
+from icae_fast.training.loop.settings_file import load_settings
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def base(tmp_path, make_tokenizer):
-    """The golden base in a folder, with a tokenizer of words."""
+    """The golden base model in a folder, with a tokenizer of words."""
     folder = tmp_path / "base"
     model = golden.load_base()
     model.save_pretrained(folder)
@@ -33,7 +34,7 @@ def base(tmp_path, make_tokenizer):
 
 @pytest.fixture
 def config(tmp_path, base):
-    """`config(rows, **sections)`: a settings file for the tiny base and these rows."""
+    """Return `config(rows, **sections)`, which writes a settings file for the tiny base model and these rows."""
 
     def make(rows, **sections):
         data = tmp_path / "rows.jsonl"
@@ -75,9 +76,9 @@ def history(tmp_path, step):
 def test_pretraining_from_texts_with_a_bad_row_in_them(config, tmp_path):
     path = config(
         [*TEXTS, "{broken\n", {"text": ""}], data={"eval": str(tmp_path / "rows.jsonl")},
-        train={"eval_strategy": "steps", "eval_steps": 3}, evaluation={"samples": 4, "restore_tokens": 8},
+        train={"eval_steps": 3}, evaluation={"samples": 4, "restore_tokens": 8},
     )  # fmt: skip
-    adapter = pretrain.run(load_settings(path))
+    adapter = recipes.pretrain(load_settings(path))
     assert ICAE.from_pretrained(adapter, base_model=golden.load_base(), dtype=torch.float32).config.memory_size == 2
     state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
     lines = [line for line in state["log_history"] if "loss" in line]
@@ -92,12 +93,13 @@ def test_pretraining_from_texts_with_a_bad_row_in_them(config, tmp_path):
 
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     path = config(TEXTS)
-    adapter = pretrain.run(load_settings(path))
+    adapter = recipes.pretrain(load_settings(path))
     whole, digest = history(tmp_path, 6), (adapter / "icae_config.json").read_text()
     (tmp_path / "out").rename(tmp_path / "whole")
     script = (
         "import functools, os, signal, sys, torch, transformers\n"
-        "from icae_fast.training import pretrain, run\n"
+        "from icae_fast.training import pretrain\n"
+        "from icae_fast.training.loop import train as run\n"
         "class Kill(transformers.TrainerCallback):\n"
         "    def on_step_begin(self, args, state, control, **kwargs):\n"
         "        if state.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -110,11 +112,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
-    adapter = pretrain.run(load_settings(path))
+    adapter = recipes.pretrain(load_settings(path))
     assert history(tmp_path, 6) == whole
     assert (adapter / "icae_config.json").read_text() == digest
-    # A third call finds nothing to do.
-    assert (pretrain.run(load_settings(path)) / "icae_config.json").read_text() == digest
+    # A third call has nothing to do.
+    assert (recipes.pretrain(load_settings(path)) / "icae_config.json").read_text() == digest
 
 
 FROM_A_CODE = [
@@ -132,7 +134,7 @@ def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_p
         train={"save_steps": 1, "lr_scheduler_type": "linear", "save_total_limit": 9, "token_lr_factor": 4.0,
                "optim": optim},
     )  # fmt: skip
-    adapter = pretrain.run(load_settings(path))
+    adapter = recipes.pretrain(load_settings(path))
     whole, digest = history(tmp_path, 6), (adapter / "icae_config.json").read_text()
     named = [[n for n in ("loss_code", "loss_warm", "loss_ae") if n in line] for line in whole]
     assert named[1::2] == [["loss_code"], ["loss_warm"], ["loss_ae"]]
@@ -141,23 +143,23 @@ def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_p
     assert rotated == ({n for n in states if "adapter" in n} if optim == "soap" else set())
     for step in range(resumed_from + 1, 7):
         shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
-    adapter = pretrain.run(load_settings(path))
+    adapter = recipes.pretrain(load_settings(path))
     assert history(tmp_path, 6) == whole
     assert (adapter / "icae_config.json").read_text() == digest
 
 
-# A launcher that sees no GPU takes these options all the same.
+# These options also work on a machine without a GPU.
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (("--cpu", "--num_processes", "1"), ""),
-        (("--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "shared out to 2 processes"),
+        (("--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "sharded over 2 processes"),
     ],
     ids=["plain", "fsdp"],
 )
 def test_accelerate_launch_is_the_same_code(config, tmp_path, options, told):
     path = config(TEXTS, adapter={"lora_dropout": 0.0})
-    pretrain.run(load_settings(path))
+    recipes.pretrain(load_settings(path))
     alone = history(tmp_path, 6)
     (tmp_path / "out").rename(tmp_path / "alone")
     launch = ["-m", "accelerate.commands.launch", *options, "--num_machines", "1"]
@@ -174,7 +176,7 @@ def test_accelerate_launch_is_the_same_code(config, tmp_path, options, told):
 
 
 def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeypatch, capsys):
-    pretrain.run(load_settings(config(TEXTS)))
+    recipes.pretrain(load_settings(config(TEXTS)))
     rows = [{"input": words(30, i), "prompt": words(4, 50 + i), "answer": words(6, 90 + i)} for i in range(8)]
     (tmp_path / "out").rename(tmp_path / "pretrained")
     path = config(rows, model={"adapter": str(tmp_path / "pretrained" / "adapter")},
@@ -211,6 +213,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(config, tmp_path, monkeypatch,
 
 
 def test_another_adapter_does_not_go_on_from_a_checkpoint(config, tmp_path):
-    pretrain.run(load_settings(config(TEXTS)))
+    recipes.pretrain(load_settings(config(TEXTS)))
     with pytest.raises(ValueError, match=r"adapter\.lora_rank differs"):
-        pretrain.run(load_settings(config(TEXTS, adapter={"lora_rank": 8})))
+        recipes.pretrain(load_settings(config(TEXTS, adapter={"lora_rank": 8})))

@@ -15,7 +15,7 @@ from icae_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from icae_fast.io.files import load_tensors
 from icae_fast.training.loop.checkpoint_folder import OPTIMIZER_FILE, find_checkpoint
 from icae_fast.training.loop.model import NAMES
-from icae_fast.training.loop.report import SAMPLES_FILE, LossWindow, Scores
+from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores
 from icae_fast.training.methods.batch import pack
 from training_worker import CountingStream, launch, make_icae, make_trainer
 
@@ -24,19 +24,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_worker(folder, processes=1, **options):
-    """A training run of its own process, or of several."""
+    """Run training in a new process, or in several."""
     return launch(WORKER, folder, json.dumps(options), processes=processes)
 
 
 def train(trainer, folder):
-    """Train on from the newest checkpoint, if any."""
+    """Train from the newest checkpoint, if there is one."""
     found = find_checkpoint(Path(folder), "auto")
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     return trainer
 
 
 def curve(trainer):
-    """The log without times and memory."""
+    """Return the log without times and memory."""
     timed = ("second", "runtime", "memory", "train_loss")
     return [{k: v for k, v in line.items() if not any(t in k for t in timed)} for line in trainer.state.log_history]
 
@@ -50,7 +50,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     reference = train(make_trainer(whole, steps=9, evaluate=True), whole)
     died = run_worker(killed, steps=9, evaluate=True, kill_at=5)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert find_checkpoint(killed, "auto").name == "checkpoint-4"  # in the middle of an epoch and of a log window
+    assert find_checkpoint(killed, "auto").name == "checkpoint-4"  # in the middle of an epoch and of a log interval
     resumed = train(make_trainer(killed, steps=9, evaluate=True), killed)
     assert len(curve(reference)) == 9  # three log lines, five evaluations, the summary
     assert curve(resumed) == curve(reference)
@@ -64,8 +64,7 @@ def test_gradients_are_those_of_the_whole_step(tmp_path):
     stream = iter(CountingStream(icae))
     samples = [sample for _ in range(4) for sample in next(stream)]
     batch = pack(samples)
-    rows = [batch["context_ids"].split(batch["context_lengths"].tolist())]
-    rows += [batch[key].split(batch["prompt_lengths"].tolist()) for key in ("prompt_answer_ids", "labels")]
+    rows = [batch.contexts, batch.prompts, batch.label_rows]
     icae(*rows)["loss"].backward()
     gradient = torch.load(tmp_path / "gradient.pt")
     for name, parameter in icae.named_parameters():
@@ -74,7 +73,7 @@ def test_gradients_are_those_of_the_whole_step(tmp_path):
     assert trainer.state.log_history[-2]["loss"] == pytest.approx(icae(*rows)["loss"].item(), rel=1e-5)
 
 
-# Shares of the base model change nothing, and a run over them resumes.
+# Sharding the base model does not change the result, and a sharded run resumes.
 @pytest.mark.parametrize("options", [{"legs": [4]}, {"legs": [2, 4], "shard_base": True}], ids=["ddp", "fsdp"])
 def test_two_processes_are_one(tmp_path, options):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -178,8 +177,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
         train(make_trainer(tmp_path, steps=4, dropout=0.5), tmp_path)
 
 
-def test_a_log_window_goes_on_from_its_state():
-    whole, first = LossWindow(), LossWindow()
+def test_a_log_interval_continues_from_its_state():
+    whole, first = LogInterval(), LogInterval()
     rows = [
         Scores(torch.rand(len(NAMES), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)))
         for i in range(4)
@@ -188,7 +187,7 @@ def test_a_log_window_goes_on_from_its_state():
         whole.add(row, 10, 5)
         if i < 2:
             first.add(row, 10, 5)
-    second = LossWindow()
+    second = LogInterval()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for row in rows[2:]:
         second.add(row, 10, 5)

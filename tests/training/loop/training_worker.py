@@ -1,4 +1,4 @@
-"""A tiny training run of its own process: `python training_worker.py FOLDER JSON`, also under torchrun."""
+"""A tiny training run as a separate process: `python training_worker.py FOLDER JSON`, also under torchrun."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from icae_fast.training.methods.objectives import Sample, autoencoding_sample, c
 
 
 def launch(script, *arguments, processes=1):
-    """A script of this folder in a process of its own, or in several that know each other."""
+    """Run a script of this folder in a new process, or in several under torchrun."""
     several = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
     paths = [str(script.parents[n]) for n in (3, 2, 0)]  # the checkout, tests/ and this folder
     return subprocess.run(
@@ -35,7 +35,7 @@ def launch(script, *arguments, processes=1):
 
 
 def make_icae(**fields) -> ICAE:
-    """A tiny ICAE on the golden base, whose B is not zero."""
+    """Return a tiny ICAE on the golden base model, with non-zero B matrices."""
     config = {"memory_size": 2, "compression_rate": 4, "lora_rank": 4, "slot_scale": "embedding_norm"} | fields
     torch.manual_seed(0)
     icae = ICAE.from_base(golden.load_base(), ICAEConfig(**config))
@@ -47,7 +47,7 @@ def make_icae(**fields) -> ICAE:
 
 
 def make_sample(icae: ICAE, i: int) -> Sample:
-    """Sample number i: autoencoding or continuation of up to three spans; from the second step on with own guesses."""
+    """Return sample i: autoencoding or continuation of up to three spans; from the second step on with own guesses."""
     draw = torch.Generator().manual_seed(i)
     ids = torch.randint(3, icae.vocabulary.n_base, (5 + 7 * (i % 3) + 12,), generator=draw).tolist()
     sample = continuation_sample(icae, ids[:-12], ids[-12:]) if i % 2 else autoencoding_sample(icae, ids[:-12])
@@ -55,7 +55,7 @@ def make_sample(icae: ICAE, i: int) -> Sample:
 
 
 class CountingStream(torch.utils.data.IterableDataset):
-    """The interface of `BatchStream` over sample numbers: micro-batch j of step s holds rows 2 (4 s + j), + 1."""
+    """A stand-in for `BatchStream`: micro-batch j of step s holds samples 2 (4 s + j) and 2 (4 s + j) + 1."""
 
     def __init__(self, icae, rank=0, world_size=1, poisoned=(), micro_batches=4):
         self.icae, self.rank, self.world_size, self.poisoned = icae, rank, world_size, poisoned
@@ -63,8 +63,8 @@ class CountingStream(torch.utils.data.IterableDataset):
         self.micro_batches_per_step = micro_batches // world_size
         self.counts, self.curriculum = {"empty text": 1}, Curriculum([Stage(1, {"ae": 1.0, "lm": 1.0}, 19)])
 
-    def loader(self, collate, num_workers, generator):
-        return torch.utils.data.DataLoader(self, None, collate_fn=collate, generator=generator)
+    def loader(self, make_batch, num_workers, generator):
+        return torch.utils.data.DataLoader(self, None, collate_fn=make_batch, generator=generator)
 
     @property
     def epoch(self):
@@ -89,17 +89,17 @@ class CountingStream(torch.utils.data.IterableDataset):
 
 
 class PoisonableModel(TrainingModel):
-    """Gives NaN for samples whose origin says so."""
+    """A model whose loss is NaN for samples with the origin "NaN"."""
 
     def forward(self, *args, **kwargs):
         outputs = super().forward(*args, **kwargs)
-        if "NaN" in (kwargs.get("origins") or ()):
+        if "NaN" in kwargs["batch"].origins:
             outputs = {k: v * float("nan") if k in ("loss", "sums") else v for k, v in outputs.items()}
         return outputs
 
 
 class Watch(TrainerCallback):
-    """Keeps the gradient of the first step, and kills the process before a step."""
+    """A callback that saves the gradient of the first step and kills the process before a given step."""
 
     def __init__(self, folder, kill_at):
         self.folder, self.kill_at, self.trainer = folder, kill_at, None
@@ -120,7 +120,7 @@ def make_trainer(
     folder, *, steps=6, kill_at=None, poisoned=(), on_nan="stop", dropout=0.1, evaluate=False, shard_base=False,
     **arguments,
 ):  # fmt: skip
-    """A trainer with four micro-batches a step over all processes."""
+    """Return a trainer with four micro-batches per step over all processes."""
     options = dict(max_steps=steps, learning_rate=1e-2, report_to="none", disable_tqdm=True, use_cpu=True, seed=3)  # noqa: C408
     options |= {"save_steps": 2, "logging_steps": 3, "ignore_data_skip": True, "logging_nan_inf_filter": False}
     options |= {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
@@ -131,7 +131,7 @@ def make_trainer(
     stream = CountingStream(icae, arguments.process_index, arguments.world_size, poisoned)
     arguments.gradient_accumulation_steps = stream.micro_batches_per_step
     held_out = [pack([make_sample(icae, 1000 + i)]) for i in range(3)]
-    evaluation = {"eval_batches": held_out, "restore": (held_out[0]["context_ids"].tolist(), "held out")}
+    evaluation = {"eval_batches": held_out, "restore": (held_out[0].context_ids.tolist(), "held out")}
     return ICAETrainer(
         PoisonableModel(icae), arguments, stream, on_nan=on_nan, shard_base=shard_base,
         callbacks=[Watch(folder, kill_at)],
@@ -140,12 +140,12 @@ def make_trainer(
 
 
 def main(folder: str, options: str) -> None:
-    """Train, from the last checkpoint where there is one, and leave the log and the adapter's values."""
+    """Train from the last checkpoint, if there is one, and write the log and the adapter's values."""
     from icae_fast.training.loop.checkpoint_folder import find_checkpoint
 
     torch.set_num_threads(1)
     options = json.loads(options)
-    for steps in options.pop("legs", [options.pop("steps", 6)]):  # each goes on from the last one's checkpoint
+    for steps in options.pop("legs", [options.pop("steps", 6)]):  # each continues from the previous one's checkpoint
         trainer = make_trainer(folder, steps=steps, **options)
         found = find_checkpoint(Path(folder), "auto")
         trainer.train(resume_from_checkpoint=str(found) if found else None)

@@ -1,4 +1,4 @@
-"""Curricula: which stage a step is in, what it draws, and what is refused."""
+"""Curricula: the stage of a step, its random draws, and rejected values."""
 
 import json
 import random
@@ -94,7 +94,7 @@ def test_growing_begins_with_a_warm_start():
         ({"objectives": {"ae": 0}}, "weight of 'ae' is 0"),
         ({"objectives": {"ae": float("nan")}}, "weight of 'ae' is nan"),
         ({"objectives": {"ae": "1"}}, "weight of 'ae' is '1'"),
-        ({"objectives": {"ae": 1, "warm": 1}}, "a stage of its own"),
+        ({"objectives": {"ae": 1, "warm": 1}}, "give it a separate stage"),
         ({"memory_sizes": 4}, "memory_sizes is 4"),
         ({"memory_sizes": [0]}, "entry of memory_sizes is 0"),
         ({"wrong_tokens": 1.5}, "wrong_tokens is 1.5; it must be a number from 0 to 1"),

@@ -1,4 +1,4 @@
-"""The teacher reads the text where the student reads slots, and predicts the same tokens."""
+"""The teacher reads the text in place of the student's slots, and predicts the same tokens."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ ALL = Distillation(alpha=0.5, objectives=("ae", "lm", "ft"))
 
 
 def make(icae, kind, n, rest):
-    """A sample of `n` context tokens and `rest` more."""
+    """Return a sample of `n` context tokens and `rest` further tokens."""
     ids = [3 + (7 * i + n) % 90 for i in range(n + rest)]
     if kind == "ae":
         return autoencoding_sample(icae, ids[:n])
@@ -82,7 +82,7 @@ def test_hidden_states_are_the_base_models(make_icae, model_kind, token_budget):
     icae = make_icae(model_kind)
     batch = pack([make(icae, kind, n, 9) for kind, n in (("ae", 20), ("lm", 33), ("ft", 5))])
     teacher = teacher_rows(icae, batch, ALL)
-    # A label in the middle that is left out must not move the others.
+    # Removing a label in the middle must not move the others.
     teacher.wanted[1] = teacher.wanted[1][[0, 2, 5]]
     hidden = teacher_hidden(icae, teacher, token_budget)
     expected = []
@@ -101,7 +101,7 @@ def test_a_sample_too_long_for_the_teacher(tiny_icae):
         teacher_rows(tiny_icae, batch, Distillation(alpha=0.5))
     teacher = teacher_rows(tiny_icae, batch, Distillation(alpha=0.5, too_long="skip"))
     assert teacher.n_too_long == 1
-    # Instruction samples alone have a teacher by default.
+    # By default only instruction samples (and continuations) have a teacher.
     assert teacher.covered.tolist() == [True] * 5 + [False] * 5 + [False] * 10
     assert len(teacher_hidden(tiny_icae, teacher)) == 5
 
@@ -144,7 +144,7 @@ def test_gradients_of_the_loss():
 
 @pytest.mark.parametrize("kept_bytes", [0, None])
 def test_token_losses_take_a_teacher(make_icae, kept_bytes):
-    """Some tokens with a teacher, some without, at k' slots: each as the formula has it, and so are gradients."""
+    """With a teacher for some tokens and k' slots, losses and gradients are those of the formula."""
     icae, k = make_icae(memory_positions="spread"), 2
     rows = (("ft", 20, 8), ("ae", 9, 0), ("ft", 7, 9), ("ft", 250, 8))
     samples = [with_memory_size(icae, make(icae, *row), k) for row in rows]
@@ -179,7 +179,7 @@ def test_token_losses_take_a_teacher(make_icae, kept_bytes):
 
 
 def test_a_student_learns_from_the_teacher(make_icae, one_thread):
-    """With alpha = 1 labels are not in the loss; the student's answers come nearer to the teacher's."""
+    """With alpha = 1 the loss has no labels; the student approaches the teacher."""
     icae = make_icae(lora_rank=8, lora_alpha=8, lora_dropout=0.0).train()
     sample = instruction_sample(icae, list(range(10, 18)), [30, 31], [40, 41, 42, 43])
     chosen = teacher_rows(icae, pack([sample]), ALL)

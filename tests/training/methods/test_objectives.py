@@ -1,4 +1,4 @@
-"""Training samples have the reference's layout, and train."""
+"""Training samples have the reference's layout and can be trained on."""
 
 import random
 
@@ -10,9 +10,9 @@ from icae_fast import ICAE
 from icae_fast.errors import InvalidInputError
 from icae_fast.training.methods.objectives import (
     autoencoding_sample,
-    collate,
     continuation_sample,
     instruction_sample,
+    pad_samples,
     pretraining_sample,
 )
 
@@ -51,7 +51,7 @@ def test_pretraining_mixes_by_the_ratio(icae):
     rng = random.Random(0)
     samples = [pretraining_sample(icae, ids, 100, 0.4, rng) for _ in range(300)]
     lm = [s for s in samples if AE not in s.prompt_answer_ids]
-    # A window may end where too little follows; with 400 tokens that is 1 in 5 of the draws.
+    # An excerpt may end where too little text follows: with 400 tokens, in 1 of 5 draws.
     assert 0.2 < len(lm) / len(samples) < 0.45
     assert all(len(s.input_ids) == 100 for s in samples)
     assert all(64 < len(s.prompt_answer_ids) - 32 <= 100 for s in lm)
@@ -62,8 +62,8 @@ def test_a_batch_of_all_kinds_trains(icae):
     ids = golden.case("three_spans")["input_ids"][0].tolist()
     samples = [autoencoding_sample(icae, ids), continuation_sample(icae, ids[:20], ids[20:60]),
                instruction_sample(icae, ids[:5], ids[5:9], ids[9:12])]  # fmt: skip
-    out = icae(**collate(icae, samples))
-    singles = [icae(**collate(icae, [s])) for s in samples]
+    out = icae(**pad_samples(icae, samples))
+    singles = [icae(**pad_samples(icae, [s])) for s in samples]
     counts = torch.tensor([sum(label != -100 for label in s.labels) for s in samples])
     expected = (torch.stack([o["loss"] for o in singles]) * counts).sum() / counts.sum()
     torch.testing.assert_close(out["loss"], expected, rtol=1e-5, atol=1e-5)

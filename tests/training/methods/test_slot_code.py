@@ -1,4 +1,4 @@
-"""The slot code: slots without an encoder, what learns from them, and a run that begins with one."""
+"""The slot code: slots without an encoder, its trained parameters, and the warm start towards it."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def batch_of(icae, *lengths):
 def test_only_code_gain_and_ae_token_learn_from_it(icae):
     model = TrainingModel(icae, code=SlotCode.of(icae))
     model.zero_grad()
-    outputs = model(**batch_of(icae, 6, 11), alone="code")
+    outputs = model(batch_of(icae, 6, 11), exclusive="code")
     outputs["loss"].backward()
     assert outputs["counts"].nonzero().flatten().tolist() == [NAMES.index("code")]
     assert outputs["counts"].sum() == 6 + 11 + 2

@@ -1,4 +1,4 @@
-"""The warm start's loss is its formula, whatever the lengths, and teaches an encoder."""
+"""The warm start's loss is its formula for any lengths, and trains an encoder."""
 
 import math
 
@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
 def by_hand(icae, contexts, slots, k):
-    """(loss, slots whose own target no other beats) slot by slot, in fp64."""
+    """Return (loss, slots whose own target is the nearest), computed slot by slot in fp64."""
     table, loss, right = icae.base_model.get_input_embeddings().weight.double(), 0.0, 0
     for ids, row in zip(contexts, slots, strict=True):
         cut = span_lengths(len(ids), icae.config)
@@ -51,7 +51,7 @@ def test_perfect_slots_are_all_right(tiny_icae, random_ids, lengths, k):
     ids = random_ids(sum(lengths), seed=k)
     means = share_means(tiny_icae, ids, lengths, k)
     assert means.shape == (len(lengths), k, tiny_icae.backbone.hidden_size)
-    if all(n % k == 0 for n in lengths):  # then shares are equal, and a mean over shares is that over the span
+    if all(n % k == 0 for n in lengths):  # shares are equal, so a mean over shares is the mean over the span
         spans = [tiny_icae.embed(s).mean(0) for s in ids.split(lengths)]
         torch.testing.assert_close(means.mean(1), torch.stack(spans), rtol=1e-5, atol=1e-5)
     contexts = [s for s in ids.split(lengths) if len(s) <= 16]

@@ -1,4 +1,4 @@
-"""The samples of some optimiser steps, drawn and packed together."""
+"""Windows of optimiser steps, whose samples are drawn and packed together."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from icae_fast.training.methods.curriculum import Curriculum, Stage
 
 
 @dataclass(frozen=True)
-class Window:
-    """Some optimiser steps of one stage.
+class StepWindow:
+    """Consecutive optimiser steps of one stage.
 
     Args:
-        begin, end: places between windows, in JSON values: `step`, the number of the next optimiser step; `epoch` and
-            `rows`, where the next row stands (see `RowIterator.state_dict`, None for the first); `used`, how many of
-            its samples went into earlier windows; `counts`, of the tally before it.
-        stage: of all steps.
+        begin, end: positions between windows, in JSON values: `step`, the number of the next optimiser step; `epoch`
+            and `rows`, the position of the next row (see `RowIterator.state_dict`, None for the first); `used`, how
+            many of that row's samples are in earlier windows; `counts` of the tally at this position.
+        stage: stage of all steps.
         drafts: the samples.
-        steps: micro-batches of indices into `drafts`.
+        steps: micro-batches of indices into `drafts`, for each step.
     """
 
     begin: dict[str, Any]
@@ -39,7 +39,13 @@ class Window:
 
 @dataclass
 class _Pulled:
-    """A row's samples, the first `used` of which are in earlier windows, and the place before the row."""
+    """A row's samples.
+
+    Args:
+        place: position before the row.
+        drafts: the samples.
+        used: number of first samples that are in earlier windows.
+    """
 
     place: dict[str, Any]
     drafts: list[Draft]
@@ -47,25 +53,25 @@ class _Pulled:
 
 
 def draw_row(draw: Draw, row: Row, stage: Stage, seed: int, epoch: int, tally: Tally) -> list[Draft]:
-    """The samples of a row, by a random generator of its own."""
+    """Return the samples of a row, drawn with a random generator for this row and epoch."""
     if row.problem:
-        if epoch == 0:  # later epochs meet the same
+        if epoch == 0:  # later epochs see the same row
             tally.add(f"{SKIPPED}: {row.problem}", row.origin)
         return []
     return draw(row, stage, random.Random(f"{seed}:{epoch}:{row.key}"), tally)
 
 
-class WindowMaker:
-    """Makes one window after another, from a place on.
+class StepWindowMaker:
+    """A maker of consecutive windows, from any position on.
 
     Args:
         source, draw, curriculum, tokens_per_step, micro_batch_tokens, window_steps, seed: see `BatchStream`.
-        begin: the place; see `Window`.
-        micro_batches_per_step: over all processes.
+        begin: position of the first window; see `StepWindow`.
+        micro_batches_per_step: micro-batches of a step over all processes.
         quiet: count bad rows without logging them.
 
     Attributes:
-        tally: of all rows so far.
+        tally: counts of all rows so far.
     """
 
     def __init__(
@@ -89,23 +95,23 @@ class WindowMaker:
         self._go_to(begin)
 
     def _go_to(self, begin: Mapping[str, Any]) -> None:
-        """Stand at a place, with nothing pulled."""
+        """Move to a position, dropping all pulled samples."""
         self._begin = dict(begin)
         self._epoch = begin["epoch"]
         self._rows = self._source.rows(self._epoch)
         if begin["rows"] is not None:
             self._rows.load_state_dict(begin["rows"])
-        # Whether this epoch was pulled from its first row on, and has given a sample.
+        # Whether this epoch was read from its first row on, and whether it has had a sample.
         self._whole, self._fruitful = begin["rows"] is None, False
         self._used = begin["used"]
         self.tally.counts = Counter(begin["counts"])
         self._pulled: deque[_Pulled] = deque()
 
-    def next_window(self) -> Window:
-        """The next window.
+    def next_window(self) -> StepWindow:
+        """Return the next window.
 
         Raises:
-            DataError: a row or file cannot be used, or no row of an epoch gives a sample.
+            DataError: a row or file cannot be used, or no row of an epoch has a sample.
         """
         begin, step = self._begin, self._begin["step"]
         _, stage = self._curriculum.stage_at(step)
@@ -116,17 +122,17 @@ class WindowMaker:
         steps = packing.pack_steps(costs, n_steps, self._per_step, self._budget, rng)
         next_step = step + n_steps
         if next_step == self._curriculum.ends(step):
-            # What is left of a row was drawn for the stage that ends here.
+            # The unused samples of this row were drawn for the stage that ends here.
             if self._pulled and self._pulled[0].used:
                 self._pulled.popleft()
             end = self._place(next_step)
             self._go_to(end)
         else:
             end = self._begin = self._place(next_step)
-        return Window(begin, end, stage, drafts, steps)
+        return StepWindow(begin, end, stage, drafts, steps)
 
     def _take(self, stage: Stage, n_steps: int) -> list[Draft]:
-        """The samples of a window, in the order of their rows; those that do not fit are left for the next one."""
+        """Return the samples of a window, in the order of their rows; those that do not fit are kept for the next."""
         n_batches, n_tokens = n_steps * self._per_step, n_steps * self._tokens_per_step
         drafts = [draft for pulled in self._pulled for draft in pulled.drafts[pulled.used :]]
         total = sum(draft.cost for draft in drafts)
@@ -136,7 +142,7 @@ class WindowMaker:
             total += sum(draft.cost for draft in new)
         costs = [draft.cost for draft in drafts]
         enough = next(n for n, tokens in enumerate(accumulate(costs), 1) if tokens >= n_tokens)
-        n_taken = packing.fit(costs[: max(enough, n_batches)], n_batches, self._budget)
+        n_taken = packing.count_fitting(costs[: max(enough, n_batches)], n_batches, self._budget)
         left = n_taken
         while self._pulled and left >= len(self._pulled[0].drafts) - self._pulled[0].used:
             first = self._pulled.popleft()
@@ -146,12 +152,12 @@ class WindowMaker:
         return drafts[:n_taken]
 
     def _pull(self, stage: Stage) -> list[Draft]:
-        """The samples of the next row that are not used yet; there may be none."""
+        """Return the unused samples of the next row, possibly none."""
         place = self._row_place()
         row = next(self._rows, None)
         if row is None:
             if self._whole and not self._fruitful:
-                raise DataError(f"no row of the data gives a sample; what became of them: {dict(self.tally.counts)}")
+                raise DataError(f"no row of the data yields a sample; rows by cause: {dict(self.tally.counts)}")
             self._epoch += 1
             self._rows = self._source.rows(self._epoch)
             self._whole, self._fruitful = True, False
@@ -167,6 +173,6 @@ class WindowMaker:
         return {"epoch": self._epoch, "rows": self._rows.state_dict(), "counts": dict(self.tally.counts)}
 
     def _place(self, step: int) -> dict[str, Any]:
-        """The place before the first sample that is left."""
+        """Return the position before the first unused sample."""
         first = self._pulled[0] if self._pulled else _Pulled(self._row_place(), [])
         return {"step": step, **first.place, "used": first.used}
