@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from icae_fast import ICAE
+from icae_fast.backbone.packing import packed_qkv
 from icae_fast.backbone.rows import micro_batches
-from icae_fast.backbone.stack import packed_qkv
 
 Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m, k) times (k, n) into (m, n)
 
@@ -78,12 +78,12 @@ def _layer_weights(icae: ICAE) -> list[dict[str, torch.Tensor]]:
     q_features = icae.backbone.num_q_heads * icae.backbone.head_dim
     weights = []
     with torch.no_grad():
-        for layer, lora in zip(icae.backbone.model.layers, icae.adapter.pack(icae.dtype, dropout=False), strict=True):
+        for layer, lora in zip(icae.backbone.view, icae.adapter.pack(icae.dtype, dropout=False), strict=True):
             b_q, b_v = lora.b.split((q_features, len(lora.b) - q_features))
             weights.append({
-                "qkv": packed_qkv(layer.self_attn)[0], "a": lora.a, "b_q": b_q, "b_v": b_v,
-                "o": layer.self_attn.o_proj.weight, "down": layer.mlp.down_proj.weight,
-                "gate_up": _one_block(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight),
+                "qkv": packed_qkv(layer)[0], "a": lora.a, "b_q": b_q, "b_v": b_v,
+                "o": layer.o.weight, "down": layer.down.weight,
+                "gate_up": _one_block(*(m.weight for m in layer.swiglu[:2])),
             })  # fmt: skip
     return weights
 

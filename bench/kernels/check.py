@@ -26,7 +26,7 @@ from icae_fast.benchmark.machine import REPOSITORY
 os.environ.setdefault("TRITON_CACHE_DIR", str(REPOSITORY / ".cache" / "triton"))
 from bench.kernels.limits import complaints, inspect, worse
 from icae_fast.ops import REGISTRY
-from icae_fast.ops._triton import INTERPRETED, Launch, on_paper
+from icae_fast.ops._triton import INTERPRETED, Launch, record_launches
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,7 +103,7 @@ def collect(
             whole = every or dtype == dtypes[0]
             for call in (c for c in listed if c.op in served):
                 try:
-                    with on_paper(arch) as launches:
+                    with record_launches(arch) as launches:
                         call.launch(DTYPES[dtype])
                     jobs += [job for one in launches for job in _jobs(one, arch, dtype, call, seen, whole)]
                 except Exception as error:

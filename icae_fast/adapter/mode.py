@@ -1,4 +1,4 @@
-"""How the adapter meets the base weights where nothing is trained: LoRA on the fly, or merged into second weights."""
+"""LoRA without training: fused into the projection on the fly, or merged into a second copy of the weights."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ import torch
 
 from icae_fast.adapter.lora import FACTORS, PROJECTIONS, LoRAAdapter
 from icae_fast.backbone.lora import MergedQKV, PackedLoRA
-from icae_fast.backbone.stack import Backbone, packed_qkv
+from icae_fast.backbone.packing import packed_qkv
+from icae_fast.backbone.stack import Backbone
 from icae_fast.config import ICAEConfig
 from icae_fast.ops import fingerprint, lora_qkv_rope
 
 AdapterMode = Literal["auto", "fused", "merged"]
 
-MEMORY_SHARE = 0.25  # of the memory that is available, the most that "auto" takes for second weights
-PAYS = 0.95  # of the time of the fused projection; less of a gain is not worth the memory
-_MOST_ROWS = 512
-_GPU_ROWS = 8192  # of fewer a launch takes longer than its work, and it is launches that would be compared
+MEMORY_SHARE = 0.25  # largest share of the available memory that "auto" takes for merged weights
+PAYS = 0.95  # "auto" merges below this share of the fused projection's time
+_MAX_ROWS = 512
+_GPU_ROWS = 8192  # with fewer rows the launch overhead dominates the time
 _ROUNDS = 6
-_SECONDS = 0.3  # after which two rounds are enough
+_SECONDS = 0.3  # after this time two rounds are enough
 
-_TIMING = threading.Lock()  # two timings at once would disturb one another
+_TIMING = threading.Lock()  # concurrent timings would disturb each other
 
 
 class EncoderWeights:
-    """What the encoder of one `ICAE` runs with: the adapter's mode, and merged weights with what they were made of.
+    """The adapter mode of one encoder, and its merged weights with a fingerprint of their sources.
 
-    Copies and pickles keep the mode alone.
+    Copies and pickles keep the mode but no merged weights.
 
     Attributes:
         mode: see `ICAE.adapter_mode`.
-        in_use: "fused" or "merged", or None before the first call without gradients.
+        in_use: mode of the last call without gradients, "fused" or "merged"; None before the first.
     """
 
     def __init__(self, mode: AdapterMode = "auto") -> None:
@@ -50,7 +51,7 @@ class EncoderWeights:
         return EncoderWeights, (self.mode,)
 
     def free(self) -> None:
-        """Let go of merged weights; a call under way goes on with its own reference."""
+        """Free the merged weights; a running call keeps its reference."""
         with self._lock:
             self._held = None
 
@@ -60,7 +61,7 @@ class EncoderWeights:
         """Return each layer's packed LoRA, or its merged weights where nothing is trained.
 
         Args:
-            backbone: of the base model.
+            backbone: the base model's layer stack.
             adapter: the LoRA factors.
             config: rank and span sizes, for the timing of `"auto"`.
             dropout: see `LoRAAdapter.pack`.
@@ -88,9 +89,8 @@ class EncoderWeights:
     def _merged(self, backbone: Backbone, adapter: LoRAAdapter) -> list[MergedQKV]:
         # The key is a fingerprint of the bytes themselves: a write through `.data` leaves no other trace.
         tensors = [p for *_, p in adapter.named_factors()]
-        for layer in backbone.model.layers:
-            attention = layer.self_attn
-            tensors += (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        for layer in backbone.view:
+            tensors += (m.weight for m in layer.qkv)
         key = (fingerprint(tensors), tuple(t.dtype for t in tensors), tensors[0].device, adapter.scale)
         if self._held is None or self._held[0] != key:
             self._held = None  # freed first, so that memory never holds two merged copies
@@ -99,18 +99,18 @@ class EncoderWeights:
 
 
 def _embedding(backbone: Backbone) -> torch.Tensor:
-    """The base model's token embedding, which has the compute dtype and the device."""
-    return backbone.model.get_input_embeddings().weight
+    """Return the base model's token embedding, which has the compute dtype and the device."""
+    return backbone.view.embedding.weight
 
 
 def merge(backbone: Backbone, adapter: LoRAAdapter) -> list[MergedQKV]:
     """Merge LoRA into each layer: W' = W + s B A for q and v, summed in fp32 (fp64 for fp64) and rounded once."""
     q_size, kv_size = (n * backbone.head_dim for n in (backbone.num_q_heads, backbone.num_kv_heads))
     merged = []
-    # Autocast would do the product in its narrow dtype, and the weights outlive it.
+    # Autocast would compute the product in its narrow dtype, and the merged weights outlive it.
     with torch.no_grad(), torch.autocast(_embedding(backbone).device.type, enabled=False):
-        for layer, factors in zip(backbone.model.layers, adapter.layers, strict=True):
-            weight = packed_qkv(layer.self_attn)[0].clone()
+        for layer, factors in zip(backbone.view, adapter.layers, strict=True):
+            weight = packed_qkv(layer)[0].clone()
             wide = torch.promote_types(weight.dtype, torch.float32)
             for p, part in zip(PROJECTIONS, (weight[:q_size], weight[-kv_size:]), strict=True):
                 a, b = (factors[f"{p}_{f}"].to(wide) for f in FACTORS)
@@ -130,7 +130,7 @@ def merging_pays(backbone: Backbone, config: ICAEConfig) -> bool:
     """Return whether the projection is clearly faster with merged weights, timed once a process for these sizes."""
     b, weight = backbone, _embedding(backbone)
     on_gpu = weight.device.type == "cuda"
-    rows = _GPU_ROWS if on_gpu else min(config.max_span_tokens + config.memory_size, _MOST_ROWS)
+    rows = _GPU_ROWS if on_gpu else min(config.max_span_tokens + config.memory_size, _MAX_ROWS)
     with _TIMING:
         return _timed(
             rows, b.hidden_size, b.num_q_heads, b.num_kv_heads, b.head_dim, config.lora_rank, weight.dtype,
@@ -139,9 +139,14 @@ def merging_pays(backbone: Backbone, config: ICAEConfig) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _timed(rows, d, q_heads, kv_heads, head_dim, rank, dtype, device, threads) -> bool:
-    # Values do not matter to a matrix product's time, and random ones would move the caller's generator.
-    def filled(*shape, dtype=dtype):
+def _timed(
+    rows: int, d: int, q_heads: int, kv_heads: int, head_dim: int, rank: int, dtype: torch.dtype, device: torch.device,
+    threads: int,
+) -> bool:  # fmt: skip
+    """Time the projection with LoRA and without, and return whether the latter takes less than `PAYS` of the time."""
+
+    # The time of a matrix product does not depend on values; random ones would advance the caller's generator.
+    def filled(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.full(shape, 0.01, dtype=dtype, device=device)
 
     x, weight = filled(rows, d), filled((q_heads + 2 * kv_heads) * head_dim, d)
@@ -165,7 +170,7 @@ def _timed(rows, d, q_heads, kv_heads, head_dim, rank, dtype, device, threads) -
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that may still be taken on a device; on the CPU within the limit of the container, where there is one."""
+    """Return the bytes that can still be allocated on a device, on the CPU within the container's limit if any."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -177,7 +182,7 @@ def _free_memory() -> float:
         return _fields("/proc/meminfo")["MemAvailable:"] * 1024
     except (OSError, KeyError):
         pass
-    try:  # all there is, where it is unknown how much is taken
+    try:  # the total memory, where the free memory is unknown
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 0
@@ -188,7 +193,7 @@ def _container_memory(folder: str = "/sys/fs/cgroup") -> float:
         with open(f"{folder}/memory.max") as limit, open(f"{folder}/memory.current") as used:
             cached = _fields(f"{folder}/memory.stat")["inactive_file"]
             return int(limit.read()) - int(used.read()) + cached
-    except (OSError, KeyError, ValueError):  # none, or the limit is "max"
+    except (OSError, KeyError, ValueError):  # no cgroup, or the limit is "max"
         return float("inf")
 
 

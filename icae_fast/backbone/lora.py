@@ -1,4 +1,4 @@
-"""The LoRA of a layer as the backbone takes it: packed factors, or merged weights."""
+"""LoRA of a layer for the backbone: packed factors, or merged weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class PackedLoRA:
-    """One layer's LoRA in the form that `lora_qkv_rope` takes.
+    """One layer's LoRA factors in the layout of `lora_qkv_rope`.
 
     Args:
-        a: (2 r, d) A_q above A_v, b: (Hq D + Hkv D, r) B_q above B_v, both in the compute dtype.
+        a: (2 r, d), A_q above A_v, in the compute dtype.
+        b: (Hq D + Hkv D, r), B_q above B_v, in the compute dtype.
         scale: alpha / r.
         dropout_p: dropout probability, 0 outside training.
-        dropout_seed: () int64 or None.
+        dropout_seed: () int64, None without dropout.
     """
 
     a: torch.Tensor
@@ -26,13 +27,13 @@ class PackedLoRA:
 
     @property
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, float, float, torch.Tensor | None]:
-        """a, b, scale, dropout_p, dropout_seed."""
+        """The fields a, b, scale, dropout_p and dropout_seed."""
         return self.a, self.b, self.scale, self.dropout_p, self.dropout_seed
 
 
 @dataclass(frozen=True)
 class MergedQKV:
-    """One layer with its LoRA merged: what `lora_qkv_rope` takes in place of the base weights, and then without LoRA.
+    """One layer's packed weights with LoRA merged; `lora_qkv_rope` takes them instead of base weights and LoRA.
 
     Args:
         weight: ((Hq + 2 Hkv) D, d), W_q' above W_k above W_v', in the compute dtype.

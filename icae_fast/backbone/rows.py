@@ -1,4 +1,4 @@
-"""Packed rows: where the rows of a batch begin and at which positions their tokens stand."""
+"""Packed rows: row boundaries of a batch and positions of its tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from icae_fast.ops._lengths import remember
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Where the rows of a packed batch begin and where their tokens stand.
+    """Row boundaries and positions of a packed batch.
 
     Args:
         positions: (T,) int64 position id of every token.
-        cu_seqlens: (n + 1,) int32 start of every row.
+        cu_seqlens: (n + 1,) int32 start of every row, then the end.
         max_seqlen: length of the longest row.
-        out_rows: (Tq,) int64 rows whose final hidden state is asked for, None for all.
-        cu_seqlens_out: (n + 1,) int32 start of every row among `out_rows`, None when that is None.
-        max_seqlen_out: the most that one row has among `out_rows`.
+        out_rows: (Tq,) int64 tokens whose final hidden state is requested, None for all.
+        cu_seqlens_out: (n + 1,) int32 start of every row among `out_rows`, None if that is None.
+        max_seqlen_out: largest number of `out_rows` in one row.
     """
 
     positions: torch.Tensor
@@ -32,7 +32,7 @@ class PackedRows:
     max_seqlen_out: int = 0
 
     def to(self, device: torch.device) -> PackedRows:
-        """The same with its tensors on `device`; kernels go on knowing where rows begin without asking it."""
+        """Return the layout with its tensors on `device`, keeping host copies of the boundaries for kernel launches."""
         values = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in vars(self).items()}
         for name in ("cu_seqlens", "cu_seqlens_out"):
             if values[name] is not None and values[name] is not getattr(self, name):
@@ -41,14 +41,14 @@ class PackedRows:
 
 
 def cumulative(lengths: Sequence[int]) -> torch.Tensor:
-    """(n + 1,) int32 cumulative sum of row lengths, beginning with 0."""
+    """Return the (n + 1,) int32 cumulative sum of row lengths, starting with 0."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def pack_behind(starts: Sequence[int], counts: Sequence[int]) -> PackedRows:
-    """The layout of rows that go on at positions `starts` with `counts` tokens each.
+    """Return the layout of rows that continue at positions `starts` with `counts` tokens each.
 
-    Only each row's last hidden state is asked for.
+    Only the last hidden state of each row is requested.
     """
     cu = cumulative(counts)
     return PackedRows(
@@ -62,9 +62,9 @@ def pack_behind(starts: Sequence[int], counts: Sequence[int]) -> PackedRows:
 
 
 def pack_ends(lengths: Sequence[int], counts: Sequence[int]) -> PackedRows:
-    """The layout of rows of `lengths` tokens, of which the last `counts` hidden states each are asked for.
+    """Return the layout of rows of `lengths` tokens, the last `counts` hidden states of each being requested.
 
-    They are the last ones because fewer queries than keys are aligned with the end of a row.
+    Attention aligns queries with the end of a row, so only a row's last tokens can be selected.
     """
     cu, cu_out = cumulative(lengths), cumulative(counts)
     return PackedRows(
@@ -78,21 +78,21 @@ def pack_ends(lengths: Sequence[int], counts: Sequence[int]) -> PackedRows:
 
 
 def token_budget_on(device: torch.device, given: int | None = None) -> int:
-    """`given`, or what suits a device where it is None: the tokens of a micro-batch where no backward follows.
+    """Return `given`, or by default the tokens of a micro-batch without a backward on a device.
 
-    A GPU computes a layer of few rows faster than the host can launch it; on the CPU more rows gain nothing, and what
-    is computed of fewer stays in its caches.
+    With few rows a GPU computes a layer faster than the host launches it. On the CPU more rows save no time, and the
+    activations of fewer rows stay in the caches.
     """
     return (32768 if device.type == "cuda" else 4096) if given is None else given
 
 
 def span_tokens_on(device: torch.device, given: int | None = None) -> int:
-    """The same of a micro-batch of spans in training, the layers of which are kept for a backward."""
+    """Return `given`, or by default the tokens of a micro-batch of spans in training, kept for a backward."""
     return (8192 if device.type == "cuda" else 1024) if given is None else given
 
 
 def micro_batches(costs: Sequence[int], budget: int) -> Iterator[range]:
-    """Cut a sequence into runs whose costs add up to at most `budget`; one that costs more goes alone."""
+    """Yield consecutive ranges whose costs sum to at most `budget`; an item over the budget gets a range of its own."""
     start = total = 0
     for i, cost in enumerate(costs):
         if i > start and total + cost > budget:

@@ -1,7 +1,7 @@
-"""Layers whose weights FSDP2 holds in shares: gathered around each use, and equally often in every process.
+"""Layers sharded by FSDP2: all-gathered around each use, equally often in every process.
 
-`torch.distributed.fsdp.fully_shard` gathers a module's weights in hooks around its calls. The backbone's ops read the
-weights of layers that are never called, so it asks for them here.
+`torch.distributed.fsdp.fully_shard` gathers a module's weights in hooks around its forward. The backbone's ops read the
+weights of layers whose forward is never called, so it gathers them here.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from torch import nn
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to a module itself, and not only to one around or inside it."""
-    # That makes its class one of `FSDPModule`'s; importing this to ask for it takes 0.8 s.
+    """Return whether `fully_shard` was applied to this module, not only to a parent or child."""
+    # `fully_shard` makes the class an `FSDPModule`; importing that to check takes 0.8 s.
     return hasattr(type(module), "unshard")
 
 
 def gathered(layers: Sequence[nn.Module], i: int, step: int) -> AbstractContextManager[nn.Module]:
-    """Gives layer i, its weights in one piece while the context lasts; nothing happens where it is not sharded.
+    """Return a context that yields layer i with its weights unsharded; a no-op if the layer is not sharded.
 
-    Each process must enter the same contexts in the same order. The weights that are gathered belong to FSDP2: they
-    must not be moved, nor kept beyond the context.
+    All processes must enter the same contexts in the same order. FSDP2 owns the gathered weights: do not move them or
+    keep them beyond the context.
 
     Args:
-        layers: of one stack.
-        i: which of them.
-        step: 1 or -1, to the layer whose weights come next and are sent meanwhile.
+        layers: the layers of one stack.
+        i: index of the layer.
+        step: 1 or -1; the weights of layer i + step are prefetched.
     """
     layer = layers[i]
     return _gathered(layers, i, step) if is_sharded(layer) else contextlib.nullcontext(layer)
 
 
 @contextlib.contextmanager
-def _gathered(layers, i, step):
+def _gathered(layers: Sequence[nn.Module], i: int, step: int) -> Iterator[nn.Module]:
     layer = layers[i]
     if not hasattr(next(layer.parameters()), "to_local"):  # no DTensor: inside `whole_model`
         yield layer
@@ -52,10 +52,10 @@ def _gathered(layers, i, step):
 
 @contextlib.contextmanager
 def whole_model(model: nn.Module) -> Iterator[None]:
-    """Every process has all weights of a model in one piece, so that any of them may use it by itself.
+    """Unshard all weights of a model inside the context, so that a process can use it by itself.
 
     Args:
-        model: whatever of it is sharded is gathered; all processes call this.
+        model: a model with sharded modules; all processes must enter the context.
     """
     sharded = [module for module in model.modules() if is_sharded(module)]
     for module in sharded:
@@ -68,11 +68,11 @@ def whole_model(model: nn.Module) -> Iterator[None]:
 
 
 def least_of_all(values: Sequence[int], device: torch.device) -> list[int]:
-    """The least that any process gives, for each value; all processes call this.
+    """Return the minimum over all processes of each value; all processes call this.
 
     Args:
-        values: as many in each process.
-        device: one that the processes' backend sends from.
+        values: equally many in each process.
+        device: a device that the process group's backend supports.
     """
     least = torch.tensor(values, device=device)
     torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)

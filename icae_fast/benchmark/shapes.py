@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from icae_fast.backbone.families.table import view_of
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -30,7 +32,7 @@ class ModelShape:
     def of(cls, model: Any) -> ModelShape:
         """Return the shape of a Hugging Face causal language model."""
         c = model.config
-        head_dim = model.model.layers[0].self_attn.head_dim
+        head_dim = view_of(model).layer(0).head_dim
         return cls(
             c._name_or_path or c.model_type, c.hidden_size, c.num_hidden_layers, c.num_attention_heads,
             c.num_key_value_heads, head_dim, c.intermediate_size, c.vocab_size,

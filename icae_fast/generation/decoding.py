@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from icae_fast.generation.graphs import StepGraph, capture_on
-from icae_fast.generation.step_weights import RotaryTables, StepWeights
+from icae_fast.generation.step_weights import RotaryTables, step_cache, step_weights
 from icae_fast.kv.segments import DecoderRows, KVSegment, tree_order
-from icae_fast.ops import BoundStep, bind_decode_step, decode_step
+from icae_fast.ops import BoundStep, StepWeights, bind_decode_step, decode_step
 
 if TYPE_CHECKING:
     from icae_fast.core.core import ICAECore
@@ -24,7 +24,7 @@ class DecodeSession:
     """Rows that decode together: each reads shared segments, then its own suffix, then its new tokens.
 
     Segments that rows share are read once for all of them. A step is one call of the op `decode_step` where that op
-    computes the model (see `StepWeights.of`), and otherwise a forward of the backbone. On CUDA, the steps of a fixed
+    computes the model (see `step_weights`), and otherwise a forward of the backbone. On CUDA, the steps of a fixed
     set of rows are one CUDA graph.
 
     Args:
@@ -49,7 +49,7 @@ class DecodeSession:
             core.backbone, [paths[r] for r in self._order], [len(s) + max_new_tokens for s in self._suffixes],
             core.dtype, core.device,
         )  # fmt: skip
-        self._weights = StepWeights.of(core.base_model, core.backbone)
+        self._weights = step_weights(core.backbone)
         longest = max(p + c for p, c in zip(self._rows.prefix_lengths, self._rows.capacities, strict=True))
         self._tables = RotaryTables(core.backbone, longest, suffixes[0])
         self._graph: StepGraph | None = None
@@ -111,27 +111,21 @@ class DecodeSession:
     @functools.cached_property
     def _bound(self) -> BoundStep:
         """The step bound to the remaining rows."""
-        w, rows, shared = self._weights, self._rows, self._rows.shared
-        return bind_decode_step(
-            w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, *self._tables.fixed, rows.keys, rows.values,
-            rows.starts, [s.keys for s in shared.segments], [s.values for s in shared.segments], shared.rows,
-            num_q_heads=self._core.backbone.num_q_heads, num_kv_heads=self._core.backbone.num_kv_heads,
-            scale=w.scale, norm_eps=w.norm_eps, windows=w.windows,
-        )  # fmt: skip
+        return bind_decode_step(self._weights, *self._tables.fixed, step_cache(self._rows), self._rows.starts)
 
     def _unbound_step(self, tokens):
         """Compute a step whose RoPE angles depend on the current row lengths."""
         rows = self._rows
         lengths = rows.append_each()
         cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
-        return _compute(self._core.backbone, self._weights, rows, *rows.tails, tokens, cos, sin)
+        return _compute(self._weights, rows, *rows.tails, tokens, cos, sin)
 
     def _graph_step(self, tokens):
         rows = self._rows
         if self._graph is None:
             starts, lengths = rows.tails  # each step increments the lengths on the device
             # `compute` holds no reference to the session, so that the session is freed with its last user.
-            compute = functools.partial(_compute, self._core.backbone, self._weights, rows, starts, lengths)
+            compute = functools.partial(_compute, self._weights, rows, starts, lengths)
             positions = [p + n for p, n in zip(rows.prefix_lengths, rows.lengths, strict=True)]
             self._graph = StepGraph(compute, self._tables.fixed, positions, lengths, self._order, self._capture)
         rows.append_each()
@@ -161,12 +155,9 @@ class DecodeSession:
         return out
 
 
-def _compute(backbone, weights, rows, tail_starts, tail_lengths, tokens, cos, sin):
-    """(R, V) logits behind one token of each row, in the order of the rows."""
-    w, shared = weights, rows.shared
-    return decode_step(
-        tokens, w.embedding, w.norms, w.matrices, w.biases, w.qk_norms, w.head, cos, sin, rows.keys, rows.values,
-        tail_starts, tail_lengths, [s.keys for s in shared.segments], [s.values for s in shared.segments],
-        shared.rows, num_q_heads=backbone.num_q_heads, num_kv_heads=backbone.num_kv_heads, scale=w.scale,
-        norm_eps=w.norm_eps, windows=w.windows,
-    )  # fmt: skip
+def _compute(
+    weights: StepWeights, rows: DecoderRows, tail_starts: torch.Tensor, tail_lengths: torch.Tensor,
+    tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Return (R, V) logits behind one token of each row, in the order of the rows."""
+    return decode_step(tokens, weights, cos, sin, step_cache(rows), tail_starts, tail_lengths)

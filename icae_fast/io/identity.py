@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from icae_fast.backbone.families.table import view_of
 from icae_fast.errors import BaseModelMismatchError
 
 _SAMPLES_PER_TENSOR = 64
@@ -28,10 +29,11 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     and last layer, and the final norm. They are rounded to bf16, so that the fingerprint does not depend on the dtype
     in which the model is loaded.
     """
-    layers = model.model.layers
-    chosen = [model.get_input_embeddings().weight, model.model.norm.weight]
-    for i in sorted({0, len(layers) // 2, len(layers) - 1}):
-        chosen += [m.weight for m in (layers[i].self_attn.q_proj, layers[i].self_attn.o_proj, layers[i].mlp.down_proj)]
+    view = view_of(model)
+    n = len(view.layers)
+    chosen = [view.embedding.weight, view.final_norm.weight]
+    for layer in map(view.layer, sorted({0, n // 2, n - 1})):
+        chosen += [m.weight for m in (layer.qkv[0], layer.o, layer.down)]
     bits = [_sample(w).view(torch.int16).tolist() for w in chosen]
     identity = {name: getattr(model.config, name, None) for name in _SHAPE_FIELDS}
     identity["vocab_size"] = chosen[0].shape[0]

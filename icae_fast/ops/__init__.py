@@ -1,18 +1,21 @@
 """The package's ops: each one declared in its folder's `spec.py`, with a reference and compiled kernels.
 
-    op                       what
+    op                       computes
     lora_qkv_rope            packed QKV projection, LoRA on q and v, RoPE
     varlen_attention         causal attention over packed rows, GQA, memory-only queries
     rms_norm                 RMS norm with residual add
     swiglu                   packed gate-up projection and SwiGLU
     linear                   a projection with frozen weights
-    shared_prefix_attention  attention of rows that share the keys they begin with
+    shared_prefix_attention  attention of rows with a common prefix of keys
     decode_step              a token step of the whole frozen model
 
-`backend_of(op, device)` tells which backend runs. Adding one: a folder with `ref.py` and `spec.py`, then
-a C++ kernel registered for the CPU key or a Triton launcher for the CUDA key; nothing above changes.
+Every folder here is imported, which declares its op: a new op needs a folder with `__init__.py`, `ref.py` and
+`spec.py`, and a C++ kernel registered for the CPU key or a Triton launcher for the CUDA key. `backend_of(op, device)`
+returns the backend that runs.
 """
 
+import importlib
+import pkgutil
 import warnings
 
 from icae_fast.ops._declare import (
@@ -25,7 +28,7 @@ from icae_fast.ops._declare import (
     load_extension,
     required_backend,
 )
-from icae_fast.ops.decode_step import BoundStep, bind_decode_step, decode_step
+from icae_fast.ops.decode_step import BoundStep, StepCache, StepWeights, bind_decode_step, decode_step
 from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.linear import linear
 from icae_fast.ops.lora_qkv_rope import lora_qkv_rope
@@ -40,6 +43,8 @@ __all__ = [
     "BoundStep",
     "OpSpec",
     "Sample",
+    "StepCache",
+    "StepWeights",
     "attention_backend",
     "backend_of",
     "backends",
@@ -55,6 +60,10 @@ __all__ = [
     "swiglu",
     "varlen_attention",
 ]
+
+for _folder in pkgutil.iter_modules(__path__):
+    if _folder.ispkg:
+        importlib.import_module(f"{__name__}.{_folder.name}")
 
 EXTENSION_ERROR = load_extension()
 if EXTENSION_ERROR is not None and required_backend() in ("", "cpp"):

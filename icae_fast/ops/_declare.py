@@ -1,11 +1,11 @@
-"""Declares ops: one `OpSpec` an op is the only place where its signature, tolerances and samples are written.
+"""Op declaration: one `OpSpec` an op holds its signature, tolerances and samples.
 
-The registry is PyTorch's own dispatcher. `declare` defines the op from Python, so that the name exists
-with no compiled code at all, and registers the plain-torch reference for every device; the C++ extension
-adds kernels for the CPU key and Triton for the CUDA key, and the dispatcher prefers those.
+Ops are registered with PyTorch's dispatcher. `declare` defines an op from Python, so that it exists without compiled
+code, and registers the plain-torch reference for every device. The C++ extension adds kernels for the CPU key and
+Triton for the CUDA key, and the dispatcher prefers those.
 
-Each backend can also be called by name, which is how the tests compare them: `call_backend(spec,
-"reference")` goes through the library `icae_fast_reference`, which never holds anything but the reference.
+Tests call backends by name: `call_backend(spec, "reference")` goes through the library `icae_fast_reference`, which
+contains only the references.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REFERENCE_NAMESPACE = "icae_fast_reference"
 
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Dropping a Library object takes its ops with it, so both live as long as the module.
+# A Library object unregisters its ops when it is freed, so the module keeps both.
 _LIBRARIES = {name: Library(name, "DEF") for name in (NAMESPACE, REFERENCE_NAMESPACE)}
 
 REGISTRY: dict[str, OpSpec] = {}
@@ -39,7 +39,7 @@ class Sample:
 
     Args:
         name: a readable test id.
-        make: `make(dtype, device, generator) -> kwargs`; floating inputs come in `dtype`.
+        make: `make(dtype, device, generator) -> kwargs`; floating-point inputs have `dtype`.
         gradcheck: small enough for `torch.autograd.gradcheck` in float64.
     """
 
@@ -50,11 +50,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What runs an op on CUDA.
+    """The CUDA backend of an op.
 
     Args:
-        launcher: "module:function" with the op's signature; imported when first called.
-        backend: its name in `backend_of` and in the spec's `dtypes`, or what gives it where users have a choice.
+        launcher: "module:function" with the op's signature; imported at the first call.
+        backend: name in `backend_of` and in the spec's `dtypes`, or a function that returns the user's choice.
     """
 
     launcher: str
@@ -62,30 +62,30 @@ class Gpu:
 
     @property
     def name(self) -> str:
-        """The backend that would run now."""
+        """Name of the backend that would run now."""
         return self.backend() if callable(self.backend) else self.backend
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """Everything there is to say about one op.
+    """The declaration of one op.
 
     Args:
         name: the op's name under `torch.ops.icae_fast`.
         schema: argument and result types in the dispatcher's notation, without the name.
         reference: the op in plain torch. Takes `upcast=True` as a keyword: compute in fp32 when the
-            inputs are narrower; with `upcast=False` it is "plain torch in that dtype", the competitor
-            that the error budget is measured against.
-        fake: shapes, strides and dtypes of the results, computing nothing.
-        backward: `backward(ops, ctx, *grads)` and
-        setup_context: `setup_context(ctx, inputs, output)`, both None for an op without a gradient;
-            `ops` is the namespace (`torch.ops.icae_fast`) whose backward op is to be called.
-        samples: inputs that break masks: lengths of 1, primes, nothing, views, GQA.
+            inputs are narrower; with `upcast=False` it computes in their dtype, and its error is the yardstick of the
+            error budget.
+        fake: returns empty results with the right shapes, strides and dtypes.
+        backward: `backward(ops, ctx, *grads)`, None for an op without a gradient; `ops` is the namespace
+            (`torch.ops.icae_fast`) whose backward op it calls.
+        setup_context: `setup_context(ctx, inputs, output)`, None for an op without a gradient.
+        samples: inputs that stress masks and tails: lengths of 1, primes, empty inputs, views, GQA.
         differentiable: names of the arguments that get a gradient.
         outputs: names of the results, for messages.
-        dtypes: for each backend, the dtypes that it takes.
-        floor: for each dtype, the absolute error that is always allowed, relative to the truth's RMS.
-        gpu: what runs on CUDA, None for nothing but the reference.
+        dtypes: supported dtypes of each backend.
+        floor: error of each dtype that is always allowed, relative to the truth's RMS.
+        gpu: CUDA backend, None if only the reference runs on CUDA.
     """
 
     name: str
@@ -107,7 +107,7 @@ class OpSpec:
         return [a.name for a in torch._C.parse_schema(f"{self.name}{self.schema}").arguments]
 
     def floor_of(self, dtype: torch.dtype) -> float:
-        """The error, as a fraction of the truth's RMS, under which no comparison is made."""
+        """Return the error that is always allowed, as a fraction of the truth's RMS."""
         defaults = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
         return (self.floor or defaults)[dtype]
 
@@ -116,7 +116,7 @@ def declare(spec: OpSpec) -> OpSpec:
     """Define the op in both libraries, with its reference, fake and autograd formulas.
 
     Raises:
-        BackendError: an op of that name exists already.
+        BackendError: an op of that name exists.
     """
     if spec.name in REGISTRY:
         raise BackendError(f"the op {spec.name!r} is declared twice; give the second one another name")
@@ -137,15 +137,15 @@ def declare(spec: OpSpec) -> OpSpec:
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed and not ruled out by `ICAE_FAST_REQUIRE`."""
+    """Return whether Triton is installed and `ICAE_FAST_REQUIRE` does not exclude it."""
     return required_backend() != "reference" and importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
-    """Whether the Triton kernels serve the CPU too, in Triton's interpreter.
+    """Return whether the Triton kernels run on the CPU too, in Triton's interpreter.
 
     Raises:
-        BackendError: they are asked for by `ICAE_FAST_REQUIRE=triton`, and there is neither a GPU nor the interpreter.
+        BackendError: `ICAE_FAST_REQUIRE=triton` requires them, and there is neither a GPU nor the interpreter.
     """
     if required_backend() != "triton":
         return False
@@ -160,10 +160,10 @@ def interpreted() -> bool:
 
 
 def required_backend() -> str:
-    """What `ICAE_FAST_REQUIRE` asks for: "" for whatever there is, "cpp", "triton" or "reference".
+    """Return the value of `ICAE_FAST_REQUIRE`: "" for the best available backend, "cpp", "triton" or "reference".
 
     Raises:
-        BackendError: it asks for something else, or for Triton where it is not installed.
+        BackendError: it has another value, or requires Triton, which is not installed.
     """
     required = os.environ.get("ICAE_FAST_REQUIRE", "")
     if required not in ("", "cpp", "triton", "reference"):
@@ -174,15 +174,15 @@ def required_backend() -> str:
 
 
 class Op:
-    """An op, called past the dispatcher where that would only find the kernel on CUDA.
+    """An op that is called without the dispatcher on CUDA when no autograd graph is recorded.
 
-    The way through the dispatcher, its autograd formula in Python and the kernel in Python costs the host about 20 us,
-    which a GPU's layer of a small model does not take. Without a graph nothing on that way matters, unless somebody
-    listens there: `torch.compile`, dispatch modes (as those of fake tensors and of counters), functorch, tracers,
-    profilers, which name ops, and subclasses of tensors.
+    The dispatcher with the autograd formula and the kernel in Python costs the host about 20 us a call, which is longer
+    than a GPU takes for a layer of a small model. The dispatcher is still used where something observes or transforms
+    calls: `torch.compile`, dispatch modes (e.g. fake tensors and counters), functorch, tracers, profilers and tensor
+    subclasses.
 
     Args:
-        name: under `torch.ops.icae_fast`; the first argument must be a tensor.
+        name: name under `torch.ops.icae_fast`; the op's first argument must be a tensor.
     """
 
     def __init__(self, name: str) -> None:
@@ -208,7 +208,7 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, type(Non
 
 
 def _listened_to(args: tuple) -> bool:
-    """Whether a call of an op does more than run its kernel."""
+    """Return whether something observes or transforms op calls, so that they must go through the dispatcher."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -219,7 +219,7 @@ def _listened_to(args: tuple) -> bool:
 
 
 def imported_when_called(path: str) -> Callable:
-    """The function that `path` names. Triton takes most of a second to import, which no CPU user should wait for."""
+    """Return a function that imports "module:function" when called; importing Triton takes most of a second."""
     module, function = path.split(":")
 
     def call(*args, **kwargs):
@@ -236,36 +236,36 @@ def _bind_namespace(backward: Callable, namespace: str) -> Callable:
 
 
 def check_frozen(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raise where a tensor that gets no gradient asks for one.
+    """Raise if a tensor that gets no gradient requires one.
 
     Raises:
-        BackendError: naming it.
+        BackendError: a tensor requires a gradient; the message names it.
     """
     if not torch.is_grad_enabled():
         return
     for name, t in tensors.items():
         if t is not None and t.requires_grad:
-            raise BackendError(f"{op} gives no gradient to {name}: freeze the base model with requires_grad_(False)")
+            raise BackendError(f"{op} computes no gradient of {name}; freeze the base model with requires_grad_(False)")
 
 
 def backends(spec: OpSpec) -> Iterator[str]:
-    """Names of the backends of this op that can run on this machine's CPU, the reference first."""
+    """Yield the backends of this op that can run on this machine's CPU, the reference first."""
     yield "reference"
     if backend_of(spec.name, "cpu") != "reference":
         yield backend_of(spec.name, "cpu")
 
 
 def call_backend(spec: OpSpec, backend: str) -> Callable:
-    """The op of one backend as a callable with the full schema (it differentiates like the op itself)."""
+    """Return the op of one backend as a callable with the full schema and the op's gradient."""
     namespace = REFERENCE_NAMESPACE if backend == "reference" else NAMESPACE
     return getattr(getattr(torch.ops, namespace), spec.name).default
 
 
 def backend_of(op: str, device: str | torch.device = "cpu") -> str:
-    """Which backend runs `op` on `device`: `"cpp"`, `"reference"`, or on CUDA `"triton"` and what specs name besides.
+    """Return the backend that runs `op` on `device`: `"cpp"`, `"reference"`, or on CUDA the spec's `gpu` backend.
 
     Args:
-        op: an op's name, such as `"lora_qkv_rope"`.
+        op: name of the op, e.g. `"lora_qkv_rope"`.
         device: a torch device or its type.
 
     Raises:
@@ -280,14 +280,14 @@ def backend_of(op: str, device: str | torch.device = "cpu") -> str:
 
 
 def load_extension() -> str | None:
-    """Load the C++ kernels and return None, or the reason why there are none.
+    """Load the C++ kernels and return None, or the reason why they are not loaded.
 
-    Only a missing or unloadable `icae_fast._C` is tolerated, and its error text is kept for `icae-fast
-    info`. `ICAE_FAST_REQUIRE=cpp` does not tolerate it, and `ICAE_FAST_REQUIRE=reference` does not even
-    look for it, nor does `ICAE_FAST_REQUIRE=triton` in Triton's interpreter.
+    A missing or unloadable `icae_fast._C` is an error only with `ICAE_FAST_REQUIRE=cpp`; `icae-fast info` shows the
+    reason. The extension is skipped with `ICAE_FAST_REQUIRE=reference`, and with `ICAE_FAST_REQUIRE=triton` in Triton's
+    interpreter.
 
     Raises:
-        BackendError: the extension is required and cannot be loaded, or the variable holds something else.
+        BackendError: the extension is required and cannot be loaded, or the variable has an unknown value.
     """
     required = required_backend()
     if required == "reference" or interpreted():
@@ -295,9 +295,9 @@ def load_extension() -> str | None:
     try:
         import icae_fast._C  # noqa: F401
 
-        # glibc learns from the largest block that it gets back how much memory to keep for the next one. Without
-        # this it returned each layer's activations to the system: 20 to 50 thousand page faults for 4 x 512 tokens
-        # of SmolLM2, 2 % of the time. The block is never touched, and other allocators only see it come and go.
+        # glibc raises its trim threshold to the largest block freed so far. Without this block it would return each
+        # layer's activations to the system: 20 to 50 thousand page faults for 4 x 512 tokens of SmolLM2, 2 % of the
+        # time. The block is never touched, and other allocators are not affected.
         torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
     except ImportError as error:
         if required == "cpp":

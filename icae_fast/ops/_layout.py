@@ -1,4 +1,4 @@
-"""Where a launcher's tensors have to lie: with elements of a row side by side, and on the device without a wait."""
+"""Tensor layout and upload helpers for kernel launchers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied where its last dimension is strided."""
+    """Return the tensor, copied if its last dimension is strided."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A table made on the host, on `device`; a GPU takes it from pinned memory, so nobody waits."""
+    """Copy a host tensor to `device`; to a GPU from pinned memory, without synchronisation."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def cdiv(n: int, size: int) -> int:
-    """How many pieces of `size` cover n; Triton's own serves kernels too, at 2 us a call on the host."""
+    """Return ceil(n / size). `triton.cdiv` costs 2 us a call on the host."""
     return -(-n // size)
 
 
 def power_of_2(n: int) -> int:
-    """The least power of two that is not under n, for n of at least 1."""
+    """Return the smallest power of two >= n, for n >= 1."""
     return 1 << (n - 1).bit_length()

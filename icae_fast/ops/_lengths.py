@@ -1,4 +1,4 @@
-"""What the host knows of `cu_seqlens` tensors, so that launching a kernel never waits for the GPU."""
+"""Host copies of `cu_seqlens` tensors, so that kernel launches do not synchronise with the GPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Known:
-    """What a tensor held when it was read.
+    """A host copy of a small integer tensor.
 
     Attributes:
-        values: its elements.
-        tables: what is made of them and of another tensor's, by what is known of that one; gone with either.
+        values: the tensor's elements.
+        tables: work lists made from these values and another tensor's, by that tensor's `Known`; freed with either.
     """
 
     def __init__(self, values: Sequence[int]) -> None:
@@ -26,20 +26,20 @@ class Known:
 
     @functools.cached_property
     def longest(self) -> int:
-        """The most that lies between two neighbours, 0 for none."""
+        """Largest difference between neighbours, 0 for fewer than two values."""
         return max((b - a for a, b in pairwise(self.values)), default=0)
 
 
-# Tensor -> (its version then, what is known); gone with the tensor.
+# Tensor -> (its version when read, `Known`); freed with the tensor.
 _KNOWN = WeakIdKeyDictionary()
-# The tensor asked for last, its version and what is known: the layers of a batch ask for the same, and the dictionary
-# takes 3 us. A reference that has died early, as that of a tensor may whose Python object comes back, finds nothing.
+# The last tensor looked up, its version and `Known`: the layers of a batch look up the same tensor, and the dictionary
+# takes 3 us. A weak reference may die early, when a tensor's Python object is recreated; the lookup then misses.
 _NOTHING = (lambda: None, 0, lambda: None)
 _last: tuple[Callable[[], Any], int, Callable[[], Known | None]] = _NOTHING
 
 
 def remember(cu_seqlens: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
-    """Note what a tensor holds; gives the tensor."""
+    """Store a host copy of a tensor's values, and return the tensor."""
     global _last
     _KNOWN[cu_seqlens] = (_version(cu_seqlens), Known(values))
     _last = _NOTHING
@@ -47,7 +47,7 @@ def remember(cu_seqlens: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
 
 
 def known(cu_seqlens: torch.Tensor) -> Known:
-    """What a small integer tensor holds. One that nobody has remembered is copied once, waiting for the device."""
+    """Return the host copy of a small integer tensor; copying an unknown one synchronises once with the device."""
     global _last
     tensor, seen, last = _last
     version = _version(cu_seqlens)
@@ -62,7 +62,7 @@ def known(cu_seqlens: torch.Tensor) -> Known:
 
 
 def on_host(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
-    """The values of such a tensor."""
+    """Return the values of a small integer tensor."""
     return known(cu_seqlens).values
 
 

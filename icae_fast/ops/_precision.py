@@ -1,4 +1,4 @@
-"""What the references compute in."""
+"""Compute dtype of the references."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def compute_dtype(x: torch.Tensor, upcast: bool) -> torch.dtype:
-    """fp32 for narrower inputs, as the kernels sum up; x's own dtype where that is wide, or without `upcast`."""
+    """Return fp32 for narrower inputs, the kernels' accumulation dtype; x's dtype if it is wide or without `upcast`."""
     return torch.float32 if upcast and x.dtype in (torch.bfloat16, torch.float16) else x.dtype

@@ -1,10 +1,10 @@
-"""Launches a kernel that Triton has tuned and compiled for such arguments before, without asking Triton again.
+"""A launch cache for tuned and compiled Triton kernels.
 
-Triton's way to a launch costs the host 15 to 50 us a kernel: the tuner's key, the arguments bound and specialised one
-by one, options written out as text, hooks. Its outcome depends on little of the arguments: the dtypes of tensors and
-whether their addresses are multiples of 16, which integers are 1, multiples of 16 or wide, what is None, and the values
-of constants and of what the tuner goes by. `Cases` keeps the compiled kernel for each of these; a launch that it does
-not know goes Triton's way, and so does every launch while hooks are set. `ENABLED = False` sends all of them there.
+A launch through Triton costs the host 15 to 50 us: the tuner's key, binding and specialisation of each argument,
+formatting of options, hooks. The compiled kernel depends only on the dtypes of tensors, on whether their addresses are
+multiples of 16, on which integers are 1, multiples of 16 or wider than 32 bits, on which arguments are None, and on the
+values of constants and of the tuner's key. `Cases` caches the compiled kernel under these. Unknown launches go through
+Triton, and so do all launches while hooks are set or with `ENABLED = False`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from triton.runtime.jit import JITFunction
 
 ENABLED = True
 
-# How `JITFunction.run` hands a compiled kernel its launch. Where it does so in another way, `Case.launch` would be
-# wrong, and is not used.
+# The launch statement of `JITFunction.run`. `Case.launch` replicates it, and is not used if it differs.
 _LAUNCH = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata, "
     "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound_args.values())"
 )
-_MOST_CASES = 4096  # of one kernel; more are a sign that something is no constant after all
+_MAX_CASES = 4096  # limit for one kernel; more cases mean that some "constant" varies
 
 _knobs = triton.knobs
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def _is_known_triton() -> bool:
-    """Whether this Triton launches kernels as this module does."""
+    """Return whether this version of Triton launches kernels as this module does."""
     try:
         source = " ".join(inspect.getsource(JITFunction.run).split())
         read = ("launch_enter_hook", "launch_exit_hook", "debug")
@@ -46,7 +45,7 @@ def _is_known_triton() -> bool:
 
 
 def _hooked(hook: Any) -> bool:
-    """Whether anything would be called. A chain of no hooks has no `calls`; a function put in its place has no list."""
+    """Return whether a hook would be called: a non-empty hook chain, or a plain function without `calls`."""
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
@@ -54,13 +53,13 @@ SUPPORTED = _is_known_triton()
 
 
 class Case(NamedTuple):
-    """A compiled kernel, and how its arguments follow from a launch's.
+    """A compiled kernel with the mapping from a launch's arguments to its parameters.
 
     Args:
-        run, function, metadata: of the compiled kernel.
-        settings: what its configuration sets, by name.
-        constants: values of the parameters that no launch gives, behind those that it gives.
-        arrange: puts both into the order of the parameters; None where they have it.
+        run, function, metadata: attributes of the compiled kernel.
+        settings: arguments set by the configuration, by name.
+        constants: values of the parameters that launches do not pass; they follow those that launches pass.
+        arrange: reorders both into the order of the parameters, None if they are in order.
     """
 
     run: Callable
@@ -71,7 +70,7 @@ class Case(NamedTuple):
     arrange: Callable | None
 
     def launch(self, grid: Any, stream: int, arguments: Mapping[str, Any], values: list) -> None:
-        """Launch on a stream, with `values` as `Cases.look` gives them."""
+        """Launch on a stream, with `values` as returned by `Cases.look`."""
         blocks = grid({**arguments, **self.settings}) if callable(grid) else grid
         x, y, z = blocks if len(blocks) == 3 else (*blocks, 1, 1)[:3]
         if x and y and z:
@@ -81,11 +80,11 @@ class Case(NamedTuple):
 
 
 class Cases:
-    """The compiled kernels of one `triton.jit` function.
+    """Cache of the compiled kernels of one `triton.jit` function.
 
     Args:
         function: the function.
-        exact: names of arguments whose values matter: constants, and what the tuner goes by.
+        exact: names of arguments whose values are part of the key: constants, and the tuner's key.
     """
 
     def __init__(self, function: Any, exact: set[str]) -> None:
@@ -93,7 +92,7 @@ class Cases:
         self.known: dict[tuple, Case] = {}
 
     def usable(self) -> bool:
-        """Whether launches may be made here now: not with hooks, which Triton's own way calls."""
+        """Return whether the cache may be used now: not while hooks are set, which only Triton's own launch calls."""
         if not (ENABLED and SUPPORTED) or self.function.pre_run_hooks:
             return False
         runtime = _knobs.runtime
@@ -102,18 +101,18 @@ class Cases:
         return getattr(runtime, "add_stages_inspection_hook", None) is None
 
     def look(self, arguments: Mapping[str, Any], device: int) -> tuple[tuple, list] | None:
-        """What a launch's kernel depends on, and its arguments with addresses in place of tensors.
+        """Return a launch's cache key, and its arguments with addresses instead of tensors.
 
-        None where something is no plain tensor on `device`, or of an unknown kind.
+        Returns None if an argument is not a plain tensor on `device`, or of an unknown type.
         """
         exact, values = self.exact, []
-        # Its first part says how to read the rest: whichever kind an argument is of, the key never means two things.
+        # The names come first and every entry starts with its kind, so different launches never have equal keys.
         key = [tuple(arguments), device, _knobs.runtime.debug, _knobs.compilation.instrumentation_mode]
         add, give = key.append, values.append
         for name, a in arguments.items():
             kind = type(a)
             if kind is int:
-                # Wide ones are of another type. Shifted, they differ among themselves too, which does no harm.
+                # Integers wider than 32 bits have another type; high bits make more keys than needed, which is safe.
                 add(a if name in exact else 4 * (a >> 31) + 2 * (a & 15 == 0) + (a == 1))
                 give(a)
             elif kind is _Tensor or kind is _Parameter:
@@ -138,7 +137,7 @@ class Cases:
         return tuple(key), values
 
     def learn(self, key: tuple, arguments: Mapping[str, Any], config: triton.Config, compiled: Any) -> None:
-        """Keep what Triton has just launched for these arguments."""
+        """Cache the kernel that Triton has just launched for these arguments."""
         if type(compiled) is not CompiledKernel or config.pre_hook is not None:
             return
         if compiled.metadata.target.backend != "cuda":
@@ -150,7 +149,7 @@ class Cases:
         constants = tuple((defaults | config.kwargs)[n] for n in missing)
         order = [(given + missing).index(n) for n in names]
         arrange = None if order == list(range(len(given) + len(missing))) else itemgetter(*order)
-        if len(self.known) >= _MOST_CASES:
+        if len(self.known) >= _MAX_CASES:
             self.known.clear()
         self.known[key] = Case(
             compiled.run, compiled.function, compiled.packed_metadata, dict(config.kwargs), constants, arrange
@@ -158,6 +157,6 @@ class Cases:
 
 
 def current() -> tuple[int, Callable]:
-    """The current device, and what gives its current stream."""
+    """Return the current device, and a function that returns a device's current stream."""
     active = driver.active
     return active.get_current_device(), active.get_current_stream

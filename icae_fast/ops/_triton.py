@@ -1,12 +1,12 @@
-"""Launches Triton kernels: on a GPU, in Triton's interpreter, or on paper.
+"""Launch Triton kernels on a GPU or in Triton's interpreter, or record the launches.
 
 A kernel is a `triton.jit` function under `@kernel(configs=...)`, and is launched by `k(grid, x=..., n=..., BLOCK=...)`:
 
 * with tensors on a GPU, the best of its configurations for that GPU runs; Triton measures them once for each
-  `key` and keeps the choice on disk (under TRITON_CACHE_DIR);
-* under `TRITON_INTERPRET=1` the first configuration for architecture 0 runs on tensors of the CPU;
-* inside `on_paper(arch)` nothing runs: launches are recorded, from which `bench/kernels/check.py` compiles every
-  configuration for GPUs that are not there. Tensors are best on the device `meta` then.
+  `key` and stores the choice on disk (under TRITON_CACHE_DIR);
+* under `TRITON_INTERPRET=1` the first configuration for architecture 0 runs on CPU tensors;
+* inside `record_launches(arch)` nothing runs. From the recorded launches `bench/kernels/check.py` compiles every
+  configuration for GPUs that are not present. Use tensors on the device `meta` there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what 3.9 does, and warns of where nothing is said
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9's default, which warns if it is unset
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -41,7 +41,7 @@ _POINTEES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8",
 }  # fmt: skip
-_paper: _Paper | None = None
+_recording: _Recording | None = None
 
 
 class Kernel:
@@ -60,12 +60,12 @@ class Kernel:
         """Launch.
 
         Args:
-            grid: blocks along up to three axes, or what gives them from all arguments, those of the configuration
-                included. Nothing is launched where one of them is 0.
-            arguments: all of the kernel's but those that configurations set, by name.
+            grid: blocks along up to three axes, or a function of all arguments, including the configuration's, that
+                returns them. Nothing is launched if one of them is 0.
+            arguments: the kernel's arguments by name, except those that configurations set.
         """
-        if _paper is not None:
-            _paper.launches.append(Launch(self, grid, dict(arguments), _paper.arch))
+        if _recording is not None:
+            _recording.launches.append(Launch(self, grid, dict(arguments), _recording.arch))
         elif INTERPRETED:
             config = self.configs(INTERPRETER_ARCH, arguments)[0]
             blocks = grid(arguments | config.kwargs) if callable(grid) else grid
@@ -87,14 +87,14 @@ class Kernel:
         if case is not None:
             case.launch(grid, stream_of(device), arguments, values)
             return
-        with self._lock:  # the tuner says which configuration it took last
+        with self._lock:  # the tuner remembers only its last configuration
             tuner = self._tuner(arguments)
             compiled = tuner[grid](**arguments)
             self._cases.learn(key, arguments, tuner.best_config, compiled)
 
     def _tuner(self, arguments):
         device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
-        # All that configurations may depend on, so that they are not made anew for every launch.
+        # Everything that configurations may depend on, as a cache key.
         case = (
             device,
             *(
@@ -114,47 +114,47 @@ class Kernel:
 def _measure(call, quantiles):
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise BackendError(
-            "a Triton kernel has configurations to choose from by time, which cannot be done while a CUDA graph is "
+            "a Triton kernel has to be tuned by timing its configurations, which is impossible while a CUDA graph is "
             "captured; run the same call once before the capture"
         )
     return driver.active.get_benchmarker()(call, quantiles=quantiles)
 
 
 def kernel(configs: Configs, key: tuple[str, ...] = ()) -> Callable[[Any], Kernel]:
-    """Decorates a `triton.jit` function.
+    """Return a decorator of `triton.jit` functions.
 
     Args:
-        configs: `configs(arch, arguments)` gives what to try on an architecture (80, 89, 90, 100; 0 for the
-            interpreter, where the first one should be small enough that samples take several blocks). It may depend
-            on dtypes, on constants, on what `key` names, and on which arguments are None.
-        key: names of arguments for each of whose values the choice is made anew.
+        configs: `configs(arch, arguments)` returns the configurations to try on an architecture (80, 89, 90, 100; 0 for
+            the interpreter, where the first should be small enough that samples take several blocks). It may depend on
+            dtypes, constants, the arguments in `key`, and on which arguments are None.
+        key: names of arguments; the choice is made separately for each combination of their values.
     """
     return lambda function: Kernel(function, configs, key)
 
 
 @triton.jit
 def load_row(pointer, columns, size):
-    """Elements of a row in fp32, zeros from `size` on."""
+    """Load elements of a row in fp32, zeros from `size` on."""
     return tl.load(pointer + columns, mask=columns < size, other=0.0).to(tl.float32)
 
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The compute capability of a GPU as one number, such as 90."""
+    """Return the compute capability of a GPU as one number, e.g. 90."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def target(device: torch.device) -> int:
-    """The architecture that a launch with tensors on this device is for now, on paper and interpreted too."""
-    if _paper is not None:
-        return _paper.arch
+    """Return the architecture of a launch with tensors on this device, also when recording or interpreting."""
+    if _recording is not None:
+        return _recording.arch
     return INTERPRETER_ARCH if INTERPRETED else architecture(device)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was recorded instead of made."""
+    """A recorded launch."""
 
     kernel: Kernel
     grid: Grid
@@ -162,15 +162,15 @@ class Launch:
     arch: int
 
     def blocks(self, config: triton.Config) -> tuple[int, ...]:
-        """The grid with one of the configurations."""
+        """Return the grid with one of the configurations."""
         return self.grid(self.arguments | config.kwargs) if callable(self.grid) else self.grid
 
     def configs(self) -> list[triton.Config]:
-        """The configurations to try on this architecture."""
+        """Return the configurations to try on this architecture."""
         return self.kernel.configs(self.arch, self.arguments)
 
     def source(self, config: triton.Config) -> ASTSource:
-        """What the compiler is given, specialised as a launch on a GPU specialises it."""
+        """Return the compiler's input, specialised as by a launch on a GPU."""
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.function.params):
             name = parameter.name
@@ -187,7 +187,7 @@ class Launch:
         return ASTSource(self.kernel.function, signature, constants, attributes)
 
     def compile(self, config: triton.Config) -> Any:
-        """The kernel compiled by one configuration for this architecture; needs no GPU."""
+        """Compile the kernel with one configuration for this architecture; needs no GPU."""
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "num_ctas": config.num_ctas}
         if config.maxnreg is not None:
             options["maxnreg"] = config.maxnreg
@@ -211,17 +211,17 @@ def _divisible(value: Any) -> bool:
 
 
 @dataclass
-class _Paper:
+class _Recording:
     arch: int
     launches: list[Launch]
 
 
 @contextlib.contextmanager
-def on_paper(arch: int) -> Iterator[list[Launch]]:
-    """Record launches for an architecture instead of making them; gives the list that they are written to."""
-    global _paper
-    before, _paper = _paper, _Paper(arch, [])
+def record_launches(arch: int) -> Iterator[list[Launch]]:
+    """Record launches for an architecture instead of running them; yields the list of records."""
+    global _recording
+    before, _recording = _recording, _Recording(arch, [])
     try:
-        yield _paper.launches
+        yield _recording.launches
     finally:
-        _paper = before
+        _recording = before

@@ -1,4 +1,4 @@
-"""LoRA fused or merged: the same slots, never stale, and no part of training."""
+"""LoRA fused or merged: the slots are equal, merged weights are never stale, and training always fuses."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ MODES = ("fused", "merged")
 
 @pytest.fixture
 def merged(make_icae):
-    """An ICAE of its own in merged mode, with weights merged already."""
+    """A fresh ICAE in merged mode that has merged its weights."""
     icae = make_icae()
     icae.adapter_mode = "merged"
     icae.compress([5, 6, 7])
@@ -51,7 +51,7 @@ def test_merged_weights_are_the_formula(make_icae, make_base):
             a, wide = layer.self_attn, torch.float64
             delta = {p: 4.0 / 3 * factors[f"{p}_B"].to(wide) @ factors[f"{p}_A"].to(wide) for p in "qv"}
             expected = [a.q_proj.weight + delta["q"], a.k_proj.weight, a.v_proj.weight + delta["v"]]
-            # The sum in fp32 may fall on the other side of a rounding boundary of bf16.
+            # The fp32 sum may round to the other neighbour in bf16.
             tolerance = {torch.bfloat16: 2**-8, torch.float32: 1e-6, torch.float64: 1e-14}[icae.dtype]
             assert merged.weight.dtype == icae.dtype
             torch.testing.assert_close(merged.weight.to(wide), torch.cat(expected).to(wide), rtol=tolerance, atol=1e-6)
@@ -134,7 +134,7 @@ def test_merged_weights_are_never_stale(merged, random_ids, change):
     CHANGES[change](merged)
     slots = merged.compress(ids)[0].slots
     assert (slots.float() - before.float()).abs().max() > 1e-3
-    assert torch.equal(slots, copy.deepcopy(merged).compress(ids)[0].slots)  # a copy has to merge for itself
+    assert torch.equal(slots, copy.deepcopy(merged).compress(ids)[0].slots)  # a copy merges again
     if slots.dtype == torch.float32:
         torch.testing.assert_close(slots, in_mode(merged, "fused", ids), **CLOSE)
 
@@ -204,7 +204,7 @@ def test_two_threads_compress_at_once(merged, random_ids):
             merged.free_merged_weights()
         return merged.compress(ids)[0].slots
 
-    fresh = copy.deepcopy(merged)  # whose base weights are not packed yet
+    fresh = copy.deepcopy(merged)  # its base weights are not packed yet
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(s, expected) for s in pool.map(run, range(40)))
         assert all(torch.equal(s, expected) for s in pool.map(lambda _: fresh.compress(ids)[0].slots, range(8)))
@@ -239,7 +239,7 @@ def test_weights_can_be_let_go(merged, random_ids):
 
 
 class TestAuto:
-    """It measures, chooses and says what it chose."""
+    """`"auto"` measures, chooses and reports its choice."""
 
     def test_one_of_the_two_is_chosen_and_kept(self, make_icae, random_ids):
         icae = make_icae()

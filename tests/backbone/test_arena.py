@@ -1,4 +1,4 @@
-"""The block that a model's matrices are gathered in, and that the model goes on as it was."""
+"""Gathering a model's matrices into one block leaves the model's behaviour unchanged."""
 
 import copy
 
@@ -12,7 +12,7 @@ from icae_fast.ops import EXTENSION_ERROR
 if EXTENSION_ERROR is not None:
     pytest.skip(f"there are no C++ kernels: {EXTENSION_ERROR}", allow_module_level=True)
 
-KINDS = ["llama", "llama-mha", "llama3", "qwen3"]  # the second one's head is its embedding
+KINDS = ["llama", "llama-mha", "llama3", "qwen3"]  # llama-mha ties its head to its embedding
 
 
 def storages(model):
@@ -50,7 +50,7 @@ def test_only_what_was_moved_apart_is_gathered_again(make_base):
 
 
 def test_answers_leave_the_weights_gathered(make_icae, random_ids):
-    """Packing q, k and v, or gate and up, must find them together, and not take them out of the block again."""
+    """Packing q, k and v, or gate and up, finds them adjacent and does not move them out of the block."""
     icae = make_icae("llama-mha")
     memory = icae.compress(random_ids(20))[0]
     icae.generate(memory, [[5, 6]], 3, return_ids=True)

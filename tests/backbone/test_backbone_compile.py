@@ -1,4 +1,4 @@
-"""`Backbone.compile`: the same slots from one graph, also after weights have moved, and decoding as before."""
+"""`Backbone.compile` computes the same slots in one graph, also after weights move, and leaves decoding unchanged."""
 
 import copy
 
@@ -20,7 +20,7 @@ def test_encoding_is_one_graph_and_gives_the_same(make_icae, random_ids):
     torch.compiler.reset()
     icae.backbone.compile(backend=backend)
     for i in range(2):
-        if i:  # parameters in places of their own again
+        if i:  # moves the parameters apart
             for p in icae.base_model.parameters():
                 p.data = copy.deepcopy(p.data)
         for memory, slots in zip(icae.compress(spans), expected, strict=True):

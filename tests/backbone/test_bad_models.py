@@ -1,4 +1,4 @@
-"""Configs and base models that cannot be used: one typed error, which says what to do."""
+"""Invalid configs and unsupported base models raise one typed error that says what to do."""
 
 import pytest
 from torch import nn
@@ -37,7 +37,7 @@ class TestConfig:
 
 
 class QuantisedLinear(nn.Linear):
-    """Stands for the linear layers of a quantisation library."""
+    """A stand-in for a quantisation library's linear layer."""
 
 
 class TestModels:
@@ -59,7 +59,7 @@ class TestModels:
         wrapped = peft.get_peft_model(make_base(), peft.LoraConfig(target_modules=["q_proj"]))
         for model in (wrapped, wrapped.get_base_model()):
             with pytest.raises(
-                errors.UnsupportedModelError, match=r"PEFT adapters; pass what `model.unload\(\)` gives"
+                errors.UnsupportedModelError, match=r"PEFT adapters; pass the model that `model.unload\(\)`"
             ):
                 ICAE.from_base(model)
         assert make_icae(base=wrapped.unload()).compress([5])[0].n_slots == 4

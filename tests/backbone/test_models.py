@@ -1,4 +1,4 @@
-"""Every supported architecture against Hugging Face's own forward with the LoRA merged into the weights."""
+"""Every supported architecture against Hugging Face's forward with LoRA merged into the weights."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 from torch.func import functional_call
 from transformers import DynamicCache
 
-from icae_fast.backbone.stack import packed, packed_qkv
+from icae_fast.backbone.families.table import view_of
+from icae_fast.backbone.packing import packed, packed_qkv
 from icae_fast.core.spans import span_lengths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,7 +17,7 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def merged_weights(icae):
-    """Base weights by name, q and v as `W + alpha / r * B A`, with a graph to the LoRA factors."""
+    """Return base weights by name, q and v as `W + alpha / r * B A` with a graph to the LoRA factors."""
     weights = dict(icae.base_model.model.named_parameters())
     for i, layer in enumerate(icae.adapter.layers):
         for p in "qv":
@@ -35,7 +36,7 @@ def positions_by_hand(length, config):
 
 
 def hf_slots(icae, ids):
-    """Slots by running the Hugging Face model on each span and its memory tokens, positions written out."""
+    """Compute slots by the Hugging Face model on each span and its memory tokens, with explicit positions."""
     config, weights = icae.config, merged_weights(icae)
     memory = icae.memory_token_embed.weight[: config.memory_size]
     slots = []
@@ -47,7 +48,7 @@ def hf_slots(icae, ids):
             kwargs={
                 "inputs_embeds": x,
                 "position_ids": torch.tensor([positions_by_hand(len(span), config)]),
-                # Given, so that positions which do not go up by one are not taken for packed sequences.
+                # Passed because transformers takes positions that do not rise by one for packed sequences.
                 "attention_mask": torch.ones(x.shape[:2], dtype=torch.int64),
                 "use_cache": False,
             },
@@ -57,7 +58,7 @@ def hf_slots(icae, ids):
 
 
 def hf_greedy(icae, embeddings, n, min_new_tokens=0):
-    """Plain greedy loop of the base model over input embeddings, with its own cache."""
+    """Decode greedily by the base model from input embeddings, with Hugging Face's cache."""
     cache, ids = DynamicCache(), []
     x = embeddings[None]
     for step in range(n):
@@ -132,7 +133,7 @@ def test_teacher_forced_logits_equal_hugging_face(make_icae, random_ids, model_k
 
 
 def test_the_window_matters(make_icae, random_ids):
-    """Guards the tests above: with the window taken away the slots are others."""
+    """Removing the window changes the slots, so the tests above would detect a missing window."""
     for kind, field in (("mistral", "sliding_window"), ("qwen2-window", "sliding_window")):
         icae, ids = make_icae(kind), random_ids(16)
         before = icae.compress(ids)[0].slots
@@ -148,9 +149,10 @@ def test_layers_without_a_window_have_none(make_icae):
 
 
 def test_packed_weights_share_memory_with_the_modules(make_base, model_kind):
-    attention = make_base(model_kind).model.layers[0].self_attn
+    base = make_base(model_kind)
+    attention, layer = base.model.layers[0].self_attn, view_of(base).layer(0)
     values = [p.detach().clone() for m in (attention.q_proj, attention.k_proj, attention.v_proj) for p in [m.weight]]
-    weight, bias = packed_qkv(attention)
+    weight, bias = packed_qkv(layer)
     assert torch.equal(weight, torch.cat(values))
     assert (bias is None) == (attention.q_proj.bias is None)
     with torch.no_grad():
@@ -160,7 +162,7 @@ def test_packed_weights_share_memory_with_the_modules(make_base, model_kind):
     row = attention.q_proj.weight.shape[0] + 1
     assert (weight[row] == 7.0).all()
     assert bias is None or (bias[-attention.v_proj.bias.shape[0] :] == 3.0).all()
-    again, _ = packed_qkv(attention)
+    again, _ = packed_qkv(layer)
     assert again.data_ptr() == weight.data_ptr() == attention.q_proj.weight.data_ptr()
 
 
@@ -179,7 +181,7 @@ def test_a_module_with_hooks_is_called(make_icae, random_ids, name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_that_is_trained_gets_its_gradient(make_icae, random_ids, name):
-    """The package freezes the base model, but whoever thaws a part of it must not go without its gradient."""
+    """The package freezes the base model, but a user who unfreezes a part of it gets its gradient."""
     icae, ids = make_icae(), random_ids(29)
     parameters = list(icae.base_model.model.layers[1].get_submodule(name).requires_grad_(True).parameters())
     got = torch.autograd.grad(icae.encode([ids])[0].square().sum(), parameters)

@@ -1,4 +1,4 @@
-"""The CUDA route on meta tensors: results look as the specs say, and no launcher waits for a value on the device."""
+"""The CUDA route on meta tensors: results match the specs' fakes, and no launcher synchronises with the device."""
 
 import importlib
 
@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from icae_fast.ops import REGISTRY
 from icae_fast.ops._lengths import remember
-from icae_fast.ops._triton import on_paper
+from icae_fast.ops._triton import record_launches
 
 CASES = [
     pytest.param(spec, sample, id=f"{spec.name}-{sample.name}")
@@ -17,7 +17,7 @@ CASES = [
     if spec.gpu is not None
     for sample in spec.samples
 ]
-HOST_KNOWN = ("cu_seqlens_q", "cu_seqlens_k")  # by `PackedRows`; a meta tensor has no other values to be read
+HOST_KNOWN = ("cu_seqlens_q", "cu_seqlens_k")  # from `PackedRows`; a meta tensor has no values to read
 
 
 def to_meta(name, value):
@@ -35,7 +35,7 @@ def test_results_look_as_the_spec_says(spec, sample, dtype):
     made = sample.make(dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
     inputs = {name: to_meta(name, value) for name, value in made.items()}
     module, function = spec.gpu.launcher.split(":")
-    with on_paper(90) as launches:
+    with record_launches(90) as launches:
         got = getattr(importlib.import_module(module), function)(*(inputs[n] for n in spec.argument_names))
     expected = spec.fake(*(inputs[n] for n in spec.argument_names))
     got, expected = (t if isinstance(t, tuple) else (t,) for t in (got, expected))

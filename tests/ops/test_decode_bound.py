@@ -1,17 +1,16 @@
-"""`bind_decode_step` gives what `decode_step` gives, and refuses what cannot be right."""
+"""`bind_decode_step` computes the same as `decode_step`, and rejects invalid arguments."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 
-from icae_fast.ops import REGISTRY, bind_decode_step, decode_step
+from icae_fast.ops import REGISTRY, StepCache, StepWeights, bind_decode_step, decode_step
 
-decode_step_module = sys.modules["icae_fast.ops.decode_step"]  # the package gives the function by this name
+decode_step_module = sys.modules["icae_fast.ops.decode_step"]  # the package exports the function under this name
 
 SPEC = REGISTRY["decode_step"]
-WEIGHTS = ("embedding", "norms", "matrices", "biases", "qk_norms", "head")
-SETTINGS = ("num_q_heads", "num_kv_heads", "scale", "norm_eps", "windows")
 
 
 def make(name, dtype):
@@ -22,7 +21,7 @@ def make(name, dtype):
 
 
 def read_lengths(inputs):
-    """Keys that each row has read before its tail."""
+    """Return the number of keys that each row reads before its tail."""
     read = [0] * len(inputs["tokens"])
     for keys, (begin, end) in zip(inputs["prefix_keys"], inputs["prefix_rows"], strict=True):
         for r in range(begin, end):
@@ -30,13 +29,20 @@ def read_lengths(inputs):
     return read
 
 
+def weights_of(inputs):
+    return StepWeights(**{f.name: inputs[f.name] for f in dataclasses.fields(StepWeights)})
+
+
+def cache_of(inputs):
+    return StepCache(
+        inputs["tail_keys"], inputs["tail_values"], inputs["prefix_keys"], inputs["prefix_values"],
+        inputs["prefix_rows"],
+    )  # fmt: skip
+
+
 def bind(inputs, cos, sin, **changes):
     given = inputs | changes
-    return bind_decode_step(
-        *(given[n] for n in WEIGHTS), cos, sin, given["tail_keys"], given["tail_values"],
-        given["tail_starts"].tolist(), given["prefix_keys"], given["prefix_values"], given["prefix_rows"],
-        **{n: given[n] for n in SETTINGS},
-    )  # fmt: skip
+    return bind_decode_step(weights_of(given), cos, sin, cache_of(given), given["tail_starts"].tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,9 +55,12 @@ def test_it_equals_the_op(name, dtype):
     lengths = inputs["tail_lengths"].tolist()
     positions = torch.tensor([r + n - 1 for r, n in zip(read_lengths(inputs), lengths, strict=True)], dtype=torch.int64)
     caches = {n: inputs[n].clone() for n in ("tail_keys", "tail_values")}
-    expected = decode_step(**(inputs | {"cos": cos[positions], "sin": sin[positions]}))
+    expected = decode_step(
+        inputs["tokens"], weights_of(inputs), cos[positions], sin[positions], cache_of(inputs), inputs["tail_starts"],
+        inputs["tail_lengths"],
+    )  # fmt: skip
     step = bind(inputs | caches, cos, sin)
-    for _ in range(2):  # the second time finds the key and value that the first one wrote, and writes the same
+    for _ in range(2):  # the second call rewrites the key and value of the first with the same numbers
         torch.testing.assert_close(step.step(inputs["tokens"], lengths), expected, rtol=0, atol=0)
     for n, cache in caches.items():
         torch.testing.assert_close(cache, inputs[n], rtol=0, atol=0)
@@ -79,7 +88,7 @@ def test_it_refuses_what_cannot_be_right():
 
 
 def test_it_goes_on_with_other_threads():
-    """What is planned once is planned again for another number of threads, and each call gives logits of its own."""
+    """The plan is remade for another number of threads, and each call returns new logits."""
     inputs = make("one-row", torch.float32)
     angles = torch.rand(400, inputs["tail_keys"].shape[3] // 2, generator=torch.Generator().manual_seed(6)) * 6.28
     step, lengths = bind(inputs, angles.cos(), angles.sin()).step, inputs["tail_lengths"].tolist()
@@ -109,7 +118,7 @@ def test_it_keeps_the_weights_that_it_was_given():
 
 
 def with_room(inputs, room):
-    """The same rows with places behind each for `room` more tokens, and a head that gives no other than base tokens."""
+    """Return the rows with space for `room` more tokens each, and a head that produces base tokens only."""
     starts, lengths = inputs["tail_starts"].tolist(), inputs["tail_lengths"].tolist()
     moved = [start + room * r for r, start in enumerate(starts)]
     caches = {}
@@ -143,7 +152,7 @@ def test_greedy_steps_are_single_ones(name, in_python, monkeypatch):
     assert bind(ahead, cos, sin).greedy(inputs["tokens"], lengths, n, [], 0).tolist() == expected
     for cache in ("tail_keys", "tail_values"):
         torch.testing.assert_close(ahead[cache], stepped[cache], rtol=0, atol=0)
-    # The first step in which some row's token ends it is the last.
+    # The run ends with the first step in which a row chooses an end token.
     end = expected[1][-1]
     last = next(i for i, ids in enumerate(expected) if end in ids)
     ended = bind(copied(inputs), cos, sin).greedy(inputs["tokens"], lengths, n, [10**6, end], 0)
@@ -156,7 +165,7 @@ def test_greedy_steps_are_single_ones(name, in_python, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("vocabulary", [1, 63, 1000])
 def test_the_largest_is_the_one_that_torch_finds(vocabulary, dtype, in_python, monkeypatch):
-    """Of equals the first, and NaN before all."""
+    """Ties go to the first, and NaN precedes everything."""
     if in_python:
         monkeypatch.setattr(decode_step_module, "backend_of", lambda *_: "reference")
     inputs = with_room(make("biases-qk-norm", dtype), 1)
@@ -172,7 +181,7 @@ def test_the_largest_is_the_one_that_torch_finds(vocabulary, dtype, in_python, m
         bound = bind(copied(inputs) | {"head": head}, cos, sin)
         expected = bound.step(inputs["tokens"], lengths).max(-1).indices.tolist()
         assert bound.greedy(inputs["tokens"], lengths, 1, [], 0).tolist() == [expected]
-        if not spoilt and vocabulary > 1:  # what may not be chosen yet, and an id past the vocabulary
+        if not spoilt and vocabulary > 1:  # ids that must not be chosen yet, and one past the vocabulary
             allowed = bound.step(inputs["tokens"], lengths)
             allowed[:, expected] = -torch.inf
             least = bound.greedy(inputs["tokens"], lengths, 1, [*expected, 10**6], 1)

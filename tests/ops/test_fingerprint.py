@@ -1,4 +1,4 @@
-"""The fingerprint of tensors' bytes: every kind of change moves it, and nothing else does."""
+"""The fingerprint of tensors' bytes changes with every kind of change, and only then."""
 
 import importlib
 
@@ -7,21 +7,21 @@ import torch
 
 from icae_fast.ops import EXTENSION_ERROR, fingerprint
 from icae_fast.ops._declare import interpreted
-from icae_fast.ops.fingerprint import _fingerprint_torch
+from icae_fast.ops.fingerprint import ref
 
 SIZES = (1, 7, 64, 1000, 70_001)
 
 
-# Triton's runs where its interpreter is asked for (`make test-triton`), the others everywhere else.
+# Triton's version runs under its interpreter (`make test-triton`), the others everywhere else.
 WAYS = ["triton"] if interpreted() else ["torch"] if EXTENSION_ERROR else ["cpp", "torch"]
-FLIPS = 8 if interpreted() else 60  # one takes the interpreter 30 ms
+FLIPS = 8 if interpreted() else 60  # the interpreter takes 30 ms a flip
 
 
 @pytest.fixture(params=WAYS)
 def digest(request):
     if request.param == "triton":
-        return importlib.import_module("icae_fast.ops.triton_cuda_fingerprint").fingerprint
-    return fingerprint if request.param == "cpp" else _fingerprint_torch
+        return importlib.import_module("icae_fast.ops.fingerprint.triton_cuda").fingerprint
+    return fingerprint if request.param == "cpp" else ref.fingerprint
 
 
 def random(*shape, dtype=torch.float32, seed=0):

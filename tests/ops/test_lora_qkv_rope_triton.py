@@ -1,4 +1,4 @@
-"""What the specs' samples do not reach in the Triton kernels of `lora_qkv_rope`: masks bit by bit, several parts."""
+"""Cases of the Triton kernels of `lora_qkv_rope` beyond the specs' samples: masks bit by bit, several parts."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def sample_inputs(t, d, hq, hkv, head_dim, rank, rows, p):
     angle = torch.rand(t, head_dim // 2, generator=g) * 6.28
     n_queries = t if rows is None else len(rows)
     return {
-        # Nothing here is contiguous that need not be.
+        # Every tensor that may be strided is.
         "dq": rand(n_queries, head_dim, hq).transpose(1, 2), "dk": rand(1, hkv, head_dim).expand(t, -1, -1),
         "dv": rand(hkv, t, head_dim).transpose(0, 1), "x": rand(t, 2 * d)[:, ::2],
         "weight": rand(out, d + 3)[:, 2 : d + 2] * d**-0.5, "bias": rand(out, 2)[:, 0],

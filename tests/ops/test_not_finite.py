@@ -1,4 +1,4 @@
-"""What is not finite stays visible: attention turns the same rows to NaN as the reference does, and no others."""
+"""Non-finite values propagate: attention makes the same rows NaN as the reference, and no others."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from icae_fast.backbone.rows import cumulative
 from icae_fast.ops import REGISTRY, backends, call_backend
 
 SPEC = REGISTRY["varlen_attention"]
-TOKENS, HEADS, DIM = 200, 3, 64  # several tiles of keys, lanes that fill no vector
+TOKENS, HEADS, DIM = 200, 3, 64  # several tiles of keys, a partial vector
 
 
-# Keys at the beginning, inside and at the end of blocks, and one that few queries read.
+# Keys at the start, inside and at the end of blocks, and one that few queries read.
 @pytest.mark.parametrize("row", [0, 3, 50, 141, 199])
 @pytest.mark.parametrize(("where", "value"), [("q", "nan"), ("k", "nan"), ("k", "inf"), ("k", "-inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -1,4 +1,4 @@
-"""Ops are called past the dispatcher where nobody listens there, and micro-batches suit the device."""
+"""Ops skip the dispatcher when nothing observes it, and micro-batch sizes depend on the device."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ops at sizes that nobody chose: rows, columns and depths that end in the middle of every tile."""
+"""Ops at random sizes: rows, columns and depths that end in the middle of every tile."""
 
 import torch
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
 
 
 def check(op, inputs):
-    """The op as it is dispatched, within the error budget of its spec."""
+    """Check the dispatched op against the error budget of its spec."""
     spec = REGISTRY[op]
     got = as_tuple(getattr(torch.ops.icae_fast, op)(**inputs))
     truth, plain = (as_tuple(r) for r in (spec.reference(**to_float64(inputs)), spec.reference(**inputs, upcast=False)))

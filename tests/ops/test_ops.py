@@ -1,5 +1,7 @@
-"""The four generic tests of every op and backend, generated from the specs: results within the error
-budget, gradients, `opcheck`, and `torch.compile(fullgraph=True)`."""
+"""Four generic tests of every op and backend, generated from the specs.
+
+They check results within the error budget, gradients, `opcheck`, and `torch.compile(fullgraph=True)`.
+"""
 
 import itertools
 
@@ -19,13 +21,13 @@ CASES = [
     for sample in spec.samples
 ]
 DIFFERENTIABLE = [case for case in CASES if case.values[0].differentiable]
-# The interpreter multiplies the raw bits of bf16, and Triton has no fp64 worth having.
+# The interpreter multiplies the raw bits of bf16, and Triton's fp64 support is incomplete.
 DTYPES = [torch.float32, torch.float16] if interpreted() else [torch.float32, torch.bfloat16, torch.float64]
 
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
-    """Fill what `torch.empty` gives with NaN, in C++ too, so that an output left unwritten shows."""
+    """Fill memory from `torch.empty` with NaN, in C++ too, so that unwritten outputs are detected."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -39,7 +41,7 @@ def test_results_are_within_the_error_budget(spec, backend, sample, dtype):
 
 
 def differentiable_call(spec, backend, sample, dtype):
-    """The op as a function of its differentiable tensors, and those tensors."""
+    """Return the op as a function of its differentiable tensors, and those tensors."""
     inputs = make_inputs(sample, dtype)
     names = [n for n in spec.differentiable if inputs[n] is not None]
     op = call_backend(spec, backend)
@@ -63,7 +65,7 @@ def test_gradcheck(spec, backend, sample):
 
 @pytest.mark.parametrize(("spec", "backend", "sample"), DIFFERENTIABLE)
 def test_gradients_equal_the_reference(spec, backend, sample):
-    """Every gradient through autograd, in fp32, against the reference differentiated by torch itself."""
+    """Compare every gradient through autograd, in fp32, with torch's differentiation of the reference."""
     call, tensors = differentiable_call(spec, backend, sample, torch.float32)
     inputs = to_float64(make_inputs(sample, torch.float32))
     names = [n for n in spec.differentiable if inputs[n] is not None]
@@ -71,10 +73,10 @@ def test_gradients_equal_the_reference(spec, backend, sample):
     outputs = call(*tensors)
     expected = [o.masked_fill(~torch.isfinite(o), 0.0) for o in as_tuple(spec.reference(**(inputs | dict(zip(names, truths, strict=True)))))]  # noqa: E501  # fmt: skip
     weights = [torch.randn(o.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) for o in expected]
-    # What a forward keeps for its own backward has no gradient.
+    # Outputs that a forward keeps for its backward have no gradient.
     weights = [w if o.requires_grad else torch.zeros_like(w) for o, w in zip(outputs, weights, strict=True)]
     got = torch.autograd.grad(sum((o * w.float()).sum() for o, w in zip(outputs, weights, strict=True)), tensors)
-    tie = sum(0 * t.sum() for t in truths)  # so that an input which nothing reads has a gradient, of zero
+    tie = sum(0 * t.sum() for t in truths)  # gives an unread input a gradient of zero
     truth = torch.autograd.grad(tie + sum((o * w).sum() for o, w in zip(expected, weights, strict=True)), truths)
     for name, g, t in zip(names, got, truth, strict=True):
         torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=2e-5 * max(1.0, t.abs().max().item() if t.numel() else 0.0), msg=lambda m, n=name: f"{n}: {m}")  # noqa: E501  # fmt: skip
@@ -86,7 +88,7 @@ def test_opcheck(spec, backend, sample):
     for name in spec.differentiable:
         if inputs[name] is not None:
             inputs[name] = inputs[name].detach().clone().requires_grad_()
-    # Four calls and more of each op, which the interpreter has no time for.
+    # At least four calls of each op, which take too long in the interpreter.
     tests = {"test_utils": ("test_schema", "test_faketensor")} if interpreted() else {}
     torch.library.opcheck(call_backend(spec, backend), (), inputs, **tests)
 
@@ -96,7 +98,7 @@ def test_opcheck(spec, backend, sample):
     [c for c in DIFFERENTIABLE if c.values[2].name in ("gqa", "dropout", "gqa-primes", "primes", "bias-tail")],
 )
 def test_compiles_without_a_graph_break(spec, backend, sample):
-    torch.compiler.reset()  # every case compiles the same closure, and there is a limit to that
+    torch.compiler.reset()  # every case compiles the same closure, and torch limits recompilations
     call, tensors = differentiable_call(spec, backend, sample, torch.float32)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(*tensors), call(*tensors), strict=True):
@@ -107,7 +109,7 @@ def test_compiles_without_a_graph_break(spec, backend, sample):
 
 
 def test_varlen_attention_equals_a_loop_over_rows():
-    """Packing changes nothing: each row alone gives what it gives in the pack."""
+    """Each row computes the same alone as in the packed batch."""
     spec = REGISTRY["varlen_attention"]
     sample = next(s for s in spec.samples if s.name == "gqa-primes")
     inputs = make_inputs(sample, torch.float32)
@@ -121,7 +123,7 @@ def test_varlen_attention_equals_a_loop_over_rows():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_rows_whose_keys_are_packed_one_after_the_other_equal_rows_alone(dtype, one_thread):
-    """More keys than the C++ kernel packs at once, between rows whose keys it packs not at all."""
+    """A row has more keys than the C++ kernel packs at once, between rows whose keys it does not pack."""
     lengths, kv_heads, dim = [1, 2300, 3, 1200, 900, 0, 1, 2500, 2], 2, 64
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), h, dim, generator=g).to(dtype) for h in (2 * kv_heads, kv_heads, kv_heads))
@@ -130,7 +132,7 @@ def test_rows_whose_keys_are_packed_one_after_the_other_equal_rows_alone(dtype, 
         cu = cumulative(lengths)
         return torch.ops.icae_fast.varlen_attention(q, k, v, cu, cu, None, max(lengths), max(lengths), 0.125, 0)
 
-    # In Triton's interpreter rows were alike but for the last bits.
+    # In Triton's interpreter rows agree except in the last bits.
     exact = {} if interpreted() else {"rtol": 0, "atol": 0}
     out, lse = attend(q, k, v, lengths)
     for start, end in itertools.pairwise(cumulative(lengths).tolist()):

@@ -1,4 +1,4 @@
-"""A launch by what is known of an earlier one is the launch that Triton would make."""
+"""A launch from the cache equals the launch that Triton would make."""
 
 import itertools
 
@@ -39,7 +39,7 @@ def _function(x, y, n, kind, other, scale, NAME: tl.constexpr, BLOCK: tl.constex
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch, tmp_path):
-    """A GPU that only writes down what it is asked for."""
+    """A fake GPU driver that records launches."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_triton, "architecture", lambda device: 90)
     monkeypatch.setattr(driver, "_active", Driver())
@@ -53,14 +53,14 @@ def kernel():
 
 
 def tensor(offset, dtype, n=64):
-    """A tensor whose address is so many elements behind a multiple of 16."""
+    """Return a tensor whose address is `offset` elements behind a multiple of 16."""
     whole = torch.zeros(n + 32, dtype=dtype)
     start = -whole.data_ptr() % 64 // whole.element_size()
     return whole[start + offset : start + offset + n]
 
 
 def launches(kernel, grid, arguments, calls, *, fast, monkeypatch):
-    """What the GPU is asked for by a launch: compiled source, grid, stream, function, metadata and arguments."""
+    """Return what a launch passes to the driver: compiled source, grid, stream, function, metadata and arguments."""
     monkeypatch.setattr(relaunch, "ENABLED", fast)
     del calls[:]
     kernel(grid, **arguments)
@@ -87,7 +87,7 @@ def cases():
 
 def test_the_same_kernel_grid_stream_and_arguments(gpu, kernel, monkeypatch):
     made = [{"scale": 1.0, "NAME": "a"} | c for c in cases()]
-    for arguments in made:  # what is compiled is kept
+    for arguments in made:  # compiles and caches
         kernel(grid, **arguments)
     known = len(kernel._cases.known)
     for arguments in made + made[::-1]:
@@ -105,7 +105,7 @@ def test_a_known_case_does_not_ask_triton(gpu, kernel, monkeypatch):
     monkeypatch.setattr(kernel, "_tuner", None)
     kernel(grid, **arguments)
     kernel(grid, **arguments | {"n": 48})  # a multiple of 16 like 64
-    kernel((0,), **arguments)  # nothing to do
+    kernel((0,), **arguments)  # an empty grid launches nothing
     assert [a[0] for _, a in gpu[-2:]] == [2, 2]
     for change in ({"n": 1}, {"n": 47}, {"kind": 2}, {"other": 3}, {"NAME": "b"}, {"x": tensor(1, torch.float32)}):
         with pytest.raises(TypeError):

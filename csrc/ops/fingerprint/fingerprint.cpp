@@ -1,5 +1,5 @@
-// A 64-bit fingerprint of the bytes of tensors, at memory speed. icae_fast/ops/fingerprint.py says what it is for
-// and what it must guarantee.
+// A 64-bit fingerprint of the bytes of tensors, at memory speed. icae_fast/ops/fingerprint/__init__.py says what it
+// is for and what it must guarantee.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/contiguous_ops.h>
 #include <c10/util/Exception.h>

@@ -6,18 +6,21 @@ import torch
 
 from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
 from icae_fast.ops.decode_step import ref
+from icae_fast.ops.decode_step.arguments import StepArguments
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def _fake(tokens, embedding, norms, matrices, biases, qk_norms, head, *_args, **_kwargs):
-    wide = torch.float64 if embedding.dtype == torch.float64 else torch.float32
-    return embedding.new_empty((tokens.shape[0], head.shape[0]), dtype=wide)
+def _fake(*arguments, **named):
+    a = StepArguments(*arguments, **named)
+    wide = torch.float64 if a.embedding.dtype == torch.float64 else torch.float32
+    return a.embedding.new_empty((a.tokens.shape[0], a.head.shape[0]), dtype=wide)
 
 
 def _sample(name, tails, segments, *, heads=(4, 2), head_dim=16, hidden=32, inner=48, layers=2, biases=False,
             qk_norm=False, windows=(0, 0)):  # fmt: skip
-    """A model of random weights. tails: each row's length; segments: (length, first row, end row)."""
+    """Return a sample with random weights, `tails` the length of each row's tail and `segments` (length, first row, end
+    row) each."""
     hq, hkv = heads
     rows, vocabulary = len(tails), 50
 

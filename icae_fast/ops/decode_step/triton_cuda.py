@@ -1,10 +1,12 @@
-"""`decode_step` on CUDA: ten launches a layer, products by cuBLAS, and nothing that waits for the device.
+"""`decode_step` on CUDA: ten launches a layer, products by cuBLAS, and no host synchronisation.
 
-Everything that changes from step to step (tokens, angles, lengths of tails) is read by the device, so that a CUDA graph
-of one step serves the following ones.
+Kernels read everything that changes from step to step (tokens, angles, tail lengths) from device memory, so a CUDA
+graph of one step replays for the following steps.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ import triton.language as tl
 
 from icae_fast.ops._layout import power_of_2
 from icae_fast.ops._triton import kernel
+from icae_fast.ops.decode_step.arguments import StepArguments
 from icae_fast.ops.decode_step.ref import MATRICES
 from icae_fast.ops.rms_norm import triton_cuda as norms_on_cuda
 from icae_fast.ops.shared_prefix_attention.triton_cuda import Rows
@@ -25,7 +28,7 @@ def _split_heads(
     qkv, qk_norm, cos, sin, q, keys, values, tail_starts, tail_lengths, eps, key_stride, key_head_stride, value_stride,
     value_head_stride, HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Norm and RoPE of one head of one row; queries go to q, keys and values to the last place of the row's tail."""
+    """Norm and RoPE of one head of one row; stores queries in q, keys and values at the end of the row's tail."""
     row, head = tl.program_id(0), tl.program_id(1)
     place = (tl.load(tail_starts + row) + tl.load(tail_lengths + row) - 1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -56,8 +59,11 @@ def _split_heads(
             tl.store(to + HALF, right, mask=inside)
 
 
-def _heads(qkv, qk_norm, cos, sin, keys, values, rows, num_q_heads, eps):
-    """Queries (R, Hq, D), with keys and values (N, Hkv, D) of this step put into the cache."""
+def _heads(
+    qkv: torch.Tensor, qk_norm: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor,
+    values: torch.Tensor, rows: Rows, num_q_heads: int, eps: float,
+) -> torch.Tensor:  # fmt: skip
+    """Return queries (R, Hq, D), and write this step's keys and values to a layer's tails (N, Hkv, D)."""
     n, num_kv_heads, head_dim = qkv.shape[0], keys.shape[1], keys.shape[2]
     q = qkv.new_empty(n, num_q_heads, head_dim)
     _split_heads(
@@ -69,43 +75,45 @@ def _heads(qkv, qk_norm, cos, sin, keys, values, rows, num_q_heads, eps):
     return q
 
 
-def _norm(x, stream, weight, eps):
-    """The norm of `stream + x`, in the dtype of x, and that sum in fp32; stream may be None."""
+def _norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the norm of `residual + x` in the dtype of x, and that sum in fp32 (x itself without a residual)."""
     y = torch.empty_like(x)
-    total = x if stream is None else torch.empty_like(x, dtype=torch.float32)
+    total = x if residual is None else torch.empty_like(x, dtype=torch.float32)
     norms_on_cuda._forward(
-        (x.shape[0],), x=x, residual=stream, weight=weight, y=y, total=total, d=x.shape[1], eps=eps,
-        x_stride=x.stride(0), residual_stride=0 if stream is None else stream.stride(0),
+        (x.shape[0],), x=x, residual=residual, weight=weight, y=y, total=total, d=x.shape[1], eps=eps,
+        x_stride=x.stride(0), residual_stride=0 if residual is None else residual.stride(0),
     )  # fmt: skip
     return y, total
 
 
-def _logits(x, head):
-    """`x head^T`, rounded to fp32."""
+def _logits(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Return `x head^T`, rounded to fp32."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, head.t(), out_dtype=torch.float32)
     return F.linear(x.float(), head.float())
 
 
-def decode_step(
-    tokens, embedding, norms, matrices, biases, qk_norms, head, cos, sin, tail_keys, tail_values, tail_starts,
-    tail_lengths, prefix_keys, prefix_values, prefix_rows, num_q_heads, num_kv_heads, scale, norm_eps, windows,
-):  # fmt: skip
-    """See `icae_fast.ops.decode_step`."""
-    n = tokens.shape[0]
+def decode_step(*arguments: Any, **named: Any) -> torch.Tensor:
+    """Compute `icae_fast.ops.decode_step` of `StepArguments`."""
+    a = StepArguments(*arguments, **named)
+    n = a.tokens.shape[0]
     if not n:
-        return embedding.new_empty((0, head.shape[0]), dtype=torch.float32)
+        return a.embedding.new_empty((0, a.head.shape[0]), dtype=torch.float32)
     rows = Rows.of(
-        range(n + 1), num_q_heads, tail_keys, tail_values, tail_starts, tail_lengths, prefix_keys, prefix_values,
-        prefix_rows, any(windows),
+        range(n + 1), a.num_q_heads, a.tail_keys, a.tail_values, a.tail_starts, a.tail_lengths, a.prefix_keys,
+        a.prefix_values, a.prefix_rows, any(a.windows),
     )  # fmt: skip
-    cos, sin = cos.contiguous(), sin.contiguous()
-    x, stream = embedding.index_select(0, tokens), None
-    for i, window in enumerate(windows):
-        qkv, attention, gate_up, down = ((matrices[j], biases[j]) for j in range(MATRICES * i, MATRICES * (i + 1)))
-        x, stream = _norm(x, stream, norms[2 * i], norm_eps)
-        q = _heads(F.linear(x, *qkv), qk_norms[i], cos, sin, tail_keys[i], tail_values[i], rows, num_q_heads, norm_eps)
-        x = F.linear(rows.attend(q, scale, window, layer=i).flatten(1), *attention)
-        x, stream = _norm(x, stream, norms[2 * i + 1], norm_eps)
+    cos, sin, eps = a.cos.contiguous(), a.sin.contiguous(), a.norm_eps
+    x, residual = a.embedding.index_select(0, a.tokens), None
+    for i, window in enumerate(a.windows):
+        qkv, o, gate_up, down = ((a.matrices[j], a.biases[j]) for j in range(MATRICES * i, MATRICES * (i + 1)))
+        x, residual = _norm(x, residual, a.norms[2 * i], eps)
+        q = _heads(
+            F.linear(x, *qkv), a.qk_norms[i], cos, sin, a.tail_keys[i], a.tail_values[i], rows, a.num_q_heads, eps
+        )
+        x = F.linear(rows.attend(q, a.scale, window, layer=i).flatten(1), *o)
+        x, residual = _norm(x, residual, a.norms[2 * i + 1], eps)
         x = F.linear(activation(F.linear(x, *gate_up)), *down)
-    return _logits(_norm(x, stream, norms[-1], norm_eps)[0], head)
+    return _logits(_norm(x, residual, a.norms[-1], eps)[0], a.head)

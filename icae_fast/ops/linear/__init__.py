@@ -13,7 +13,7 @@ _OP = Op("linear")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`y = x W^T + b` with frozen W and b: the gradient is that of x, and x is not kept for it.
+    """Return `y = x W^T + b` with frozen W and b: only x gets a gradient, and x is not kept for it.
 
     Args:
         x: (T, d) fp32, bf16 or fp64.
@@ -21,10 +21,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         bias: (n,) or None.
 
     Returns:
-        y (T, n) in x's dtype, summed up in fp32 (fp64 for fp64).
+        y (T, n) in x's dtype, accumulated in fp32 (fp64 for fp64).
 
     Raises:
-        BackendError: weight or bias asks for a gradient, which no backend computes.
+        BackendError: weight or bias requires a gradient, which no backend computes.
     """
     check_frozen("linear", weight=weight, bias=bias)
     return _OP(x, weight, bias)

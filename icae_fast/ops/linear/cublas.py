@@ -1,4 +1,4 @@
-"""`linear` on CUDA: a plain product, which a library serves best."""
+"""`linear` on CUDA by cuBLAS."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch.nn.functional as F
 
 
 def linear(x, weight, bias):
-    """See `icae_fast.ops.linear`. The bias goes into cuBLASLt's epilogue; the gradient is a product of its own."""
+    """Compute `icae_fast.ops.linear`; cuBLASLt adds the bias in its epilogue, and the gradient is one more product."""
     return F.linear(x, weight, bias)

@@ -24,7 +24,7 @@ def _backward(ops, ctx, dy):
 
 
 def _sample(name, t, d, n, *, bias=False, view=False, transposed=False, gradcheck=False):
-    """A sample of T rows of d into n; `view` makes x a strided slice, `transposed` gives W as a backward does."""
+    """Return a sample with x (T, d) and W (n, d); `view`: x is a strided slice, `transposed`: W as in a backward."""
 
     def make(dtype, device, generator):
         def rand(*shape, std=1.0):

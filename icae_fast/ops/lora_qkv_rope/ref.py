@@ -1,4 +1,4 @@
-"""`lora_qkv_rope` and its gradient in plain torch: the definition that every kernel is compared with."""
+"""Plain-torch reference of `lora_qkv_rope` and its gradient, the definition that every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from icae_fast.ops._dropout import dropout_scale
 from icae_fast.ops._precision import compute_dtype
 
-QUERY, VALUE = 0, 1  # which projection a dropout mask is for
+QUERY, VALUE = 0, 1  # projection of a dropout mask
 
 
 def _rotate(y, cos, sin):
@@ -29,7 +29,7 @@ def _rms_norm_backward(grad, y, weight, eps):
 
 
 class _Parts:
-    """The operands in the compute dtype, split into what belongs to q, k and v."""
+    """Operands in the compute dtype, split by q, k and v."""
 
     def __init__(self, x, weight, bias, lora_a, lora_b, qk_norm, q_rows, seed, num_q_heads, num_kv_heads, p, dtype):
         self.nq = num_q_heads * weight.shape[0] // (num_q_heads + 2 * num_kv_heads)
@@ -66,7 +66,7 @@ def lora_qkv_rope(
     x, weight, bias, lora_a, lora_b, cos, sin, qk_norm, q_rows, dropout_seed,
     num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p, *, upcast=True,
 ):  # fmt: skip
-    """See `icae_fast.ops.lora_qkv_rope` for the formula and the shapes."""
+    """Compute `lora_qkv_rope`; `icae_fast.ops.lora_qkv_rope` documents the formula and the shapes."""
     dtype = compute_dtype(x, upcast)
     p = _Parts(x, weight, bias, lora_a, lora_b, qk_norm, q_rows, dropout_seed, num_q_heads, num_kv_heads, dropout_p, dtype)  # noqa: E501  # fmt: skip
     head_dim = p.nq // num_q_heads
@@ -83,14 +83,14 @@ def lora_qkv_rope_backward(
     dq, dk, dv, x, weight, bias, lora_a, lora_b, cos, sin, qk_norm, q_rows, dropout_seed,
     num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p, *, upcast=True,
 ):  # fmt: skip
-    """Gradients of x, lora_a and lora_b; the base weights are frozen and get none."""
+    """Return the gradients of x, lora_a and lora_b; the base weights are frozen."""
     dtype = compute_dtype(x, upcast)
     p = _Parts(x, weight, bias, lora_a, lora_b, qk_norm, q_rows, dropout_seed, num_q_heads, num_kv_heads, dropout_p, dtype)  # noqa: E501  # fmt: skip
     tables = [(cos, sin) if q_rows is None else (cos[q_rows], sin[q_rows]), (cos, sin)]
     grads = [dq.to(dtype), dk.to(dtype)]
     for i, norm in enumerate(p.norms):
         grads[i] = _rotate(grads[i], tables[i][0], -tables[i][1])
-        if norm is not None:  # the values before the norm are not saved; they cost one GEMM to have again
+        if norm is not None:  # the values before the norm are not saved; recomputing them costs one GEMM
             before = (p.q(lora_scale), p.k())[i].view_as(grads[i])
             grads[i] = _rms_norm_backward(grads[i], before, norm, norm_eps)
     gq, gk, gv = (g.flatten(1) for g in (*grads, dv.to(dtype)))

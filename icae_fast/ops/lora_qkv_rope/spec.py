@@ -39,8 +39,8 @@ def _fake_backward(dq, dk, dv, x, weight, bias, lora_a, lora_b, *_args, **_kwarg
 
 
 def _setup_context(ctx, inputs, output):
-    # Nothing but the inputs is kept: the backward has x A^T and the values before the q/k norm again
-    # by one small GEMM each instead of holding (T, 2r) and (T, Hq D + Hkv D) for every layer.
+    # Only the inputs are kept: the backward recomputes x A^T and the values before the q/k norm by one small GEMM
+    # each, instead of holding (T, 2r) and (T, Hq D + Hkv D) for every layer.
     ctx.save_for_backward(*inputs[:10])
     ctx.settings = inputs[10:]
 
@@ -56,7 +56,7 @@ def _backward(ops, ctx, dq, dk, dv):
 def _sample(
     name, t, d, hq, hkv, head_dim, rank=8, *, bias=False, norm=False, rows=None, p=0.0, view=False, gradcheck=False
 ):
-    """A sample of T tokens; `rows` selects which of them get a query, `view` makes x a strided slice."""
+    """Return a sample of T tokens; `rows` selects those with a query, `view` makes x a strided slice."""
 
     def make(dtype, device, generator):
         def rand(*shape, std=1.0):
@@ -109,7 +109,7 @@ SAMPLES = (
 
 
 def _backward_samples():
-    """The forward's samples with gradients for q, k and v put in front."""
+    """Return the forward's samples, preceded by gradients of q, k and v."""
 
     def with_grads(sample):
         def make(dtype, device, generator):

@@ -1,12 +1,12 @@
-"""`lora_qkv_rope` in Triton: one grouped GEMM over packed QKV, with everything else before its one store.
+"""`lora_qkv_rope` in Triton: one grouped GEMM over packed QKV, with everything else in its epilogue.
 
-The two elements that RoPE turns together stand in neighbouring columns of a tile: column 2 p + h is row h D / 2 + i of
-W's head, for the pair p = (head, i). Rows of W may be loaded in any order at no cost, and an accumulator's neighbouring
-columns lie in the same thread on every architecture, so that pairs come apart without a shuffle, and heads of 80 or 96
-need no padding (but under the norm, which wants whole heads in a tile).
+The two elements that RoPE rotates together are neighbouring columns of a tile: column 2 p + h is row h D / 2 + i of
+W's head, for the pair p = (head, i). Rows of W can be loaded in any order at no cost, and neighbouring columns of an
+accumulator belong to the same thread on every architecture, so pairs are split without a shuffle. Heads of 80 or 96
+need no padding, except under the norm, which needs whole heads in a tile.
 
-Loads go through pointers (`cp.async`), not through TMA descriptors: queries may be of gathered rows, x a view of any
-alignment, and Triton's descriptors want an allocator set for the whole process.
+Loads go through pointers (`cp.async`), not through TMA descriptors: queries may be gathered rows, x a view of any
+alignment, and Triton's descriptors need an allocator set for the whole process.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def _configs(arch, arguments):
         return [config(32, 64, 64, 4, 1)]
     if arguments["x"].dtype == torch.float32:
         return [config(32, 64, 32, 4, 2)]
-    if whole > 128:  # the norm wants all of a head of 256 at a time
+    if whole > 128:  # the norm needs a whole head of 256 in a tile
         return [config(64, whole, 32, 8, 4 if arch < 90 else 5), config(32, whole, 32, 4, 4)]
     if arch < 90:
         return [config(128, 128, 32, 8, 4), config(128, 128, 64, 8, 3), config(64, 64, 64, 4, 3)]
-    middle = config(128, 128, 64, 8 if whole > 64 else 4, 4)  # in one part it needs the registers of more threads
+    middle = config(128, 128, 64, 8 if whole > 64 else 4, 4)  # a single part needs the registers of more threads
     return [config(128, 256, 64, 8, 3), middle, config(64, 128, 64, 4, 4)]
 
 
 @triton.jit
 def _add_product(acc, left, right, size, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + L R^T for pointers to rows of L (m, 1) and of R (1, n), each of `size` elements."""
+    """Return acc + L R^T for pointers to rows of L (m, 1) and of R (1, n), each of `size` elements."""
     lanes = tl.arange(0, BLOCK_K)
     left += lanes[None, :]
     right += lanes[:, None]
@@ -60,7 +60,7 @@ def _add_product(acc, left, right, size, BLOCK_K: tl.constexpr, EVEN_K: tl.const
 
 @triton.jit
 def _norm(first, second, weight, i, inside, eps, HALF: tl.constexpr, SLOT: tl.constexpr):
-    """RMS norm of whole heads: `first` and `second` are their halves (m, heads * SLOT), `i` places in a half."""
+    """RMS norm of whole heads, `first` and `second` being their halves (m, heads * SLOT) and `i` columns of a half."""
     heads: tl.constexpr = first.shape[1] // SLOT
     squares = tl.where(inside[None, :], first * first + second * second, 0.0)
     mean = tl.sum(tl.reshape(squares, [first.shape[0], heads, SLOT]), axis=2) / (2 * HALF)
@@ -73,7 +73,7 @@ def _norm(first, second, weight, i, inside, eps, HALF: tl.constexpr, SLOT: tl.co
 
 @triton.jit
 def _rotate(first, second, cos, sin, rows, i, mask, HALF: tl.constexpr):
-    """RoPE, and where the mask is false nothing."""
+    """Rotate pairs by RoPE where the mask is true."""
     at = rows[:, None] * HALF + i[None, :]
     c = tl.load(cos + at, mask=mask, other=1.0)
     s = tl.load(sin + at, mask=mask, other=0.0)
@@ -87,11 +87,11 @@ def _store_halves(out, first, second, at, mask, HALF: tl.constexpr):
 
 
 @triton.jit
-def _finish(
+def _epilogue(
     acc, part, numbers, rows, count, kind, heads, above, bias, cos, sin, qk_norm, eps, q, k, v,
-    HALF: tl.constexpr, SLOT: tl.constexpr, FINISH: tl.constexpr,
+    HALF: tl.constexpr, SLOT: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
-    """Bias, norm, RoPE and the store for the `part`-th so many columns of a kind."""
+    """Epilogue of column block `part` of q, k or v: bias, head norm, RoPE, store."""
     pairs: tl.constexpr = acc.shape[1] // 2
     first, second = tl.split(tl.reshape(acc, [acc.shape[0], pairs, 2]))
     pair = part * pairs + tl.arange(0, pairs)
@@ -102,7 +102,7 @@ def _finish(
         at = bias + (above + head) * (2 * HALF) + i
         first += load(at, inside).to(tl.float32)[None, :]
         second += load(at + HALF, inside).to(tl.float32)[None, :]
-    if FINISH:
+    if EPILOGUE:
         if qk_norm is not None and kind < 2:
             first, second = _norm(first, second, qk_norm + kind * (2 * HALF), i, inside, eps, HALF, SLOT)
         turned = mask & (i < tl.where(kind < 2, HALF, 0))[None, :]
@@ -116,12 +116,12 @@ def _finish(
         _store_halves(v, first, second, at, mask, HALF)
 
 
-@kernel(_configs, key=("d", "rank", "size_class", "SLOT", "FINISH"))
+@kernel(_configs, key=("d", "rank", "size_class", "SLOT", "EPILOGUE"))
 @triton.jit
 def _forward(
     x, weight, bias, xa, lora_b, cos, sin, qk_norm, q_rows, q, k, v,
     n_queries, n_rows, d, rank, q_heads, kv_heads, kinds, scale, eps, x_stride, w_stride, xa_stride, xa_v, b_stride,
-    size_class, HALF: tl.constexpr, SLOT: tl.constexpr, FINISH: tl.constexpr, PRECISION: tl.constexpr,
+    size_class, HALF: tl.constexpr, SLOT: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def _forward(
         else:
             tile_m, column = grouped(tile - q_tiles, tl.cdiv(n_rows, BLOCK_M), (kinds - 1) * kv_columns, GROUP)
             column += q_columns
-    # kind 0 is q, 1 is k, 2 is v; `above` counts the heads of the kinds before.
+    # kind 0 is q, 1 is k, 2 is v; `above` counts the heads of the preceding kinds.
     kind = tl.where(column < q_columns, 0, tl.where(column < q_columns + kv_columns, 1, 2))
     heads = tl.where(kind == 0, q_heads, kv_heads)
     above = tl.where(kind == 0, 0, q_heads + (kind - 1) * kv_heads)
@@ -160,28 +160,28 @@ def _forward(
     left = x + rows[:, None] * x_stride
     right = weight + w_row[None, :].to(tl.int64) * w_stride
     acc = _add_product(acc, left, right, d, BLOCK_K, EVEN_K, PRECISION)
-    # In parts, or the rotary tables of a wide tile would take the registers that the accumulator leaves.
+    # A wide tile runs its epilogue in parts: all its RoPE tables at once do not fit beside the accumulator.
     if PARTS == 1:
-        _finish(
+        _epilogue(
             acc, column, numbers, rows, count, kind, heads, above, bias, cos, sin, qk_norm, eps, q, k, v,
-            HALF, SLOT, FINISH,
+            HALF, SLOT, EPILOGUE,
         )  # fmt: skip
     else:
         halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, pairs]), [0, 2, 1]))
         for part in tl.static_range(2):
-            _finish(
+            _epilogue(
                 halves[part], 2 * column + part, numbers, rows, count, kind, heads, above, bias, cos, sin, qk_norm,
-                eps, q, k, v, HALF, SLOT, FINISH,
+                eps, q, k, v, HALF, SLOT, EPILOGUE,
             )  # fmt: skip
 
 
 def run(o: Operands, xa, *, finished: bool = True):
-    """q, k and v; or, unfinished, q and k before norm and RoPE (and None).
+    """Return q, k and v, or with `finished=False` q and k before norm and RoPE, and None.
 
     Args:
         o: the operands.
-        xa: what `project` gives, None without LoRA.
-        finished: whether they are to be the op's results.
+        xa: result of `project`, None without LoRA.
+        finished: apply norm and RoPE, and compute v.
     """
     half = o.head_dim // 2
     q = o.x.new_empty(o.n_queries, o.q_heads, o.head_dim)
@@ -201,12 +201,12 @@ def run(o: Operands, xa, *, finished: bool = True):
         d=o.d, rank=o.rank, q_heads=o.q_heads, kv_heads=o.kv_heads, kinds=kinds, scale=o.scale, eps=o.eps,
         x_stride=o.x.stride(0), w_stride=o.weight.stride(0), xa_stride=xa.stride if xa else 0,
         xa_v=xa.v_offset if xa else 0, b_stride=o.lora_b.stride(0) if xa else 0, size_class=o.size_class,
-        HALF=half, SLOT=slot, FINISH=finished, PRECISION=o.precision,
+        HALF=half, SLOT=slot, EPILOGUE=finished, PRECISION=o.precision,
     )  # fmt: skip
     return q, k, v
 
 
 def lora_qkv_rope(*arguments):
-    """See `icae_fast.ops.lora_qkv_rope`."""
+    """Compute `icae_fast.ops.lora_qkv_rope`."""
     o = Operands(*arguments)
     return run(o, project(o) if o.rank else None)

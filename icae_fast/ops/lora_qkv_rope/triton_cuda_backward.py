@@ -1,10 +1,10 @@
-"""The gradient of `lora_qkv_rope` in Triton, in up to five launches of its own and plain products by cuBLAS.
+"""The gradient of `lora_qkv_rope`, in up to five Triton launches and plain products by cuBLAS.
 
-1. `x A^T` again, for B's gradient; with a q/k norm also q and k before it, by the forward's kernel.
-2. `_undo`: dq and dk before norm and RoPE, which make G, and s G B for A's and x's gradient, from one read of them.
-   That B's product runs where G is in registers is the cut that LoRAFusion (arXiv 2510.00206) found best.
-3. `_input_gradient`: G W and (s G B) A, the latter under the masks, in one accumulation.
-4. A's gradient (s G B)^T x: cuBLAS, or under dropout `_a_gradient`, which computes the masks on the way.
+1. Recompute `x A^T` for B's gradient; with a q/k norm also q and k before it, by the forward's kernel.
+2. `_undo`: in one read of dq and dk, compute G (the gradients before norm and RoPE), and s G B for A's and x's
+   gradients. LoRAFusion (arXiv 2510.00206) found this cut best, with B's product while G is in registers.
+3. `_input_gradient`: G W and (s G B) A, the latter under the dropout masks, in one accumulation.
+4. A's gradient (s G B)^T x: cuBLAS, or with dropout `_a_gradient`, which computes the masks inline.
 5. B's gradient s G^T (x A^T): cuBLAS.
 """
 
@@ -35,7 +35,7 @@ def _undo_configs(arch, arguments):
     if half > 64:
         small = config(16, 128 * 128 // half, 4, 2)
         return [small] if arch == 89 else [config(32, 128 * 128 // half, 8, 2), small]  # 99 KB of shared memory
-    # A tile undoes its part again for each block of ranks.
+    # A tile recomputes its part of G for each block of ranks.
     return [config(32, 256, 4, 2) if ranks > 128 else config(32, 128, 8, 2), config(64, 128, 8, 2)]
 
 
@@ -54,23 +54,23 @@ def _norm_backward(first, second, before, at, mask, weight, i, inside, eps, HALF
 @triton.jit
 def _undo_heads(
     grad, before, out, norm, b, b_stride, gb, gb_stride, numbers, rows, count, heads, rank, cos, sin, scale, eps,
-    TURNED: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    ROTATED: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one kind for the rows of a tile. `out` takes the gradient before RoPE, `gb` its product with `b`."""
+    """All heads of q, k or v for the rows of a tile; stores G in `out` and G times `b` in `gb`."""
     i = tl.arange(0, BLOCK_HALF)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside, valid = i < HALF, ranks < rank
     mask = (numbers < count)[:, None] & inside[None, :]
     numbers = numbers[:, None].to(tl.int64)
-    if TURNED:
+    if ROTATED:
         c = load(cos + rows[:, None] * HALF + i[None, :], mask)
         s = load(sin + rows[:, None] * HALF + i[None, :], mask)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for head in range(heads):
         at = (numbers * heads + head) * (2 * HALF) + i[None, :]
         first, second = load(grad + at, mask), load(grad + at + HALF, mask)
-        if TURNED:
+        if ROTATED:
             f, g = first.to(tl.float32), second.to(tl.float32)
             f, g = f * c + g * s, g * c - f * s
             if norm is not None:
@@ -130,7 +130,7 @@ def _input_configs(arch, arguments):
         return [config(32, 64, 64, 4, 1)]
     if arguments["dx"].dtype == torch.float32:
         return [config(32, 64, 32, 4, 2)]
-    # Under dropout the part of q is masked before that of v may join it: two accumulators at a time.
+    # With dropout q's part is masked before v's is added: two accumulators at a time.
     if arch < 90:
         middle = config(128, 64, 64, 8, 3) if dropout else config(128, 128, 64, 8, 3)
         return [config(128, 128, 32, 8, 4), middle, config(64, 64, 64, 4, 3)]
@@ -145,7 +145,7 @@ def _add_product(
     acc, left, left_mask, right, right_stride, right_mask, size,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + L R for pointers to rows of L (m, 1) of `size` elements and to the first row of R (1, n)."""
+    """Return acc + L R for pointers to rows of L (m, 1) of `size` elements and to the first row of R (1, n)."""
     lanes = tl.arange(0, BLOCK_K)
     left += lanes[None, :]
     right += lanes[:, None].to(tl.int64) * right_stride
@@ -178,7 +178,7 @@ def _input_gradient(
     if inverse is not None:
         queries = tl.load(inverse + rows).to(tl.int64)
         asked = queries >= 0
-        some = tl.max(tl.max(asked.to(tl.int32), axis=1), axis=0)  # few tiles have a query, and the rest skip it
+        some = tl.max(tl.max(asked.to(tl.int32), axis=1), axis=0)  # few tiles have a query; the others skip it
         q_size, q_rank = some * q_width, some * rank
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if gb_q is not None:
@@ -219,7 +219,7 @@ def _a_configs(arch, arguments):
         return [config(64, 64, 32, 4, 1)]
     if arguments["x"].dtype == torch.float32:
         return [config(32, 64, 32, 4, 2)]
-    # Each tile computes the masks of its part of x; the wider in ranks, the fewer do.
+    # Each tile computes the masks of its part of x; tiles wide in ranks compute them fewer times.
     return [config(256 if ranks > 128 else 128, 64, 64, 8, 3), config(128, 128, 64, 8, 3)]
 
 
@@ -229,7 +229,7 @@ def _a_gradient(
     x, gb, q_rows, seed, parts, n_queries, n_rows, d, rank, x_stride, gb_stride, gb_v, threshold, keep_scale,
     size_class, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(s G B)^T x under the masks, over a part of the rows: for q in the first half of the second axis, else for v."""
+    """Sum (s G B)^T x under the masks over a part of the rows; the second axis has q's tiles, then v's."""
     tiles = tl.cdiv(rank, BLOCK_R)
     which = tl.program_id(1) // tiles
     ranks = tl.program_id(1) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -253,7 +253,7 @@ def _a_gradient(
 
 
 def _gradients_before(o: Operands, xa, dq, dk, dv):
-    """G for q and for k, each as a matrix, and s G B for q and v (None without LoRA)."""
+    """Return G of q and of k, each as a matrix, and s G B of q and v (None without LoRA)."""
     before = (None, None) if o.qk_norm is None else run(o, xa, finished=False)[:2]
     gq, gk = o.x.new_empty(o.n_queries, o.q_width), o.x.new_empty(o.n_rows, o.kv_width)
     norms = (None, None) if o.qk_norm is None else o.qk_norm
@@ -277,7 +277,7 @@ def _gradients_before(o: Operands, xa, dq, dk, dv):
 def _gradient_of_x(o: Operands, gq, gk, gv, gb):
     dx = torch.empty_like(o.x, memory_format=torch.contiguous_format)
     inverse = None
-    if o.q_rows is not None:  # which query a row of x has, if any
+    if o.q_rows is not None:  # number of the query of each row of x, -1 for none
         inverse = o.q_rows.new_full((o.n_rows,), -1)
         inverse.scatter_(0, o.q_rows, torch.arange(o.n_queries, device=o.x.device))
     w = o.weight.split((o.q_width, o.kv_width, o.kv_width))
@@ -298,7 +298,7 @@ def _gradient_of_a(o: Operands, gb):
         if o.q_rows is None:
             return torch.mm(gb.buffer.T, o.x)
         return torch.cat((torch.mm(gb.q.T, o.x.index_select(0, o.q_rows)), torch.mm(gb.v.T, o.x)))
-    # Parts by size alone, added in order: the same result each time.
+    # The split depends on the size only and parts are added in order, so results are deterministic.
     parts = o.x.new_empty(max(1, min(4, o.n_rows // 512)), 2 * o.rank, o.d, dtype=torch.float32)
     _a_gradient(
         lambda a: (cdiv(o.d, a["BLOCK_N"]), 2 * cdiv(o.rank, a["BLOCK_R"]), parts.shape[0]),
@@ -317,7 +317,7 @@ def _gradient_of_b(o: Operands, gq, gv, xa):
 
 
 def lora_qkv_rope_backward(dq, dk, dv, *arguments):
-    """See `icae_fast.ops.lora_qkv_rope.ref`; a row may have one query at most."""
+    """Compute `lora_qkv_rope_backward` of `icae_fast.ops.lora_qkv_rope.ref`; a row has at most one query."""
     o = Operands(*arguments)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     gv = dv.view(o.n_rows, o.kv_width)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of `lora_qkv_rope` share: the operands, tiles and their order, `x A^T`."""
+"""Operands, tile order and `x A^T`, shared by the Triton kernels of `lora_qkv_rope`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icae_fast.ops.lora_qkv_rope.triton_cuda_dropout import kept, row_keys
 
 
 class Operands:
-    """The op's arguments as the kernels take them, and the sizes that follow from them."""
+    """The op's arguments in the layouts that the kernels need, and the sizes that follow from them."""
 
     def __init__(
         self, x, weight, bias, lora_a, lora_b, cos, sin, qk_norm, q_rows, dropout_seed,
@@ -28,27 +28,27 @@ class Operands:
         self.q_width, self.kv_width = num_q_heads * self.head_dim, num_kv_heads * self.head_dim
         self.n_rows, self.d = x.shape
         self.n_queries = self.n_rows if q_rows is None else q_rows.shape[0]
-        self.scale, self.eps = float(lora_scale), float(norm_eps)  # nobody else may have made them so
+        self.scale, self.eps = float(lora_scale), float(norm_eps)  # callers may pass integers
         self.seed = dropout_seed if self.rank and dropout_p else None
         self.threshold = int(dropout_p * 2**32)
         self.keep_scale = 1.0 / (1.0 - dropout_p) if self.seed is not None else 1.0
 
     @property
     def precision(self):
-        """How products of fp32 are made: of fp32."""
+        """Input precision of matrix products: full fp32 for fp32, not TF32."""
         return "ieee" if self.x.dtype == torch.float32 else "tf32"
 
     @property
     def size_class(self):
-        """Stands for the number of rows where configurations are chosen; up to twice as many share a choice."""
+        """Tuning key of the number of rows: its bit length, so that sizes within a factor of two share a choice."""
         return self.n_rows.bit_length()
 
 
 class Adapters:
-    """A matrix of `rank` columns for q and one for v, in one buffer: `x A^T`, or the gradients' product with B.
+    """Two matrices of `rank` columns, for q and for v, in one buffer: `x A^T`, or the gradients' product with B.
 
-    They stand side by side where every row has a query, so that one plain product can serve both, and one under the
-    other elsewhere.
+    They are side by side if every row has a query, so that one plain product computes both, and otherwise one above the
+    other.
     """
 
     def __init__(self, o: Operands):
@@ -63,7 +63,7 @@ class Adapters:
 
 @triton.jit
 def load(pointers, mask):
-    """Values where the mask is true or None, and 0 elsewhere."""
+    """Load values where the mask is true or None, and 0 elsewhere."""
     if mask is None:
         values = tl.load(pointers)
     else:
@@ -73,7 +73,7 @@ def load(pointers, mask):
 
 @triton.jit
 def grouped(tile, rows, columns, GROUP: tl.constexpr):
-    """A tile's row and column where tiles go down GROUP rows, then to the next column: they share what is in L2."""
+    """Return a tile's row and column in an order that goes down GROUP rows before the next column, to reuse L2."""
     first = tile // (GROUP * columns) * GROUP
     within = tile % (GROUP * columns)
     height = tl.minimum(rows - first, GROUP)
@@ -82,7 +82,7 @@ def grouped(tile, rows, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def query_rows(numbers, q_rows, n_queries, is_query):
-    """The rows of x that a tile is of, by their numbers among the queries or among all rows."""
+    """Return rows of x from their numbers among the queries or among all rows."""
     rows = numbers.to(tl.int64)
     if q_rows is not None:
         chosen = tl.load(q_rows + numbers, mask=numbers < tl.where(is_query, n_queries, 0), other=0)
@@ -91,7 +91,7 @@ def query_rows(numbers, q_rows, n_queries, is_query):
 
 
 def project_configs(arch, arguments):
-    """Configurations for `x A^T`: tiles as wide as the rank, as each one computes the masks of its part of x."""
+    """Return configurations for `x A^T`, with tiles as wide as the rank because each computes the masks of its part."""
     rank, d = arguments["rank"], arguments["d"]
     width = max(16, power_of_2(rank))
 
@@ -140,7 +140,7 @@ def _project(
 
 
 def project(o: Operands) -> Adapters:
-    """`x A^T` for q and v in x's dtype, as plain torch has it, x dropped out and its rows chosen on the way."""
+    """Return `x A^T` for q and v in x's dtype, with dropout and row selection applied to x inline."""
     out = Adapters(o)
     if o.seed is None and o.q_rows is None:
         torch.mm(o.x, o.lora_a.T, out=out.buffer)

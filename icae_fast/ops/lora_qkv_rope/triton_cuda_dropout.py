@@ -1,4 +1,4 @@
-"""The masks of `icae_fast.ops._dropout` inside a Triton kernel: the same 32-bit arithmetic, so the same masks."""
+"""The dropout masks of `icae_fast.ops._dropout` in Triton, with the same 32-bit arithmetic and so the same masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _mix(h):
 
 @triton.jit
 def row_keys(seed, which, rows):
-    """What the masks of rows of x start from.
+    """Return the hash state of rows of x, which `kept` continues.
 
     Args:
         seed: pointer to the int64.
@@ -31,5 +31,5 @@ def row_keys(seed, which, rows):
 
 @triton.jit
 def kept(keys, columns, threshold):
-    """Which elements are kept: keys (rows, 1) and columns (1, n), or any other shapes that go together."""
+    """Return which elements are kept, for keys (rows, 1) and columns (1, n), or other shapes that broadcast."""
     return _mix(keys + columns.to(tl.uint32)) >= threshold

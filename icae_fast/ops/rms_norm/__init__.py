@@ -20,20 +20,20 @@ def rms_norm(
         total = x + residual
         y     = total / sqrt(mean(total^2) + eps) * weight
 
-    Statistics are summed up in fp32 (fp64 for fp64) of the rounded total, and y is rounded once. The weight is frozen;
-    the backward adds up what comes through y and through the total in the same pass.
+    Statistics of the rounded total are accumulated in fp32 (fp64 for fp64), and y is rounded once. The weight is
+    frozen. The backward adds the gradients through y and through the total in the same pass.
 
     Args:
         x: (T, d) fp32, bf16 or fp64.
         weight: (d,).
         eps: added to the mean square.
-        residual: (T, d), or None for none.
+        residual: (T, d), or None.
 
     Returns:
-        y (T, d) and total (T, d), which is x itself where there is no residual.
+        y (T, d) and total (T, d), which is x itself without a residual.
 
     Raises:
-        BackendError: weight asks for a gradient, which no backend computes.
+        BackendError: weight requires a gradient, which no backend computes.
 
     Source: Zhang and Sennrich, arXiv 1910.07467; `LlamaRMSNorm` of transformers.
     """

@@ -1,4 +1,4 @@
-"""`rms_norm` and its gradient in plain torch: the definition that every kernel is compared with."""
+"""Plain-torch reference of `rms_norm` and its gradient, the definition that every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from icae_fast.ops._precision import compute_dtype
 
 
 def rms_norm(x, residual, weight, eps, *, upcast=True):
-    """See `icae_fast.ops.rms_norm` for the formula and the shapes."""
+    """Compute `rms_norm`; `icae_fast.ops.rms_norm` documents the formula and the shapes."""
     dtype = compute_dtype(x, upcast)
     total = x if residual is None else (x.to(dtype) + residual.to(dtype)).to(x.dtype)
     wide = total.to(dtype)
@@ -17,7 +17,7 @@ def rms_norm(x, residual, weight, eps, *, upcast=True):
 
 
 def rms_norm_backward(dy, dsum, total, weight, eps, *, upcast=True):
-    """The gradient of x, and of the residual: what comes through the norm and what comes through the sum."""
+    """Return the gradient of x, which is also the residual's: the sum of those through the norm and through the sum."""
     dtype = compute_dtype(total, upcast)
     wide, grad = total.to(dtype), dy.to(dtype) * weight.to(dtype)
     inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -33,7 +33,7 @@ def _backward(ops, ctx, dy, dsum):
 
 
 def _sample(name, t, d, *, residual=True, view=False, gradcheck=False):
-    """A sample of T rows of d; `view` makes x a strided slice."""
+    """Return a sample of T rows of d; `view` makes x a strided slice."""
 
     def make(dtype, device, generator):
         def rand(*shape):
@@ -62,7 +62,7 @@ SAMPLES = (
 
 
 def _backward_samples():
-    """The forward's samples as its backward sees them."""
+    """Return the forward's samples as inputs of its backward."""
 
     def with_grads(sample):
         def make(dtype, device, generator):

@@ -1,4 +1,4 @@
-"""`rms_norm` and its gradient in Triton: a row's statistics, the sum and the norm in one read and one write."""
+"""`rms_norm` and its gradient in Triton: residual add, statistics and norm in one read and one write of a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from icae_fast.ops._layout import power_of_2, unit_stride
 from icae_fast.ops._triton import kernel, load_row
 
-# Wider rows go round in blocks.
+# Wider rows are processed in several blocks.
 _MAX_BLOCK = 8192
 
 
@@ -32,7 +32,7 @@ def _forward(x, residual, weight, y, total, d, eps, x_stride, residual_stride, B
             value = narrow.to(tl.float32)
         squares += value * value
     inverse = tl.rsqrt(tl.sum(squares) / d + eps)
-    for start in range(0, d, BLOCK):  # the row is in a cache by now
+    for start in range(0, d, BLOCK):  # the row is cached by now
         columns = start + tl.arange(0, BLOCK)
         value = load_row(x + row * x_stride, columns, d)
         if residual is not None:
@@ -65,7 +65,7 @@ def _backward(dy, dsum, total, weight, dx, d, eps, dy_stride, dsum_stride, total
 
 
 def rms_norm(x, residual, weight, eps):
-    """See `icae_fast.ops.rms_norm`."""
+    """Compute `icae_fast.ops.rms_norm`."""
     x, residual = unit_stride(x), residual if residual is None else unit_stride(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x.new_empty(0) if residual is None else torch.empty_like(y)
@@ -77,7 +77,7 @@ def rms_norm(x, residual, weight, eps):
 
 
 def rms_norm_backward(dy, dsum, total, weight, eps):
-    """See `icae_fast.ops.rms_norm.ref`."""
+    """Compute `rms_norm_backward` of `icae_fast.ops.rms_norm.ref`."""
     dy, dsum, total = unit_stride(dy), dsum if dsum is None else unit_stride(dsum), unit_stride(total)
     dx = torch.empty_like(total, memory_format=torch.contiguous_format)
     _backward(

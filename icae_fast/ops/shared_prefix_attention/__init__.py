@@ -1,4 +1,4 @@
-"""Attention of rows that share the keys they begin with."""
+"""Attention of rows with a common prefix of keys."""
 
 from __future__ import annotations
 
@@ -28,29 +28,28 @@ def shared_prefix_attention(
     scale: float,
     window: int = 0,
 ) -> torch.Tensor:
-    """Attend to shared segments of keys and to each row's own tail.
+    """Attend to shared segments of keys and to the tail of each row.
 
-        out_i = sum_j softmax_j(scale * q_i . k_j) v_j    over all keys j of the row up to query i's own
+        out_i = sum_j softmax_j(scale * q_i . k_j) v_j    over the row's keys j up to query i's position
 
-    A row's keys are those of the segments that it reads, in their order, and then its tail. Segments are read once
-    for all their rows: the queries of all rows make one product with them, and the parts of a query's result are
-    merged by their log-sum-exps,
+    A row's keys are those of the segments that it reads, in order, and then its tail. A segment is read once for all of
+    its rows, in one product with their queries. The partial results of a query are merged by their log-sum-exps,
 
         out = sum_p exp(lse_p - lse) out_p,    lse = log sum_p exp(lse_p).
 
-    Rows of a prefix tree in depth-first order read each node by neighbouring rows, which is what this takes; rows
-    with different prefixes, or none, may stand in one batch.
+    The rows that read a segment must be neighbours, as rows of a prefix tree are in depth-first order. A batch may mix
+    rows with different prefixes and rows without one.
 
     Args:
-        q: (Tq, Hq, D) fp32, bf16 or fp64; row after row, the last queries of a row belong to the last keys of its
+        q: (Tq, Hq, D) fp32, bf16 or fp64, row after row; a row's queries are at the positions of the last keys of its
             tail.
-        k, v: (N, Hkv, D), where the tails are; Hq is a multiple of Hkv (GQA), and nothing is expanded.
-        cu_seqlens_q: (R + 1,) int32, where each row's queries begin.
+        k, v: (N, Hkv, D), the tails of all rows; Hq is a multiple of Hkv (GQA), and keys are not expanded.
+        cu_seqlens_q: (R + 1,) int32, start of each row's queries.
         tail_starts, tail_lengths: (R,) int32: row r's tail is k[start : start + length], and holds at least the
-            keys of its queries.
+            keys of the row's queries.
         prefix_keys, prefix_values: (S_s, Hkv, D) of each segment.
-        prefix_rows: (first row, one after the last row) that read each segment. Rows that read a segment together
-            must have read as many keys before it.
+        prefix_rows: (first row, one past the last row) that read each segment. The same number of keys must precede a
+            segment in all of these rows.
         scale: factor of the scores, usually D ** -0.5.
         window: number of keys, its own included, that a query sees (sliding window); 0 for all.
 
@@ -58,7 +57,7 @@ def shared_prefix_attention(
         (Tq, Hq, D) in q's dtype.
 
     Raises:
-        BackendError: a tensor asks for a gradient, of which there is none.
+        BackendError: a tensor requires a gradient, which no backend computes.
 
     Source: Juravsky et al., arXiv 2402.05099 (Hydragen), for the decomposition; Dao et al., Flash-Decoding, for the
     merge.

@@ -1,8 +1,8 @@
-"""Who attends to what in which block, worked out on the host from lengths alone; nothing here depends on the layer.
+"""The division of attention into thread blocks, planned on the host from lengths only, once for all layers.
 
-Segments that are read by the same rows one behind the other make a chain. Its keys are cut into splits of about equal
-work, and its queries, with all heads of a GQA group, into tiles. An item is one tile with one split, or one tile of one
-row with one split of its tail, whose length only the device knows. Items that share a query write to different slots.
+Consecutive segments that the same rows read form a chain. Its keys are cut into splits of about equal work, and its
+queries, with all heads of a GQA group, into tiles. An item is one tile with one split, or one tile of one row with one
+split of its tail, whose length only the device knows. Items that share a query write to different slots.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch
 from icae_fast.ops._layout import upload
 
 ITEM = 8  # first query, end query, tile's first row, first piece, end piece, slot, row of a tail or -1, split of a tail
-PIECE = 4  # source, first key, end key, place of the source's key 0 in the row
-SOURCE = 8  # addresses of keys and values; of each, strides of key, head and layer in elements
+PIECE = 4  # source, first key, end key, position of the source's key 0 in the row
+SOURCE = 8  # addresses of keys and values, and for each the strides of key, head and layer in elements
 
-# Fewer keys a block would pay more for merging than they gain.
+# With fewer keys a block, merging costs more than the parallelism gains.
 _MIN_SPLIT = 128
 _BLOCKS_PER_SM = 2
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan depends on.
+    """Inputs of a plan; equal shapes have the same plan.
 
     Args:
-        starts: where each row's queries begin, and their end.
+        starts: start of each row's queries, then their end.
         lengths: keys of each segment.
-        prefix_rows: first row and one after the last row of each segment, one behind the other.
-        capacity: keys that all tails together may hold.
+        prefix_rows: first row and one past the last row of each segment, flattened.
+        capacity: keys that fit into the tails of all rows together.
         group: query heads of a key/value head.
         num_kv_heads: Hkv.
-        multiprocessors: of the device.
+        multiprocessors: number of the device's multiprocessors.
         windowed: whether a window may hide keys.
     """
 
@@ -51,7 +51,7 @@ class Shape:
 
     @property
     def n_rows(self) -> int:
-        """R."""
+        """Number of rows, R."""
         return len(self.starts) - 1
 
 
@@ -62,11 +62,12 @@ class Plan:
     Args:
         items: (n, ITEM) int32.
         pieces: (m, PIECE) int32, the last one for tails.
-        places: (2, Tq) int32, each query's row and its place in it less the tail's length; None without windows.
+        places: (2, Tq) int32, each query's row and its position in the row minus the tail's length; None without
+            windows.
         group: query heads of a key/value head.
         block_m: rows of a tile.
         tail_splits: parts of every tail.
-        slots: partial results of a query at most.
+        slots: maximum number of partial results of a query.
     """
 
     items: torch.Tensor
@@ -93,7 +94,7 @@ _keepers: list[list] = []
 
 @contextlib.contextmanager
 def kept() -> Iterator[list]:
-    """Collects the tables that are used in a `with` block, for who needs them longer, such as a CUDA graph."""
+    """Collect every table used in the block so that a longer-lived owner (e.g. a CUDA graph) can keep it alive."""
     _keepers.append(tables := [])
     try:
         yield tables
@@ -102,12 +103,12 @@ def kept() -> Iterator[list]:
 
 
 def plan(shape: Shape, device: torch.device, max_block_m: int) -> Plan:
-    """The plan of a shape; kept for the next call."""
+    """Return the plan of a shape, from a cache."""
     return _noted(_plan(shape, _place(device), max_block_m))
 
 
 def sources(layout: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    """A table (n, SOURCE) int64 of where keys and values lie; kept for the next call."""
+    """Return the table (n, SOURCE) int64 of the addresses and strides of keys and values, from a cache."""
     return _noted(_sources(layout, _place(device)))
 
 
@@ -118,7 +119,7 @@ def _noted(table):
 
 
 def _place(device):
-    """Device and stream: a table is read in the order of the stream that it was written in."""
+    """Return device and stream, a cache key: a table may be read only on the stream that wrote it."""
     return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -173,7 +174,7 @@ def _plan(shape: Shape, place, max_block_m: int) -> Plan:
 
 
 def _segments(shape: Shape) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """Number, length and rows of each segment that somebody reads."""
+    """Yield number, length and rows of each segment that has keys and rows."""
     for i, n in enumerate(shape.lengths):
         rows = shape.prefix_rows[2 * i], shape.prefix_rows[2 * i + 1]
         if n and rows[0] < rows[1]:
@@ -200,15 +201,15 @@ def _queries(shape: Shape, rows: Sequence[int]) -> int:
 
 
 def _tiles(shape: Shape, rows: Sequence[int], block_m: int) -> list[tuple[int, int, int]]:
-    """First and end query of rows, and where in them each tile begins, counted in queries times the group."""
+    """Return tiles: first and end query of the rows, and the tile's start in queries times heads of the group."""
     begin, end = shape.starts[rows[0]], shape.starts[rows[1]]
     return [(begin, end, first) for first in range(0, (end - begin) * shape.group, block_m)]
 
 
 def _parts(chain: _Chain, split: int) -> Iterator[list[tuple[int, int, int, int]]]:
-    """Cut a chain's keys into parts of at most about `split`."""
+    """Yield parts of a chain with about `split` keys at most."""
     n = -(-chain.keys // split)
-    size = -(-chain.keys // n // 16) * 16  # so that blocks of keys stay whole
+    size = -(-chain.keys // n // 16) * 16  # keeps blocks of keys whole
     part, room = [], size
     for source, begin, end, place in chain.pieces:
         while begin < end:

@@ -1,4 +1,4 @@
-"""`shared_prefix_attention` in plain torch: the definition that every kernel is compared with."""
+"""Plain-torch reference of `shared_prefix_attention`, the definition that every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def shared_prefix_attention(
     q, k, v, cu_seqlens_q, tail_starts, tail_lengths, prefix_keys, prefix_values, prefix_rows, scale, window, *,
     upcast=True,
 ):  # fmt: skip
-    """See `icae_fast.ops.shared_prefix_attention` for the formula and the shapes."""
+    """Compute the op; `icae_fast.ops.shared_prefix_attention` documents the formula and the shapes."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     cu = cu_seqlens_q.tolist()
     for r, (start, n) in enumerate(zip(tail_starts.tolist(), tail_lengths.tolist(), strict=True)):

@@ -17,9 +17,9 @@ def _fake(q, *_args, **_kwargs):
 
 
 def _sample(name, rows, segments, hq, hkv, head_dim, *, window=0, view=False):
-    """A sample of `rows` [(queries, tail length), ...] and `segments` [(length, first row, end row), ...].
+    """Return a sample of `rows` [(queries, tail length), ...] and `segments` [(length, first row, end row), ...].
 
-    Tails lie apart and in reverse order. view: q, k and v have strides
+    Tails have gaps between them and are in reverse order; `view` makes q, k and v strided.
     """
 
     def make(dtype, device, generator):

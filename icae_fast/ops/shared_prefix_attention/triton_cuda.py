@@ -1,4 +1,4 @@
-"""`shared_prefix_attention` in Triton: one launch for all segments, splits and tails, and one that merges."""
+"""`shared_prefix_attention` in Triton: one launch for all segments, splits and tails, and one to merge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from icae_fast.ops.shared_prefix_attention.plan import ITEM, PIECE, SOURCE, Plan
 
 _ITEM, _PIECE, _SOURCE = tl.constexpr(ITEM), tl.constexpr(PIECE), tl.constexpr(SOURCE)
 _EVERYTHING = tl.constexpr(1 << 30)
-# For each BLOCK_M, keys of a block and stages that spill no register; see `make kernels-check`.
+# For each BLOCK_M, (keys of a block, stages) without register spills; see `make kernels-check`.
 _BLOCKS = {
     16: [(32, 4), (64, 3), (128, 2)],
     32: [(32, 3), (32, 4), (128, 2)],
@@ -33,7 +33,7 @@ def _attend_configs(arch, arguments):
     if arch == 0:
         return [triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=1)]
     tile = arguments["BLOCK_M"], arguments["BLOCK_D"]
-    blocks = [(32, 2)] if arch == 89 and tile[1] > 128 else _BLOCKS[tile[0]]  # 99 KB of shared memory
+    blocks = [(32, 2)] if arch == 89 and tile[1] > 128 else _BLOCKS[tile[0]]  # it has 99 KB of shared memory
     return [
         triton.Config({"BLOCK_N": n}, num_warps=8 if tile[0] * tile[1] >= 128 * 128 else 4, num_stages=stages)
         for n, stages in blocks
@@ -43,7 +43,7 @@ def _attend_configs(arch, arguments):
 
 @triton.jit
 def _reach(item, token, places, tail_lengths, n_tokens, WINDOW: tl.constexpr):
-    """The last key that each query sees: its place in the tail, or in the row where a window is to hide segments."""
+    """Return the last key each query sees: its position in the tail, or in the row if a window may hide segments."""
     row, end = tl.load(item + 6), tl.load(item + 1)
     in_row = token * 0 + _EVERYTHING
     if WINDOW > 0:
@@ -54,9 +54,9 @@ def _reach(item, token, places, tail_lengths, n_tokens, WINDOW: tl.constexpr):
 
 @triton.jit
 def _range(item, piece, tail_starts, tail_lengths, splits, BLOCK_N: tl.constexpr):
-    """First and end key of an item in one of its pieces, and where in the source key 0 lies."""
+    """Return first and end key of an item in one of its pieces, and the position of key 0 in the source."""
     row = tl.load(item + 6)
-    # No branch: behind one, the compiler no longer knows how loads are aligned.
+    # No branch, after which the compiler would lose the alignment of loads.
     length = tl.load(tail_lengths + tl.maximum(row, 0))
     size = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     begin = tl.load(item + 7) * size
@@ -67,7 +67,7 @@ def _range(item, piece, tail_starts, tail_lengths, splits, BLOCK_N: tl.constexpr
 
 @triton.jit
 def _pointer(source, WHICH: tl.constexpr, like, kv_head, first, layer, ALIGNMENT: tl.constexpr, WIDTH: tl.constexpr):
-    """Where key `first` of a head lies, and the stride of keys; WHICH is 0 for keys and 1 for values."""
+    """Return a pointer to key `first` of a head, and the stride of keys; WHICH is 0 for keys and 1 for values."""
     stride = tl.multiple_of(tl.load(source + 2 + 3 * WHICH), ALIGNMENT // WIDTH)
     offset = first * stride + kv_head * tl.load(source + 3 + 3 * WHICH) + layer * tl.load(source + 4 + 3 * WHICH)
     address = tl.load(source + WHICH) + offset * WIDTH
@@ -120,7 +120,7 @@ def _attend(
             v_tile = tl.load(v + (keys * v_stride)[:, None] + columns[None, :], mask=v_mask, other=0.0)
             out = tl.dot(weights.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision=PRECISION)
             top = highest
-    total = tl.where(total == 0, 1.0, total)  # where no key was seen; `top` is -inf then
+    total = tl.where(total == 0, 1.0, total)  # no key was seen, and `top` is -inf
     out = out / total[:, None]
     place = (tl.load(item + 5).to(tl.int64) * n_tokens + token) * (tl.num_programs(1) * GROUP) + head
     tl.store(lse + place, top + tl.log2(total), mask=valid)
@@ -158,13 +158,13 @@ def _merge(partial, lse, out, n_rows, slots, D: tl.constexpr, BLOCK_D: tl.conste
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows and what they read, ready for one launch a layer.
+    """Rows with their plan and buffers, ready for one launch a layer.
 
     Args:
-        plan, sources: tables; see there.
-        alignment: bytes that every key's and value's place is a multiple of.
-        partial: (slots, Tq, Hq, D) fp32, and
-        lse: (slots, Tq, Hq) fp32 of partial results, to base 2; -inf where nothing is ever written.
+        plan, sources: tables, see `icae_fast.ops.shared_prefix_attention.plan`.
+        alignment: bytes of which every key's and value's address is a multiple.
+        partial: (slots, Tq, Hq, D) fp32 partial results.
+        lse: (slots, Tq, Hq) fp32 log-sum-exps of the partial results, to base 2; -inf where none is written.
         tail_starts, tail_lengths: (R,) int32.
     """
 
@@ -182,15 +182,13 @@ class Rows:
         tail_lengths: torch.Tensor, prefix_keys: Sequence[torch.Tensor], prefix_values: Sequence[torch.Tensor],
         prefix_rows: Sequence[int], windowed: bool,
     ) -> Rows:  # fmt: skip
-        """Plan for rows whose queries begin at `starts`, on keys and values (N, Hkv, D) or (layers, N, Hkv, D).
+        """Plan for rows whose queries start at `starts`, on keys and values (N, Hkv, D) or (layers, N, Hkv, D).
 
         Raises:
-            BackendError: a key's or value's elements do not lie side by side.
+            BackendError: the last dimension of keys or values is not contiguous.
         """
         if any(t.stride(-1) != 1 for t in (k, v, *prefix_keys, *prefix_values)):
-            raise BackendError(
-                "elements of a key or value do not lie side by side in memory; pass `.contiguous()` ones"
-            )
+            raise BackendError("the last dimension of keys or values is not contiguous; pass `.contiguous()` tensors")
         n, num_kv_heads, head_dim = k.shape[-3:]
         width = k.element_size()
         layout = tuple(_layout(*pair) for pair in zip((*prefix_keys, k), (*prefix_values, v), strict=True))
@@ -209,7 +207,7 @@ class Rows:
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, scale: float, window: int, layer: int = 0) -> torch.Tensor:
-        """(Tq, Hq, D) of the queries of one layer."""
+        """Return the attention (Tq, Hq, D) of one layer's queries."""
         n_tokens, heads, head_dim = q.shape
         q = unit_stride(q)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -234,7 +232,7 @@ class Rows:
 def shared_prefix_attention(
     q, k, v, cu_seqlens_q, tail_starts, tail_lengths, prefix_keys, prefix_values, prefix_rows, scale, window
 ):
-    """See `icae_fast.ops.shared_prefix_attention`."""
+    """Compute `icae_fast.ops.shared_prefix_attention`."""
     if not q.numel():
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     k, v = unit_stride(k), unit_stride(v)
@@ -247,7 +245,7 @@ def shared_prefix_attention(
 
 
 def _layout(keys, values):
-    """A row of the table of sources."""
+    """Return a row of the table of sources."""
     strides = [s for t in (keys, values) for s in (t.stride(-3), t.stride(-2), t.stride(0) if t.dim() == 4 else 0)]
     return keys.data_ptr(), values.data_ptr(), *strides
 

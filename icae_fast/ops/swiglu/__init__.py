@@ -19,20 +19,20 @@ def swiglu(
 
         y = silu(x W_gate^T + b_gate) * (x W_up^T + b_up)
 
-    The weights are frozen: the gradient is that of x. For it the (T, 2 m) products are kept, where x asks for a
-    gradient, or computed again.
+    The weights are frozen: only x gets a gradient. For it the (T, 2 m) products are kept if x requires a gradient, or
+    recomputed.
 
     Args:
         x: (T, d) fp32, bf16 or fp64.
         weight: (2 m, d) W_gate above W_up.
         bias: (2 m,) or None.
-        recompute: keep nothing for the backward but x; it then costs the product once more.
+        recompute: keep only x for the backward, which then computes the product again.
 
     Returns:
         y (T, m) in x's dtype.
 
     Raises:
-        BackendError: weight or bias asks for a gradient, which no backend computes.
+        BackendError: weight or bias requires a gradient, which no backend computes.
 
     Source: Shazeer, arXiv 2002.05202; `LlamaMLP` of transformers.
     """

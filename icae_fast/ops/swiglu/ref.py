@@ -1,4 +1,4 @@
-"""`swiglu` and its gradient in plain torch: the definition that every kernel is compared with."""
+"""Plain-torch reference of `swiglu` and its gradient, the definition that every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def _gate_up(x, weight, bias, dtype):
 
 
 def swiglu(x, weight, bias, keep, *, upcast=True):
-    """See `icae_fast.ops.swiglu` for the formula and the shapes."""
+    """Compute `swiglu`; `icae_fast.ops.swiglu` documents the formula and the shapes."""
     gate_up = _gate_up(x, weight, bias, compute_dtype(x, upcast))
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype), gate_up.to(x.dtype) if keep else x.new_empty(0)
 
 
 def swiglu_backward(dy, x, weight, bias, gate_up, *, upcast=True):
-    """The gradient of x; the weights are frozen and get none. An empty `gate_up` is computed again."""
+    """Return the gradient of x; the weights are frozen. An empty `gate_up` is recomputed."""
     dtype = compute_dtype(x, upcast)
     kept = gate_up.to(dtype) if gate_up.numel() else _gate_up(x, weight, bias, dtype)
     gate, up = kept.chunk(2, dim=-1)

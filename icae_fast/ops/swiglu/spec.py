@@ -29,7 +29,7 @@ def _backward(ops, ctx, dy, _dgate_up):
 
 
 def _sample(name, t, d, size, *, bias=False, keep=True, view=False, gradcheck=False):
-    """A sample of T rows of d into `size`; `view` makes x a strided slice."""
+    """Return a sample with x (T, d) and m = `size`; `view` makes x a strided slice."""
 
     def make(dtype, device, generator):
         def rand(*shape, std=1.0):
@@ -61,7 +61,7 @@ SAMPLES = (
 
 
 def _backward_samples():
-    """The forward's samples with the gradient of its result and what it kept."""
+    """Return the forward's samples with the gradient of its result and the products it kept."""
 
     def with_grads(sample):
         def make(dtype, device, generator):

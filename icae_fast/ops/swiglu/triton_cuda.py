@@ -1,8 +1,8 @@
-"""`swiglu` and its gradient on CUDA: the products by cuBLAS, the activation in Triton, one read and one write.
+"""`swiglu` and its gradient on CUDA: products by cuBLAS, the activation in Triton with one read and one write.
 
-The activation is no epilogue of the product, which would save writing and reading (T, 2 m) once: for Llama-2-7B with
-8192 tokens in bf16 some 0.7 GB, 12 % of the time that the product takes an H100. cuBLAS is expected to beat a Triton
-product there by more than that; nobody has measured it yet, and `make gpu-check` decides.
+The activation is not an epilogue of the product. An epilogue would save writing and reading (T, 2 m) once: for
+Llama-2-7B with 8192 tokens in bf16 some 0.7 GB, 12 % of the product's time on an H100. cuBLAS is expected to beat a
+Triton product by more than that; this has not been measured, and `make gpu-check` decides.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _backward(dy, gate_up, gradient, size, dy_stride, BLOCK: tl.constexpr):
 
 
 def activation(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` of (T, 2 m) products, rounded once."""
+    """Return `silu(gate) * up` of (T, 2 m) products, rounded once."""
     t, size = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(t, size)
     _forward(lambda c: (t, cdiv(size, c["BLOCK"])), gate_up=gate_up, y=y, size=size)
@@ -58,13 +58,13 @@ def activation(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu(x, weight, bias, keep):
-    """See `icae_fast.ops.swiglu`."""
+    """Compute `icae_fast.ops.swiglu`."""
     gate_up = F.linear(x, weight, bias)
     return activation(gate_up), gate_up if keep else x.new_empty(0)
 
 
 def swiglu_backward(dy, x, weight, bias, gate_up):
-    """See `icae_fast.ops.swiglu.ref`."""
+    """Compute `swiglu_backward` of `icae_fast.ops.swiglu.ref`."""
     gate_up = gate_up if gate_up.numel() else F.linear(x, weight, bias)
     t, size = dy.shape
     dy = unit_stride(dy)

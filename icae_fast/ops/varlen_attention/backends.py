@@ -1,10 +1,10 @@
-"""Which library serves attention on CUDA: the own Triton kernels, `flash-attn`, or the copy of it within torch.
+"""The library that runs attention on CUDA: this package's Triton kernels, `flash-attn`, or torch's copy of it.
 
-Triton serves unless `set_attention_backend` or the environment variable ICAE_FAST_ATTENTION says otherwise. What was
-asked for and cannot serve raises; one case alone goes to Triton all the same, with a warning: a backward in which the
-log-sum-exp has a gradient, which the other two do not take.
+Triton runs unless `set_attention_backend` or the environment variable ICAE_FAST_ATTENTION selects another library. A
+selected library that cannot run raises, with one exception: a backward in which the log-sum-exp has a gradient, which
+the other two do not support, runs in Triton with a warning.
 
-The routes to `flash-attn` and to torch have not run on a GPU: tests check their arguments with stand-ins for the two.
+The routes to `flash-attn` and to torch have not run on a GPU: tests check their arguments with stand-ins.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _NO_GRADIENT: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def set_attention_backend(name: str | None) -> None:
-    """Choose what serves `varlen_attention` and its gradient on CUDA, for the whole process.
+    """Select the library that runs `varlen_attention` and its gradient on CUDA, for the whole process.
 
     Args:
         name: "triton", "flash_attn" (the package flash-attn, 2.7 or later) or "torch" (the flash attention under
-            `torch.nn.attention.varlen`); None to go back to ICAE_FAST_ATTENTION, and without that to Triton.
+            `torch.nn.attention.varlen`); None to return to ICAE_FAST_ATTENTION, by default Triton.
 
     Raises:
-        BackendError: there is no such backend, or it cannot be used here; nothing is changed then.
+        BackendError: there is no such backend, or it cannot be used here; the setting is then unchanged.
     """
     global _chosen
     if name is not None:
@@ -42,10 +42,10 @@ def set_attention_backend(name: str | None) -> None:
 
 
 def attention_backend() -> str:
-    """The backend that serves attention on CUDA now.
+    """Return the backend that runs attention on CUDA now.
 
     Raises:
-        BackendError: ICAE_FAST_ATTENTION names none, or one that cannot be used here.
+        BackendError: ICAE_FAST_ATTENTION names no backend, or one that cannot be used here.
     """
     name = _chosen or os.environ.get(VARIABLE) or "triton"
     _require(name)
@@ -53,14 +53,14 @@ def attention_backend() -> str:
 
 
 def _require(name):
-    """Raise where a backend cannot be used."""
+    """Raise if a backend cannot be used."""
     if name not in NAMES:
         raise BackendError(f"there is no attention backend {name!r}; choose one of {', '.join(NAMES)}")
     if name == "flash_attn":
         _flash_attn()
     if name == "torch" and not torch.backends.cuda.is_flash_attention_available():
         raise BackendError(
-            f"attention by torch was asked for, but torch {torch.__version__} is built without flash attention; "
+            f"attention by torch was requested, but torch {torch.__version__} is built without flash attention; "
             "install a CUDA build, or choose 'triton'"
         )
 
@@ -70,20 +70,20 @@ def _flash_attn():
         return importlib.import_module("flash_attn.flash_attn_interface")
     except ImportError as error:
         raise BackendError(
-            f"attention by flash-attn was asked for, but it cannot be imported ({error}); run "
+            f"attention by flash-attn was requested, but it cannot be imported ({error}); run "
             "`pip install flash-attn`, or choose 'triton'"
         ) from error
 
 
 def without_gradient(lse: torch.Tensor) -> torch.Tensor:
-    """Zeros for the gradient of a log-sum-exp that has none, known as such to the backward."""
+    """Return zeros for the gradient of a log-sum-exp without one, marked so that the backward recognises them."""
     zeros = torch.zeros_like(lse)
     _NO_GRADIENT[zeros] = True
     return zeros
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window):
-    """See `icae_fast.ops.varlen_attention`."""
+    """Compute `icae_fast.ops.varlen_attention`."""
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window)
     name = attention_backend()
     if name == "triton":
@@ -98,7 +98,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_
 def varlen_attention_backward(
     dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window
 ):
-    """See `icae_fast.ops.varlen_attention.ref`."""
+    """Compute `varlen_attention_backward` of `icae_fast.ops.varlen_attention.ref`."""
     rows = (cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window)
     name = attention_backend()
     if name != "triton" and dlse not in _NO_GRADIENT:

@@ -1,7 +1,8 @@
-"""`varlen_attention` by flash-attn and by torch's copy of it, neither of which has run on a GPU here.
+"""`varlen_attention` by flash-attn and by torch's copy of it; neither route has run on a GPU.
 
-Both are causal and bottom-right aligned as ours is. They differ in what they leave to us: a query without keys has a
-log-sum-exp of +inf there, and tokens outside of all rows, or of rows without the other side, are left unwritten.
+Both are causal and bottom-right aligned like this op. They differ in two cases, which are corrected here: a query
+without keys has a log-sum-exp of +inf, and tokens outside of all rows, or in rows without queries or without keys, are
+left unwritten.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ _INFINITY = float("inf")
 
 
 def forward(call, name, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, max_k, scale, window):
-    """The op by `call`, one of `FORWARD`.
+    """Compute the op by `call`, one of `FORWARD`.
 
     Raises:
-        BackendError: it does not take these inputs.
+        BackendError: the library does not support these inputs.
     """
     _check(name, q, k, v, scale)
     if not len(q) or not len(k):
@@ -41,10 +42,10 @@ def forward(call, name, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, m
 def backward(
     call, name, dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, max_k, scale, window
 ):  # fmt: skip
-    """The gradients of q, k and v by `call`, one of `BACKWARD`.
+    """Compute the gradients of q, k and v by `call`, one of `BACKWARD`.
 
     Raises:
-        BackendError: it does not take these inputs.
+        BackendError: the library does not support these inputs.
     """
     _check(name, q, k, v, scale)
     if seqused_k is not None:
@@ -127,7 +128,7 @@ def _has_queries_without_keys(cu_seqlens_q, cu_seqlens_k):
 
 
 def _unwritten(q, k, cu_seqlens_q, cu_seqlens_k):
-    """Slices of the queries and of the keys that belong to no row, or to one without the other side."""
+    """Return slices of queries in no row or in rows without keys, and of keys in no row or in rows without queries."""
     cu_q, cu_k = on_host(cu_seqlens_q), on_host(cu_seqlens_k)
     of_q, of_k = [slice(cu_q[-1], len(q))], [slice(cu_k[-1], len(k))]
     for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):

@@ -1,4 +1,4 @@
-"""`varlen_attention` and its gradient in plain torch: the definition that every kernel is compared with."""
+"""Plain-torch reference of `varlen_attention` and its gradient, the definition that every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from icae_fast.ops._precision import compute_dtype
 
 
 def _rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k):
-    """Slices of q and of k that belong together, row after row."""
+    """Yield the slices of q and of k of each row."""
     cq, ck = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     used = [end - start for start, end in itertools.pairwise(ck)] if seqused_k is None else seqused_k.tolist()
     for i, n in enumerate(used):
@@ -18,14 +18,14 @@ def _rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k):
 
 
 def _mask(lq, lk, window, device):
-    """True where query i, standing at position i + lk - lq, may read key j."""
+    """Return a mask, true where query i at position i + lk - lq may attend to key j."""
     pos = torch.arange(lq, device=device)[:, None] + (lk - lq)
     key = torch.arange(lk, device=device)
     return (key <= pos) & (key > pos - window) if window else key <= pos
 
 
 def _heads(t, n, dtype):
-    """(L, H, D) to (n, L, D), each key/value head repeated for the query heads that share it."""
+    """Return (L, H, D) as (n, L, D), with each key/value head repeated for the query heads that share it."""
     return t.to(dtype).transpose(0, 1).repeat_interleave(n // t.shape[1], dim=0)
 
 
@@ -36,7 +36,7 @@ def _lse_dtype(q):
 def varlen_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window, *, upcast=True
 ):
-    """See `icae_fast.ops.varlen_attention` for the formula and the shapes."""
+    """Compute `varlen_attention`; `icae_fast.ops.varlen_attention` documents the formula and the shapes."""
     dtype, heads = compute_dtype(q, upcast), q.shape[1]
     out = q.new_zeros(q.shape)
     lse = q.new_full((heads, q.shape[0]), float("-inf"), dtype=_lse_dtype(q))
@@ -54,7 +54,7 @@ def varlen_attention_backward(
     dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k,
     max_seqlen_q, max_seqlen_k, scale, window, *, upcast=True,
 ):  # fmt: skip
-    """Gradients of q, k and v, through the output and through the log-sum-exp."""
+    """Return the gradients of q, k and v, through the output and through the log-sum-exp."""
     dtype, heads, kv_heads = compute_dtype(q, upcast), q.shape[1], k.shape[1]
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     for rq, rk in _rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k):

@@ -47,11 +47,12 @@ def _backward(ops, ctx, dout, dlse):
 
 
 def _sample(name, rows, hq, hkv, head_dim, *, window=0, used=None, view=False, rising=False, gradcheck=False):
-    """A sample of `rows` [(query length, key length), ...].
+    """Return a sample of `rows` [(query length, key length), ...].
 
-    used: shortens the keys
-    view: q, k and v have strides
-    rising: keys grow along the rows, so that a softmax has to raise its maximum again and again
+    Args:
+        used: number of valid keys of each row, None for all.
+        view: make q, k and v strided.
+        rising: let keys grow along the rows, so that an online softmax raises its maximum many times.
     """
 
     def make(dtype, device, generator):
@@ -105,7 +106,7 @@ SAMPLES = (
 
 
 def _backward_samples():
-    """The forward's samples with the gradients and results of the forward put in front."""
+    """Return the forward's samples with the forward's results and gradients of them."""
 
     def with_grads(sample):
         def make(dtype, device, generator):

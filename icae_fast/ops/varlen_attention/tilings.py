@@ -1,6 +1,7 @@
-"""Tile sizes of the attention kernels for each GPU: what compiles without spilling registers, to be measured there.
+"""Candidate tile sizes of the attention kernels for each GPU: those that compile without register spills.
 
-A tiling is (queries or keys of an inner step, warps, stages). `python -m bench.kernels.check` compiles every one.
+The autotuner measures them on the GPU. A tiling is (queries or keys of an inner step, warps, stages).
+`python -m bench.kernels.check` compiles every one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from icae_fast.ops._layout import power_of_2
 
 Tilings = list[tuple[int, int, int]]
 
-# By generation and padded head size, for blocks of as many queries or keys as `_LARGEST_*` say; those of fewer
-# queries by their number instead of the generation.
+# By generation and padded head size, for blocks of the sizes in `_LARGEST_*`. The tables `_*_FEW` are for smaller
+# blocks and are keyed by their number of queries.
 _FORWARD = {
     80: {64: [(64, 8, 3), (64, 8, 2), (32, 8, 3)], 128: [(32, 8, 3)], 256: [(32, 8, 2)]},
     90: {64: [(64, 8, 3), (128, 8, 2), (128, 8, 3)], 128: [(64, 8, 3), (64, 8, 2)], 256: [(32, 8, 2)]},
@@ -43,7 +44,7 @@ _DK_DV = {
     90: {64: [(32, 8, 3), (64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (32, 8, 1)], 256: [(32, 8, 2), (32, 8, 3)]},
     100: {64: [(64, 8, 2), (64, 8, 3)], 128: [(32, 8, 2), (64, 8, 2), (64, 8, 3)], 256: [(32, 8, 2)]},
 }
-# A window's two edges are two masked loops, for which some of the above have too few registers.
+# A window has two edges and so two masked loops, for which some of the above tilings spill.
 _WINDOWED = {
     ("forward", 90): {128: [(32, 8, 2)], 256: [(32, 8, 1), (16, 8, 1)]},
     ("forward", 100): {64: [(64, 8, 3)], 128: [(64, 8, 3), (64, 8, 2)]},
@@ -55,21 +56,21 @@ _LARGEST_KEYS = {80: {64: 128, 128: 64, 256: 32}, 90: {64: 128, 128: 128, 256: 3
 
 
 def padded(head_dim: int) -> int:
-    """The power of two that holds a head, at least what a matrix product on a GPU takes."""
+    """Return the smallest power of two that holds a head, at least 16 as matrix products on a GPU require."""
     return max(16, power_of_2(head_dim))
 
 
 def largest_query_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:
-    """How many queries a block of the forward and of dq has where rows are long."""
+    """Return the number of queries in a block of the forward and of dq for long rows."""
     if arch == 0:
         return 64 if padded(head_dim) <= 128 else 32
-    if dtype == torch.float32:  # without tensor cores a product's operands are all in registers
+    if dtype == torch.float32:  # without tensor cores the operands of a product are in registers
         return 32 if padded(head_dim) <= 64 else 16
     return _of(_LARGEST_QUERIES, arch, padded(head_dim))
 
 
 def key_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:
-    """How many keys a block of dk and dv has."""
+    """Return the number of keys in a block of dk and dv."""
     if arch == 0:
         return 64
     if dtype == torch.float32:
@@ -78,17 +79,17 @@ def key_block(arch: int, head_dim: int, dtype: torch.dtype) -> int:
 
 
 def forward(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
-    """Configurations of the forward."""
+    """Return the configurations of the forward."""
     return _configs("BLOCK_N", _by_queries("forward", arch, arguments, _FORWARD, _FORWARD_FEW))
 
 
 def dq(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
-    """Configurations of the kernel of dq."""
+    """Return the configurations of the kernel of dq."""
     return _configs("BLOCK_N", _by_queries("dq", arch, arguments, _DQ, _DQ_FEW))
 
 
 def dk_dv(arch: int, arguments: Mapping[str, Any]) -> list[triton.Config]:
-    """Configurations of the kernel of dk and dv."""
+    """Return the configurations of the kernel of dk and dv."""
     if arch == 0:
         return _configs("BLOCK_M", [(64, 4, 1)])
     if arguments["q"].dtype == torch.float32:
@@ -108,14 +109,14 @@ def _by_queries(name, arch, arguments, table, few) -> Tilings:
 
 
 def _windowed(name, arch, arguments):
-    """What stands under `_WINDOWED` where there is a window, else None."""
+    """Return the entry of `_WINDOWED`, None without an entry or without a window."""
     generation = max((g for g in _FORWARD if g <= arch), default=80)
     by_size = _WINDOWED.get((name, generation), {}) if arguments["window"] is not None else {}
     return by_size.get(max(arguments["D"], 64))
 
 
 def _of(table, key, d):
-    """What a table has for the greatest key that is not over `key`, or for its least, and for a padded head size."""
+    """Return the tilings of the largest key <= `key`, else of the smallest, for a padded head size."""
     return table[max((k for k in table if k <= key), default=min(table))][max(d, 64)]
 
 

@@ -1,7 +1,7 @@
-"""`varlen_attention` in Triton: a block keeps its queries and their running softmax, and goes through the keys once.
+"""`varlen_attention` in Triton: a block holds its queries with an online softmax, and reads the keys once.
 
-Where a row has few queries, a block takes those of all heads that share a key head, so that its tiles are not
-nearly empty and keys are read once.
+If rows have few queries, a block takes those of all heads that share a key head. This fills its tiles, and keys are
+read once for the group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from icae_fast.ops.varlen_attention.triton_cuda_tiles import (
 )
 from icae_fast.ops.varlen_attention.work_list import query_work
 
-_PACKED_QUERIES = 32  # rows of at most so many are packed by heads
+_PACKED_QUERIES = 32  # rows with at most this many queries are packed by heads
 _LARGEST_HEAD = 256
 
 
@@ -38,7 +38,7 @@ def _attend(
     acc, top, total, q, k, v, k_t, v_t, positions, k_len, begin, end, scale, window,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin to end; `top` is the greatest score so far, in powers of 2, and `total` the sum of weights."""
+    """Process keys begin to end; `top` is the running maximum of scores (base 2), `total` the sum of weights."""
     for start in range(begin, end, BLOCK_N):
         scores = tl.dot(q, tile(k, start, k_len, k_t, HEAD_DIM, BLOCK_N, D, MASKED).T, input_precision="ieee")
         if MASKED:
@@ -97,7 +97,7 @@ def _forward(
         HEAD_DIM, D, BLOCK_N, True,
     )  # fmt: skip
 
-    # A query without keys gives 0 and -inf; one whose scores are all -inf gives NaN, as a softmax of those does.
+    # A query without keys results in 0 and -inf; one whose scores are all -inf in NaN, as in a plain softmax.
     total = tl.where((positions >= 0) & (queries < q_len), total, 1.0)
     result = acc / total[:, None]
     logs = tl.where(positions >= 0, top * LN2 + tl.log2(total) * LN2, float("-inf"))
@@ -108,10 +108,10 @@ def _forward(
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window):
-    """See `icae_fast.ops.varlen_attention`."""
+    """Compute `icae_fast.ops.varlen_attention`."""
     check(q, k, v)
     q, k, v = (unit_stride(t) for t in (q, k, v))
-    if scale < 0:  # the running maximum is that of scores that grow with the products
+    if scale < 0:  # the online softmax takes the maximum of products before scaling
         q, scale = -q, -scale
     (tokens, heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
     block, pack = query_block(q, group, cu_seqlens_q)
@@ -131,7 +131,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_
 
 
 def query_block(q, group, cu_seqlens_q):
-    """How many queries a block has, and for how many heads each of them."""
+    """Return the number of queries times heads in a block, and the number of heads packed in it."""
     longest = known(cu_seqlens_q).longest
     pack = group if longest <= _PACKED_QUERIES else 1
     largest = tilings.largest_query_block(target(q.device), q.shape[2], q.dtype)
@@ -139,15 +139,15 @@ def query_block(q, group, cu_seqlens_q):
 
 
 def binding(window, cu_seqlens_k):
-    """The window, None where no row is so long that it leaves out a key."""
+    """Return the window, None if no row is long enough for it to hide a key."""
     return window if 0 < window < known(cu_seqlens_k).longest else None
 
 
 def check(q, k, v):
-    """Raise where the kernels cannot serve.
+    """Raise if the kernels do not support the inputs.
 
     Raises:
-        BackendError: saying why.
+        BackendError: unsupported or differing dtypes, head sizes or shapes.
     """
     if q.dtype not in GPU_DTYPES or not q.dtype == k.dtype == v.dtype:
         raise BackendError(

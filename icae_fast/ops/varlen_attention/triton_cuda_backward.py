@@ -1,7 +1,7 @@
-"""The gradient of `varlen_attention` in Triton: dq block by block of queries, then dk and dv by blocks of keys.
+"""The gradient of `varlen_attention` in Triton: dq by blocks of queries, then dk and dv by blocks of keys.
 
-Nothing is added up in memory: a block of keys goes through the queries of all heads that share its key head, so
-that results do not depend on which block is first.
+There are no atomic additions: a block of keys reads the queries of all heads that share its key head, so results do not
+depend on the order of blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _add_dq(
     dq, q, dout, logs, delta, k, v, k_t, v_t, positions, k_len, begin, end, scale, window,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin to end; `logs` is the log-sum-exp in powers of 2."""
+    """Add the part of keys begin to end; `logs` is the log-sum-exp in powers of 2."""
     for start in range(begin, end, BLOCK_N):
         keys = tile(k, start, k_len, k_t, HEAD_DIM, BLOCK_N, D, MASKED)
         scores = tl.dot(q, keys.T, input_precision="ieee")
@@ -53,7 +53,7 @@ def _dq(
     dout_t, dout_h, q_t, q_h, k_t, k_h, v_t, v_h,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta = sum(dout * out) - dlse of each query and head."""
+    """Compute dq, and delta = sum(dout * out) - dlse of each query and head."""
     blocks = heads // PACK
     head = tl.program_id(0) % blocks * PACK
     first, q_begin, q_len, k_begin, k_len, _ = entry(work, used, tl.program_id(0) // blocks)
@@ -104,7 +104,7 @@ def _add_dk_dv(
     dk, dv, k, v, q, dout, lse, delta, q_t, q_h, dout_t, dout_h, tokens, keys, q_len, shift, begin, end, scale, window,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Queries begin to end, each counted once for each of the heads."""
+    """Add the part of queries begin to end, which count queries times heads."""
     for start in range(begin, end, BLOCK_M):
         queries = (start + tl.arange(0, BLOCK_M)) // GROUP
         members = (start + tl.arange(0, BLOCK_M)) % GROUP
@@ -125,7 +125,7 @@ def _add_dk_dv(
 
 @triton.jit
 def _query_range(first, last, shift, q_len, window, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Queries, times heads, that see keys `first` to `last`: begin, where all see all, from, to, and end."""
+    """Return the queries times heads that see keys `first` to `last`: begin, unmasked begin and end, end."""
     begin = tl.maximum(first - shift, 0) * GROUP
     end = q_len * GROUP
     full_begin = begin + tl.cdiv(tl.maximum((last - shift) * GROUP - begin, 0), BLOCK) * BLOCK
@@ -172,7 +172,7 @@ def _dk_dv(
             full_end, end, scale * LOG2E, window, HEAD_DIM, D, GROUP, BLOCK_M, True,
         )  # fmt: skip
 
-    # Keys that do not count met queries as zeros, which have a weight.
+    # Keys past k_len were loaded as zeros, which get a softmax weight.
     counted = (keys < k_len)[:, None]
     at = (k_begin.to(tl.int64) * kv_heads + head) * HEAD_DIM
     stride = kv_heads * HEAD_DIM
@@ -185,7 +185,7 @@ def _dk_dv(
 def varlen_attention_backward(
     dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, window
 ):
-    """See `icae_fast.ops.varlen_attention.ref`."""
+    """Compute `varlen_attention_backward` of `icae_fast.ops.varlen_attention.ref`."""
     check(q, k, v)
     scale = float(scale)
     dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))

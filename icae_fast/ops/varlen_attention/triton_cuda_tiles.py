@@ -1,4 +1,4 @@
-"""What the attention kernels share: work entries, tiles of heads, and which keys or queries a tile meets."""
+"""Work entries, tiles of heads, key ranges and masks, shared by the attention kernels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4e38)  # finite, so that a maximum without any key so far can be subtracted
+LOWEST = tl.constexpr(-3.4e38)  # finite, so that the maximum before the first key can be subtracted
 
 
 @triton.jit
 def entry(work, used, index):
-    """An entry of a work list: first, q_begin, q_len, k_begin, k_len (the keys that count), and all of the row's."""
+    """Return an entry of a work list: first, q_begin, q_len, k_begin, number of valid keys, and of all keys."""
     work += index.to(tl.int64) * 6
     keys = tl.load(work + 5)
     k_len = keys
@@ -23,7 +23,7 @@ def entry(work, used, index):
 
 @triton.jit
 def tile(pointer, start, n, stride, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
-    """Rows start to start + ROWS of (n, HEAD_DIM), zeros beyond its end."""
+    """Load rows start to start + ROWS of (n, HEAD_DIM), zeros beyond the end."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, D)
     pointers = pointer + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     return _load(pointers, start + rows < n, columns, HEAD_DIM, D, BOUNDED)
@@ -34,7 +34,7 @@ def heads_tile(
     pointer, first, queries, members, n, token_stride, head_stride,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """The heads `members` of the `queries`, zeros from query n on; `first` is the first of the queries."""
+    """Load heads `members` of `queries`, zeros from query n on; `first` is the first of the queries."""
     columns = tl.arange(0, D)
     offsets = (queries - first) * token_stride + members * head_stride
     pointers = pointer + tl.cast(first, tl.int64) * token_stride + offsets[:, None] + columns[None, :]
@@ -57,7 +57,7 @@ def _load(pointers, inside, columns, HEAD_DIM: tl.constexpr, D: tl.constexpr, BO
 def store_heads(
     pointer, value, first, queries, members, n, token_stride, head_stride, HEAD_DIM: tl.constexpr, D: tl.constexpr
 ):
-    """The reverse of `heads_tile`, rounding."""
+    """Round and store a tile that `heads_tile` would load."""
     columns = tl.arange(0, D)
     offsets = (queries - first) * token_stride + members * head_stride
     pointers = pointer + tl.cast(first, tl.int64) * token_stride + offsets[:, None] + columns[None, :]
@@ -67,7 +67,7 @@ def store_heads(
 
 @triton.jit
 def key_range(lowest, highest, window, BLOCK: tl.constexpr):
-    """Keys that queries at positions `lowest` to `highest` meet: begin, where all see all, from, to, and end."""
+    """Return the keys that positions `lowest` to `highest` see: begin, begin and end of the unmasked part, end."""
     begin = 0
     if window is not None:
         begin = tl.maximum(lowest - window + 1, 0)
@@ -81,7 +81,7 @@ def key_range(lowest, highest, window, BLOCK: tl.constexpr):
 
 @triton.jit
 def visible(positions, keys, window):
-    """The mask of scores, for positions and keys that broadcast."""
+    """Return the mask of scores, for positions and keys that broadcast."""
     mask = keys <= positions
     if window is not None:
         mask &= keys > positions - window

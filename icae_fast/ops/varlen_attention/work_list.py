@@ -1,4 +1,4 @@
-"""Which blocks of queries or keys there are: kernels are launched for these alone, the longest first."""
+"""Lists of the blocks of queries or keys that attention kernels are launched for, the most work first."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 from icae_fast.ops._layout import upload
 from icae_fast.ops._lengths import known
 
-# Columns of a work list: the row, the block's first query or key within it, where the row's queries and keys begin
-# in their tensors, and how many it has.
+# Columns of a work list: the row, the block's first query or key within it, and start and number of the row's queries
+# and keys.
 COLUMNS = ("row", "first", "q_begin", "q_len", "k_begin", "k_len")
 
 
 def query_work(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, block: int, pack: int = 1) -> torch.Tensor:
-    """(n, 6) int32 on the device of `cu_seqlens_q`: blocks of `block` queries that cover every row's.
+    """Return blocks of queries that cover every row, (n, 6) int32 on the device of `cu_seqlens_q`.
 
     Args:
-        cu_seqlens_q, cu_seqlens_k: (rows + 1,) where each row's queries and keys begin.
+        cu_seqlens_q, cu_seqlens_k: (rows + 1,) start of each row's queries and keys.
         block: queries in a block.
-        pack: heads for which each query stands in a block, one after the other; `first` counts all of them.
+        pack: heads that a block holds each query for, interleaved; `block` and `first` count queries times heads.
     """
     return _memoised(cu_seqlens_q, cu_seqlens_k, ("queries", block, pack))
 
 
 def key_work(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, block: int) -> torch.Tensor:
-    """(n, 6) int32 on the device of `cu_seqlens_q`: blocks of `block` keys that cover every row's."""
+    """Return blocks of `block` keys that cover every row, (n, 6) int32 on the device of `cu_seqlens_q`."""
     return _memoised(cu_seqlens_q, cu_seqlens_k, ("keys", block, 1))
 
 
 def _memoised(cu_seqlens_q, cu_seqlens_k, wanted):
-    # Made once for all layers of a batch, and gone with the tensors or what they held.
+    # Cached for the layers of a batch; freed with the tensors, or when their contents change.
     of_q = known(cu_seqlens_q)
     of_k = of_q if cu_seqlens_k is cu_seqlens_q else known(cu_seqlens_k)
     lists = of_q.tables.get(of_k)
@@ -43,7 +43,7 @@ def _memoised(cu_seqlens_q, cu_seqlens_k, wanted):
 
 
 def blocks(cu_q: Sequence[int], cu_k: Sequence[int], of: str, block: int, pack: int = 1) -> torch.Tensor:
-    """The list on the host; see `query_work` and `key_work`."""
+    """Return the list on the host; see `query_work` and `key_work`."""
     cu_q, cu_k = torch.tensor(cu_q, dtype=torch.int32), torch.tensor(cu_k, dtype=torch.int32)
     q_len, k_len = cu_q.diff(), cu_k.diff()
     lengths = q_len * pack if of == "queries" else k_len
@@ -52,8 +52,8 @@ def blocks(cu_q: Sequence[int], cu_k: Sequence[int], of: str, block: int, pack: 
     first = (torch.arange(len(rows), dtype=torch.int32) - (counts.cumsum(0) - counts)[rows]) * block
     q_begin, q_len, k_begin, k_len = (t[rows] for t in (cu_q, q_len, cu_k, k_len))
     if of == "queries":
-        cost = (first + block) // pack + k_len - q_len  # keys up to the last query's
+        cost = (first + block) // pack + k_len - q_len  # keys up to the last query's position
     else:
-        cost = q_len - (first + q_len - k_len).clamp(min=0)  # queries from the first key on
+        cost = q_len - (first + q_len - k_len).clamp(min=0)  # queries at or behind the first key
     table = torch.stack([rows, first, q_begin, q_len, k_begin, k_len], 1).to(torch.int32)
     return table[cost.argsort(descending=True, stable=True)].contiguous()

@@ -1,4 +1,4 @@
-"""What serves attention on CUDA: the choice of it, the routes to other libraries by stand-ins, and the work lists."""
+"""Attention backends on CUDA: their selection, the routes to other libraries (by stand-ins), and work lists."""
 
 import inspect
 import sys
@@ -108,7 +108,7 @@ class Libraries:
 
 @pytest.fixture
 def libraries(monkeypatch):
-    """Both libraries as if they were installed."""
+    """Stand-ins for both libraries, as if they were installed."""
     stand_in = Libraries()
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
     interface._flash_attn_varlen_forward = stand_in.flash_forward
@@ -173,7 +173,7 @@ def test_no_token_at_all(libraries, name):
 
 
 def test_arguments_fit_the_schemas_of_torch():
-    """By torch itself, which computes shapes of its own ops without a GPU."""
+    """Check our arguments by torch, which infers the shapes of its ops without a GPU."""
     q, k, v = (torch.empty(20, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
     cu = torch.empty(3, dtype=torch.int32, device="meta")
     out, lse = flash._torch_forward(q, k, v, cu, cu, None, 8, 8, 0.125, -1)
@@ -221,7 +221,7 @@ def test_a_gradient_of_the_log_sum_exp_goes_to_triton_with_a_warning(libraries, 
 
 @pytest.mark.parametrize("of_lse", [False, True])
 def test_autograd_tells_whether_the_log_sum_exp_has_a_gradient(of_lse):
-    """What the backward is given, from the op's own rule for gradients."""
+    """Return the arguments that the op's autograd rule passes to the backward."""
     q = torch.randn(4, 2, 16)
     lse, cu = torch.zeros(2, 4), torch.tensor([0, 4], dtype=torch.int32)
     given_dlse = []
@@ -231,7 +231,7 @@ def test_autograd_tells_whether_the_log_sum_exp_has_a_gradient(of_lse):
     assert (given_dlse[0] in backends._NO_GRADIENT) is not of_lse
 
 
-# ---- the choice ----------------------------------------------------------------------------------------------
+# ---- selection -----------------------------------------------------------------------------------------------
 
 
 def test_triton_is_the_default_and_every_choice_shows(libraries, monkeypatch):
@@ -340,7 +340,7 @@ def test_lists_follow_the_device_of_the_rows():
     st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_triton_at_any_size(rows, group, kv_heads, dim, window, scale, shortened, seed):
-    """With tiles so small that full ones lie between a window's edges."""
+    """Use tiles small enough that unmasked ones lie between a window's edges."""
     from icae_fast.ops.varlen_attention import tilings, triton_cuda, triton_cuda_backward
 
     generator = torch.Generator().manual_seed(seed)

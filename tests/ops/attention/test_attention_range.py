@@ -1,4 +1,4 @@
-"""Values of any size: attention is as exact for huge and tiny ones, and for those that differ, as for ordinary ones."""
+"""Attention is as accurate for huge, tiny and mixed magnitudes of values as for ordinary ones."""
 
 import pytest
 import torch
@@ -38,10 +38,10 @@ def attend(backend, q, k, v):
 
 
 def error_over_largest(out, q, k, v):
-    """The largest error, over the largest value that the query reads in that dimension.
+    """Return the largest error, relative to the largest value that the query reads in that dimension.
 
-    2^-21 of the largest among those of other queries does not count: one of the kernels scales the values of 128 keys
-    alike.
+    Errors below 2^-21 of the largest value that other queries read are ignored, because one of the kernels scales the
+    values of 128 keys by a common factor.
     """
     expected = attend("reference", q.double(), k.double(), v.double())
     sizes = v.double().abs().repeat_interleave(GROUP, 1)
@@ -77,7 +77,7 @@ def test_head_dimensions_that_fill_no_vector(backend, dtype, dim, one_thread):
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e34])
 @pytest.mark.parametrize("key", [100, 127, 128, 299])
 def test_a_value_changes_nothing_that_was_read_before_it(backend, dtype, value, key, one_thread):
-    """But for queries whose tile has one that reads it: they weigh it with 0."""
+    """A value reaches an earlier query only if a query of the same tile reads it; its weight is then 0."""
     q, k, v = draw(dtype)
     v = v.to(dtype)
     clean = attend(backend, q, k, v)

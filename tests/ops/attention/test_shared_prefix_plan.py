@@ -1,4 +1,4 @@
-"""The plan of shared-prefix attention on CUDA: every query meets every key of its row once, in a slot of its own."""
+"""Plans of shared-prefix attention on CUDA: every query reads every key of its row once, in separate slots."""
 
 import pytest
 import torch
@@ -56,12 +56,12 @@ def test_every_query_meets_every_key_once(wanted):
 def test_neighbouring_segments_are_read_in_one_go():
     made = plan(shape([1] * 4, [128] * 8, [0, 4] * 8, multiprocessors=1), CPU, 64)
     assert made.slots == made.tail_splits + 1
-    assert len(made.pieces) == 8 + 1  # and one for tails
+    assert len(made.pieces) == 8 + 1  # and one for the tails
 
 
 def test_places_are_those_of_the_last_queries_of_a_row():
     made = plan(shape([2, 1], [5, 4], [0, 2, 1, 2]), CPU, 64)
-    assert made.places.tolist() == [[0, 0, 1], [3, 4, 8]]  # less the tail's length: 5 - 2, 5 - 1, 9 - 1
+    assert made.places.tolist() == [[0, 0, 1], [3, 4, 8]]  # position minus the tail's length: 5 - 2, 5 - 1, 9 - 1
 
 
 def test_tables_are_made_once_and_kept_on_demand():

@@ -1,6 +1,6 @@
-"""The fingerprint of tensors' bytes in Triton: all tensors in one launch, each word times a factor of its place.
+"""`fingerprint` in Triton: one launch for all tensors, each word times a factor of its position.
 
-In plain torch a tensor takes a dozen launches, and the q, k and v weights and the factors of a model are hundreds.
+Plain torch takes a dozen launches a tensor, and a model has hundreds of q, k and v weights and LoRA factors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from icae_fast.ops._layout import upload
 from icae_fast.ops._triton import kernel
 
-_WORDS = 1 << 14  # of 32 bits, that one block goes through
+_WORDS = 1 << 14  # 32-bit words that one block sums
 _FIRST = tl.constexpr(0x1E3779B97F4A7C15)
 _SECOND = tl.constexpr(0x3F58476D1CE4E5B9)
 _THIRD = tl.constexpr(0x14D049BB133111EB)
@@ -32,7 +32,7 @@ def _sum(table, out, BLOCK: tl.constexpr):
     for start in range(0, words, BLOCK):
         at = start + tl.arange(0, BLOCK)
         word = tl.load(data + at, mask=at < words, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-        # As good as random, and odd: a changed word always changes the sum, modulo 2 ** 64.
+        # A hashed odd factor: a changed word always changes the sum, modulo 2 ** 64.
         factor = (place + at + 1) * _FIRST
         factor = (factor ^ (factor >> 30)) * _SECOND
         factor = (factor ^ (factor >> 27)) * _THIRD
@@ -41,8 +41,8 @@ def _sum(table, out, BLOCK: tl.constexpr):
 
 
 def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
-    """See `icae_fast.ops.fingerprint`."""
-    kept = [_in_words(t) for t in tensors]  # copies live until the kernel has read them: the number waits for it
+    """Return the fingerprint of tensors; see `icae_fast.ops.fingerprint`."""
+    kept = [_in_words(t) for t in tensors]  # keeps copies alive until `int(total)` has waited for the kernel
     table = _table(tuple((t.data_ptr(), t.nbytes // 4) for t in kept), tensors[0].device)
     total = torch.zeros((), dtype=torch.int64, device=table.device)
     _sum((table.shape[0],), table=table, out=total)
@@ -50,8 +50,8 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
     return (mixed + 2**63) % 2**64 - 2**63
 
 
-def _in_words(t):
-    """The tensor's bytes as words in a row, filled up with zeros."""
+def _in_words(t: torch.Tensor) -> torch.Tensor:
+    """Return the tensor's bytes contiguous, aligned to 32-bit words and padded with zeros."""
     t = t.detach().contiguous()
     if t.nbytes % 4:
         return F.pad(t.reshape(-1).view(torch.uint8), (0, -t.nbytes % 4))
@@ -60,7 +60,7 @@ def _in_words(t):
 
 @functools.lru_cache(maxsize=16)
 def _table(parts: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-    """(blocks, 3) int64: a block's address, how many words it has, and its place among those of all tensors."""
+    """Return (blocks, 3) int64: address of a block, its number of words, and its position among all tensors' words."""
     rows, place = [], 0
     for address, words in parts:
         rows += ((address + 4 * i, min(_WORDS, words - i), place + i) for i in range(0, words, _WORDS))

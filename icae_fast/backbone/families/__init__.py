@@ -1,0 +1,1 @@
+"""Model families: the only readers of the module names of Hugging Face models."""

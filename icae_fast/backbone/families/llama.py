@@ -1,0 +1,63 @@
+"""LLaMA, whose module names most other families share."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from icae_fast.backbone.families.view import LayerView
+
+_SILU = ("SiLU", "SiLUActivation")
+
+
+class LlamaLayer(LayerView):
+    """A layer of LLaMA 1 to 3, and the base class of families with the same module names.
+
+    Source: `LlamaDecoderLayer` of transformers.
+    """
+
+    __slots__ = ()
+
+    @property
+    def attention_norm(self) -> nn.Module:
+        return self.module._modules["input_layernorm"]
+
+    @property
+    def mlp_norm(self) -> nn.Module:
+        return self.module._modules["post_attention_layernorm"]
+
+    @property
+    def qkv(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        attention = self.module._modules["self_attn"]._modules
+        return attention["q_proj"], attention["k_proj"], attention["v_proj"]
+
+    @property
+    def qk_norm(self) -> tuple[nn.Module, nn.Module] | None:
+        return None
+
+    @property
+    def o(self) -> nn.Module:
+        return self.module._modules["self_attn"]._modules["o_proj"]
+
+    @property
+    def scale(self) -> float:
+        return self.module._modules["self_attn"].scaling
+
+    @property
+    def head_dim(self) -> int:
+        return self.module._modules["self_attn"].head_dim
+
+    @property
+    def mlp(self) -> nn.Module:
+        return self.module._modules["mlp"]
+
+    @property
+    def down(self) -> nn.Module:
+        return self.module._modules["mlp"]._modules["down_proj"]
+
+    @property
+    def swiglu(self) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
+        parts = self.module._modules["mlp"]._modules
+        if type(parts.get("act_fn")).__name__ not in _SILU:
+            return None
+        linears = parts.get("gate_proj"), parts.get("up_proj"), parts.get("down_proj")
+        return linears if all(type(m) is nn.Linear for m in linears) else None
