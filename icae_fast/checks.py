@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: Any) -> TypeGuard[int]:
     """Return whether a value is a whole number of at most 64 bits; booleans and tensors are not."""
     if isinstance(value, (bool, torch.Tensor)):
         return False

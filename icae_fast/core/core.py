@@ -50,7 +50,9 @@ class ICAECore(nn.Module):
         ConfigError: a span exceeds the base model's positions, or `sink_token="bos"` without a BOS token.
     """
 
-    def __init__(self, base_model: nn.Module, config: ICAEConfig, tokenizer: Any = None) -> None:
+    base_model: Any  # as a plain `nn.Module`, each of its attributes would have the type Tensor | Module
+
+    def __init__(self, base_model: Any, config: ICAEConfig, tokenizer: Any = None) -> None:
         super().__init__()
         check_supported(base_model)
         embedding = base_model.get_input_embeddings().weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ class Memory:
         parts = self.slots.split(self.memory_size)
         return [Memory(part, n, (n,)) for part, n in zip(parts, self.span_lengths, strict=True)]
 
-    def to(self, *args, **kwargs) -> Memory:
+    def to(self, *args: Any, **kwargs: Any) -> Memory:
         """Return a copy with the slots moved or cast by `torch.Tensor.to`."""
         return Memory(self.slots.to(*args, **kwargs), self.n_source_tokens, self.span_lengths)
 

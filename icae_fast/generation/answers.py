@@ -79,6 +79,7 @@ class Row:
             text = tokenizer.decode(shown, skip_special_tokens=True)
         else:
             text = None
+        assert self.reason is not None  # the row has ended
         return Answer(self.ids, text, self.reason)
 
 

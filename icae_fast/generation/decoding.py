@@ -83,7 +83,7 @@ class DecodeSession:
             hidden = self._core.backbone.forward(self._core.embed(tokens), packed, cache=self._rows)
             return self._in_callers_order(self._core.base_model.lm_head(hidden))
         if self._tables.fixed is None:
-            return self._in_callers_order(self._unbound_step(tokens))
+            return self._in_callers_order(self._unbound_step(self._weights, tokens))
         return self._in_callers_order(self._bound.step(tokens, self._rows.append_each()))
 
     @property
@@ -111,23 +111,30 @@ class DecodeSession:
     @functools.cached_property
     def _bound(self) -> BoundStep:
         """The step bound to the remaining rows."""
-        return bind_decode_step(self._weights, *self._tables.fixed, step_cache(self._rows), self._rows.starts)
+        weights, tables = self._weights, self._tables.fixed
+        assert weights is not None
+        assert tables is not None
+        return bind_decode_step(weights, *tables, step_cache(self._rows), self._rows.starts)
 
-    def _unbound_step(self, tokens):
+    def _unbound_step(self, weights: StepWeights, tokens: torch.Tensor) -> torch.Tensor:
         """Compute a step whose RoPE angles depend on the current row lengths."""
         rows = self._rows
         lengths = rows.append_each()
         cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
-        return _compute(self._weights, rows, *rows.tails, tokens, cos, sin)
+        return _compute(weights, rows, *rows.tails, tokens, cos, sin)
 
-    def _graph_step(self, tokens):
+    def _graph_step(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = self._rows
         if self._graph is None:
+            weights, tables, capture = self._weights, self._tables.fixed, self._capture
+            assert weights is not None
+            assert tables is not None
+            assert capture is not None
             starts, lengths = rows.tails  # each step increments the lengths on the device
             # `compute` holds no reference to the session, so that the session is freed with its last user.
-            compute = functools.partial(_compute, self._weights, rows, starts, lengths)
+            compute = functools.partial(_compute, weights, rows, starts, lengths)
             positions = [p + n for p, n in zip(rows.prefix_lengths, rows.lengths, strict=True)]
-            self._graph = StepGraph(compute, self._tables.fixed, positions, lengths, self._order, self._capture)
+            self._graph = StepGraph(compute, tables, positions, lengths, self._order, capture)
         rows.append_each()
         return self._graph.step(tokens)
 
@@ -144,10 +151,10 @@ class DecodeSession:
     def _permuted(self) -> bool:
         return self._order != list(range(len(self._order)))
 
-    def _in_own_order(self, tokens):
+    def _in_own_order(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens[torch.tensor(self._order, device=tokens.device)] if self._permuted else tokens
 
-    def _in_callers_order(self, logits):
+    def _in_callers_order(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._permuted:
             return logits
         out = torch.empty_like(logits)

@@ -60,7 +60,7 @@ class StepGraph:
         self._tokens = torch.zeros(len(order), dtype=torch.int64, device=device)
         self._warm = False
         self._replay: Callable[[], None] | None = None
-        self._logits: torch.Tensor | None = None
+        self._logits: torch.Tensor
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the (R, V) logits of the token after `tokens` (R,), both in the caller's order."""

@@ -162,8 +162,9 @@ class GenerationOptions:
         if seed is None:
             return torch.randint(2**62, (n_rows,)).tolist()
         if is_int(seed):
-            seed = [int(seed) + i for i in range(n_rows)]
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+            seeds: list[Any] = [int(seed) + i for i in range(n_rows)]
+        else:
+            seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
         if not all(is_int(s) and 0 <= s < 2**63 for s in seeds):
             raise InvalidInputError(f"seed is {self.seed!r}; pass integers from 0 to 2**63 - 1")
         if len(seeds) != n_rows:

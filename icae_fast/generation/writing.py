@@ -246,7 +246,7 @@ def _written(answers: list[Answer], return_ids: bool) -> Any:
 
 
 def _memories(core: ICAECore, memory: Memories) -> list[Memory]:
-    memories = list(memory) if isinstance(memory, (list, tuple)) else [memory]
+    memories: list[Any] = list(memory) if isinstance(memory, (list, tuple)) else [memory]
     if not memories:
         raise InvalidInputError("the list of memories is empty; give at least one")
     for m in {id(m): m for m in memories}.values():

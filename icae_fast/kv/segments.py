@@ -129,11 +129,13 @@ class DecoderRows:
     def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Start and length of each row's own keys (its tail), (R,) int32 each."""
         if self._tails is None:
-            places = (self.starts, self.lengths)
-            self._tails = tuple(torch.tensor(v, dtype=torch.int32, device=self.device) for v in places)
+            starts, lengths = (
+                torch.tensor(v, dtype=torch.int32, device=self.device) for v in (self.starts, self.lengths)
+            )
+            self._tails = starts, lengths
         return self._tails
 
-    def _announce(self, counts):
+    def _announce(self, counts: Sequence[int]) -> None:
         lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
         for n, capacity in zip(lengths, self.capacities, strict=True):
             if n > capacity:
@@ -151,7 +153,8 @@ class DecoderRows:
     def tail(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy a row's own keys and values (layers, n, Hkv, D), for use as a segment of other rows."""
         start, n = self.starts[row], self.lengths[row]
-        return tuple(joined([t[:, start : start + n]]) for t in (self.keys, self.values))
+        keys, values = (joined([t[:, start : start + n]]) for t in (self.keys, self.values))
+        return keys, values
 
     def append(self, counts: Sequence[int]) -> PackedRows:
         """Announce `counts[i]` more tokens for row i and return their layout, with each row's last hidden state only.

@@ -25,7 +25,8 @@ def dynamic_cache(config: Any, paths: Sequence[Sequence[KVSegment]], copies: int
         copies: adjacent rows for each path, as beam search needs them.
     """
     cache = DynamicCache(config=config)
-    for layer, (keys, values) in zip(cache.layers, _layers(paths, copies), strict=True):
+    layers: list[Any] = cache.layers
+    for layer, (keys, values) in zip(layers, _layers(paths, copies), strict=True):
         layer.lazy_initialization(keys, values)
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = keys.shape[2]

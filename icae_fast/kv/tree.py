@@ -151,13 +151,18 @@ class SlotKVTree:
 
     def _chain(self, path: Sequence[torch.Tensor]) -> list[tuple[bytes, torch.Tensor]]:
         """Return (key, piece) for each piece of a path, cast to the model's dtype and device."""
-        weight = self.backbone.model.get_input_embeddings().weight
+        weight = self._embedding
         pieces = [self._checked(p).to(weight) for p in path]
         return list(zip(_chained_keys(pieces), pieces, strict=True))
 
+    @property
+    def _embedding(self) -> torch.Tensor:
+        """The base model's token embedding, which has the compute dtype and the device."""
+        return self.backbone.view.embedding.weight
+
     def _forget_other_weights(self) -> None:
-        weight = self.backbone.model.get_input_embeddings().weight
-        made_with = (weight.dtype, weight.device, weights_key(self.backbone.model.layers))
+        weight = self._embedding
+        made_with = (weight.dtype, weight.device, weights_key(self.backbone.view.layers))
         if made_with != self._made_with:
             self.clear()
             self._made_with = made_with
@@ -276,12 +281,12 @@ def _chained_keys(pieces: Sequence[torch.Tensor]) -> list[bytes]:
     for piece in pieces:
         digest = hashlib.blake2b(parent, digest_size=16)
         digest.update(str(tuple(piece.shape)).encode())
-        digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
         keys.append(parent := digest.digest())
     return keys
 
 
-def weights_key(layers: nn.Module) -> tuple:
+def weights_key(layers: nn.Module) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
     """Return a cheap, best-effort key that changes when the weights change.
 
     The key holds the version counter of every parameter, which all writes through the parameter increment
@@ -289,7 +294,8 @@ def weights_key(layers: nn.Module) -> tuple:
     weights assigned through `.data` or a new `Parameter`. A write through `.data` that misses these values is not
     detected.
     """
-    versions, samples = [], {}
+    versions: list[int] = []
+    samples: dict[torch.dtype, list[torch.Tensor]] = {}
     for p in layers.parameters():
         versions.append(0 if p.is_inference() else p._version)
         step = max(1, p.numel() // _SAMPLES_PER_TENSOR)

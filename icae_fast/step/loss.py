@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,8 @@ def forward(
     slots, packed = encode(core, contexts, token_budget), torch.cat(prompts)
     _check_prompts(core.vocabulary, prompts, [len(s) for s in slots])
     places = _memory_places(core.vocabulary, packed)
-    embeddings = _with_slots(core, *_copy_once(core.device, packed, places), slots)
+    packed, places = _copy_once(core.device, packed, places)
+    embeddings = _with_slots(core, packed, places, slots)
     rows = PackedRows(torch.cat([torch.arange(n) for n in lengths]), cumulative(lengths), max(lengths))
     logits = core.base_model.lm_head(core.backbone.forward(embeddings, rows.to(core.device)))
     width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(lengths)
@@ -191,10 +193,10 @@ def _scored_hidden(
     # Ids and labels are copied to the device here, in one transfer; lengths and the layout stay on the host.
     packed = torch.cat(prompts)
     places, wanted = _memory_places(core.vocabulary, packed), targets[targets != IGNORE]
-    packed, places, kept, scored, wanted, *contexts = _copy_once(
+    packed, places, kept, scored, wanted, *on_device = _copy_once(
         core.device, packed, places, kept, scored, wanted, *(contexts if slots is None else [])
     )
-    step = TrainingStep(core, contexts, len(kept), budget, memory_size)
+    step = TrainingStep(core, on_device, len(kept), budget, memory_size)
     _check_prompts(core.vocabulary, prompts, step.slot_counts if slots is None else [len(s) for s in slots])
     embeddings = _with_slots(core, packed, places, step.encode() if slots is None else slots)[kept]
     hidden = step.decode(embeddings, rows.to(core.device))
@@ -213,7 +215,7 @@ def _head_losses(
             f"{len(teacher.hidden)} hidden states, but {len(targets)} tokens are labelled; make it of the same batch"
         )
     covered = teacher.covered.to(hidden.device)
-    own = {"teacher_hidden": teacher.hidden, "alpha": teacher.alpha, "temperature": teacher.temperature}
+    own: dict[str, Any] = {"teacher_hidden": teacher.hidden, "alpha": teacher.alpha, "temperature": teacher.temperature}
     parts = [(covered.nonzero()[:, 0], own), ((~covered).nonzero()[:, 0], {})]
     found = [head_loss(hidden[i], head.weight, targets[i], bias=head.bias, **options) for i, options in parts]
     back = torch.cat([i for i, _ in parts]).argsort()
