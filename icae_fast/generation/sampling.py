@@ -227,8 +227,11 @@ class TokenChooser:
         self._min_new_tokens = min_new_tokens
         self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self._active = torch.arange(n, device=device)
-        self._processors, self._see_all_rows = options.processors(), bool(options.logits_processor)
-        self._top_k, self._warpers = int(options.top_k), options.warpers()
+        # transformers annotates LongTensor and FloatTensor, which no tensor is to a type checker.
+        self._processors: Any = options.processors()
+        self._see_all_rows = bool(options.logits_processor)
+        self._top_k = int(options.top_k)
+        self._warpers: Any = options.warpers()
         self._criteria = StoppingCriteriaList(options.stopping_criteria)
         self._history: torch.Tensor | None = None  # (rows, longest prompt + max_new_tokens) ids, prompts on the right
         self._uniform: torch.Tensor | None = None  # (rows, max_new_tokens) uniform numbers
