@@ -44,7 +44,7 @@ RUNTIMES = $(foreach name,asan ubsan,$(shell $${CXX:-c++} -print-file-name=lib$(
 sanitize: $(VENV)/.installed
 	ICAE_FAST_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py -q build --force --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib
-	set -e; isas=$$($(BIN)/python -c "from icae_fast import _C; runs = _C.runnable_isas(); \
+	set -e; isas=$$($(BIN)/python -c "import torch; from icae_fast import _C; runs = _C.runnable_isas(); \
 		print(*runs, *['amx'] * ('avx512' in runs and 'amx' not in runs))"); \
 	printf '%s\n' $$isas | xargs -P $(MAX_JOBS) -I {} env $(SHARING) \
 		ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA={} ICAE_FAST_REQUIRE=cpp ICAE_FAST_SANITIZE=$(SANITIZERS) LD_PRELOAD="$(RUNTIMES)" \

@@ -170,7 +170,7 @@ def test_bench_latency(run, text_file, tmp_path):
         (["compress"], "Missing argument"),
         (["compress", "--frobnicate", "x"], "No such option"),
         (["restore", "damaged.icae"], "not a safetensors file"),
-        (["compress", "note.txt", "-o", "nowhere"], "make it first"),
+        (["compress", "note.txt", "-o", "nowhere"], "create it first"),
         (["compress", "note.txt", "note.txt"], "different names"),
         (["compress", "note.txt", "-o", ".", "--store", "store"], "two places"),
         (["compress", "note.txt", "--kv"], "give --store"),

@@ -36,7 +36,7 @@ def test_module_tells_what_was_built_and_runs():
 
 
 def test_the_best_instruction_set_is_chosen():
-    result = run_python("-c", "import icae_fast._C as c; print(c.isa())", ICAE_FAST_ISA="")
+    result = run_python("-c", "import torch, icae_fast._C as c; print(c.isa())", ICAE_FAST_ISA="")
     best = _C.runnable_isas()[-1]
     # Of the two units for AVX512-BF16 the faster one is chosen by a measurement.
     assert result.stdout.strip() in (("avx512_fp16", "avx512") if best == "avx512" else (best,)), result.stderr
@@ -51,7 +51,7 @@ def forcing(isa):
     [pytest.param(isa, id=isa + "-emulated" * (isa in EMULATED)) for isa in ISAS if isa != _C.isa()],
 )
 def test_each_other_instruction_set_passes_the_op_tests_and_golden_cases(isa):
-    probe = run_python("-c", "import icae_fast._C as c; print(c.isa())", **forcing(isa))
+    probe = run_python("-c", "import torch, icae_fast._C as c; print(c.isa())", **forcing(isa))
     if isa not in _C.runnable_isas() and isa not in EMULATED:
         assert "this CPU lacks" in probe.stderr
         pytest.skip(probe.stderr.strip().splitlines()[-1])
@@ -68,7 +68,7 @@ def test_each_other_instruction_set_passes_the_op_tests_and_golden_cases(isa):
 
 @pytest.mark.skipif(not EMULATED, reason="this CPU has AMX, or not even AVX512-BF16")
 def test_emulated_amx_has_to_be_asked_for_twice():
-    script = "import icae_fast._C as c; print(c.isa(), c.runnable_isas())"
+    script = "import torch, icae_fast._C as c; print(c.isa(), c.runnable_isas())"
     result = run_python("-c", script, ICAE_FAST_ISA="", ICAE_FAST_TEST_AMX="1")
     assert "avx512" in result.stdout
     assert "amx" not in result.stdout

@@ -41,7 +41,7 @@ def latency(
 
     text = read_text(file)
     if output is not None and not output.parent.is_dir():
-        raise InvalidInputError(f"there is no folder {output.parent}; make it first")
+        raise InvalidInputError(f"there is no folder {output.parent}; create it first")
     icae = load(adapter, model, memory_size, rate, dtype)
     document = icae.tokenizer(text)["input_ids"]
     question = icae.tokenizer(prompt, add_special_tokens=False)["input_ids"]

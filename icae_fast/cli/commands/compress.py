@@ -40,7 +40,7 @@ def compress(
             "two files would write the same memory; give them different names or compress them separately"
         )
     if output is not None and not output.is_dir():
-        raise InvalidInputError(f"there is no folder {output}; make it first")
+        raise InvalidInputError(f"there is no folder {output}; create it first")
     icae = load(adapter, model, memory_size, rate, dtype)
     rows = _compress_into_store(texts, store, icae, kv) if store else _compress_into_files(texts, targets, icae)
     print_memories("key" if store else "memory file", rows, as_json)

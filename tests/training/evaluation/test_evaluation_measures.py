@@ -107,7 +107,7 @@ def test_as_many_passages_as_there_is_room_for(tmp_path_factory, byte_tokenizer,
 def test_texts_that_are_too_short_or_not_there(texts, tmp_path, make_tokenizer):
     with pytest.raises(DataError, match="none of the texts has 400 tokens in a row"):
         texts.draw(make_tokenizer(), 400, 1, seed=0)
-    with pytest.raises(DataError, match="no data sets of the hub"):
+    with pytest.raises(DataError, match="data sets of the hub are not read here"):
         Texts(["someone/pile"])
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": ""}\n')

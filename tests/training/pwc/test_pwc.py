@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_whole_records(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size + size // 2, hard))
         try:
             records.append(record(1))
-            with pytest.raises(OutputError, match="lines are whole"):
+            with pytest.raises(OutputError, match="lines are complete"):
                 records.append(record(2))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_whole_records(tmp_path):
 
 def test_an_output_that_cannot_be_written_is_one_error(tmp_path):
     for path, message in (
-        (tmp_path / "absent" / "out.jsonl", "make it first"),
+        (tmp_path / "absent" / "out.jsonl", "create it first"),
         (tmp_path, "not a plain file"),
         (tmp_path / ("n" * 252), "cannot write"),  # its lock file's name is too long
     ):

@@ -179,7 +179,7 @@ def test_a_message_that_does_not_fit_is_a_failure(run, text_file, tmp_path, loca
         (["text.txt", "-o", "out.jsonl", "--local", "x", "--endpoint", "http://localhost/v1"], "two teachers"),
         (["text.txt", "-o", "out.jsonl", "--local", "no/such/model"], "cannot be loaded"),
         (["text.txt", "-o", "out.jsonl", "--local", "smollm2", "--dtype", "int4"], "bfloat16 or float32"),
-        (["text.txt", "-o", "nowhere/out.jsonl", "--local", "smollm2"], "make it first"),
+        (["text.txt", "-o", "nowhere/out.jsonl", "--local", "smollm2"], "create it first"),
         (["text.txt", "-o", "text.txt", "--local", "smollm2"], "text.txt:1 is not a record"),
         (["absent.txt", "-o", "out.jsonl", "--kinds", "restate", "--questions", "0"], "there is no"),
         (["empty.txt", "-o", "out.jsonl", "--kinds", "restate", "--questions", "0"], "no passage"),
