@@ -67,7 +67,7 @@ class ICAEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
                 raise ConfigError(f"{name} is {value!r}; it must be a number from {low} to below {high}")
-        if self.slot_scale == "none":
+        if str(self.slot_scale) == "none":  # no value of the type, but accepted
             object.__setattr__(self, "slot_scale", None)
         choices = {"memory_positions": MemoryPositions, "prompt_format": PromptFormat, "sink_token": SinkToken}
         for name, kind in choices.items():

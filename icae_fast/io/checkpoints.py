@@ -121,7 +121,7 @@ def reference_named_parameters(core: ICAECore) -> Iterator[tuple[str, nn.Paramet
     """Yield (key in the reference's checkpoints, trained parameter)."""
     for layer, projection, factor, parameter in core.adapter.named_factors():
         yield lora_key(layer, projection, factor), parameter
-    yield MEMORY_KEY, core.memory_token_embed.weight
+    yield MEMORY_KEY, cast(nn.Parameter, core.memory_token_embed.weight)  # annotated as a Tensor
     if core.slot_gain is not None:
         yield GAIN_KEY, core.slot_gain
 

@@ -94,7 +94,8 @@ def load_base_model(
         CheckpointError: the base model has no name, or cannot be loaded from it.
     """
     if isinstance(base_model, nn.Module):
-        return base_model, tokenizer or load_tokenizer(base_model.config._name_or_path, required=False)
+        own_config: Any = base_model.config
+        return base_model, tokenizer or load_tokenizer(own_config._name_or_path, required=False)
     name = str(base_model or config.base_model or "")
     revision = None if base_model else config.base_revision  # base_revision belongs to the base model of the config
     if not name:

@@ -31,12 +31,12 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     """
     view = view_of(model)
     n = len(view.layers)
-    chosen = [view.embedding.weight, view.final_norm.weight]
+    modules: list[Any] = [view.embedding, view.final_norm]
     for layer in map(view.layer, sorted({0, n // 2, n - 1})):
-        chosen += [m.weight for m in (layer.qkv[0], layer.o, layer.down)]
-    bits = [_sample(w).view(torch.int16).tolist() for w in chosen]
+        modules += (layer.qkv[0], layer.o, layer.down)
+    bits = [_sample(m.weight).view(torch.int16).tolist() for m in modules]
     identity = {name: getattr(model.config, name, None) for name in _SHAPE_FIELDS}
-    identity["vocab_size"] = chosen[0].shape[0]
+    identity["vocab_size"] = modules[0].weight.shape[0]
     return identity | {"fingerprint": "".join(f"{b & 0xFFFF:04x}" for row in bits for b in row)}
 
 

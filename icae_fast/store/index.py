@@ -86,7 +86,8 @@ class Index:
     def _connected(self) -> Iterator[sqlite3.Connection]:
         if self._process != os.getpid():
             # Keep the old connection: closing it here would release the parent's locks and change its log.
-            self._inherited += [self._connection] * (self._connection is not None)
+            if self._connection is not None:
+                self._inherited.append(self._connection)
             self._process, self._connection, self._lock = os.getpid(), None, threading.Lock()
         with self._lock:
             try:

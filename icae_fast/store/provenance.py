@@ -109,7 +109,7 @@ class OriginTracker:
 
 def source_hash(ids: torch.Tensor) -> str:
     """Return SHA-256 over token ids as little-endian int64, 64 hex digits."""
-    return hashlib.sha256(ids.to(device="cpu", dtype=torch.int64).contiguous().numpy().astype("<i8")).hexdigest()
+    return hashlib.sha256(ids.to(device="cpu", dtype=torch.int64).contiguous().numpy().astype("<i8").data).hexdigest()
 
 
 def content_key(source: str, origin: Origin, dtype: torch.dtype) -> str:

@@ -29,7 +29,7 @@ _DTYPES = {
 
 def crc32(tensor: torch.Tensor) -> str:
     """Return CRC-32 of a contiguous CPU tensor's bytes, 8 hex digits."""
-    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 
 def seal(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> bytearray:

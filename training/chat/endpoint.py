@@ -18,7 +18,7 @@ from icae_fast.training.chat.replies import shorten
 try:  # one library under two names: httpx2 since Python 3.11; huggingface_hub depends on one of them
     import httpx2 as httpx
 except ImportError:
-    import httpx
+    import httpx  # type: ignore[no-redef]  # mypy knows no module of two names
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class EndpointModel:
         self.name, self.width = model, jobs
         self.retries: Counter[str] = Counter()
         self._timeout, self._attempts, self._backoff = timeout, retries + 1, backoff
-        fields = {"model": model, "max_tokens": max_answer_tokens} | dict(body or {})
+        fields: dict[str, Any] = {"model": model, "max_tokens": max_answer_tokens} | dict(body or {})
         self._body = {name: value for name, value in fields.items() if value is not None}
         self.settings = dict(self._body)
         try:

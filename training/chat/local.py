@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from icae_fast.errors import ChatModelError, TokenizerMismatchError
 from icae_fast.training.chat.model import TOO_LONG, UNUSABLE, RequestFailed
@@ -36,7 +35,7 @@ class LocalModel:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         name: str,
         *,

@@ -88,8 +88,9 @@ class OwnWriter:
 
     def __init__(self, icae: ICAE, eos: Sequence[int], max_new_tokens: int, temperature: float | None) -> None:
         self.icae, self.max_new_tokens = icae, max_new_tokens
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-        self._options = GenerationOptions(eos_token_id=sorted(eos), **sampling)
+        self._options = GenerationOptions(
+            do_sample=bool(temperature), temperature=temperature or 1.0, eos_token_id=sorted(eos)
+        )
 
     def write(self, rows: Sequence[list[int]], cancelled: Callable[[], bool]) -> list[list[int]]:
         """Continue each row; see `Writer`."""
@@ -110,7 +111,7 @@ class TransformersWriter:
     name = "transformers"
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, eos: Sequence[int], max_new_tokens: int, temperature: float | None
+        self, model: Any, tokenizer: Any, eos: Sequence[int], max_new_tokens: int, temperature: float | None
     ) -> None:
         self.model, self._eos = model, frozenset(eos)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos)

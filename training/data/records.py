@@ -61,7 +61,7 @@ def _is_usable(name: str, row: Any) -> bool:
 
 
 def _record(fields: Iterable[str], origin: str, problem: str, values: Mapping[str, str] | None = None) -> Record:
-    texts = {name: "" if problem else values[name] for name in fields}
+    texts = {name: "" if problem or values is None else values[name] for name in fields}
     return {"origin": origin, "problem": problem, **texts}
 
 

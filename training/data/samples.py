@@ -8,7 +8,7 @@ of many steps can be sorted without holding their tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
@@ -60,7 +60,7 @@ class SampleLayout:
             [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids
         )
 
-    def prompt_ids(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+    def prompt_ids(self, prompt: Iterable[int]) -> tuple[list[int], list[int]]:
         """Return the ids before and after the slots, as `ICAE.prompt_ids` does."""
         return self._before, [self._ft, *prompt, *self._behind]
 
@@ -130,7 +130,7 @@ class PretrainingDraw:
         ConfigError: an option is out of range.
     """
 
-    fields = TEXT
+    fields: tuple[str, ...] = TEXT
 
     def __init__(
         self,
@@ -215,8 +215,7 @@ def _restored(layout: SampleLayout, origin: str, ids: np.ndarray) -> Sample:
 
 
 def _continued(layout: SampleLayout, origin: str, ids: np.ndarray, n_context: int, lm_token: bool) -> Sample:
-    ids = ids.tolist()
-    sample = continuation_sample(layout, ids[:n_context], ids[n_context:], lm_token=lm_token)
+    sample = continuation_sample(layout, ids[:n_context].tolist(), ids[n_context:].tolist(), lm_token=lm_token)
     return replace(sample, origin=origin)
 
 
@@ -234,7 +233,7 @@ class InstructionDraw:
         ConfigError: an option is out of range.
     """
 
-    fields = PWC
+    fields: tuple[str, ...] = PWC
 
     def __init__(
         self,

@@ -90,8 +90,9 @@ def open_source(
         raise ConfigError(f"on_bad_row is {on_bad_row!r}; it must be 'skip' or 'stop'")
     if fragment_tokens is not None and fragment_tokens < 1:
         raise ConfigError(f"fragment_tokens is {fragment_tokens}; it must be at least 1, or None")
-    single = isinstance(specs, (str, Mapping, SourceSpec))
-    chosen = [SourceSpec.make(s) for s in ([specs] if single else specs)]
+    if isinstance(specs, (str, Mapping, SourceSpec)):
+        specs = [specs]
+    chosen = [SourceSpec.make(s) for s in specs]
     if not chosen:
         raise ConfigError("the list of data sources is empty; give at least one")
     if len({spec.streaming for spec in chosen}) > 1:
@@ -114,6 +115,7 @@ def open_source(
 def _tokenised(spec: SourceSpec, tokenise: Tokenise, cache_folder: str | None) -> datasets.Dataset:
     """Return all rows of a spec, tokenised once."""
     paths = _files(spec)
+    identity: list[Any]
     if paths is not None:
         identity = [[path, file_version(path)] for path in paths]
         return tokenise_once(spec.path, read_records(paths, tokenise.fields), identity, tokenise, cache_folder)

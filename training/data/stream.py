@@ -116,7 +116,9 @@ class BatchStream(IterableDataset):
         for origin, problem in source.bad_rows:
             tally.add(f"{SKIPPED}: {problem}", origin)
         begin = {"epoch": 0, "rows": None, "used": 0, "counts": dict(tally.counts)}
-        self._state = {"begin": {"step": 0, **begin}, "steps": 0, "micro_batches": 0, "counts": dict(tally.counts)}
+        self._state: dict[str, Any] = {
+            "begin": {"step": 0, **begin}, "steps": 0, "micro_batches": 0, "counts": dict(tally.counts),
+        }  # fmt: skip
 
     @property
     def counts(self) -> dict[str, int]:
@@ -245,6 +247,8 @@ class StreamLoader(DataLoader):
         ConfigError: num_workers is greater than 1.
     """
 
+    dataset: BatchStream
+
     def __init__(
         self,
         stream: BatchStream,
@@ -253,9 +257,11 @@ class StreamLoader(DataLoader):
         **options: Any,
     ) -> None:
         _check_workers(num_workers)
-        super().__init__(stream, None, num_workers=num_workers, collate_fn=_WithState(make_batch), **options)
+        # torch annotates a function of a list; without a batch size it is called with a single micro-batch.
+        collate: Any = _WithState(make_batch)
+        super().__init__(stream, None, num_workers=num_workers, collate_fn=collate, **options)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch annotates a private iterator class
         """Yield batches from the stream's position on."""
         for batch, state in super().__iter__():
             if self.num_workers:

@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from icae_fast.training.evaluation.measures import optional_package
 from icae_fast.training.evaluation.result import Plot, Result
@@ -75,7 +75,7 @@ def _points(plot: Plot, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row.get(plot.x) is not None and _is_finite(row.get(plot.y))]
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -92,10 +92,9 @@ def _lines(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
         color = _COLORS[i % len(_COLORS)]
         xs = [row[plot.x] for row in own]
         axes.plot(xs, [row[plot.y] for row in own], color=color, marker=_MARKERS[i % len(_MARKERS)], label=name or None)
-        spread = [row for row in own if _has_spread(plot, row)]
+        spread = [(row[plot.x], *ends) for row in own if (ends := _spread(plot, row))]
         if spread:
-            low, high = ([row[column] for row in spread] for column in (plot.low, plot.high))
-            axes.fill_between([row[plot.x] for row in spread], low, high, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(*zip(*spread, strict=True), color=color, alpha=0.15, linewidth=0)
     if plot.x_log:
         ticks = sorted({row[plot.x] for row in rows})
         axes.set_xscale("log", base=2)
@@ -117,10 +116,9 @@ def _bars(axes: Any, plot: Plot, rows: Sequence[dict[str, Any]]) -> None:
         xs = [places[row[plot.x]] + shift * width for row, shift in zip(own, shifts, strict=True)]
         color = _COLORS[i % len(_COLORS)]
         axes.bar(xs, [row[plot.y] for row in own], 0.92 * width, color=color, label=name or None)
-        spread = [(x, row) for x, row in zip(xs, own, strict=True) if _has_spread(plot, row)]
+        spread = [(x, *ends) for x, row in zip(xs, own, strict=True) if (ends := _spread(plot, row))]
         if spread:
-            ends = ([row[column] for _, row in spread] for column in (plot.low, plot.high))
-            axes.vlines([x for x, _ in spread], *ends, color="black", linewidth=1.2)
+            axes.vlines(*zip(*spread, strict=True), color="black", linewidth=1.2)
     _label_groups(axes, [str(x) for x in places])
 
 
@@ -134,5 +132,9 @@ def _label_groups(axes: Any, labels: Sequence[str]) -> None:
         axes.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
 
 
-def _has_spread(plot: Plot, row: dict[str, Any]) -> bool:
-    return plot.low is not None and plot.high is not None and all(_is_finite(row.get(n)) for n in (plot.low, plot.high))
+def _spread(plot: Plot, row: dict[str, Any]) -> tuple[float, float] | None:
+    """Return the finite ends of a row's spread, or None."""
+    if plot.low is None or plot.high is None:
+        return None
+    low, high = row.get(plot.low), row.get(plot.high)
+    return (low, high) if _is_finite(low) and _is_finite(high) else None

@@ -92,7 +92,7 @@ class TrainSection(BaseModel):
 
     on_nan: Literal["stop", "skip"] = "stop"
     resume: str = "auto"
-    token_lr_factor: float = Field(1.0, gt=0)
+    token_lr_factor: float = Field(default=1.0, gt=0)
     optim: str = "adamw_torch_fused"
 
     @model_validator(mode="before")

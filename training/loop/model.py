@@ -77,10 +77,11 @@ class TrainingModel(nn.Module):
             return self._warm(batch, num_items_in_batch)
         slots, teacher, without = None, None, 0
         if exclusive == CODE:
+            assert self.code is not None  # a run with code stages has one
             slots = self.code.slots(self.icae, batch.contexts, slots_per_span(self.icae.config, batch.memory_size))
         elif self.distillation.alpha > 0 and self.training:
             teacher, without = self._teacher(batch)
-        prompts = batch.prompts if batch.own_tokens is None else self._with_guesses(batch, slots)
+        prompts = batch.prompts if batch.own_tokens is None else self._with_guesses(batch, batch.own_tokens, slots)
         scored = self.icae.token_losses(
             batch.contexts, prompts, batch.label_rows, self.budget, batch.memory_size, teacher, slots
         )
@@ -96,14 +97,16 @@ class TrainingModel(nn.Module):
         }
 
     @torch.no_grad()
-    def _with_guesses(self, batch: Batch, slots: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
+    def _with_guesses(
+        self, batch: Batch, own_tokens: torch.Tensor, slots: Sequence[torch.Tensor] | None
+    ) -> tuple[torch.Tensor, ...]:
         """Return the prompts with the decoder's guesses at the batch's `own_tokens`."""
         guesses = self.icae.token_guesses(batch.contexts, batch.prompts, batch.label_rows, batch.memory_size, slots)
         labelled = batch.labels != IGNORE
         labelled[torch.tensor([0, *batch.prompt_lengths[:-1]]).cumsum(0)] = False  # nothing predicts a first token
         read = batch.prompt_answer_ids.masked_scatter(labelled, guesses.cpu())
         ends = torch.isin(read, torch.tensor(self.icae.eos_token_ids))
-        ids = torch.where(batch.own_tokens & labelled & ~ends, read, batch.prompt_answer_ids)
+        ids = torch.where(own_tokens & labelled & ~ends, read, batch.prompt_answer_ids)
         return ids.split(batch.prompt_lengths)
 
     def _teacher(self, batch: Batch) -> tuple[Teacher, int]:

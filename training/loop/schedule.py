@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments, get_scheduler
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from icae_fast.errors import ConfigError
 from icae_fast.training.methods.curriculum import Curriculum, Stage
@@ -56,13 +56,15 @@ def stage_schedule(
 def _shape(arguments: TrainingArguments, steps: int) -> Factor:
     """Return the factor of the learning rate over the steps of one stage, from transformers' schedule."""
     nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    kind, options = SchedulerType(arguments.lr_scheduler_type), arguments.lr_scheduler_kwargs
+    assert not isinstance(options, str)  # `TrainingArguments` parses text
     made = get_scheduler(
-        arguments.lr_scheduler_type, nothing, num_warmup_steps=arguments.get_warmup_steps(steps),
-        num_training_steps=steps, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        kind, nothing, num_warmup_steps=arguments.get_warmup_steps(steps), num_training_steps=steps,
+        scheduler_specific_kwargs=options,
     )  # fmt: skip
     if not isinstance(made, LambdaLR):
         raise ConfigError(
-            f"train.lr_scheduler_type {arguments.lr_scheduler_type.value!r} cannot restart with each stage; choose "
+            f"train.lr_scheduler_type {kind.value!r} cannot restart with each stage; choose "
             "another one, or remove learning_rate from the stages"
         )
     return made.lr_lambdas[0]

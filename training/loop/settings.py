@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -51,7 +51,7 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adapter: str | None = None
-    max_positions: int | None = Field(None, ge=1)
+    max_positions: int | None = Field(default=None, ge=1)
 
 
 class DataSection(Section):
@@ -79,16 +79,16 @@ class DataSection(Section):
     train: Sources
     eval: Sources | None = None
     on_bad_row: Literal["skip", "stop"] = "skip"
-    tokens_per_step: int = Field(65_536, ge=1)
-    micro_batch_tokens: int = Field(8_192, ge=1)
-    spans: tuple[int, int] | None = Field(None, strict=False)
+    tokens_per_step: int = Field(default=65_536, ge=1)
+    micro_batch_tokens: int = Field(default=8_192, ge=1)
+    spans: tuple[int, int] | None = Field(default=None, strict=False)
     excerpts_per_document: Literal["all", "one"] = "all"
-    max_target_tokens: int | None = Field(None, ge=1)
+    max_target_tokens: int | None = Field(default=None, ge=1)
     lm_token: bool = False
-    max_context_tokens: int = Field(2_048, ge=1)
-    max_answer_tokens: int = Field(512, ge=1)
+    max_context_tokens: int = Field(default=2_048, ge=1)
+    max_answer_tokens: int = Field(default=512, ge=1)
     on_long_row: Literal["truncate", "skip"] = "truncate"
-    window_steps: int = Field(16, ge=1)
+    window_steps: int = Field(default=16, ge=1)
     cache_folder: str | None = None
     workers: Literal[0, 1] = 0
 
@@ -101,8 +101,8 @@ class EvaluationSection(Section):
         restore_tokens: length of the held-out passage that is restored from its slots; 0 for none.
     """
 
-    samples: int = Field(64, ge=1)
-    restore_tokens: int = Field(256, ge=0)
+    samples: int = Field(default=64, ge=1)
+    restore_tokens: int = Field(default=256, ge=0)
 
 
 def _section_of(kind: type, name: str, without: Iterable[str] = ()) -> type[Section]:
@@ -113,14 +113,24 @@ def _section_of(kind: type, name: str, without: Iterable[str] = ()) -> type[Sect
     def field(f: dataclasses.Field) -> Any:  # YAML has lists where the dataclass has tuples
         return Field(f.default, strict=False) if get_origin(hints[f.name]) is tuple else f.default
 
-    made = create_model(name, __base__=Section, **{f.name: (hints[f.name], field(f)) for f in chosen})
+    fields: dict[str, Any] = {f.name: (hints[f.name], field(f)) for f in chosen}
+    made = create_model(name, __base__=Section, **fields)
     made.__doc__ = kind.__doc__
     return made
 
 
-AdapterSection = _section_of(ICAEConfig, "AdapterSection", without=("base_model", "base_revision"))
-DistillationSection = _section_of(Distillation, "DistillationSection")
-MemorySection = _section_of(ActivationBudget, "MemorySection")
+if TYPE_CHECKING:  # a type checker cannot use classes that are made at run time
+
+    class AdapterSection(Section): ...
+
+    class DistillationSection(Section): ...
+
+    class MemorySection(Section): ...
+
+else:
+    AdapterSection = _section_of(ICAEConfig, "AdapterSection", without=("base_model", "base_revision"))
+    DistillationSection = _section_of(Distillation, "DistillationSection")
+    MemorySection = _section_of(ActivationBudget, "MemorySection")
 
 
 class Settings(Section):
@@ -154,7 +164,7 @@ class Settings(Section):
         Raises:
             ConfigError: a field is out of range.
         """
-        named = {"base_model": self.model.name, "base_revision": self.model.revision}
+        named: dict[str, Any] = {"base_model": self.model.name, "base_revision": self.model.revision}
         return ICAEConfig(**dict(self.adapter), **named)
 
     def curriculum(self) -> Curriculum:

@@ -93,13 +93,13 @@ def shard_base_model(model: TrainingModel) -> None:
             "FSDP needs several processes to shard weights over; launch without it, or with more processes"
         )
     trained = {p for p in model.parameters() if p.requires_grad}
-    for layer in model.icae.backbone.model.layers:
+    for layer in model.icae.backbone.view.layers:
         fully_shard(layer)
     fully_shard(model, reshard_after_forward=False, ignored_params=trained)
     log.info("the base model's weights are sharded over %d processes", n_processes)
 
 
-def replicate_trained(model: TrainingModel, device: torch.device) -> DistributedDataParallel:
+def replicate_trained(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Return DDP around a model with a sharded base: DDP synchronises trained parameters and ignores the rest.
 
     Args:

@@ -45,14 +45,14 @@ def load_icae(settings: Settings) -> ICAE:
         ConfigError: the parts do not fit together.
     """
     model, dtype = settings.model, getattr(torch, settings.model.dtype)
-    if model.adapter is None or "name" in model.model_fields_set:
-        base, tokenizer = load_base_model(None, settings.icae_config(), dtype)
-    else:
-        base, tokenizer = None, None  # the adapter's config names its base model
     if model.adapter is None:
+        base, tokenizer = load_base_model(None, settings.icae_config(), dtype)
         icae = ICAE.from_base(base, settings.icae_config(), tokenizer)
-    else:
+    elif "name" in model.model_fields_set:
+        base, tokenizer = load_base_model(None, settings.icae_config(), dtype)
         icae = ICAE.from_pretrained(model.adapter, base_model=base, dtype=dtype, tokenizer=tokenizer)
+    else:  # the adapter's config names its base model
+        icae = ICAE.from_pretrained(model.adapter, dtype=dtype)
     if model.max_positions is not None:
         icae.max_positions = model.max_positions
     # "auto" depends on timings, and evaluation must round the same way after a resume.

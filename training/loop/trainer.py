@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from icae_fast.backbone.sharding import is_sharded, whole_model
@@ -91,6 +92,8 @@ class ICAETrainer(Trainer):
         callbacks: additional `TrainerCallback`s.
     """
 
+    model: nn.Module  # `Trainer` annotates it as optional
+
     # Losses are already normalised over the whole step.
     loss_is_scaled_for_ga = True
 
@@ -114,7 +117,8 @@ class ICAETrainer(Trainer):
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore, self._code = stream, on_nan, restore, model.code
         self._token_lr_factor, self._soap = token_lr_factor, soap
-        self._interval, self._forwards = LogInterval(), []
+        self._interval = LogInterval()
+        self._forwards: list[_Forward] = []
         if shard_base:
             shard_base_model(model)
         super().__init__(
@@ -166,12 +170,13 @@ class ICAETrainer(Trainer):
         """See `Trainer.create_optimizer`; tokens and gain have their own group where their rate differs."""
         factors = {self._token_lr_factor, *(s.token_lr_factor or 1 for s in self._stream.curriculum.stages)}
         if self.optimizer is None and (factors != {1} or self._soap):
-            tokens, others = [], []
+            tokens: list[nn.Parameter] = []
+            others: list[nn.Parameter] = []
             for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
                     is_token = name.endswith(("memory_token_embed.weight", "slot_gain"))
                     (tokens if is_token else others).append(parameter)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self.model))
             decay, faster = {"weight_decay": self.args.weight_decay}, options["lr"] * self._token_lr_factor
             of_tokens = {}
             if self._soap:  # rows of an embedding must not be mixed
@@ -186,7 +191,8 @@ class ICAETrainer(Trainer):
         """See `Trainer.create_scheduler`; stages with learning rates are scheduled one by one."""
         curriculum = self._stream.curriculum
         if self.lr_scheduler is None and curriculum.has_rates:
-            chosen = self.optimizer if optimizer is None else optimizer
+            chosen = optimizer or self.optimizer
+            assert chosen is not None  # `Trainer` creates the optimiser first
             self.lr_scheduler = stage_schedule(chosen, self.args, curriculum, self._token_lr_factor)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -268,14 +274,14 @@ class ICAETrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Sequence[Batch] | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure losses over held-out batches, and restore a passage from its memory.
 
         Returns:
             `eval_loss`, `eval_loss_ae` and so on, `eval_restored` and `eval_exact_prefix`.
         """
-        batches = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = cast("Sequence[Batch]", self.eval_dataset if eval_dataset is None else eval_dataset)
         self.model.eval()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         total = Scores(Scores().values.to(self.args.device))
@@ -300,7 +306,7 @@ class ICAETrainer(Trainer):
         with whole_model(self.model):
             if self.is_world_process_zero():
                 sample = {"step": self.state.global_step} | restoration(self._icae, *self._restore)
-                append_line(Path(self.args.output_dir) / SAMPLES_FILE, sample)
+                append_line(self._output / SAMPLES_FILE, sample)
                 rates = rates.new_tensor([sample["matched"], sample["exact_prefix"]])
                 log.info("restored at step %d: %s", sample["step"], sample["restored"])
         matched, exact = self.accelerator.reduce(rates, "sum").tolist()
@@ -308,30 +314,40 @@ class ICAETrainer(Trainer):
 
     # Checkpoints
 
+    @property
+    def _output(self) -> Path:
+        return Path(cast(str, self.args.output_dir))  # `TrainingArguments` sets a default
+
+    @property
+    def _unwrapped_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser in Accelerate's wrapper."""
+        return cast(AcceleratedOptimizer, self.optimizer).optimizer
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as `ICAE.save_pretrained` does; all processes call it.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        tensors = get_model_state_dict(self.model, options=_FULL)
+        tensors = cast("dict[str, torch.Tensor]", get_model_state_dict(self.model, options=_FULL))
         if self.args.should_save:
             # A head tied to the embeddings is included under its second name, even when frozen.
             named = {self._keys[name]: tensor for name, tensor in tensors.items() if name in self._keys}
             ordered = {key: named[key] for key in self._keys.values()}
-            write_adapter(output_dir or self.args.output_dir, self._config, self._base, ordered)
+            write_adapter(output_dir or self._output, self._config, self._base, ordered)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        output, step = Path(self.args.output_dir), self.state.global_step
+        output, step = self._output, self.state.global_step
         best = self.state.best_global_step
         if best == step or (best and (output / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(output / f"checkpoint-{best}")
         is_main = self.args.should_save
         with atomic_folder(output / f"checkpoint-{step}", is_main=is_main, any_process=self._any_process) as folder:
             self.save_model(str(folder), _internal_call=True)
-            optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=_FULL)
+            optimizer = get_optimizer_state_dict(self.model, self._unwrapped_optimizer, options=_FULL)
             self._save_rng_state(str(folder))
             if is_main:
+                assert self.lr_scheduler is not None
                 torch.save(optimizer, folder / OPTIMIZER_FILE)
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
                 self.state.save_to_json(str(folder / STATE_FILE))
@@ -377,14 +393,16 @@ class ICAETrainer(Trainer):
         set_model_state_dict(self.model, {name: tensors[key] for name, key in self._keys.items()}, options=_LOAD)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # `Trainer` checks it
         self.load_adapter(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert checkpoint is not None and self.lr_scheduler is not None  # `Trainer` calls this only to resume
         folder = Path(checkpoint)
         state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=_LOAD)
+        set_optimizer_state_dict(self.model, self._unwrapped_optimizer, state, options=_LOAD)
         # Loading creates a zero state, one step old, for parameters that have not been trained yet.
         for name, parameter in self.model.named_parameters():
             if name not in state["state"]:
-                self.optimizer.optimizer.state.pop(parameter, None)
+                self._unwrapped_optimizer.state.pop(parameter, None)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))

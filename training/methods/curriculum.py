@@ -154,7 +154,7 @@ class Curriculum:
         self.stages = tuple(stages)
         if not self.stages:
             raise ConfigError("the curriculum has no stage; give at least one")
-        self._ends = []
+        self._ends: list[int] = []
         for stage in self.stages[:-1]:
             self._ends.append(stage.steps + (self._ends[-1] if self._ends else 0))
         self._ends.append(sys.maxsize)

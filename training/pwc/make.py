@@ -136,6 +136,7 @@ class _Run:
         self.on_progress = on_progress or (lambda done, total: None)
         self.on_failure = on_failure or (lambda message: None)
         self.report = Report()
+        self._teacher_name = "" if teacher is None else teacher.name
         self.asker = None if teacher is None else Asker(teacher, settings.give_up_after)
         self.done = self.total = 0
 
@@ -210,7 +211,8 @@ class _Run:
             return
         for item in reply[:missing]:
             if at_once:
-                self._write(passage, QUESTION, *item, self.teacher.name)
+                prompt, answer = item
+                self._write(passage, QUESTION, prompt, answer, self._teacher_name)
             else:
                 await self._answer(passage, QUESTION, item)
         self._too_few(passage, missing - len(reply))
@@ -219,10 +221,11 @@ class _Run:
         request = prompts.answer_request(passage.text, prompt)
         answer = await self._ask(passage, kind, request, lambda r: prompts.parse_answer(r, prompt), 1)
         if answer is not None:
-            self._write(passage, kind, prompt, answer, self.teacher.name)
+            self._write(passage, kind, prompt, answer, self._teacher_name)
 
     async def _ask(self, passage: Passage, kind: str, request: str, parse: Callable[[str], Any], records: int) -> Any:
         """Return the teacher's parsed reply, or None after reporting that `records` records failed."""
+        assert self.asker is not None  # `make_pwc` checks that there is a teacher for such requests
         try:
             return await self.asker.ask(request, parse)
         except RequestFailed as error:

@@ -128,7 +128,7 @@ def _cut(text: str, limit: int, count: Callable[[str], int], level: int = 0) -> 
 def _parts(text: str, breaks: re.Pattern[str]) -> Iterator[str]:
     start = 0
     for match in breaks.finditer(text):
-        end = match.start(match.lastindex)
+        end = match.start(match.lastindex or 0)
         yield text[start:end]
         start = end
     yield text[start:]

@@ -64,6 +64,7 @@ def eval_command(
     require_extra("eval", "evaluating")  # now, not after hours of computing
     with importing("evaluating", install_command("eval")):
         from icae_fast.training.evaluation.evaluate import INSTRUCTIONS, choose_groups
+        from icae_fast.training.evaluation.instructions.contestants import known_reads
         from icae_fast.training.evaluation.instructions.plan import Instructions, load_judge
         from icae_fast.training.evaluation.instructions.questions import read_questions
         from icae_fast.training.evaluation.subject import parse_subject
@@ -75,9 +76,9 @@ def eval_command(
     read = Texts(texts or ())
     instructions = None
     if INSTRUCTIONS in choice.groups:
-        questions, problems = read_questions(pwc, samples, seed)
+        questions, problems = read_questions(pwc or (), samples, seed)
         judge = load_judge(judge_endpoint, judge_model, judge_local, judge_key_env, judge_body, judge_jobs)
-        instructions = Instructions(questions, problems, _names(contestants), max_new_tokens, judge)
+        instructions = Instructions(questions, problems, known_reads(_names(contestants)), max_new_tokens, judge)
     _make_folder(output)
     subjects = _load_subjects(specs, model, memory_size, rate, dtype)
     results, not_measured = _measure(subjects, read, instructions, choice, output, samples, seed)

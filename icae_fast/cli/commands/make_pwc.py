@@ -57,7 +57,7 @@ def make_pwc_command(
         from icae_fast.training.pwc import RecordFile, Settings
 
     check_names("teacher", "--", endpoint, model, local)
-    names = {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
+    names: dict[str, Any] = {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
     settings = Settings(**names, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens)
     if settings.needs_teacher and endpoint is None and local is None:
         raise InvalidInputError("these prompts need a teacher; give --endpoint and --model, or --local smollm2")
@@ -66,7 +66,7 @@ def make_pwc_command(
             stderr_console().print(f"note: removed a half-written last record of {records.cut} bytes", style="yellow")
         count = None if tokenizer is None else _counter(_load_tokenizer(tokenizer))
         teacher: ChatModel | None = None
-        if endpoint is not None:
+        if endpoint is not None and model is not None:  # `check_names` requires both or none
             teacher = EndpointModel(
                 endpoint, model, api_key=api_key(api_key_env), jobs=jobs, timeout=timeout, retries=retries,
                 max_answer_tokens=max_answer_tokens, body=request_fields("--body", body, temperature),

@@ -56,19 +56,18 @@ def contestants_of(subjects: Sequence[Subject], reads: Sequence[Reads] = get_arg
         reads: kinds of input.
 
     Raises:
-        InvalidInputError: see `check_reads`.
+        InvalidInputError: see `known_reads`.
     """
-    check_reads(reads)
     found: dict[str, Contestant] = {}
     for subject in subjects:
-        for name in dict.fromkeys(reads):
+        for name in known_reads(reads):
             contestant = Contestant(subject, name)
             found.setdefault(contestant.identity, contestant)
     return list(found.values())
 
 
-def check_reads(reads: Sequence[str]) -> None:
-    """Raise unless all names are kinds of input.
+def known_reads(reads: Sequence[str]) -> tuple[Reads, ...]:
+    """Return kinds of input by their names, without repetitions.
 
     Raises:
         InvalidInputError: a name is unknown, or there is none.
@@ -77,6 +76,7 @@ def check_reads(reads: Sequence[str]) -> None:
     if unknown or not reads:
         what = ", ".join(unknown) or "nothing"
         raise InvalidInputError(f"{what} cannot be read by contestants; choose among {', '.join(LABELS)}")
+    return tuple(kind for name in dict.fromkeys(reads) for kind in LABELS if kind == name)
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,17 @@ class _Duel:
     @property
     def consistent(self) -> bool | None:
         """Whether the verdicts of both orders agree, None unless there are two."""
-        return None if None in self.verdicts else agree(*self.verdicts)
+        first, second = self.verdicts
+        return None if first is None or second is None else agree(first, second)
 
     @property
     def result(self) -> str:
         """win, lose or tie, or the reason for having no result."""
         if self.same:
             return SAME
-        if None not in self.verdicts:
-            return outcome(*self.verdicts)
+        first, second = self.verdicts
+        if first is not None and second is not None:
+            return outcome(first, second)
         if not self.failures:
             return NOT_ASKED
         return UNPARSED if all(f.cause in NO_VERDICT for f in self.failures) else FAILED

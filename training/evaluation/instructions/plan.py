@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import get_args
 
 from icae_fast.errors import InvalidInputError
@@ -12,13 +13,15 @@ from icae_fast.io.console import KEY_ENV
 from icae_fast.training.chat import ChatModel, EndpointModel
 from icae_fast.training.chat.options import api_key, check_names, load_local, request_fields
 from icae_fast.training.evaluation.instructions.answering import Answered, answer_all
-from icae_fast.training.evaluation.instructions.contestants import Reads, check_reads, contestants_of
+from icae_fast.training.evaluation.instructions.contestants import Reads, contestants_of, known_reads
 from icae_fast.training.evaluation.instructions.judge import default_pairs, judge_pairs
 from icae_fast.training.evaluation.instructions.questions import Question
 from icae_fast.training.evaluation.instructions.references import measure_instructions
 from icae_fast.training.evaluation.result import Result
 from icae_fast.training.evaluation.subject import Subject
 from icae_fast.training.evaluation.workbench import Workbench
+
+Measurement = Callable[[Sequence[Subject], Workbench], Result]
 
 JUDGE_TOKENS = 512  # limit of a reply: a sentence and a verdict, after a reasoning model's thoughts
 
@@ -48,7 +51,7 @@ def load_judge(
     check_names("judge", "--judge-", endpoint, model, local)
     if local is not None:
         return load_local(local, "bfloat16", max_answer_tokens=JUDGE_TOKENS)
-    if endpoint is None:
+    if endpoint is None or model is None:  # `check_names` requires both or none
         return None
     fields = request_fields("--judge-body", body, temperature=0.0)
     key = api_key(api_key_env)
@@ -77,7 +80,7 @@ class Instructions:
     judge: ChatModel | None = None
 
     def __post_init__(self) -> None:
-        check_reads(self.reads)
+        known_reads(self.reads)
 
     def check(self, subjects: Sequence[Subject]) -> None:
         """Raise, before anything is computed, if there is a judge but no pair of contestants.
@@ -91,10 +94,12 @@ class Instructions:
                 "add contestants or another adapter, or leave the judge out"
             )
 
-    def measurements(self) -> dict[str, Callable[[Sequence[Subject], Workbench], Result]]:
+    def measurements(self) -> dict[str, Measurement]:
         """Return the measurements by name: answers against references and, with a judge, pairs of answers."""
-        found = {"instructions": self._against_references}
-        return found if self.judge is None else found | {"instructions_judged": self._judged}
+        found: dict[str, Measurement] = {"instructions": self._against_references}
+        if self.judge is not None:
+            found["instructions_judged"] = partial(self._judged, self.judge)
+        return found
 
     def _answered(self, subjects: Sequence[Subject], bench: Workbench) -> Answered:
         """Return all answers; the second measurement finds them in the cache."""
@@ -103,8 +108,8 @@ class Instructions:
     def _against_references(self, subjects: Sequence[Subject], bench: Workbench) -> Result:
         return self._with_problems(measure_instructions(self._answered(subjects, bench)))
 
-    def _judged(self, subjects: Sequence[Subject], bench: Workbench) -> Result:
-        return self._with_problems(judge_pairs(self._answered(subjects, bench), self.judge, bench))
+    def _judged(self, judge: ChatModel, subjects: Sequence[Subject], bench: Workbench) -> Result:
+        return self._with_problems(judge_pairs(self._answered(subjects, bench), judge, bench))
 
     def _with_problems(self, result: Result) -> Result:
         result.facts["bad_rows"] = dict(self.problems)

@@ -61,8 +61,10 @@ def measure_instructions(answered: Answered) -> Result:
         for contestant, given in answered.answers.items():
             own = scores[contestant]
             rows.append(_row(contestant, kind, [given[i] for i in chosen], [own[i] for i in chosen]))
-    labels = {"x_label": "kind of prompt", "y_label": "ROUGE-L F1 (median, quartiles)"}
-    plot = Plot("bar", "kind", "rougeL_median", "contestant", "rougeL_q1", "rougeL_q3", y_max=1.0, **labels)
+    plot = Plot(
+        "bar", "kind", "rougeL_median", "contestant", "rougeL_q1", "rougeL_q3",
+        x_label="kind of prompt", y_label="ROUGE-L F1 (median, quartiles)", y_max=1.0,
+    )  # fmt: skip
     return Result(
         name="instructions",
         title="Instructions: answers against references",

@@ -40,7 +40,8 @@ _ONE_WORD = "\n\nReply with one word: A, B or TIE."
 
 _LABEL = r"(?:(?:the )?(?:final |better )?(?:verdict|decision|judg(?:e)?ment|answer|choice)(?: is)?\s*:?\s*)?"
 _VERDICT = re.compile(rf"[^\w]*{_LABEL}[^\w]*(a|b|tie)[^\w]*", re.IGNORECASE)
-_VALUES = {"A": 1, "B": -1, "TIE": 0}
+_VALUES: dict[Verdict, int] = {"A": 1, "B": -1, "TIE": 0}
+_NAMED: dict[str, Verdict] = {verdict: verdict for verdict in _VALUES}
 
 
 def judge_request(question: Question, a: str, b: str) -> str:
@@ -69,7 +70,7 @@ def parse_verdict(reply: str) -> Verdict:
     found = _VERDICT.fullmatch(last)
     if found is None:
         raise ValueError(f"the reply's last line is not A, B or TIE: {shorten(last)}")
-    return found[1].upper()
+    return _NAMED[found[1].upper()]
 
 
 def agree(shown_first: Verdict, shown_second: Verdict) -> bool:

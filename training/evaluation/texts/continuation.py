@@ -146,6 +146,7 @@ def table_6(subjects: Sequence[Subject], bench: Workbench) -> Result:
         DataError: nothing can be measured.
     """
     n, found = TABLE_6_TOKENS, Cases()
+    nothing: dict[str, Any] = {}
     for subject in subjects:
         with found.case(subject.name):
             excerpts = bench.draw(subject, n, CONTINUATION_TOKENS)
@@ -154,7 +155,7 @@ def table_6(subjects: Sequence[Subject], bench: Workbench) -> Result:
             row, continued = continuation_row(subject, excerpts, bench)
             restored["restored"] = len(chosen)
             row |= {name: restored[name] for name in _RESTORATION} | {"source": "measured here"}
-            found.add(row, [a | b for a, b in zip_longest(records, continued, fillvalue={})])
+            found.add(row, [a | b for a, b in zip_longest(records, continued, fillvalue=nothing)])
     found.check()
     published = [
         {"subject": name, "source": PAPER_TABLE_6.source, "context": n, "slots": 128} | figures

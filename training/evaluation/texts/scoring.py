@@ -140,11 +140,11 @@ def _scores(
     """Return the scores of the labelled tokens of samples, without the last `ends` of each."""
 
     def run(batch: Sequence[Sample]) -> list[list[Any]]:
-        rows = [
+        contexts, prompts, labels = (
             [torch.tensor(getattr(s, name)) for s in batch] for name in ("input_ids", "prompt_answer_ids", "labels")
-        ]
+        )
         with torch.no_grad():
-            found = subject.icae.token_losses(*rows)
+            found = subject.icae.token_losses(contexts, prompts, labels)
         return _by_row(found.losses, found.correct, [s.n_labels for s in batch], ends)
 
     values = bench.compute(f"{subject.name}: {what}", samples, keys, [s.n_tokens for s in samples], run)
