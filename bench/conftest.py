@@ -12,7 +12,7 @@ pytest bench/suites/bench_train*.py            training, likewise
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise the arguments that stand for a case with all cases of the chosen workload."""
     disabled = metafunc.config.getoption("benchmark_disable")
     workload = metafunc.config.getoption("--workload") or ("small" if disabled else "real")
-    arguments = {
+    arguments: dict[str, Sequence[Any]] = {
         "case": WORKLOADS[workload],
         "encode_case": ENCODE_WORKLOADS[workload],
         "shape_case": SHAPE_WORKLOADS[workload],

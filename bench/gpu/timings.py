@@ -63,7 +63,9 @@ def compare(
         `failures` and `tracebacks` of the calls that failed. If a provider other than icae_fast runs out of memory,
         that is one of the `notes`, not a failure.
     """
-    results, peaks, failures, notes, tracebacks = {}, {}, [], [], {}
+    failures: list[str] = []
+    notes: list[str] = []
+    results, peaks, tracebacks = {}, {}, {}
     for name, call in calls.items():
         try:
             call()  # compiles and tunes; this memory does not count as peak
@@ -251,8 +253,7 @@ def attention_backends(case: Case) -> Run:
 
         def torch_sdpa() -> torch.Tensor:
             q, k, v = (arguments[x].unflatten(0, (n, tokens)).transpose(1, 2) for x in "qkv")
-            options = {"is_causal": True, "enable_gqa": True}
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2).flatten(0, 1)
 
         calls = {"sdpa": torch_sdpa, OURS: lambda: call(**arguments)[0]}

@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 from unittest import mock
 
 import torch
@@ -37,7 +37,14 @@ def prompts_for(case: Case) -> list[torch.Tensor]:
     return list(torch.randint(case.shape.vocabulary, (case.prompts, PROMPT_TOKENS), generator=generator))
 
 
-def answer_limits(case: Case) -> dict[str, int]:
+class AnswerLimits(TypedDict):
+    """The arguments of `generate` that bound an answer's length."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+
+
+def answer_limits(case: Case) -> AnswerLimits:
     """Return the arguments that make every answer `case.new_tokens` tokens long."""
     return {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens}
 
@@ -94,6 +101,7 @@ class SplitTimer:
         start = time.perf_counter()
         result, moment = self._call()
         end = time.perf_counter()
+        assert moment is not None, "the call reported no moment, so its time cannot be split"
         self.before.append(moment - start)
         self.after.append(end - moment)
         return result

@@ -79,11 +79,13 @@ def _layer_weights(icae: ICAE) -> list[dict[str, torch.Tensor]]:
     weights = []
     with torch.no_grad():
         for layer, lora in zip(icae.backbone.view, icae.adapter.pack(icae.dtype, dropout=False), strict=True):
+            assert layer.swiglu is not None, "the bare products are those of a gated SiLU MLP"
+            gate, up, _ = layer.swiglu
             b_q, b_v = lora.b.split((q_features, len(lora.b) - q_features))
             weights.append({
                 "qkv": packed_qkv(layer)[0], "a": lora.a, "b_q": b_q, "b_v": b_v,
                 "o": layer.o.weight, "down": layer.down.weight,
-                "gate_up": _one_block(*(m.weight for m in layer.swiglu[:2])),
+                "gate_up": _one_block(gate.weight, up.weight),
             })  # fmt: skip
     return weights
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.harness.gemms import BareGemms
 from bench.harness.shapes import MODELS, Case
 from icae_fast import ICAE, ICAEConfig
+from icae_fast.adapter.mode import AdapterMode
 from icae_fast.backbone.rows import micro_batches, token_budget_on
 from icae_fast.benchmark.baseline import BaselineICAE
 from icae_fast.core.spans import pack_spans
@@ -50,7 +51,7 @@ def build_icae(base: Any, config: ICAEConfig, tokenizer: Any = None) -> ICAE:
     return icae
 
 
-def in_adapter_mode(icae: ICAE, mode: str, call: Callable[[], Any]) -> Callable[[], Any]:
+def in_adapter_mode(icae: ICAE, mode: AdapterMode, call: Callable[[], Any]) -> Callable[[], Any]:
     """Return a call that runs with `icae.adapter_mode` set to "auto", "fused" or "merged", and restores the mode."""
 
     def run() -> Any:
@@ -102,10 +103,10 @@ class MergedEncoder:
         self.memory_size, self.scale = icae.config.memory_size, icae.config.lora_scale
         self.memory_tokens = icae.memory_token_embed.weight[: self.memory_size].detach().to(icae.dtype)
         self.model = copy.deepcopy(icae.base_model.model)
-        for i, layer in enumerate(icae.adapter.layers):
-            attention = self.model.layers[i].self_attn
-            for name, linear in (("q", attention.q_proj), ("v", attention.v_proj)):
-                delta = self.scale * (layer[f"{name}_B"] @ layer[f"{name}_A"])
+        factors = {(i, name, factor): parameter for i, name, factor, parameter in icae.adapter.named_factors()}
+        for i, layer in enumerate(self.model.layers):
+            for name, linear in (("q", layer.self_attn.q_proj), ("v", layer.self_attn.v_proj)):
+                delta = self.scale * (factors[i, name, "B"] @ factors[i, name, "A"])
                 linear.weight.data = (linear.weight.float() + delta).to(linear.weight.dtype)
 
     @torch.no_grad()

@@ -84,11 +84,13 @@ def measure_affordable(
     """
     free = free or (lambda: psutil.virtual_memory().available)
     max_seconds = MAX_SECONDS if max_seconds is None else max_seconds
-    points, stopped = [], None
+    points: list[Point] = []
+    stopped: dict[str, Any] | None = None
     for tokens, call in calls.items():
         if len(points) >= 2 and stopped is None:
-            expected = Line.through(points).at(tokens)
-            seconds, room = points[-1].seconds * tokens / points[-1].tokens, MEMORY_SHARE * free()
+            expected, last = Line.through(points).at(tokens), points[-1]
+            assert last.seconds is not None  # extrapolated points are only added after the loop
+            seconds, room = last.seconds * tokens / last.tokens, MEMORY_SHARE * free()
             if expected > room or seconds > max_seconds:
                 stopped = {
                     "tokens": tokens, "expected_bytes": expected, "allowed_bytes": int(room),

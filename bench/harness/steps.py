@@ -125,7 +125,10 @@ def assert_same_steps(steps: Mapping[str, Step], dtype: torch.dtype) -> None:
     """
     assert_same_losses(steps, LOSS_TOLERANCE[dtype])
     if dtype == torch.float32:
-        names = list(steps[BASELINE].gradients)
-        packed = {n: torch.cat([step.gradients[key].flatten() for key in names]) for n, step in steps.items()}
+        kept: dict[str, dict[str, torch.Tensor]] = {}
+        for name, step in steps.items():
+            assert step.gradients is not None, f"{name}: the step kept no gradients to compare"
+            kept[name] = step.gradients
+        packed = {n: torch.cat([gradients[key].flatten() for key in kept[BASELINE]]) for n, gradients in kept.items()}
         for name, gradients in packed.items():
             assert_same(gradients, packed[BASELINE], dtype, f"gradients of {name}")

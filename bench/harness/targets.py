@@ -232,9 +232,9 @@ def render(machine: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
         )
     if not table.row_count:
         return ""
-    console = Console(file=io.StringIO(), width=WIDTH)
-    console.print(table)
-    return console.file.getvalue()
+    text = io.StringIO()
+    Console(file=text, width=WIDTH).print(table)
+    return text.getvalue()
 
 
 def main(arguments: Sequence[str]) -> None:

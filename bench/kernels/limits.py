@@ -75,7 +75,9 @@ def inspect(compiled: Any, arch: int) -> dict[str, Any]:
         block), `occupancy`, `dots` (`tl.dot` of 16-bit factors in the source), `tensor_cores` (the instructions).
     """
     ptx, usage = compiled.asm["ptx"], resource_usage(compiled.asm["cubin"])
-    warps = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)[1]) // 32  # with those that Triton adds
+    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
+    assert threads is not None, "the PTX does not name the threads of a block"
+    warps = int(threads[1]) // 32  # with those that Triton adds
     # The cubin does not hold the launch's shared memory; since sm_90 it holds the system's reserved kilobyte.
     shared = compiled.metadata.shared
     occupancy = MULTIPROCESSORS[arch].occupancy(usage["REG"], shared, warps, compiled.metadata.tmem_size or 0)
@@ -95,7 +97,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        command: list[str | Path] = [CUOBJDUMP, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 

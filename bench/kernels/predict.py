@@ -173,7 +173,9 @@ class Prediction:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self._inner, self._last = ([layer_counts(setting, n, last) for n in (1, 2)] for last in (False, True))
+        self._inner, self._last = (
+            (layer_counts(setting, 1, last), layer_counts(setting, 2, last)) for last in (False, True)
+        )
 
     def layer(self, spans: int) -> Counts:
         """Return the counts of an inner layer for `spans` spans in one batch."""

@@ -45,6 +45,7 @@ class Call:
 def launch(op: str, arguments: dict[str, Any]) -> Any:
     """Call an op's GPU launcher directly, on any device."""
     spec = REGISTRY[op]
+    assert spec.gpu is not None, f"the op {op!r} has no GPU launcher"
     module, function = spec.gpu.launcher.split(":")
     with torch.no_grad():
         return getattr(importlib.import_module(module), function)(*(arguments[n] for n in spec.argument_names))

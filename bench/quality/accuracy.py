@@ -21,13 +21,14 @@ import torch
 
 from bench.harness.models import build_icae
 from icae_fast import ICAE, ICAEConfig
+from icae_fast.adapter.mode import AdapterMode
 from icae_fast.benchmark.baseline import BaselineICAE
 from icae_fast.benchmark.machine import REPOSITORY, describe_machine, machine_slug
 from icae_fast.benchmark.measure import rounded
 from icae_fast.io.bundled import load_smollm2
 
 TOKENS = (700, 1100)
-ADAPTER_MODES = ("fused", "merged")
+ADAPTER_MODES: tuple[AdapterMode, ...] = ("fused", "merged")
 LORA_B_STD = (0.0, 0.02, 0.2)  # standard deviation of the LoRA's up-projections; 0 is a new adapter
 
 

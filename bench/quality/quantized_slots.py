@@ -14,6 +14,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +37,11 @@ CASES = ((2, 32), (4, 32), (2, 16))  # (compression rate at 32 slots, slots per 
 def stored(slots: torch.Tensor, dtype: SlotDtype | None) -> torch.Tensor:
     """Return slots (n, d) as a store with this `dtype` would return them, in their own dtype."""
     return unpack_slots(pack_slots(slots, dtype), slots.dtype).to(slots.dtype)
+
+
+def rows_stored(rows: Sequence[torch.Tensor], dtype: SlotDtype | None) -> list[torch.Tensor]:
+    """Return `stored` of the slots of every row."""
+    return [stored(row, dtype) for row in rows]
 
 
 @contextlib.contextmanager
@@ -63,7 +69,7 @@ def restoration(icae: ICAE, windows: Sequence[torch.Tensor]) -> dict[str, Any]:
     slots = torch.cat(icae.encode(list(windows)))
     result: dict[str, Any] = {"loss": {}, "slot_error": {}}
     for dtype in STORED:
-        with slots_changed(lambda rows, dtype=dtype: [stored(row, dtype) for row in rows]):
+        with slots_changed(partial(rows_stored, dtype=dtype)):
             result["loss"][dtype or "own"] = icae(**batch)["loss"].item()
         off = stored(slots, dtype) - slots
         result["slot_error"][dtype or "own"] = (off.square().mean() / slots.square().mean()).sqrt().item()

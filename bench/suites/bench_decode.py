@@ -36,7 +36,8 @@ def test_decode(compare, decode_case):
         )
         return ids.tolist(), clock.at
 
-    calls = {GENERATE: SplitTimer(generate), WEIGHTS_READ: decoders.weight_reader(case), OURS: SplitTimer(ours)}
+    timers = {GENERATE: SplitTimer(generate), OURS: SplitTimer(ours)}
+    calls = {GENERATE: timers[GENERATE], WEIGHTS_READ: decoders.weight_reader(case), OURS: timers[OURS]}
 
     def check(results):
         for name in (GENERATE, OURS):
@@ -44,7 +45,7 @@ def test_decode(compare, decode_case):
 
     def derive(seconds):
         rounds, steps = len(seconds[OURS]), case.new_tokens - 1
-        after = {name: calls[name].after[-rounds:] for name in (GENERATE, OURS)}
+        after = {name: timers[name].after[-rounds:] for name in (GENERATE, OURS)}
         n_bytes = decoders.weight_bytes(case)
         return decoders.step_facts(steps, after) | decoders.bandwidth_facts(
             n_bytes, steps, after[OURS], seconds[WEIGHTS_READ]

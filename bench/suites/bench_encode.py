@@ -71,9 +71,11 @@ def test_growth(compare, growing):
         str(largest.documents),
         GROWTH_ROUNDS,
     )
-    by_spans = [{case.documents: values[name] for name, case in cases.items()} for values in (seconds, peaks, slots)]
+
+    def by_spans(values):
+        return {case.documents: values[name] for name, case in cases.items()}
+
+    facts, backends = {"case": largest.name}, {op: backend_of(op, icae.device) for op in OPS}
     compare.report(
-        Growth(
-            compare.benchmark.name, {"case": largest.name}, *by_spans, {op: backend_of(op, icae.device) for op in OPS}
-        )
+        Growth(compare.benchmark.name, facts, by_spans(seconds), by_spans(peaks), by_spans(slots), backends)
     )

@@ -19,24 +19,24 @@ def test_attention(compare, rows):
     g = torch.Generator().manual_seed(SEED)
     sizes = (shape.q_heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (torch.randn(n, length, heads, shape.head_dim, generator=g).to(DTYPE) for heads in sizes)
-    packed = [t.flatten(0, 1) for t in (q, k, v)]
+    rows_q, rows_k, rows_v = (t.flatten(0, 1) for t in (q, k, v))
     # One batch of equal rows with contiguous heads is torch's best case. Expanding keys and values is not timed.
-    batch = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+    heads_q, heads_k, heads_v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     groups = shape.q_heads // shape.kv_heads
-    expanded = [batch[0], *(t.repeat_interleave(groups, dim=1) for t in batch[1:])]
+    expanded_k, expanded_v = (t.repeat_interleave(groups, dim=1) for t in (heads_k, heads_v))
     cu = cumulative([length] * n)
 
     @torch.no_grad()
     def sdpa():
-        return F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(heads_q, heads_k, heads_v, is_causal=True, enable_gqa=True)
 
     @torch.no_grad()
     def sdpa_expanded():
-        return F.scaled_dot_product_attention(*expanded, is_causal=True)
+        return F.scaled_dot_product_attention(heads_q, expanded_k, expanded_v, is_causal=True)
 
     @torch.no_grad()
     def ours():
-        return varlen_attention(*packed, cu, cu, length, length, scale=shape.head_dim**-0.5)[0]
+        return varlen_attention(rows_q, rows_k, rows_v, cu, cu, length, length, scale=shape.head_dim**-0.5)[0]
 
     def check(results):
         expected = results[SDPA].transpose(1, 2)

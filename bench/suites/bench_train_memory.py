@@ -1,7 +1,7 @@
 """Peak memory of a training step from 512 to 65,536 context tokens; the baseline is extrapolated where it must be."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.harness import steps
@@ -36,11 +36,12 @@ def points_of(cases: Sequence[Case], provider: str) -> tuple[list[Point], dict[s
 
     samples = samples_of(cases)
     calls = {n: lambda sample=sample: step(sample) for n, sample in samples.items()}
-    limits = {} if provider == BASELINE else {"free": lambda: math.inf, "max_seconds": math.inf}
+    free: Callable[[], float] | None = None if provider == BASELINE else lambda: math.inf
+    max_seconds = None if provider == BASELINE else math.inf
     positions = max(len(sample.prompt_answer_ids) for sample in samples.values())
     with positions_up_to(icae, positions), steps.in_training(icae, baseline):
         calls[cases[0].tokens]()  # packs the weights, so that they do not count as peak memory
-        return measure_affordable(calls, **limits)
+        return measure_affordable(calls, free, max_seconds)
 
 
 def test_memory(compare, lengthening):

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,11 @@ class BaselineICAE(nn.Module):
     Source: getao/icae, `code/icae_v2/modeling_icae_multi_span.py`, and `fine_tuned_inference.py` for decoding.
     """
 
+    icae: Any
+    decoder: Any
+
     def __init__(
-        self, base_model: nn.Module, memory_size: int = 128, compression_rate: int = 4, lora_rank: int = 128,
+        self, base_model: Any, memory_size: int = 128, compression_rate: int = 4, lora_rank: int = 128,
         lora_alpha: float = 32, lora_dropout: float = 0.05, two_copies: bool = False, memory_positions: str = "append",
         leading_ids: Sequence[int] = (),
     ) -> None:  # fmt: skip
@@ -86,7 +89,8 @@ class BaselineICAE(nn.Module):
         # Newer transformers draw new rows from the embeddings' mean and covariance: costly, and never used here.
         base_model.resize_token_embeddings(self.vocab_size + memory_size + 3, mean_resizing=False)
         lora = LoraConfig(
-            r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none", task_type="CAUSAL_LM",
+            r=lora_rank, lora_dropout=lora_dropout, bias="none", task_type="CAUSAL_LM",
+            lora_alpha=cast(int, lora_alpha),  # PEFT declares an int and takes fractions
             target_modules=["q_proj", "v_proj"],
         )  # fmt: skip
         self.icae = get_peft_model(base_model, lora)
@@ -199,13 +203,13 @@ class BaselineICAE(nn.Module):
         Raises:
             ValueError: a row is longer than one span.
         """
-        rows = [self._as_batch(r)[0] for r in rows]
-        longest = max(len(r) for r in rows)
+        ids = [self._as_batch(r)[0] for r in rows]
+        longest = max(len(r) for r in ids)
         if longest > self.memory_size * self.compression_rate:
             raise ValueError(
                 f"a row has {longest} tokens; version 1 has spans of {self.memory_size * self.compression_rate}"
             )
-        return self._encode(nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.vocab_size - 1))
+        return self._encode(nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.vocab_size - 1))
 
     def forward(
         self, input_ids: torch.Tensor, prompt_answer_ids: torch.Tensor, labels: torch.Tensor

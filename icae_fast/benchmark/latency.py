@@ -79,6 +79,7 @@ class _Rows:
         synchronize(self.icae.device)
         total = time.perf_counter() - start
         slots = memory.slots if isinstance(memory, Memory) else memory
+        assert clock.at is not None, "the answer has no token, so there is no time of the first one"
         return Timing(compressed, clock.at - start, total, ids, slots)
 
     def raw(self) -> Timing:
@@ -107,9 +108,10 @@ class _Rows:
         )
 
     def _answer(self, memory: Memory, clock: FirstToken) -> list[int]:
-        limits = {"max_new_tokens": self.n, "min_new_tokens": self.n}
         self.icae.clear_kv()  # a first question: the slots' keys and values are not computed yet
-        return self.icae.generate(memory, [self.prompt], return_ids=True, streamer=clock, **limits)[0]
+        return self.icae.generate(
+            memory, [self.prompt], max_new_tokens=self.n, min_new_tokens=self.n, return_ids=True, streamer=clock
+        )[0]
 
     def cold(self) -> Timing:
         """Compress and answer with icae_fast."""
@@ -121,8 +123,10 @@ class _Rows:
 
     def check(self, timings: dict[str, Timing]) -> None:
         """Assert that the baseline and icae_fast agree up to rounding and that all answers have `n` tokens."""
-        slots = timings[BASELINE].slots
-        assert_same(timings[COLD].slots.to(slots), slots, self.icae.dtype, "slots")
+        slots, cold_slots = timings[BASELINE].slots, timings[COLD].slots
+        assert slots is not None, "the baseline returned no slots"
+        assert cold_slots is not None, "icae_fast returned no slots"
+        assert_same(cold_slots.to(slots), slots, self.icae.dtype, "slots")
         for name, timing in timings.items():
             assert len(timing.answer) == self.n, f"{name} returned {len(timing.answer)} tokens instead of {self.n}"
             if name != RAW:
@@ -190,8 +194,9 @@ def latency_table(
 
 def _row(name: str, timings: dict[str, list[Timing]], peak: int) -> dict[str, Any]:
     def median(values: Iterable[float | None]) -> float | None:
-        known = list(values)
-        return None if None in known else statistics.median(known)
+        found = list(values)
+        known = [value for value in found if value is not None]
+        return statistics.median(known) if len(known) == len(found) else None
 
     own = timings[name]
     return {

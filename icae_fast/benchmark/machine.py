@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import operator
 import re
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,8 @@ def plain_read(buffer: torch.Tensor, tries: int = 3) -> Callable[[], torch.Tenso
         buffer: what is read, larger than the caches.
         tries: timed calls of each; the best time counts.
     """
-    seconds = dict.fromkeys((buffer.max, buffer.sum), float("inf"))
+    reads: tuple[Callable[[], torch.Tensor], ...] = (buffer.max, buffer.sum)
+    seconds = dict.fromkeys(reads, float("inf"))
     for _ in range(tries):
         for call in seconds:
             synchronize(buffer.device)
@@ -134,7 +137,7 @@ class Bounds:
             repeats: calls for each bound.
         """
         for name, a in self._factors.items():
-            self._keep(name, 2 * a.shape[0] ** 3, lambda a=a: a @ a, repeats)
+            self._keep(name, 2 * a.shape[0] ** 3, partial(operator.matmul, a, a), repeats)
         self.rates["gemm_bf16"] = max(self.rates["gemm_bf16"], self.rates["gemm_fp32"])
         self._keep("read", self._buffer.nbytes, self._read, repeats)
         return self

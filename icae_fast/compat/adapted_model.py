@@ -24,6 +24,8 @@ class AdaptedModel(nn.Module):
         core: the ICAE whose base model and LoRA are called.
     """
 
+    base_model: Any
+
     def __init__(self, core: ICAE) -> None:
         super().__init__()
         self.base_model, self.adapter, self.backbone = core.base_model, core.adapter, core.backbone

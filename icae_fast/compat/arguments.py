@@ -85,8 +85,7 @@ def config_from_arguments(training_args: Any, lora_config: Any) -> ICAEConfig:
         )
     defaults: dict[str, Any] = {"bias": "none"}
     for f in dataclasses.fields(lora_config) if dataclasses.is_dataclass(lora_config) else ():
-        made = f.default_factory is not dataclasses.MISSING
-        defaults[f.name] = f.default_factory() if made else f.default
+        defaults[f.name] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     read = {"r", "lora_alpha", "lora_dropout", "target_modules"}
     for name, value in vars(lora_config).items():
         known = name in read or name in _LORA_NEUTRAL

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from icae_fast.model.icae import ICAE as FastICAE  # noqa: N811
 from icae_fast.step.labels import IGNORE, unpad
 
 log = logging.getLogger(__name__)
+
+Destination = TypeVar("Destination", bound=dict[str, Any])
 
 
 class ICAE(nn.Module):
@@ -71,7 +73,7 @@ class ICAE(nn.Module):
         self.mem_size, self.mean_compression_rate = config.memory_size, config.compression_rate
         self.dim = self.core.backbone.hidden_size
         bos = getattr(self.tokenizer, "bos_token_id", None)
-        self.bos_id: int | None = base.config.bos_token_id if bos is None else bos
+        self.bos_id: int | None = self.core.base_model.config.bos_token_id if bos is None else bos
         self.eos_id: int | None = next(iter(self.core.eos_token_ids), None)
         self.loss_fct = nn.CrossEntropyLoss(ignore_index=IGNORE)
         if model_args.train and getattr(training_args, "restore_from", None):
@@ -162,9 +164,15 @@ class ICAE(nn.Module):
             )
         return memories[0].slots if len(memories) == 1 else torch.stack([m.slots for m in memories])
 
+    @overload
+    def state_dict(self, *, destination: Destination, prefix: str = ..., keep_vars: bool = ...) -> Destination: ...
+    @overload
     def state_dict(
-        self, *, destination: dict[str, torch.Tensor] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, torch.Tensor]:
+        self, *, destination: None = ..., prefix: str = ..., keep_vars: bool = ...
+    ) -> dict[str, torch.Tensor]: ...
+    def state_dict(
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """Return the trained tensors under the reference's checkpoint keys, without the base model's weights.
 
         Args:
