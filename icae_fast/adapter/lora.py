@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -44,16 +45,21 @@ class LoRAAdapter(nn.Module):
         )
         self.reset_parameters()
 
+    @property
+    def factors(self) -> Sequence[nn.ParameterDict]:
+        """The factors of each layer by name: "q_A", "q_B", "v_A" and "v_B"."""
+        return cast("Sequence[nn.ParameterDict]", self.layers)  # the type `ModuleList` does not name its elements
+
     def reset_parameters(self) -> None:
         """Draw A by Kaiming's uniform rule (a = sqrt(5)) and zero B, so that B A = 0 (LoRA, section 4.1)."""
-        for layer in self.layers:
+        for layer in self.factors:
             for p in PROJECTIONS:
                 nn.init.kaiming_uniform_(layer[f"{p}_A"], a=math.sqrt(5))
                 nn.init.zeros_(layer[f"{p}_B"])
 
     def named_factors(self) -> Iterator[tuple[int, str, str, nn.Parameter]]:
         """Yield (layer, "q" or "v", "A" or "B", parameter) of every factor."""
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.factors):
             for p in PROJECTIONS:
                 for f in FACTORS:
                     yield i, p, f, layer[f"{p}_{f}"]
@@ -69,10 +75,11 @@ class LoRAAdapter(nn.Module):
             dropout: False to leave dropout out in training mode too.
         """
         drop = dropout and self.training and self.dropout_p > 0
-        device = self.layers[0]["q_A"].device
-        seeds = torch.randint(2**62, (len(self.layers),)).to(device) if drop else [None] * len(self.layers)
+        layers = self.factors
+        device = layers[0]["q_A"].device
+        seeds = torch.randint(2**62, (len(layers),)).to(device) if drop else [None] * len(layers)
         # One concatenation for all layers: four launches a layer would take a GPU longer than their work.
-        of_a, of_b = ([layer[f"{p}_{f}"] for layer in self.layers for p in PROJECTIONS] for f in FACTORS)
+        of_a, of_b = ([layer[f"{p}_{f}"] for layer in layers for p in PROJECTIONS] for f in FACTORS)
         rows_a, rows_b = (sum(map(len, of[: len(PROJECTIONS)])) for of in (of_a, of_b))
         packed_a, packed_b = torch.cat(of_a).to(dtype).split(rows_a), torch.cat(of_b).to(dtype).split(rows_b)
         p = self.dropout_p if drop else 0.0

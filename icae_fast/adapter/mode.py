@@ -88,7 +88,7 @@ class EncoderWeights:
 
     def _merged(self, backbone: Backbone, adapter: LoRAAdapter) -> list[MergedQKV]:
         # The key is a fingerprint of the bytes themselves: a write through `.data` leaves no other trace.
-        tensors = [p for *_, p in adapter.named_factors()]
+        tensors: list[torch.Tensor] = [p for *_, p in adapter.named_factors()]
         for layer in backbone.view:
             tensors += (m.weight for m in layer.qkv)
         key = (fingerprint(tensors), tuple(t.dtype for t in tensors), tensors[0].device, adapter.scale)
@@ -109,7 +109,7 @@ def merge(backbone: Backbone, adapter: LoRAAdapter) -> list[MergedQKV]:
     merged = []
     # Autocast would compute the product in its narrow dtype, and the merged weights outlive it.
     with torch.no_grad(), torch.autocast(_embedding(backbone).device.type, enabled=False):
-        for layer, factors in zip(backbone.view, adapter.layers, strict=True):
+        for layer, factors in zip(backbone.view, adapter.factors, strict=True):
             weight = packed_qkv(layer)[0].clone()
             wide = torch.promote_types(weight.dtype, torch.float32)
             for p, part in zip(PROJECTIONS, (weight[:q_size], weight[-kv_size:]), strict=True):
@@ -174,10 +174,10 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return min(_free_memory(), _container_memory())
+    return int(min(_free_memory(), _container_memory()))
 
 
-def _free_memory() -> float:
+def _free_memory() -> int:
     try:
         return _fields("/proc/meminfo")["MemAvailable:"] * 1024
     except (OSError, KeyError):

@@ -37,11 +37,10 @@ def _groups(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Yield groups of parameters in the order of reading; a group is adjacent (`icae_fast.backbone.packing`)."""
     view = view_of(model)
     for layer in view:
-        gate, up, down = layer.swiglu
         yield [m.weight for m in layer.qkv]
         yield [layer.o.weight]
-        yield [gate.weight, up.weight]
-        yield [down.weight]
+        yield [m.weight for m in layer.gate_up]
+        yield [layer.down.weight]
     yield [view.head.weight]
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from icae_fast.backbone.families.types import RMSNorm
 from icae_fast.backbone.families.view import LayerView
 from icae_fast.backbone.lora import MergedQKV, PackedLoRA
 from icae_fast.backbone.modules import apply_linear, apply_mlp, apply_norm
@@ -78,12 +79,13 @@ class StackPass:
     def layout(self, i: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """Return cu_seqlens of layer i's queries and of its keys, and the longest row of each."""
         r = self.rows
-        if self.out_rows(i) is None:
+        cu_seqlens_out = r.cu_seqlens_out
+        if cu_seqlens_out is None or self.out_rows(i) is None:
             return r.cu_seqlens, r.cu_seqlens, r.max_seqlen, r.max_seqlen
-        return r.cu_seqlens_out, r.cu_seqlens, r.max_seqlen_out, r.max_seqlen
+        return cu_seqlens_out, r.cu_seqlens, r.max_seqlen_out, r.max_seqlen
 
     def norm(
-        self, module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None
+        self, module: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the norm of `residual + x`, and that sum."""
         return apply_norm(module, x, residual)
@@ -100,7 +102,7 @@ class StackPass:
             return self.cache.attend(i, q, k, v, cu_q, layer.scale, self.windows[i])
         return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale=layer.scale, window=self.windows[i])[0]
 
-    def linear(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """Return a linear module's product."""
         return apply_linear(module, x)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
+from icae_fast.backbone.families.types import RMSNorm
 from icae_fast.backbone.families.view import LayerView
 from icae_fast.backbone.packing import packed_gate_up, weight_of
 from icae_fast.ops import linear, rms_norm, swiglu
@@ -15,12 +18,12 @@ def is_plain(module: nn.Module, x: torch.Tensor) -> bool:
     return not _hooked(module) and _computable(module, x.dtype, torch.is_grad_enabled())
 
 
-def is_plain_norm(module: nn.Module, x: torch.Tensor) -> bool:
+def is_plain_norm(module: nn.Module, x: torch.Tensor) -> TypeGuard[RMSNorm]:
     """Return whether `rms_norm` computes what a norm module does."""
     return "variance_epsilon" in module.__dict__ and is_plain(module, x)
 
 
-def is_plain_linear(module: nn.Module, x: torch.Tensor) -> bool:
+def is_plain_linear(module: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
     """Return whether `linear` computes what a module does."""
     return type(module) is nn.Linear and is_plain(module, x)
 
@@ -34,7 +37,7 @@ def is_plain_mlp(layer: LayerView, x: torch.Tensor) -> bool:
     return not (_hooked(gate) or _hooked(up) or _hooked(down)) and (gate.bias is None) == (up.bias is None)
 
 
-def norm_op(module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_op(module: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the RMS norm of `residual + x` by a plain norm module's weight, and that sum."""
     return rms_norm(x, weight_of(module), module.variance_epsilon, residual=residual)
 
@@ -47,7 +50,7 @@ def apply_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None
     return module(total), total
 
 
-def linear_op(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def linear_op(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Return a plain linear module's product."""
     return linear(x, weight_of(module), module.bias)
 
@@ -61,7 +64,7 @@ def apply_mlp(layer: LayerView, x: torch.Tensor) -> torch.Tensor:
     """Return the output of a layer's MLP."""
     if not is_plain_mlp(layer, x):
         return layer.mlp(x)
-    return linear_op(layer.swiglu[2], swiglu(x, *packed_gate_up(layer)))
+    return linear_op(layer.down, swiglu(x, *packed_gate_up(layer)))
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ def packed_gate_up(layer: LayerView) -> tuple[torch.Tensor, torch.Tensor | None]
     Returns:
         weight (2 m, d) and bias (2 m,) or None.
     """
-    return packed(layer.swiglu[:2], move=not is_sharded(layer.module))
+    return packed(layer.gate_up, move=not is_sharded(layer.module))
 
 
 def qk_norm_weights(layer: LayerView) -> torch.Tensor | None:
@@ -56,10 +57,10 @@ def packed(modules: Sequence[nn.Linear], *, move: bool = True) -> tuple[torch.Te
 def weight_of(module: nn.Module) -> torch.Tensor:
     """Return a module's weight. `nn.Module.__getattr__` takes ten times as long as the dictionary."""
     found = module._parameters.get("weight")
-    return module.weight if found is None else found
+    return cast(torch.Tensor, module.weight) if found is None else found
 
 
-def _packed(parameters: list[nn.Parameter], move: bool) -> torch.Tensor:
+def _packed(parameters: Sequence[torch.Tensor], move: bool) -> torch.Tensor:
     if not move:
         return torch.cat([p.detach() for p in parameters])
     first = parameters[0]
@@ -73,7 +74,7 @@ def _packed(parameters: list[nn.Parameter], move: bool) -> torch.Tensor:
     return base.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def _adjacent(parameters: list[nn.Parameter]) -> bool:
+def _adjacent(parameters: Sequence[torch.Tensor]) -> bool:
     """Return whether parameters lie one behind the other in one storage."""
     address = parameters[0].data_ptr()
     end = parameters[0].untyped_storage().data_ptr() + parameters[0].untyped_storage().nbytes()

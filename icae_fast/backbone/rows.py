@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class PackedRows:
 
     def to(self, device: torch.device) -> PackedRows:
         """Return the layout with its tensors on `device`, keeping host copies of the boundaries for kernel launches."""
-        values = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in vars(self).items()}
+        values: dict[str, Any] = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in vars(self).items()}
         for name in ("cu_seqlens", "cu_seqlens_out"):
             if values[name] is not None and values[name] is not getattr(self, name):
                 remember(values[name], getattr(self, name).tolist())

@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
-def is_sharded(module: nn.Module) -> bool:
+
+def is_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Return whether `fully_shard` was applied to this module, not only to a parent or child."""
     # `fully_shard` makes the class an `FSDPModule`; importing that to check takes 0.8 s.
     return hasattr(type(module), "unshard")
 
 
-def gathered(layers: Sequence[nn.Module], i: int, step: int) -> AbstractContextManager[nn.Module]:
+def gathered(layers: nn.ModuleList | Sequence[nn.Module], i: int, step: int) -> AbstractContextManager[nn.Module]:
     """Return a context that yields layer i with its weights unsharded; a no-op if the layer is not sharded.
 
     All processes must enter the same contexts in the same order. FSDP2 owns the gathered weights: do not move them or
@@ -36,18 +40,19 @@ def gathered(layers: Sequence[nn.Module], i: int, step: int) -> AbstractContextM
 
 
 @contextlib.contextmanager
-def _gathered(layers: Sequence[nn.Module], i: int, step: int) -> Iterator[nn.Module]:
+def _gathered(layers: nn.ModuleList | Sequence[nn.Module], i: int, step: int) -> Iterator[nn.Module]:
     layer = layers[i]
     if not hasattr(next(layer.parameters()), "to_local"):  # no DTensor: inside `whole_model`
         yield layer
         return
-    layer.unshard()
+    sharded = cast("FSDPModule", layer)
+    sharded.unshard()
     if 0 <= i + step < len(layers):
-        layers[i + step].unshard(async_op=True)
+        cast("FSDPModule", layers[i + step]).unshard(async_op=True)
     try:
         yield layer
     finally:
-        layer.reshard()
+        sharded.reshard()
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class Backbone:
 
     def __init__(self, model: nn.Module) -> None:
         check_supported(model)
-        config = model.config
+        config: Any = model.config
         self.view = view_of(model)
         self.model: nn.Module = self.view.decoder
         self.n_layers: int = config.num_hidden_layers
@@ -179,7 +179,7 @@ class Backbone:
             self.pack()
             return compiled(x, rows, lora)
 
-        self.forward = forward
+        vars(self)["forward"] = forward  # in front of the method
 
     def rotary_tables(self, positions: torch.Tensor, x: torch.Tensor) -> Tables:
         """Return cos and sin (T, D / 2) of positions (T,), in fp32 (fp64 where x is fp64)."""

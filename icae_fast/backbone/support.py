@@ -40,7 +40,7 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError("the base model has attention dropout; load it with attention_dropout=0.0")
 
 
-def _check_dtype(embedding: nn.Module) -> None:
+def _check_dtype(embedding: nn.Embedding) -> None:
     dtype, device = embedding.weight.dtype, embedding.weight.device
     backend = backend_of("lora_qkv_rope", device)
     dtypes = REGISTRY["lora_qkv_rope"].dtypes[backend]

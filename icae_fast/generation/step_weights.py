@@ -57,14 +57,14 @@ def _fits(backbone: Backbone) -> bool:
         return False
     if any(is_sharded(layer.module) or layer.swiglu is None for layer in layers):
         return False
-    linears = [head, *(m for layer in layers for m in (*layer.qkv, layer.o, *layer.swiglu))]
+    linears = [head, *(m for layer in layers for m in (*layer.qkv, layer.o, *layer.gate_up, layer.down))]
     norms = [view.final_norm]
     for layer in layers:
         norms += (layer.attention_norm, layer.mlp_norm, *(layer.qk_norm or ()))
     plain = all(is_plain(m, like) for m in (view.embedding, *linears, *norms))
     if not plain or any(type(m) is not nn.Linear for m in linears) or head.bias is not None:
         return False
-    if any((layer.swiglu[0].bias is None) != (layer.swiglu[1].bias is None) for layer in layers):
+    if any((gate.bias is None) != (up.bias is None) for gate, up in (layer.gate_up for layer in layers)):
         return False
     epsilons = {getattr(m, "variance_epsilon", None) for m in norms}
     return len(epsilons) == 1 and None not in epsilons and len({layer.scale for layer in layers}) == 1
@@ -72,7 +72,7 @@ def _fits(backbone: Backbone) -> bool:
 
 def _products(layer: LayerView) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Return weight and bias of a layer's four products, in the order of `StepWeights.matrices`."""
-    _, _, down = layer.swiglu
+    down = layer.down
     return [packed_qkv(layer), (layer.o.weight, layer.o.bias), packed_gate_up(layer), (down.weight, down.bias)]
 
 

@@ -196,7 +196,7 @@ class Op:
             self._kernel = self._find()
         return self._kernel(*args)
 
-    def _find(self):
+    def _find(self) -> Callable:
         spec = REGISTRY[self.name]
         if spec.gpu is None or not has_triton():
             return getattr(torch.ops.icae_fast, self.name)
@@ -222,14 +222,14 @@ def imported_when_called(path: str) -> Callable:
     """Return a function that imports "module:function" when called; importing Triton takes most of a second."""
     module, function = path.split(":")
 
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
     return call
 
 
 def _bind_namespace(backward: Callable, namespace: str) -> Callable:
-    def bound(ctx, *grads):
+    def bound(ctx: Any, *grads: torch.Tensor | None) -> Any:
         return backward(getattr(torch.ops, namespace), ctx, *grads)
 
     return bound
@@ -275,7 +275,11 @@ def backend_of(op: str, device: str | torch.device = "cpu") -> str:
         raise BackendError(f"there is no op named {op!r}; the ops are {', '.join(sorted(REGISTRY))}")
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
     if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key):
-        return "cpp" if key == "CPU" and not interpreted() else REGISTRY[op].gpu.name
+        if key == "CPU" and not interpreted():
+            return "cpp"
+        gpu = REGISTRY[op].gpu
+        if gpu is not None:
+            return gpu.name
     return "reference"
 
 

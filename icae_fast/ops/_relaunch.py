@@ -105,7 +105,8 @@ class Cases:
 
         Returns None if an argument is not a plain tensor on `device`, or of an unknown type.
         """
-        exact, values = self.exact, []
+        exact = self.exact
+        values: list[Any] = []
         # The names come first and every entry starts with its kind, so different launches never have equal keys.
         key = [tuple(arguments), device, _knobs.runtime.debug, _knobs.compilation.instrumentation_mode]
         add, give = key.append, values.append

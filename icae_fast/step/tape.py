@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from icae_fast.backbone.families.types import RMSNorm
 from icae_fast.backbone.families.view import LayerView
 from icae_fast.backbone.layer import QKV, StackPass, forward_layer
 from icae_fast.backbone.lora import PackedLoRA
@@ -76,7 +77,7 @@ class StackTape(StackPass):
     _gate_up: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def norm(
-        self, module: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None
+        self, module: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return norm_op(module, x, residual)
 
@@ -93,7 +94,7 @@ class StackTape(StackPass):
             self._qkv[i] = q, k, v
         return out
 
-    def linear(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return linear_op(module, x)
 
     def mlp(self, i: int, layer: LayerView, x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ class StackTape(StackPass):
         h, gate_up = _swiglu(x, *packed_gate_up(layer), keep)
         if keep:
             self._gate_up[i] = gate_up
-        return linear_op(layer.swiglu[2], h)
+        return linear_op(layer.down, h)
 
     def finish(self, i: int, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return the hidden states behind layer i, from the two results of `forward_layer`."""
@@ -138,7 +139,7 @@ def kept_bytes(backbone: Backbone, level: Level, tokens: int, itemsize: int) -> 
     if level >= Level.ATTENTION:
         elements, extra = elements + queries, 4 * b.num_q_heads
     if level >= Level.ALL:
-        mlp = b.view.layer(0).swiglu[0].out_features
+        mlp = b.view.layer(0).gate_up[0].out_features
         elements += queries + 2 * b.num_kv_heads * b.head_dim + b.hidden_size + 2 * mlp
     return tokens * (elements * itemsize + extra)
 
@@ -194,7 +195,8 @@ def backward_stack(tape: StackTape, grad: torch.Tensor) -> tuple[torch.Tensor, l
         (T, d) gradient of the embeddings, and of each layer's factors: a of all layers, then b of all layers.
     """
     backbone = tape.backbone
-    of_a, of_b = [], []
+    of_a: list[torch.Tensor | None] = []
+    of_b: list[torch.Tensor | None] = []
     for i in reversed(range(backbone.n_layers)):
         with backbone.whole(i, -1) as module:
             grad, da, db = _backward_layer(tape, i, backbone.view.layer(i, module), grad)
@@ -205,7 +207,6 @@ def backward_stack(tape: StackTape, grad: torch.Tensor) -> tuple[torch.Tensor, l
 
 
 def _backward_layer(tape: StackTape, i: int, layer: LayerView, grad: torch.Tensor) -> LayerGradients:
-    down = layer.swiglu[2]
     hidden = tape.hidden[i].to(grad.device, non_blocking=True)
     h, _ = tape.norm(layer.attention_norm, hidden)
     projection = tape.projection(i, layer, h)
@@ -224,7 +225,7 @@ def _backward_layer(tape: StackTape, i: int, layer: LayerView, grad: torch.Tenso
         gate_up = grad.new_empty(0)  # the op computes it again
     weight, bias = packed_gate_up(layer)
     # The op reads the values of `normed` only without a gate-up product, and otherwise its shape.
-    dh = _swiglu_backward(linear(grad, down.weight.t()), normed, weight, bias, gate_up)
+    dh = _swiglu_backward(linear(grad, layer.down.weight.t()), normed, weight, bias, gate_up)
     del gate_up, rest
     dmiddle = _norm_backward(layer.mlp_norm, dh, grad, middle)
     dout = linear(dmiddle, layer.o.weight.t()).view_as(out)
@@ -233,11 +234,13 @@ def _backward_layer(tape: StackTape, i: int, layer: LayerView, grad: torch.Tenso
         dout, without_gradient(lse), q, k, v, out, lse, cu_q, cu_k, None, max_q, max_k, layer.scale, tape.windows[i]
     )
     dh, da, db = _lora_qkv_rope_backward(dq, dk, dv, *projection)
-    if len(dmiddle) < len(hidden):  # only some rows have queries; the residual stream of the others ends here
-        dmiddle = torch.zeros_like(hidden).index_copy_(0, tape.rows.out_rows, dmiddle)
+    out_rows = tape.rows.out_rows
+    # Where only some rows have queries, the residual stream of the others ends here.
+    if out_rows is not None and len(dmiddle) < len(hidden):
+        dmiddle = torch.zeros_like(hidden).index_copy_(0, out_rows, dmiddle)
     dx = _norm_backward(layer.attention_norm, dh, dmiddle, hidden)
     return (dx, da, db) if tape.lora else (dx, None, None)
 
 
-def _norm_backward(module: nn.Module, dy: torch.Tensor, dsum: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+def _norm_backward(module: RMSNorm, dy: torch.Tensor, dsum: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return _rms_norm_backward(dy, dsum, total, module.weight, module.variance_epsilon)

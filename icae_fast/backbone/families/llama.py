@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from icae_fast.backbone.families.types import Children, RMSNorm
 from icae_fast.backbone.families.view import LayerView
 
 _SILU = ("SiLU", "SiLUActivation")
@@ -18,45 +19,60 @@ class LlamaLayer(LayerView):
     __slots__ = ()
 
     @property
-    def attention_norm(self) -> nn.Module:
-        return self.module._modules["input_layernorm"]
+    def attention_norm(self) -> RMSNorm:
+        children: Children = self.module._modules
+        return children["input_layernorm"]
 
     @property
-    def mlp_norm(self) -> nn.Module:
-        return self.module._modules["post_attention_layernorm"]
+    def mlp_norm(self) -> RMSNorm:
+        children: Children = self.module._modules
+        return children["post_attention_layernorm"]
 
     @property
-    def qkv(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        attention = self.module._modules["self_attn"]._modules
+    def qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        children: Children = self.module._modules
+        attention: Children = children["self_attn"]._modules
         return attention["q_proj"], attention["k_proj"], attention["v_proj"]
 
     @property
-    def qk_norm(self) -> tuple[nn.Module, nn.Module] | None:
+    def qk_norm(self) -> tuple[RMSNorm, RMSNorm] | None:
         return None
 
     @property
-    def o(self) -> nn.Module:
-        return self.module._modules["self_attn"]._modules["o_proj"]
+    def o(self) -> nn.Linear:
+        children: Children = self.module._modules
+        return children["self_attn"]._modules["o_proj"]
 
     @property
     def scale(self) -> float:
-        return self.module._modules["self_attn"].scaling
+        children: Children = self.module._modules
+        return children["self_attn"].scaling
 
     @property
     def head_dim(self) -> int:
-        return self.module._modules["self_attn"].head_dim
+        children: Children = self.module._modules
+        return children["self_attn"].head_dim
 
     @property
     def mlp(self) -> nn.Module:
-        return self.module._modules["mlp"]
+        children: Children = self.module._modules
+        return children["mlp"]
 
     @property
-    def down(self) -> nn.Module:
-        return self.module._modules["mlp"]._modules["down_proj"]
+    def gate_up(self) -> tuple[nn.Linear, nn.Linear]:
+        children: Children = self.module._modules
+        parts: Children = children["mlp"]._modules
+        return parts["gate_proj"], parts["up_proj"]
+
+    @property
+    def down(self) -> nn.Linear:
+        children: Children = self.module._modules
+        return children["mlp"]._modules["down_proj"]
 
     @property
     def swiglu(self) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
-        parts = self.module._modules["mlp"]._modules
+        children: Children = self.module._modules
+        parts: Children = children["mlp"]._modules
         if type(parts.get("act_fn")).__name__ not in _SILU:
             return None
         linears = parts.get("gate_proj"), parts.get("up_proj"), parts.get("down_proj")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from icae_fast.backbone.families.llama import LlamaLayer
+from icae_fast.backbone.families.types import Children, RMSNorm
 
 
 class Qwen2Layer(LlamaLayer):
@@ -25,6 +24,7 @@ class Qwen3Layer(LlamaLayer):
     __slots__ = ()
 
     @property
-    def qk_norm(self) -> tuple[nn.Module, nn.Module] | None:
-        attention = self.module._modules["self_attn"]._modules
+    def qk_norm(self) -> tuple[RMSNorm, RMSNorm] | None:
+        children: Children = self.module._modules
+        attention: Children = children["self_attn"]._modules
         return attention["q_norm"], attention["k_norm"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from icae_fast.backbone.families.llama import LlamaLayer
@@ -22,4 +24,5 @@ FAMILIES: dict[str, type[LayerView]] = {
 
 def view_of(model: nn.Module) -> ModelView:
     """Return the view of a causal language model whose `config.model_type` is in `FAMILIES`."""
-    return ModelView(model, FAMILIES[model.config.model_type])
+    config: Any = model.config
+    return ModelView(model, FAMILIES[config.model_type])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from icae_fast.backbone.families.types import CausalLM, Children, Decoder, RMSNorm
 
 
 class LayerView(ABC):
@@ -17,7 +19,8 @@ class LayerView(ABC):
     through `_modules`, because `nn.Module.__getattr__` takes ten times as long.
 
     The layer computes `x += o(attention(qkv(attention_norm(x))))` and `x += mlp(mlp_norm(x))`, with RMS norms in front
-    of the sublayers. RMS norm modules have a `weight` and a `variance_epsilon`.
+    of the sublayers. Projections have the type `nn.Linear` here, but o and those of the MLP may be other modules (e.g.
+    quantised ones): `icae_fast.backbone.modules.is_plain_linear` checks that before an op reads them.
 
     Args:
         module: the decoder layer.
@@ -53,27 +56,27 @@ class LayerView(ABC):
 
     @property
     @abstractmethod
-    def attention_norm(self) -> nn.Module:
+    def attention_norm(self) -> RMSNorm:
         """RMS norm in front of attention."""
 
     @property
     @abstractmethod
-    def mlp_norm(self) -> nn.Module:
+    def mlp_norm(self) -> RMSNorm:
         """RMS norm in front of the MLP."""
 
     @property
     @abstractmethod
-    def qkv(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """Query, key and value projections."""
 
     @property
     @abstractmethod
-    def qk_norm(self) -> tuple[nn.Module, nn.Module] | None:
+    def qk_norm(self) -> tuple[RMSNorm, RMSNorm] | None:
         """RMS norms of query and key heads, each over one head; None for a model without them."""
 
     @property
     @abstractmethod
-    def o(self) -> nn.Module:
+    def o(self) -> nn.Linear:
         """Output projection of attention."""
 
     @property
@@ -93,7 +96,12 @@ class LayerView(ABC):
 
     @property
     @abstractmethod
-    def down(self) -> nn.Module:
+    def gate_up(self) -> tuple[nn.Linear, nn.Linear]:
+        """Gate and up projections of an MLP whose `swiglu` is not None."""
+
+    @property
+    @abstractmethod
+    def down(self) -> nn.Linear:
         """Last projection of the MLP."""
 
     @property
@@ -114,28 +122,30 @@ class ModelView:
     """
 
     def __init__(self, model: nn.Module, layer_type: type[LayerView]) -> None:
-        self.model = model
-        self.decoder: nn.Module = model.model
+        self.model = cast(CausalLM, model)
+        self.decoder: Decoder = self.model.model
         self._layer_type = layer_type
-        self._views = [layer_type(module, model.config, i) for i, module in enumerate(self.layers)]
+        self._views = [layer_type(module, self.model.config, i) for i, module in enumerate(self.layers)]
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         """The token embedding."""
         return self.model.get_input_embeddings()
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers' modules."""
-        return self.decoder._modules["layers"]
+        children: Children = self.decoder._modules
+        return children["layers"]
 
     @property
-    def final_norm(self) -> nn.Module:
+    def final_norm(self) -> RMSNorm:
         """RMS norm behind the last layer."""
-        return self.decoder._modules["norm"]
+        children: Children = self.decoder._modules
+        return children["norm"]
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """The output projection to the vocabulary."""
         return self.model.lm_head
 

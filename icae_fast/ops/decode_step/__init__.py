@@ -94,8 +94,8 @@ def bind_decode_step(
         tail_starts: start of the tail of each of the R rows.
     """
     if backend_of("decode_step", weights.embedding.device) == "cpp":
-        arguments = StepArguments.of(weights, cos, sin, cache, list(tail_starts))
-        return torch.classes.icae_fast.BoundStep(*arguments.bound())
+        arguments = StepArguments.bound(weights, cos, sin, cache, list(tail_starts))
+        return torch.classes.icae_fast.BoundStep(*arguments)
     starts = torch.tensor(tail_starts, dtype=torch.int32, device=weights.embedding.device)
     read = [0] * len(tail_starts)
     for keys, (begin, end) in zip(cache.prefix_keys, cache.prefix_rows, strict=True):
@@ -120,7 +120,7 @@ class _SingleSteps:
     ) -> torch.Tensor:
         if most < 1:
             raise ValueError(f"at least one step must be asked for, not {most}")
-        chosen = []
+        chosen: list[torch.Tensor] = []
         while len(chosen) < most:
             logits = self.step(tokens, [n + len(chosen) for n in tail_lengths])
             if len(chosen) < least:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,7 +71,7 @@ class StepArguments(NamedTuple):
     sin: torch.Tensor
     tail_keys: torch.Tensor
     tail_values: torch.Tensor
-    tail_starts: torch.Tensor | list[int]
+    tail_starts: torch.Tensor
     tail_lengths: torch.Tensor
     prefix_keys: list[torch.Tensor]
     prefix_values: list[torch.Tensor]
@@ -85,16 +85,23 @@ class StepArguments(NamedTuple):
     @classmethod
     def of(
         cls, weights: StepWeights, cos: torch.Tensor, sin: torch.Tensor, cache: StepCache,
-        tail_starts: torch.Tensor | list[int], tokens: torch.Tensor | None = None,
-        tail_lengths: torch.Tensor | None = None,
+        tail_starts: torch.Tensor, tokens: torch.Tensor, tail_lengths: torch.Tensor,
     ) -> StepArguments:  # fmt: skip
-        """Flatten weights and cache; `tokens` and `tail_lengths` are None for a bound step, which takes them later."""
+        """Flatten weights and cache."""
         return cls(
             tokens=tokens, cos=cos, sin=sin, tail_keys=cache.keys, tail_values=cache.values, tail_starts=tail_starts,
             tail_lengths=tail_lengths, prefix_keys=cache.prefix_keys, prefix_values=cache.prefix_values,
             prefix_rows=[i for pair in cache.prefix_rows for i in pair], **vars(weights),
         )  # fmt: skip
 
-    def bound(self) -> tuple:
-        """Return the arguments that stay the same from step to step: all but `tokens` and `tail_lengths`."""
-        return tuple(v for name, v in zip(self._fields, self, strict=True) if name not in ("tokens", "tail_lengths"))
+    @classmethod
+    def bound(
+        cls, weights: StepWeights, cos: torch.Tensor, sin: torch.Tensor, cache: StepCache, tail_starts: list[int]
+    ) -> tuple[Any, ...]:
+        """Return the arguments that stay the same from step to step: all but `tokens` and `tail_lengths`.
+
+        They are in the order of `BoundStep` in C++, which takes `tail_starts` as a list.
+        """
+        later = weights.embedding.new_empty(0)
+        given = cls.of(weights, cos, sin, cache, later, later, later)._asdict() | {"tail_starts": tail_starts}
+        return tuple(v for name, v in given.items() if name not in ("tokens", "tail_lengths"))

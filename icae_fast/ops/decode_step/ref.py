@@ -35,7 +35,7 @@ def decode_step(*arguments: Any, upcast: bool = True, **named: Any) -> torch.Ten
     cu = torch.arange(len(a.tokens) + 1, dtype=torch.int32, device=a.tokens.device)
     cos, sin = a.cos[:, None].to(dtype), a.sin[:, None].to(dtype)
 
-    def project(x, i):  # the operand of a product is rounded to the weights' dtype
+    def project(x: torch.Tensor, i: int) -> torch.Tensor:  # the operand of a product is rounded to the weights' dtype
         bias = a.biases[i]
         return F.linear(x.to(narrow).to(dtype), a.matrices[i].to(dtype), None if bias is None else bias.to(dtype))
 
@@ -44,7 +44,8 @@ def decode_step(*arguments: Any, upcast: bool = True, **named: Any) -> torch.Ten
         first = MATRICES * i
         y = project(_norm(h, a.norms[2 * i].to(dtype), eps), first).unflatten(-1, (-1, a.tail_keys.shape[-1]))
         q, k, v = y.split((a.num_q_heads, a.num_kv_heads, a.num_kv_heads), dim=1)
-        q_norm, k_norm = (None, None) if a.qk_norms[i] is None else a.qk_norms[i].to(dtype).unbind()
+        norms = a.qk_norms[i]
+        q_norm, k_norm = (None, None) if norms is None else norms.to(dtype).unbind()
         q = _norm_and_rope(q, q_norm, eps, cos, sin).to(narrow)
         a.tail_keys[i, last] = _norm_and_rope(k, k_norm, eps, cos, sin).to(narrow)
         a.tail_values[i, last] = v.to(narrow)

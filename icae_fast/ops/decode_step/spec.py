@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from icae_fast.ops._declare import GPU_DTYPES, Gpu, OpSpec, Sample, declare
@@ -11,7 +13,7 @@ from icae_fast.ops.decode_step.arguments import StepArguments
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def _fake(*arguments, **named):
+def _fake(*arguments: Any, **named: Any) -> torch.Tensor:
     a = StepArguments(*arguments, **named)
     wide = torch.float64 if a.embedding.dtype == torch.float64 else torch.float32
     return a.embedding.new_empty((a.tokens.shape[0], a.head.shape[0]), dtype=wide)

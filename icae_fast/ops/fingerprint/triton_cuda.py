@@ -61,7 +61,8 @@ def _in_words(t: torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=16)
 def _table(parts: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
     """Return (blocks, 3) int64: address of a block, its number of words, and its position among all tensors' words."""
-    rows, place = [], 0
+    rows: list[tuple[int, int, int]] = []
+    place = 0
     for address, words in parts:
         rows += ((address + 4 * i, min(_WORDS, words - i), place + i) for i in range(0, words, _WORDS))
         place += words + 1

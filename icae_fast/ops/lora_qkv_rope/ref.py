@@ -11,18 +11,18 @@ from icae_fast.ops._precision import compute_dtype
 QUERY, VALUE = 0, 1  # projection of a dropout mask
 
 
-def _rotate(y, cos, sin):
+def _rotate(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the two halves of each head: y (T, H, D), cos and sin (T, D/2)."""
     y1, y2 = y.chunk(2, dim=-1)
     cos, sin = cos[:, None].to(y.dtype), sin[:, None].to(y.dtype)
     return torch.cat((y1 * cos - y2 * sin, y2 * cos + y1 * sin), dim=-1)
 
 
-def _rms_norm(y, weight, eps):
+def _rms_norm(y: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def _rms_norm_backward(grad, y, weight, eps):
+def _rms_norm_backward(grad: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     inv = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     grad = grad * weight
     return inv * grad - y * inv.pow(3) * (grad * y).mean(-1, keepdim=True)
@@ -31,7 +31,16 @@ def _rms_norm_backward(grad, y, weight, eps):
 class _Parts:
     """Operands in the compute dtype, split by q, k and v."""
 
-    def __init__(self, x, weight, bias, lora_a, lora_b, qk_norm, q_rows, seed, num_q_heads, num_kv_heads, p, dtype):
+    bq: torch.Tensor | None
+    bk: torch.Tensor | None
+    bv: torch.Tensor | None
+    norms: tuple[torch.Tensor | None, ...]
+
+    def __init__(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor | None,
+        lora_b: torch.Tensor | None, qk_norm: torch.Tensor | None, q_rows: torch.Tensor | None,
+        seed: torch.Tensor | None, num_q_heads: int, num_kv_heads: int, p: float, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         self.nq = num_q_heads * weight.shape[0] // (num_q_heads + 2 * num_kv_heads)
         self.nk = (weight.shape[0] - self.nq) // 2
         sizes = (self.nq, self.nk, self.nk)
@@ -41,7 +50,7 @@ class _Parts:
         self.bq, self.bk, self.bv = (None,) * 3 if bias is None else bias.to(dtype).split(sizes)
         self.norms = (None, None) if qk_norm is None else qk_norm.to(dtype).unbind()
         self.lora = lora_a is not None
-        if self.lora:
+        if lora_a is not None and lora_b is not None:
             self.aq, self.av = lora_a.to(dtype).chunk(2)
             self.lbq, self.lbv = lora_b.to(dtype).split((self.nq, self.nk))
             mask_q = dropout_scale(seed, QUERY, x.shape, p, dtype, x.device, rows=q_rows)
@@ -50,22 +59,24 @@ class _Parts:
             self.xq_dropped = self.xq if mask_q is None else self.xq * mask_q
             self.xv_dropped = self.x if mask_v is None else self.x * mask_v
 
-    def q(self, scale):
+    def q(self, scale: float) -> torch.Tensor:
         y = F.linear(self.xq, self.wq, self.bq)
         return y + scale * F.linear(F.linear(self.xq_dropped, self.aq), self.lbq) if self.lora else y
 
-    def k(self):
+    def k(self) -> torch.Tensor:
         return F.linear(self.x, self.wk, self.bk)
 
-    def v(self, scale):
+    def v(self, scale: float) -> torch.Tensor:
         y = F.linear(self.x, self.wv, self.bv)
         return y + scale * F.linear(F.linear(self.xv_dropped, self.av), self.lbv) if self.lora else y
 
 
 def lora_qkv_rope(
-    x, weight, bias, lora_a, lora_b, cos, sin, qk_norm, q_rows, dropout_seed,
-    num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p, *, upcast=True,
-):  # fmt: skip
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, qk_norm: torch.Tensor | None,
+    q_rows: torch.Tensor | None, dropout_seed: torch.Tensor | None, num_q_heads: int, num_kv_heads: int,
+    lora_scale: float, norm_eps: float, dropout_p: float, *, upcast: bool = True,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Compute `lora_qkv_rope`; `icae_fast.ops.lora_qkv_rope` documents the formula and the shapes."""
     dtype = compute_dtype(x, upcast)
     p = _Parts(x, weight, bias, lora_a, lora_b, qk_norm, q_rows, dropout_seed, num_q_heads, num_kv_heads, dropout_p, dtype)  # noqa: E501  # fmt: skip
@@ -80,9 +91,11 @@ def lora_qkv_rope(
 
 
 def lora_qkv_rope_backward(
-    dq, dk, dv, x, weight, bias, lora_a, lora_b, cos, sin, qk_norm, q_rows, dropout_seed,
-    num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p, *, upcast=True,
-):  # fmt: skip
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None, cos: torch.Tensor,
+    sin: torch.Tensor, qk_norm: torch.Tensor | None, q_rows: torch.Tensor | None, dropout_seed: torch.Tensor | None,
+    num_q_heads: int, num_kv_heads: int, lora_scale: float, norm_eps: float, dropout_p: float, *, upcast: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the gradients of x, lora_a and lora_b; the base weights are frozen."""
     dtype = compute_dtype(x, upcast)
     p = _Parts(x, weight, bias, lora_a, lora_b, qk_norm, q_rows, dropout_seed, num_q_heads, num_kv_heads, dropout_p, dtype)  # noqa: E501  # fmt: skip
@@ -97,7 +110,7 @@ def lora_qkv_rope_backward(
     dx = gk @ p.wk + gv @ p.wv
     dxq = gq @ p.wq
     da, db = x.new_empty(0), x.new_empty(0)
-    if p.lora:
+    if lora_a is not None and lora_b is not None:
         gaq, gav = lora_scale * (gq @ p.lbq), lora_scale * (gv @ p.lbv)
         da = torch.cat((gaq.T @ p.xq_dropped, gav.T @ p.xv_dropped)).to(lora_a.dtype)
         db = torch.cat((gq.T @ F.linear(p.xq_dropped, p.aq), gv.T @ F.linear(p.xv_dropped, p.av)))

@@ -11,13 +11,15 @@ alignment, and Triton's descriptors need an allocator set for the whole process.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from icae_fast.ops._layout import cdiv, power_of_2
 from icae_fast.ops._triton import kernel
-from icae_fast.ops.lora_qkv_rope.triton_cuda_common import Operands, grouped, load, project, query_rows
+from icae_fast.ops.lora_qkv_rope.triton_cuda_common import Adapters, Operands, grouped, load, project, query_rows
 
 
 def _configs(arch, arguments):
@@ -175,7 +177,9 @@ def _forward(
             )  # fmt: skip
 
 
-def run(o: Operands, xa, *, finished: bool = True):
+def run(
+    o: Operands, xa: Adapters | None, *, finished: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return q, k and v, or with `finished=False` q and k before norm and RoPE, and None.
 
     Args:
@@ -200,13 +204,13 @@ def run(o: Operands, xa, *, finished: bool = True):
         qk_norm=norm, q_rows=o.q_rows, q=q, k=k, v=k if v is None else v, n_queries=o.n_queries, n_rows=o.n_rows,
         d=o.d, rank=o.rank, q_heads=o.q_heads, kv_heads=o.kv_heads, kinds=kinds, scale=o.scale, eps=o.eps,
         x_stride=o.x.stride(0), w_stride=o.weight.stride(0), xa_stride=xa.stride if xa else 0,
-        xa_v=xa.v_offset if xa else 0, b_stride=o.lora_b.stride(0) if xa else 0, size_class=o.size_class,
+        xa_v=xa.v_offset if xa else 0, b_stride=0 if o.lora_b is None else o.lora_b.stride(0), size_class=o.size_class,
         HALF=half, SLOT=slot, EPILOGUE=finished, PRECISION=o.precision,
     )  # fmt: skip
     return q, k, v
 
 
-def lora_qkv_rope(*arguments):
+def lora_qkv_rope(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Compute `icae_fast.ops.lora_qkv_rope`."""
     o = Operands(*arguments)
-    return run(o, project(o) if o.rank else None)
+    return run(o, project(o))

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -252,13 +254,15 @@ def _a_gradient(
     tl.store(to, acc * keep_scale, mask=(ranks < rank)[:, None] & (columns < d)[None, :])
 
 
-def _gradients_before(o: Operands, xa, dq, dk, dv):
+def _gradients_before(
+    o: Operands, xa: Adapters | None, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Adapters | None]:
     """Return G of q and of k, each as a matrix, and s G B of q and v (None without LoRA)."""
     before = (None, None) if o.qk_norm is None else run(o, xa, finished=False)[:2]
     gq, gk = o.x.new_empty(o.n_queries, o.q_width), o.x.new_empty(o.n_rows, o.kv_width)
     norms = (None, None) if o.qk_norm is None else o.qk_norm
     gb = Adapters(o) if o.rank else None
-    b = o.lora_b.split((o.q_width, o.kv_width)) if o.rank else (None, None)
+    b = (None, None) if o.lora_b is None else o.lora_b.split((o.q_width, o.kv_width))
 
     def grid(a):
         longest = max(o.n_queries, o.n_rows)
@@ -268,32 +272,34 @@ def _gradients_before(o: Operands, xa, dq, dk, dv):
         grid, dq=dq, dk=dk, dv=dv, q_before=before[0], k_before=before[1], gq=gq, gk=gk, cos=o.cos, sin=o.sin,
         q_norm=norms[0], k_norm=norms[1], b_q=b[0], b_v=b[1], gb_q=gb and gb.q, gb_v=gb and gb.v, q_rows=o.q_rows,
         n_queries=o.n_queries, n_rows=o.n_rows, q_heads=o.q_heads, kv_heads=o.kv_heads, rank=o.rank,
-        b_stride=o.lora_b.stride(0) if gb else 0, gb_stride=gb.stride if gb else 0, scale=o.scale, eps=o.eps,
+        b_stride=0 if o.lora_b is None else o.lora_b.stride(0), gb_stride=gb.stride if gb else 0, scale=o.scale, eps=o.eps,
         size_class=o.size_class, HALF=o.head_dim // 2, PRECISION=o.precision,
     )  # fmt: skip
     return gq, gk, gb
 
 
-def _gradient_of_x(o: Operands, gq, gk, gv, gb):
+def _gradient_of_x(
+    o: Operands, gq: torch.Tensor, gk: torch.Tensor, gv: torch.Tensor, gb: Adapters | None
+) -> torch.Tensor:
     dx = torch.empty_like(o.x, memory_format=torch.contiguous_format)
     inverse = None
     if o.q_rows is not None:  # number of the query of each row of x, -1 for none
         inverse = o.q_rows.new_full((o.n_rows,), -1)
         inverse.scatter_(0, o.q_rows, torch.arange(o.n_queries, device=o.x.device))
     w = o.weight.split((o.q_width, o.kv_width, o.kv_width))
-    a = o.lora_a.chunk(2) if gb else (None, None)
+    a = (None, None) if o.lora_a is None else o.lora_a.chunk(2)
     _input_gradient(
         lambda a: (cdiv(o.n_rows, a["BLOCK_M"]) * cdiv(o.d, a["BLOCK_N"]),),
         gq=gq, gk=gk, gv=gv, w_q=w[0], w_k=w[1], w_v=w[2], gb_q=gb and gb.q, gb_v=gb and gb.v, a_q=a[0], a_v=a[1],
         inverse=inverse, seed=o.seed, dx=dx, n_rows=o.n_rows, d=o.d, q_width=o.q_width, kv_width=o.kv_width,
         rank=o.rank, w_stride=o.weight.stride(0), gb_stride=gb.stride if gb else 0,
-        a_stride=o.lora_a.stride(0) if gb else 0, threshold=o.threshold, keep_scale=o.keep_scale,
+        a_stride=0 if o.lora_a is None else o.lora_a.stride(0), threshold=o.threshold, keep_scale=o.keep_scale,
         size_class=o.size_class, PRECISION=o.precision,
     )  # fmt: skip
     return dx
 
 
-def _gradient_of_a(o: Operands, gb):
+def _gradient_of_a(o: Operands, gb: Adapters, dtype: torch.dtype) -> torch.Tensor:
     if o.seed is None:
         if o.q_rows is None:
             return torch.mm(gb.buffer.T, o.x)
@@ -306,25 +312,28 @@ def _gradient_of_a(o: Operands, gb):
         d=o.d, rank=o.rank, x_stride=o.x.stride(0), gb_stride=gb.stride, gb_v=gb.v_offset, threshold=o.threshold,
         keep_scale=o.keep_scale, size_class=o.size_class, PRECISION=o.precision,
     )  # fmt: skip
-    return parts.sum(0).to(o.lora_a.dtype)
+    return parts.sum(0).to(dtype)
 
 
-def _gradient_of_b(o: Operands, gq, gv, xa):
-    out = o.lora_b.new_empty(o.lora_b.shape)
+def _gradient_of_b(o: Operands, gq: torch.Tensor, gv: torch.Tensor, xa: Adapters, lora_b: torch.Tensor) -> torch.Tensor:
+    out = lora_b.new_empty(lora_b.shape)
     for part, g, product in zip(out.split((o.q_width, o.kv_width)), (gq, gv), (xa.q, xa.v), strict=True):
         torch.addmm(part, g.T, product, beta=0, alpha=o.scale, out=part)
     return out
 
 
-def lora_qkv_rope_backward(dq, dk, dv, *arguments):
+def lora_qkv_rope_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute `lora_qkv_rope_backward` of `icae_fast.ops.lora_qkv_rope.ref`; a row has at most one query."""
     o = Operands(*arguments)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     gv = dv.view(o.n_rows, o.kv_width)
-    xa = project(o) if o.rank else None
+    xa = project(o)
     gq, gk, gb = _gradients_before(o, xa, dq, dk, dv)
     dx = _gradient_of_x(o, gq, gk, gv, gb)
-    if gb is None:
-        lora_a, lora_b = arguments[3:5]
-        return (dx, *(dx.new_empty(0) if t is None else torch.zeros_like(t) for t in (lora_a, lora_b)))
-    return dx, _gradient_of_a(o, gb), _gradient_of_b(o, gq, gv, xa)
+    lora_a, lora_b = arguments[3:5]
+    if gb is None or xa is None:
+        da, db = (dx.new_empty(0) if t is None else torch.zeros_like(t) for t in (lora_a, lora_b))
+        return dx, da, db
+    return dx, _gradient_of_a(o, gb, lora_a.dtype), _gradient_of_b(o, gq, gv, xa, lora_b)

@@ -15,12 +15,14 @@ class Operands:
     """The op's arguments in the layouts that the kernels need, and the sizes that follow from them."""
 
     def __init__(
-        self, x, weight, bias, lora_a, lora_b, cos, sin, qk_norm, q_rows, dropout_seed,
-        num_q_heads, num_kv_heads, lora_scale, norm_eps, dropout_p,
-    ):  # fmt: skip
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor | None,
+        lora_b: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, qk_norm: torch.Tensor | None,
+        q_rows: torch.Tensor | None, dropout_seed: torch.Tensor | None, num_q_heads: int, num_kv_heads: int,
+        lora_scale: float, norm_eps: float, dropout_p: float,
+    ) -> None:  # fmt: skip
         self.rank = 0 if lora_a is None else lora_a.shape[0] // 2
         self.x, self.weight = unit_stride(x), unit_stride(weight)
-        self.lora_a, self.lora_b = (unit_stride(t) if self.rank else None for t in (lora_a, lora_b))
+        self.lora_a, self.lora_b = (unit_stride(t) if t is not None and self.rank else None for t in (lora_a, lora_b))
         self.bias, self.qk_norm, self.q_rows = (t if t is None else t.contiguous() for t in (bias, qk_norm, q_rows))
         self.cos, self.sin = cos.contiguous(), sin.contiguous()
         self.q_heads, self.kv_heads = num_q_heads, num_kv_heads
@@ -34,12 +36,12 @@ class Operands:
         self.keep_scale = 1.0 / (1.0 - dropout_p) if self.seed is not None else 1.0
 
     @property
-    def precision(self):
+    def precision(self) -> str:
         """Input precision of matrix products: full fp32 for fp32, not TF32."""
         return "ieee" if self.x.dtype == torch.float32 else "tf32"
 
     @property
-    def size_class(self):
+    def size_class(self) -> int:
         """Tuning key of the number of rows: its bit length, so that sizes within a factor of two share a choice."""
         return self.n_rows.bit_length()
 
@@ -51,7 +53,7 @@ class Adapters:
     other.
     """
 
-    def __init__(self, o: Operands):
+    def __init__(self, o: Operands) -> None:
         beside = o.q_rows is None
         shape = (o.n_rows, 2 * o.rank) if beside else (o.n_queries + o.n_rows, o.rank)
         self.buffer = o.x.new_empty(shape)
@@ -139,19 +141,22 @@ def _project(
     tl.store(pointers, (acc * keep_scale).to(out.dtype.element_ty), mask=inside)
 
 
-def project(o: Operands) -> Adapters:
-    """Return `x A^T` for q and v in x's dtype, with dropout and row selection applied to x inline."""
+def project(o: Operands) -> Adapters | None:
+    """Return `x A^T` for q and v in x's dtype, with dropout and row selection applied to x inline; None without LoRA."""
+    lora_a = o.lora_a
+    if lora_a is None:
+        return None
     out = Adapters(o)
     if o.seed is None and o.q_rows is None:
-        torch.mm(o.x, o.lora_a.T, out=out.buffer)
+        torch.mm(o.x, lora_a.T, out=out.buffer)
         return out
     _project(
         lambda a: (
             cdiv(o.n_queries, a["BLOCK_M"]) + cdiv(o.n_rows, a["BLOCK_M"]),
             cdiv(o.rank, a["BLOCK_R"]),
         ),
-        x=o.x, lora_a=o.lora_a, q_rows=o.q_rows, seed=o.seed, out=out.buffer, n_queries=o.n_queries, n_rows=o.n_rows,
-        d=o.d, rank=o.rank, x_stride=o.x.stride(0), a_stride=o.lora_a.stride(0), out_stride=out.stride,
+        x=o.x, lora_a=lora_a, q_rows=o.q_rows, seed=o.seed, out=out.buffer, n_queries=o.n_queries, n_rows=o.n_rows,
+        d=o.d, rank=o.rank, x_stride=o.x.stride(0), a_stride=lora_a.stride(0), out_stride=out.stride,
         v_offset=out.v_offset, threshold=o.threshold, keep_scale=o.keep_scale, size_class=o.size_class,
         PRECISION=o.precision,
     )  # fmt: skip

@@ -11,10 +11,14 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from icae_fast.ops._layout import upload
+
+Table = TypeVar("Table")
+Place = tuple[torch.device, int]  # device and stream
 
 ITEM = 8  # first query, end query, tile's first row, first piece, end piece, slot, row of a tail or -1, split of a tail
 PIECE = 4  # source, first key, end key, position of the source's key 0 in the row
@@ -89,13 +93,14 @@ class _Chain:
         return sum(end - begin for _, begin, end, _ in self.pieces)
 
 
-_keepers: list[list] = []
+_keepers: list[list[Any]] = []
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[list]:
+def kept() -> Iterator[list[Any]]:
     """Collect every table used in the block so that a longer-lived owner (e.g. a CUDA graph) can keep it alive."""
-    _keepers.append(tables := [])
+    tables: list[Any] = []
+    _keepers.append(tables)
     try:
         yield tables
     finally:
@@ -112,28 +117,28 @@ def sources(layout: tuple[tuple[int, ...], ...], device: torch.device) -> torch.
     return _noted(_sources(layout, _place(device)))
 
 
-def _noted(table):
+def _noted(table: Table) -> Table:
     for tables in _keepers:
         tables.append(table)
     return table
 
 
-def _place(device):
+def _place(device: torch.device) -> Place:
     """Return device and stream, a cache key: a table may be read only on the stream that wrote it."""
     return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _upload(rows, width, dtype, place) -> torch.Tensor:
+def _upload(rows: Sequence[Sequence[int]], width: int, dtype: torch.dtype, place: Place) -> torch.Tensor:
     return upload(torch.tensor(rows, dtype=dtype).view(-1, width), place[0])
 
 
 @functools.lru_cache(maxsize=256)
-def _sources(layout, place):
+def _sources(layout: tuple[tuple[int, ...], ...], place: Place) -> torch.Tensor:
     return _upload(layout, SOURCE, torch.int64, place)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(shape: Shape, place, max_block_m: int) -> Plan:
+def _plan(shape: Shape, place: Place, max_block_m: int) -> Plan:
     chains = _chains(shape)
     tails = [(r, r + 1) for r in range(shape.n_rows)]
     most = max((_queries(shape, rows) * shape.group for rows in [*tails, *(c.rows for c in chains)]), default=1)
@@ -147,7 +152,9 @@ def _plan(shape: Shape, place, max_block_m: int) -> Plan:
     )
     work = sum(len(_tiles(shape, c.rows, block_m)) * c.keys for c in chains) * shape.num_kv_heads
     split = max(_MIN_SPLIT, -(-work // target))
-    used, items, pieces = [0] * shape.n_rows, [], []
+    used = [0] * shape.n_rows
+    items: list[list[int]] = []
+    pieces: list[tuple[int, int, int, int]] = []
     for chain in chains:
         slot = max(used[slice(*chain.rows)])
         for part in _parts(chain, split):
@@ -228,9 +235,10 @@ def _places(shape: Shape) -> list[list[int]]:
     for _, n, rows in _segments(shape):
         for r in range(*rows):
             read[r] += n
-    rows, places = [], []
+    row_of: list[int] = []
+    places: list[int] = []
     for r in range(shape.n_rows):
         n = shape.starts[r + 1] - shape.starts[r]
-        rows += [r] * n
+        row_of += [r] * n
         places += range(read[r] - n, read[r])
-    return [rows, places]
+    return [row_of, places]

@@ -30,7 +30,7 @@ def key_work(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, block: int)
     return _memoised(cu_seqlens_q, cu_seqlens_k, ("keys", block, 1))
 
 
-def _memoised(cu_seqlens_q, cu_seqlens_k, wanted):
+def _memoised(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, wanted: tuple[str, int, int]) -> torch.Tensor:
     # Cached for the layers of a batch; freed with the tensors, or when their contents change.
     of_q = known(cu_seqlens_q)
     of_k = of_q if cu_seqlens_k is cu_seqlens_q else known(cu_seqlens_k)
@@ -44,13 +44,13 @@ def _memoised(cu_seqlens_q, cu_seqlens_k, wanted):
 
 def blocks(cu_q: Sequence[int], cu_k: Sequence[int], of: str, block: int, pack: int = 1) -> torch.Tensor:
     """Return the list on the host; see `query_work` and `key_work`."""
-    cu_q, cu_k = torch.tensor(cu_q, dtype=torch.int32), torch.tensor(cu_k, dtype=torch.int32)
-    q_len, k_len = cu_q.diff(), cu_k.diff()
+    q_starts, k_starts = torch.tensor(cu_q, dtype=torch.int32), torch.tensor(cu_k, dtype=torch.int32)
+    q_len, k_len = q_starts.diff(), k_starts.diff()
     lengths = q_len * pack if of == "queries" else k_len
     counts = (lengths + (block - 1)) // block
     rows = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(counts)
     first = (torch.arange(len(rows), dtype=torch.int32) - (counts.cumsum(0) - counts)[rows]) * block
-    q_begin, q_len, k_begin, k_len = (t[rows] for t in (cu_q, q_len, cu_k, k_len))
+    q_begin, q_len, k_begin, k_len = (t[rows] for t in (q_starts, q_len, k_starts, k_len))
     if of == "queries":
         cost = (first + block) // pack + k_len - q_len  # keys up to the last query's position
     else:
