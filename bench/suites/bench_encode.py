@@ -76,6 +76,4 @@ def test_growth(compare, growing):
         return {case.documents: values[name] for name, case in cases.items()}
 
     facts, backends = {"case": largest.name}, {op: backend_of(op, icae.device) for op in OPS}
-    compare.report(
-        Growth(compare.benchmark.name, facts, by_spans(seconds), by_spans(peaks), by_spans(slots), backends)
-    )
+    compare.report(Growth(compare.benchmark.name, facts, by_spans(seconds), by_spans(peaks), by_spans(slots), backends))

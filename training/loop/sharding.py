@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from icae_fast.errors import ConfigError

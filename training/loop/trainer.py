@@ -198,7 +198,8 @@ class ICAETrainer(Trainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         """See `Trainer._wrap_model`; with Accelerate's wrapping DDP would also synchronise the base model's shards."""
-        if training and is_sharded(model):
+        sharded = is_sharded(model)  # narrowed by type checkers to a class that is no module
+        if training and sharded:
             return replicate_trained(model, self.args.device)
         return super()._wrap_model(model, training, dataloader)
 
@@ -397,7 +398,8 @@ class ICAETrainer(Trainer):
         self.load_adapter(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        assert checkpoint is not None and self.lr_scheduler is not None  # `Trainer` calls this only to resume
+        assert checkpoint is not None
+        assert self.lr_scheduler is not None
         folder = Path(checkpoint)
         state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         set_optimizer_state_dict(self.model, self._unwrapped_optimizer, state, options=_LOAD)

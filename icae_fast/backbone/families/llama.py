@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from icae_fast.backbone.families.types import Children, RMSNorm
@@ -75,5 +77,5 @@ class LlamaLayer(LayerView):
         parts: Children = children["mlp"]._modules
         if type(parts.get("act_fn")).__name__ not in _SILU:
             return None
-        linears = parts.get("gate_proj"), parts.get("up_proj"), parts.get("down_proj")
+        linears: Any = parts.get("gate_proj"), parts.get("up_proj"), parts.get("down_proj")
         return linears if all(type(m) is nn.Linear for m in linears) else None

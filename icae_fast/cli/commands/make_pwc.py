@@ -57,7 +57,9 @@ def make_pwc_command(
         from icae_fast.training.pwc import RecordFile, Settings
 
     check_names("teacher", "--", endpoint, model, local)
-    names: dict[str, Any] = {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
+    names: dict[str, Any] = (
+        {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
+    )
     settings = Settings(**names, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens)
     if settings.needs_teacher and endpoint is None and local is None:
         raise InvalidInputError("these prompts need a teacher; give --endpoint and --model, or --local smollm2")

@@ -272,8 +272,8 @@ def _gradients_before(
         grid, dq=dq, dk=dk, dv=dv, q_before=before[0], k_before=before[1], gq=gq, gk=gk, cos=o.cos, sin=o.sin,
         q_norm=norms[0], k_norm=norms[1], b_q=b[0], b_v=b[1], gb_q=gb and gb.q, gb_v=gb and gb.v, q_rows=o.q_rows,
         n_queries=o.n_queries, n_rows=o.n_rows, q_heads=o.q_heads, kv_heads=o.kv_heads, rank=o.rank,
-        b_stride=0 if o.lora_b is None else o.lora_b.stride(0), gb_stride=gb.stride if gb else 0, scale=o.scale, eps=o.eps,
-        size_class=o.size_class, HALF=o.head_dim // 2, PRECISION=o.precision,
+        b_stride=0 if o.lora_b is None else o.lora_b.stride(0), gb_stride=gb.stride if gb else 0, scale=o.scale,
+        eps=o.eps, size_class=o.size_class, HALF=o.head_dim // 2, PRECISION=o.precision,
     )  # fmt: skip
     return gq, gk, gb
 

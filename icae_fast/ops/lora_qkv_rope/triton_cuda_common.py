@@ -142,7 +142,7 @@ def _project(
 
 
 def project(o: Operands) -> Adapters | None:
-    """Return `x A^T` for q and v in x's dtype, with dropout and row selection applied to x inline; None without LoRA."""
+    """Return `x A^T` for q and v in x's dtype, with dropout and row selection applied inline; None without LoRA."""
     lora_a = o.lora_a
     if lora_a is None:
         return None
