@@ -6,15 +6,19 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers.trainer_utils import sort_checkpoints
 
+from icae_fast.config import ICAEConfig
 from icae_fast.errors import CheckpointError, ConfigError
-from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE
-from icae_fast.io.files import sync_folder
+from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, read_header
+from icae_fast.io.files import load_tensors, sync_folder
+from icae_fast.io.identity import compare_identities, tensors_hash
 
 log = logging.getLogger(__name__)
 
@@ -119,3 +123,31 @@ def find_checkpoint(output: Path, resume: str) -> Path | None:
             f"train.resume names {folder}, which lacks {', '.join(missing)}; give a checkpoint folder"
         )
     return folder
+
+
+def read_adapter(
+    folder: Path, config: ICAEConfig, base: dict[str, Any], keys: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint's adapter, checked against a run.
+
+    Args:
+        folder: the checkpoint.
+        config: config of the run's adapter.
+        base: identity of the run's base model.
+        keys: keys of the trained tensors, in their order.
+
+    Raises:
+        CheckpointError: it has another config, or is damaged.
+        BaseModelMismatchError: it was trained on another base model.
+    """
+    found, header = read_header(folder)
+    compare_identities(base, header["base"], str(folder))
+    tensors = load_tensors(folder / TENSORS_FILE)[0]
+    if found != config:
+        raise CheckpointError(
+            f"{folder} holds an adapter with another config than this run's; continue with the settings it was "
+            "begun with, or choose another output folder"
+        )
+    if tensors_hash((key, tensors[key]) for key in keys if key in tensors) != header["adapter_hash"]:
+        raise CheckpointError(f"the adapter in {folder} is damaged; delete the folder to continue from an earlier one")
+    return tensors

@@ -27,10 +27,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from icae_fast.backbone.sharding import is_sharded, whole_model
-from icae_fast.errors import CheckpointError, NonFiniteError
-from icae_fast.io.checkpoints import TENSORS_FILE, read_header, write_adapter
-from icae_fast.io.files import load_tensors
-from icae_fast.io.identity import base_identity, compare_identities, tensors_hash
+from icae_fast.errors import NonFiniteError
+from icae_fast.io.checkpoints import write_adapter
+from icae_fast.io.identity import base_identity
 from icae_fast.step.labels import IGNORE
 from icae_fast.training.data.stream import BatchStream, MicroBatch
 from icae_fast.training.loop.checkpoint_folder import (
@@ -39,6 +38,7 @@ from icae_fast.training.loop.checkpoint_folder import (
     SCHEDULER_FILE,
     STATE_FILE,
     atomic_folder,
+    read_adapter,
 )
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores, append_line, peak_memory, restoration
@@ -379,18 +379,7 @@ class ICAETrainer(Trainer):
             CheckpointError: it has another config, or is damaged.
             BaseModelMismatchError: it was trained on another base model.
         """
-        config, header = read_header(folder)
-        compare_identities(self._base, header["base"], str(folder))
-        tensors = load_tensors(folder / TENSORS_FILE)[0]
-        if config != self._config:
-            raise CheckpointError(
-                f"{folder} holds an adapter with another config than this run's; continue with the settings it was "
-                "begun with, or choose another output folder"
-            )
-        if tensors_hash((key, tensors[key]) for key in self._keys.values() if key in tensors) != header["adapter_hash"]:
-            raise CheckpointError(
-                f"the adapter in {folder} is damaged; delete the folder to continue from an earlier one"
-            )
+        tensors = read_adapter(folder, self._config, self._base, list(self._keys.values()))
         set_model_state_dict(self.model, {name: tensors[key] for name, key in self._keys.items()}, options=_LOAD)
 
     def _load_best_model(self) -> None:
