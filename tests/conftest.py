@@ -33,12 +33,14 @@ _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+_MINISTRAL_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 # Windows are shorter than a span with its memory tokens, so that they change results.
 _KINDS = {
     "llama": ("llama", {}),
     "llama3": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3_ROPE}),
     "llama-gelu": ("llama", {"hidden_act": "gelu"}),
     "llama-mha": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "ministral": ("ministral", {"sliding_window": 7, "layer_types": _MINISTRAL_LAYERS}),
     "mistral": ("mistral", {"sliding_window": 7}),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),

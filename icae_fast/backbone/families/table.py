@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from icae_fast.backbone.families.llama import LlamaLayer
+from icae_fast.backbone.families.ministral import MinistralLayer
 from icae_fast.backbone.families.mistral import MistralLayer
 from icae_fast.backbone.families.qwen import Qwen2Layer, Qwen3Layer
 from icae_fast.backbone.families.smollm3 import SmolLM3Layer
@@ -15,6 +16,7 @@ from icae_fast.backbone.families.view import LayerView, ModelView
 # `config.model_type` -> the family's view of a layer.
 FAMILIES: dict[str, type[LayerView]] = {
     "llama": LlamaLayer,
+    "ministral": MinistralLayer,
     "mistral": MistralLayer,
     "qwen2": Qwen2Layer,
     "qwen3": Qwen3Layer,
