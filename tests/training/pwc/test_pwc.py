@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_whole_records(tmp_path):
 def test_an_output_that_cannot_be_written_is_one_error(tmp_path):
     for path, message in (
         (tmp_path / "absent" / "out.jsonl", "create it first"),
-        (tmp_path, "not a plain file"),
+        (tmp_path, "not a regular file"),
         (tmp_path / ("n" * 252), "cannot write"),  # its lock file's name is too long
     ):
         with pytest.raises(OutputError, match=message):
