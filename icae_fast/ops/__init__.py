@@ -10,7 +10,7 @@
     decode_step              a token step of the whole frozen model
 
 Every folder here is imported, which declares its op: a new op needs a folder with `__init__.py`, `ref.py` and
-`spec.py`, and a C++ kernel registered for the CPU key or a Triton launcher for the CUDA key. `backend_of(op, device)`
+`spec.py`, a C++ kernel registered for the CPU key, and, if it runs on CUDA, a Triton launcher. `backend_of(op, device)`
 returns the backend that runs.
 """
 

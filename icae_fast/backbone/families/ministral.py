@@ -6,7 +6,7 @@ from icae_fast.backbone.families.llama import LlamaLayer
 
 
 class MinistralLayer(LlamaLayer):
-    """A layer of Ministral 8B: LLaMA without biases; every layer has full attention or a window.
+    """A layer of Ministral: LLaMA without biases; every layer has full attention or a window.
 
     Source: `MinistralDecoderLayer` of transformers.
     """
