@@ -52,7 +52,7 @@ def fast_conversion(cache, monkeypatch):
             super().save_pretrained(folder)
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda **kwargs: Recorded())
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda path, **kwargs: Recorded())
     return saved
 
 
@@ -137,7 +137,7 @@ def test_two_processes_at_once_convert_once(tmp_path, cache):
 @pytest.mark.parametrize("crash", [RuntimeError("crash"), KeyboardInterrupt(), OSError(errno.EIO, "I/O error")])
 @pytest.mark.parametrize("stage", ["AutoModelForCausalLM", "AutoTokenizer"])
 def test_a_crash_leaves_nothing_and_the_next_call_works(cache, fast_conversion, monkeypatch, stage, crash):
-    def fail(**kwargs):
+    def fail(path, **kwargs):
         raise crash
 
     with monkeypatch.context() as patch:
@@ -204,7 +204,7 @@ def test_the_message_has_the_one_command_that_installs_it(cache, monkeypatch):
 
 
 def test_gguf_is_missing(cache, monkeypatch):
-    def fail(**kwargs):
+    def fail(path, **kwargs):
         raise ImportError("\nPlease install torch and gguf>=0.10.0 to load a GGUF checkpoint in PyTorch.\n")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
