@@ -66,7 +66,7 @@ class EncoderWeights:
             config: rank and span sizes, for the timing of `"auto"`.
             dropout: see `LoRAAdapter.pack`.
         """
-        weight = _embedding(backbone)
+        weight = backbone.embedding
         drops = dropout and adapter.training and adapter.dropout_p > 0
         if torch.is_grad_enabled() or drops:
             return adapter.pack(weight.dtype, dropout=dropout)
@@ -79,7 +79,7 @@ class EncoderWeights:
     def _choose(self, backbone: Backbone, config: ICAEConfig) -> str:
         if self.mode != "auto":
             return self.mode
-        weight = _embedding(backbone)
+        weight = backbone.embedding
         setting = (weight.dtype, weight.device, torch.get_num_threads())
         if setting not in self._chosen:
             fits = self._held is not None or (merged_bytes(backbone) <= MEMORY_SHARE * available_memory(weight.device))
@@ -98,17 +98,12 @@ class EncoderWeights:
         return self._held[1]
 
 
-def _embedding(backbone: Backbone) -> torch.Tensor:
-    """Return the base model's token embedding, which has the compute dtype and the device."""
-    return backbone.view.embedding.weight
-
-
 def merge(backbone: Backbone, adapter: LoRAAdapter) -> list[MergedQKV]:
     """Merge LoRA into each layer: W' = W + s B A for q and v, summed in fp32 (fp64 for fp64) and rounded once."""
     q_size, kv_size = (n * backbone.head_dim for n in (backbone.num_q_heads, backbone.num_kv_heads))
     merged = []
     # Autocast would compute the product in its narrow dtype, and the merged weights outlive it.
-    with torch.no_grad(), torch.autocast(_embedding(backbone).device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(backbone.embedding.device.type, enabled=False):
         for layer, factors in zip(backbone.view, adapter.factors, strict=True):
             weight = packed_qkv(layer)[0].clone()
             wide = torch.promote_types(weight.dtype, torch.float32)
@@ -123,12 +118,12 @@ def merged_bytes(backbone: Backbone) -> int:
     """Return the bytes of merged weights: (Hq + 2 Hkv) D d elements a layer."""
     b = backbone
     elements = b.n_layers * (b.num_q_heads + 2 * b.num_kv_heads) * b.head_dim * b.hidden_size
-    return elements * _embedding(b).dtype.itemsize
+    return elements * b.embedding.dtype.itemsize
 
 
 def merging_pays(backbone: Backbone, config: ICAEConfig) -> bool:
     """Return whether the projection is clearly faster with merged weights, timed once a process for these sizes."""
-    b, weight = backbone, _embedding(backbone)
+    b, weight = backbone, backbone.embedding
     on_gpu = weight.device.type == "cuda"
     rows = _GPU_ROWS if on_gpu else min(config.max_span_tokens + config.memory_size, _MAX_ROWS)
     with _TIMING:

@@ -112,6 +112,11 @@ class Backbone:
         )  # fmt: skip
 
     @property
+    def embedding(self) -> torch.Tensor:
+        """The base model's token embedding (V, d), which has the compute dtype and the device."""
+        return self.view.embedding.weight
+
+    @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 shards the layers' weights (`fully_shard` of each layer)."""
         return is_sharded(self.view.layers[0])

@@ -151,17 +151,12 @@ class SlotKVTree:
 
     def _chain(self, path: Sequence[torch.Tensor]) -> list[tuple[bytes, torch.Tensor]]:
         """Return (key, piece) for each piece of a path, cast to the model's dtype and device."""
-        weight = self._embedding
+        weight = self.backbone.embedding
         pieces = [self._checked(p).to(weight) for p in path]
         return list(zip(_chained_keys(pieces), pieces, strict=True))
 
-    @property
-    def _embedding(self) -> torch.Tensor:
-        """The base model's token embedding, which has the compute dtype and the device."""
-        return self.backbone.view.embedding.weight
-
     def _forget_other_weights(self) -> None:
-        weight = self._embedding
+        weight = self.backbone.embedding
         made_with = (weight.dtype, weight.device, weights_key(self.backbone.view.layers))
         if made_with != self._made_with:
             self.clear()
