@@ -44,7 +44,7 @@ class TestModels:
     def test_another_architecture(self):
         config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=96, bos_token_id=1, eos_token_id=2)
         with pytest.raises(
-            errors.UnsupportedModelError, match=r"type 'gpt2' are not supported; use .*llama, mistral, qwen2"
+            errors.UnsupportedModelError, match=r"type 'gpt2' are not supported; use .*llama, ministral, mistral, qwen2"
         ):
             ICAE.from_base(AutoModelForCausalLM.from_config(config))
 
