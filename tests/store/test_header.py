@@ -82,7 +82,9 @@ BAD = {
     "created nan": in_fields(created=float("nan")), "source": in_fields(source_hash=[1]),
     "sums": in_fields(tensor_crc32={}), "sums list": in_fields(tensor_crc32=[]), "base": in_fields(base=[]),
     "config": in_fields(config=[]), "adapter": in_fields(adapter_hash=None),
-    "digits": lambda header, fields: json.dumps(fields).replace('"n_source_tokens": 20', f'"n_source_tokens": {"9" * 5000}'),
+    "digits": lambda header, fields: (
+        json.dumps(fields).replace('"n_source_tokens": 20', f'"n_source_tokens": {"9" * 5000}')
+    ),
     "deep": lambda header, fields: json.dumps(fields).replace('"key": "a"', f'"key": {DEEP}'),
     "no object": lambda header, fields: json.dumps(fields)[:-1],
 }  # fmt: skip
