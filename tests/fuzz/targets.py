@@ -16,7 +16,11 @@ from pathlib import Path
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import ICAEError
 from icae_fast.io.checkpoints import (
-    CONFIG_FILE, infer_sizes, read_header, read_reference_file, split_reference_tensors,
+    CONFIG_FILE,
+    infer_sizes,
+    read_header,
+    read_reference_file,
+    split_reference_tensors,
 )  # fmt: skip
 from icae_fast.store.index import create_index
 from icae_fast.store.local import INDEX_FILE, LocalFolder
@@ -41,7 +45,7 @@ def check(name: str, data: bytes, folder: Path) -> None:
 
 @target
 def memory(data: bytes, folder: Path) -> None:
-    """Read a memory file; with an odd first byte its checksum is made right, so that mutations reach what lies behind."""
+    """Read a memory file. An odd first byte has its checksum made right, so that mutations reach what lies behind."""
     body = data[1:]
     path = folder / "m.icae"
     path.write_bytes(with_right_checksum(body) if data[:1] and data[0] % 2 else body)
@@ -119,7 +123,7 @@ def store_rows(data: bytes, folder: Path) -> None:
 def _use_store(root: Path) -> None:
     store = LocalFolder(root, create=False)
     try:
-        for key in list(store.keys())[:8]:  # noqa: SIM118 - a store is no dict
+        for key in list(store.keys())[:8]:
             with suppress(ICAEError):
                 store.read(key)
             with suppress(ICAEError):
