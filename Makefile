@@ -12,7 +12,7 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # sanitized sets at once take 54 s, and 205 s with OpenMP's default.
 SHARING := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-triton sanitize bench bench-encode bench-decode bench-train bench-check kernels-check kernels-paper gpu-check fuzz kill coverage coverage-python coverage-csrc lint check-headers types mypy pyright format readme clean
+.PHONY: demo test test-triton sanitize bench bench-encode bench-decode bench-train bench-check kernels-check kernels-predict gpu-check fuzz kill coverage coverage-python coverage-csrc lint check-headers types mypy pyright format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -123,7 +123,7 @@ kernels-check: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels.check $(if $(ONCE),--once --compare docs/results/kernels.json)
 
 # Count in Triton's interpreter the loads, stores and products of the kernels, and predict times from them.
-kernels-paper: $(VENV)/.installed
+kernels-predict: $(VENV)/.installed
 	TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m bench.kernels.predict
 	$(MAKE) readme
 
