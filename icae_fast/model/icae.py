@@ -124,6 +124,7 @@ class ICAE(ICAECore):
         if compression_rate is not None:
             config = config.replace(compression_rate=compression_rate)
         model, tokenizer = load_base_model(base_model, config, dtype, tokenizer)
+        check_supported(model)
         checkpoints.check_base(model, saved.header["base"], str(path))
         icae = cls(model, config, tokenizer)
         checkpoints.load_adapter(icae, saved)
