@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             text = for_command_line(str(error), next(iter(arguments), ""))
         else:
             text = f"{error.format_message()} (try --help)"  # type: ignore[attr-defined]
-        stderr.print(f"icae-fast: error: {text}", style="red", highlight=False, markup=False)
+        stderr.print(f"icae-fast: error: {text}", style="red")
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)

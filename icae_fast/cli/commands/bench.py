@@ -10,7 +10,7 @@ import typer
 
 from icae_fast.cli.loading import load, read_text
 from icae_fast.cli.options import Adapter, AsJson, Dtype, MemorySize, Model, Rate
-from icae_fast.cli.output import stderr
+from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError
 from icae_fast.io.bundled import BUNDLED_NAME
 from icae_fast.io.packages import require_extra
@@ -54,6 +54,4 @@ def latency(
     if as_json:
         print(json.dumps(result))
     else:
-        from rich.console import Console
-
-        Console().print(render(result))
+        print_table(render(result))

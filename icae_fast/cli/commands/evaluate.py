@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
 from icae_fast.cli.loading import load, quieten_loading, refuse_memory_size
+from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError, OutputError
 from icae_fast.io.bundled import BUNDLED_NAME
-from icae_fast.io.console import KEY_ENV, stderr_console
+from icae_fast.io.console import KEY_ENV, progress_bar
 from icae_fast.io.packages import importing, install_command, require_extra
 
 if TYPE_CHECKING:
@@ -109,14 +109,12 @@ def _measure(
             choice.left_out["instructions_judged"] = NO_JUDGE
     with AnswerCache(output / CACHE_FILE) as cache, _progress() as on_progress:
         if cache.damaged:
-            stderr_console().print(
-                f"note: {cache.damaged} damaged lines of {cache.path} will be computed again", style="yellow"
-            )
+            stderr.print(f"note: {cache.damaged} damaged lines of {cache.path} will be computed again", style="yellow")
         bench = Workbench(read, cache, samples, seed, on_progress)
         try:
             return evaluate(subjects, bench, measurements, output, choice.left_out)
         except KeyboardInterrupt:
-            stderr_console().print("interrupted; run the same command again to go on")
+            stderr.print("interrupted; run the same command again to go on")
             raise
 
 
@@ -155,17 +153,16 @@ def _show(
         values = [result_values(result) for result in results]
         print(json.dumps({"results": values, "not_measured": not_measured, "left_out": left_out}))
         return
-    console = Console()
     for result in results:
-        console.print(_table(result))
+        print_table(_table(result))
     for name, reason in left_out.items():
-        stderr_console().print(f"left out: {name}: {reason}")
+        stderr.print(f"left out: {name}: {reason}")
     for name, reason in not_measured.items():
-        stderr_console().print(f"not measured: {name}: {reason}", style="yellow")
+        stderr.print(f"not measured: {name}: {reason}", style="yellow")
     for result in results:
         if result.unfinished:
-            stderr_console().print(f"not finished: {result.name}: {result.unfinished}", style="yellow")
-    console.print(f"Tables, plots and their legend are in {output / SUMMARY_FILE}.", soft_wrap=True, highlight=False)
+            stderr.print(f"not finished: {result.name}: {result.unfinished}", style="yellow")
+    stderr.print(f"Tables, plots and their legend are in {output / SUMMARY_FILE}.")
 
 
 def _table(result: Result) -> Table:
@@ -180,7 +177,7 @@ def _table(result: Result) -> Table:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with progress_bar(stderr, *columns) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
