@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
 from icae_fast.cli.loading import load, quieten_loading, refuse_memory_size
+from icae_fast.cli.options import at_home
 from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError, OutputError
 from icae_fast.io.bundled import BUNDLED_NAME
@@ -33,7 +34,7 @@ NO_JUDGE = "no judge is given: use --judge-endpoint and --judge-model, or --judg
 
 def eval_command(
     texts: Annotated[list[str] | None, typer.Argument(help="Held-out texts: .txt, .jsonl or .parquet files, folders, globs.")] = None,  # noqa: E501
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and plots. Answers that were computed before are reused from there.")] = Path("evaluation"),  # noqa: E501
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and plots. Answers that were computed before are reused from there.", callback=at_home)] = Path("evaluation"),  # noqa: E501
     adapter: Annotated[list[str] | None, typer.Option(help="PATH, NAME=PATH or NAME=PATH@MODEL: a folder, a shipped adapter or a hub id, and its base model; may be given several times.")] = None,  # noqa: E501
     model: Annotated[str, typer.Option(help="Base model of adapters without @MODEL. Default: the one that the adapter names.")] = BUNDLED_NAME,  # noqa: E501
     only: Annotated[str | None, typer.Option(help="Measurements, separated by commas: restoration, content, continuation, several_spans, instructions.")] = None,  # noqa: E501

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from icae_fast.cli.options import at_home
 from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError
 from icae_fast.io.console import KEY_ENV, progress_bar
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def make_pwc_command(
-    texts: Annotated[list[Path], typer.Argument(help="Texts: .txt, .jsonl or .parquet files, or folders of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; its records are not made again.")],
+    texts: Annotated[list[Path], typer.Argument(help="Texts: .txt, .jsonl or .parquet files, or folders of them.", callback=at_home)],  # noqa: E501
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; its records are not made again.", callback=at_home)],  # noqa: E501
     endpoint: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API; usually ends in /v1.")] = None,  # noqa: E501
     model: Annotated[str | None, typer.Option(help="The model's name at the endpoint.")] = None,
     api_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = KEY_ENV,
