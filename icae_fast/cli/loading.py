@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icae_fast.cli.output import stderr
+from icae_fast.core.text import decode_text
 from icae_fast.errors import InvalidInputError
 from icae_fast.io.bundled import BUNDLED_NAME
 
@@ -84,13 +85,15 @@ def read_text(path: Path) -> str:
         InvalidInputError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return decode_text(path.read_bytes(), str(path))
+    except (OSError, InvalidInputError) as error:
         if path.suffix == MEMORY_SUFFIX and path.is_file():
             raise InvalidInputError(
                 f"{path} is a memory, not a text; `icae-fast restore` writes out its text"
             ) from error
-        raise InvalidInputError(f"cannot read {path} as UTF-8 text ({error}); check the path") from error
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(f"cannot read {path} ({error.strerror}); check the path") from error
 
 
 def check_memory_file(name: str) -> None:

@@ -76,5 +76,5 @@ def decode_text(data: bytes, what: str) -> str:
         line, start = data.count(b"\n", 0, error.start) + 1, data.rfind(b"\n", 0, error.start)
         place = f"the byte 0x{data[error.start]:02x} at line {line}, byte {error.start - start}"
         looks = f"; it looks like {encoding}" if encoding else ""
-        raise InvalidInputError(f"{what} is not UTF-8 ({place}{looks}); convert it to UTF-8") from error
+        raise InvalidInputError(f"cannot read {what} as UTF-8 text ({place}{looks}); convert it to UTF-8") from error
     return clean_text(text, what)

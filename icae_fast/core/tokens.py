@@ -183,7 +183,7 @@ class _Control:
         if left is not None:
             raise InvalidInputError(
                 f"{what} spells the control token {self.tokens[left]!r}, and the tokenizer cannot read that as text; "
-                "spell it otherwise, or set special_tokens='control' to read it as the token"
+                "spell it otherwise, or give token ids"
             )
 
     def spelled(self, text: str, what: str, add_special_tokens: bool) -> Encoded:

@@ -109,9 +109,10 @@ def test_no_control_token_of_smollm2_arises_from_text(smollm2_tokenizer, data, w
 def test_a_text_without_control_tokens_keeps_its_ids(smollm2_tokenizer, text):
     for tokenizer in (smollm2_tokenizer, *MADE.values()):
         for added in (True, False):
-            assert encoded(tokenizer, text, add_special_tokens=added) == tokenizer(
-                text, add_special_tokens=added
-            )["input_ids"]
+            assert (
+                encoded(tokenizer, text, add_special_tokens=added)
+                == tokenizer(text, add_special_tokens=added)["input_ids"]
+            )
 
 
 @pytest.mark.parametrize("name", MADE)
