@@ -5,6 +5,7 @@ it installs pure Python, which runs on the plain-torch reference. ICAE_FAST_SANI
 the two) builds the kernels with those sanitizers; `make sanitize` does, into a folder of its own, and tests them.
 """
 
+import json
 import os
 import platform
 import shutil
@@ -51,7 +52,8 @@ def sanitizers():
 
 
 def build_command():
-    """Return torch's build_ext, which warns if the build will be slow."""
+    """Return torch's build_ext, which warns if the build will be slow, and records the version of torch."""
+    import torch
     from torch.utils.cpp_extension import BuildExtension, is_ninja_available
 
     class Build(BuildExtension):
@@ -62,6 +64,9 @@ def build_command():
                 print(SLOW, file=sys.stderr)
                 self.use_ninja = False
             super().run()
+            # With another torch the extension may not load, or may crash; `icae_fast.ops` reads this before it loads.
+            record = Path(self.get_ext_fullpath("icae_fast._C")).with_name("_C_build.json")
+            record.write_text(json.dumps({"torch": torch.__version__}) + "\n")
 
     return Build.with_options(no_python_abi_suffix=False)
 
