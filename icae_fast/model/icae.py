@@ -43,6 +43,8 @@ class ICAE(ICAECore):
         memory_token_embed: (k + 3, d) embeddings of the memory tokens, AE, LM and FT, trained.
         slot_gain: () gain of slot scaling, trained, or None.
         max_positions: the most positions that the decoder may use; the base model's limit unless set.
+        special_tokens: how the spelling of a control token in a text is read: "text" or "control".
+        chat_template_kwargs: variables for the chat template, such as `{"date_string": "1 Jan 2026"}`.
         adapter_mode: how compressing applies the LoRA: "auto", "fused" or "merged".
         slot_kv: `SlotKVTree` of the keys and values that the decoder has read.
 
@@ -62,6 +64,7 @@ class ICAE(ICAECore):
     restore_by_span = writing.restore_by_span
     prompt_ids = prompts.prompt_ids
     prefix_ids = property(prompts.prefix_ids)
+    end_id = property(prompts.end_id)
 
     memory_kv = slot_kv.memory_kv
     adopt_kv = slot_kv.adopt_kv

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,7 +134,7 @@ def parse_subject(text: str) -> SubjectSpec:
         raise InvalidInputError(
             f"the adapter {text!r} is not of the form NAME=PATH@MODEL; NAME= and @MODEL are optional"
         )
-    return SubjectSpec(name, adapter, model or None)
+    return SubjectSpec(name, os.path.expanduser(adapter), os.path.expanduser(model) or None)
 
 
 def load_subjects(
