@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icae_fast.cli.output import stderr
+from icae_fast.core.text import decode_text
 from icae_fast.errors import InvalidInputError
 from icae_fast.io.bundled import BUNDLED_NAME
 
@@ -91,7 +92,7 @@ def read_text(path: Path) -> str:
         InvalidInputError: the file cannot be read, or is not UTF-8.
     """
     if path == STDIN:
-        return _decoded(sys.stdin.buffer.read(), "stdin")
+        return decode_text(sys.stdin.buffer.read(), "stdin")
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
@@ -102,14 +103,7 @@ def read_text(path: Path) -> str:
         raise InvalidInputError(f"cannot read {path} ({error.strerror}); check the path") from error
     if path.suffix == MEMORY_SUFFIX and not _is_text(content[:_HEAD]):
         raise InvalidInputError(f"{path} is a memory, not a text; `icae-fast restore` writes out its text")
-    return _decoded(content, str(path))
-
-
-def _decoded(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"cannot read {name} as UTF-8 text ({error}); convert it to UTF-8") from error
+    return decode_text(content, str(path))
 
 
 def read_prompts(memory: str, prompts: Sequence[str]) -> list[str]:

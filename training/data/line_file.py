@@ -23,7 +23,7 @@ def _lock_name(name: str) -> str:
 class LineFile:
     """A file to which lines are appended, each by one write; used in a `with` block.
 
-    A failed write is undone. Only one process writes at a time: it locks a file beside it (see `_lock_name`) in the same
+    A failed write is undone. Only one process writes at a time: it locks a file (see `_lock_name`) in the same
     folder. A new file without a line is deleted again.
 
     Args:

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from icae_fast.errors import DataError
+from icae_fast.core.text import decode_text, unified
+from icae_fast.errors import DataError, InvalidInputError
 from icae_fast.training.data.opening import (
     COMPRESSED,
     DAMAGE,
@@ -67,8 +68,8 @@ def make_record(row: Any, wanted: Wanted, origin: str) -> Record:
         return _record(wanted, origin, "not a JSON object")
     if problem := next(filter(None, (_field_problem(wanted.column(name), row) for name in wanted.fields)), ""):
         return _record(wanted, origin, problem)
-    texts = {name: row[wanted.column(name)] for name in wanted.fields}
-    more = {name: "" if _field_problem(name, row) else row[name] for name in wanted.optional}
+    texts = {name: unified(row[wanted.column(name)]) for name in wanted.fields}
+    more = {name: "" if _field_problem(name, row) else unified(row[name]) for name in wanted.optional}
     return {"origin": origin, "problem": "", **texts, **more}
 
 
@@ -83,13 +84,13 @@ def _field_problem(name: str, row: Mapping[str, Any]) -> str:
     value = row[name]
     if not isinstance(value, str):
         return f"field {name!r} is not text"
-    if not value.strip():
+    if not unified(value).strip():
         return f"field {name!r} is empty"
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON may escape half a surrogate pair, which tokenizers reject
         return f"field {name!r} is not Unicode"
-    return ""
+    return f"field {name!r} holds a NUL character" if "\0" in value else ""
 
 
 def read_records(
@@ -173,9 +174,9 @@ def _read_text(file: Any, path: str, wanted: Wanted) -> Iterator[Record]:
     if wanted.fields != TEXT:
         raise DataError(f"{path} is plain text, and rows need {', '.join(wanted.fields)}; give JSONL or Parquet")
     try:
-        text = read_whole(file, path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        yield _record(wanted, path, "not UTF-8")
+        text = decode_text(read_whole(file, path), "it")
+    except InvalidInputError as error:
+        yield _record(wanted, path, str(error))
     else:
         yield make_record({wanted.text_field: text}, wanted, path)
 

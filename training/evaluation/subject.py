@@ -101,8 +101,7 @@ class Subject:
             "name": self.name,
             "adapter": self.origin.adapter_hash,
             "config": self.origin.config.to_dict(),
-            "base": {k: v for k, v in self.origin.base.items() if k != "fingerprint"}
-            | {"fingerprint": _digest(self.origin.base["fingerprint"])[:16]},
+            "base": {k: _digest(v)[:16] if k.startswith("fingerprint") else v for k, v in self.origin.base.items()},
             "dtype": str(self.icae.dtype).removeprefix("torch."),
         }
 

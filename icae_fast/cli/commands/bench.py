@@ -37,14 +37,15 @@ def latency(
     require_extra("bench", "the benchmark")
     from icae_fast.benchmark.latency import latency_table, render
     from icae_fast.benchmark.machine import machine_slug
+    from icae_fast.generation.prompts import own_prompt_ids
     from icae_fast.io.files import write_atomically
 
     text = read_text(file)
     if output is not None and not output.parent.is_dir():
         raise InvalidInputError(f"there is no folder {output.parent}; create it first")
     icae = load(adapter, model, memory_size, rate, dtype)
-    document = icae.tokenizer(text)["input_ids"]
-    question = icae.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    document = icae.context_ids(text, str(file)).tolist()
+    question = own_prompt_ids(icae, prompt)
     with stderr.status("timing"):
         result = latency_table(icae, document, question, new_tokens=new_tokens, rounds=rounds)
     if output is not None:

@@ -108,7 +108,9 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def _counter(tokenizer: Any) -> Callable[[str], int]:
-    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    from icae_fast.core.tokens import encode_text
+
+    return lambda text: len(encode_text(tokenizer, text, "a passage", add_special_tokens=False))
 
 
 @contextlib.contextmanager
