@@ -13,7 +13,6 @@ import yaml
 
 from helpers import golden
 from icae_fast import ICAE
-from icae_fast.cli import app as cli
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
 from icae_fast.training.loop.settings_file import load_settings
@@ -184,7 +183,6 @@ def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeyp
     values = yaml.safe_load(path.read_text())
     del values["adapter"]
     path.write_text(yaml.safe_dump(values))
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with pytest.raises(SystemExit) as stop:
         finetune.main([str(path), "--set", "train.learning_rate=1e-3"])
     assert stop.value.code == 0
@@ -204,7 +202,6 @@ def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeyp
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(config, tmp_path, monkeypatch, capsys, sections, message):
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with pytest.raises(SystemExit) as stop:
         pretrain.main([str(config(TEXTS, **sections))])
     assert stop.value.code == 2
