@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from icae_fast.backbone.modes import in_own_modes
 from icae_fast.backbone.rows import token_budget_on
 from icae_fast.core.core import ICAECore
 from icae_fast.core.encoder import Progress, encode_spans
@@ -15,6 +16,7 @@ from icae_fast.core.spans import CutContext
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError
 
 
+@in_own_modes
 def encode(
     core: ICAECore,
     contexts: Sequence[torch.Tensor],
@@ -78,6 +80,7 @@ def compress(
     return compress_cut(core, cuts, token_budget=token_budget, on_progress=on_progress)
 
 
+@in_own_modes
 @torch.no_grad()
 def compress_cut(
     core: ICAECore,

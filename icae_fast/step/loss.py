@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from icae_fast.backbone.modes import in_own_modes
 from icae_fast.backbone.modules import is_plain_linear
 from icae_fast.backbone.rows import PackedRows, cumulative
 from icae_fast.core.compress import encode
@@ -21,7 +22,7 @@ from icae_fast.core.core import ICAECore
 from icae_fast.core.inputs import Vocabulary
 from icae_fast.errors import InvalidInputError
 from icae_fast.step.budget import ActivationBudget
-from icae_fast.step.head_loss import head_argmax, head_loss
+from icae_fast.step.head_loss import CHUNK_ROWS, head_argmax, head_loss
 from icae_fast.step.labels import (
     IGNORE,
     Rows,
@@ -70,6 +71,7 @@ class Teacher:
     temperature: float = 1.0
 
 
+@in_own_modes
 def forward(
     core: ICAECore,
     input_ids: Rows,
@@ -105,11 +107,10 @@ def forward(
     pad = core.vocabulary.pad
     contexts, prompts = check_contexts(core.vocabulary, unpad(input_ids, pad)), unpad(prompt_answer_ids, pad)
     width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(map(len, prompts))
-    head, like = core.base_model.lm_head, core.backbone.embedding
-    if labels is not None and torch.is_grad_enabled() and is_plain_linear(head, like):
+    if labels is not None and torch.is_grad_enabled():
         budget = ActivationBudget(span_tokens=token_budget)
         scored = _scored_hidden(core, contexts, prompts, labels, budget, None, None, every_row=False)
-        losses, _ = _head_losses(scored.hidden, head, scored.targets, None)
+        losses, _ = _head_losses(scored.hidden, core.base_model.lm_head, scored.targets, None)
         lengths = [len(p) for p in prompts]
         logits = LazyTensor(lambda: _padded(_logits(core, scored.embeddings, lengths), lengths, width))
         return TrainingOutput(loss=losses.mean(), logits=logits)
@@ -125,6 +126,7 @@ def forward(
     return {"loss": loss, "logits": _padded(logits, lengths, width)}
 
 
+@in_own_modes
 def token_losses(
     core: ICAECore,
     contexts: Sequence[torch.Tensor],
@@ -158,6 +160,7 @@ def token_losses(
     return TokenLosses(*_head_losses(found.hidden, core.base_model.lm_head, found.targets, teacher), found.rows)
 
 
+@in_own_modes
 @torch.no_grad()
 def token_guesses(
     core: ICAECore,
@@ -181,6 +184,8 @@ def token_guesses(
     # Without a graph nothing is kept, so any budget does.
     found = _scored_hidden(core, contexts, prompts, labels, ACTIVATION_BUDGET, memory_size, slots)
     head = core.base_model.lm_head
+    if not is_plain_linear(head, found.hidden):
+        return torch.cat([head(rows).argmax(1) for rows in found.hidden.split(CHUNK_ROWS)])
     return head_argmax(found.hidden, head.weight, bias=head.bias)
 
 
@@ -237,6 +242,7 @@ def _scored_hidden(
     return _Scored(hidden[scored] if has_gaps else hidden, wanted, row_of, embeddings)
 
 
+@in_own_modes
 def _logits(core: ICAECore, embeddings: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Return all logits (T, V) of the decoder's packed input (T, d)."""
     rows = PackedRows(torch.cat([torch.arange(n) for n in lengths]), cumulative(lengths), max(lengths))
@@ -253,6 +259,8 @@ def _head_losses(
     hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, teacher: Teacher | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return loss and correctness of each labelled token, distilled where the teacher covers it."""
+    if not is_plain_linear(head, hidden):
+        return _module_losses(hidden, head, targets, teacher)
     if teacher is None:
         return head_loss(hidden, head.weight, targets, bias=head.bias)
     if len(teacher.covered) != len(targets) or int(teacher.covered.sum()) != len(teacher.hidden):
@@ -267,6 +275,17 @@ def _head_losses(
     back = torch.cat([i for i, _ in parts]).argsort()
     losses, correct = (torch.cat(values)[back] for values in zip(*found, strict=True))
     return losses, correct
+
+
+def _module_losses(
+    hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, teacher: Teacher | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same by a head that is more than a frozen linear module (hooks, an adapter), with all its logits."""
+    if teacher is not None:
+        raise InvalidInputError("distillation needs a plain, frozen head; remove hooks and adapters from lm_head")
+    logits = head(hidden)
+    losses = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+    return losses, logits.gather(1, targets[:, None])[:, 0] >= logits.amax(1)
 
 
 def _copy_once(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
