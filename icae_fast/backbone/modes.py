@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
+from torch import nn
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -60,3 +61,26 @@ def in_own_modes(
         return uncompiled[0](first, *args, **kwargs)
 
     return outer
+
+
+def without_inference_tensors(model: nn.Module) -> None:
+    """Replace parameters and buffers that were made in inference mode by normal ones, one at a time.
+
+    Autograd could not save such weights, and no call outside of inference mode could pack them.
+    """
+    made: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None and p.is_inference():
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(_normal(p), requires_grad=p.requires_grad)
+                module._parameters[name] = cast(nn.Parameter, made[id(p)])
+        for name, b in list(module._buffers.items()):
+            if b is not None and b.is_inference():
+                module._buffers[name] = _normal(b)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _normal(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()

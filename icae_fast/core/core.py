@@ -9,6 +9,7 @@ from torch import nn
 
 from icae_fast.adapter.lora import LoRAAdapter
 from icae_fast.adapter.mode import AdapterMode, EncoderWeights
+from icae_fast.backbone.modes import without_inference_tensors
 from icae_fast.backbone.stack import Backbone, check_supported
 from icae_fast.config import ICAEConfig
 from icae_fast.core.inputs import Context, Vocabulary, check_tokenizer, to_ids
@@ -52,9 +53,11 @@ class ICAECore(nn.Module):
 
     base_model: Any  # as a plain `nn.Module`, each of its attributes would have the type Tensor | Module
 
+    @torch.inference_mode(False)  # an ICAE that is made in inference mode can be used and trained outside of it
     def __init__(self, base_model: Any, config: ICAEConfig, tokenizer: Any = None) -> None:
         super().__init__()
         check_supported(base_model)
+        without_inference_tensors(base_model)
         embedding = base_model.get_input_embeddings().weight
         if tokenizer is not None:
             check_tokenizer(tokenizer, embedding.shape[0])

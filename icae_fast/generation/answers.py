@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from icae_fast.backbone.modes import in_own_modes
 from icae_fast.checks import is_int
 from icae_fast.core.memory import Memory
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
@@ -196,6 +197,7 @@ class AnswerBatch:
         return chosen
 
 
+@in_own_modes
 def _session(core: ICAECore, rows: Sequence[Row]) -> DecodeSession:
     """Start a session behind the slot KV of each row's memory, computing what is not cached."""
     pieces: dict[tuple[int, tuple[int, ...]], list[torch.Tensor]] = {}
