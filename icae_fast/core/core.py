@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -121,6 +122,20 @@ class ICAECore(nn.Module):
             if value is not None:
                 return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
         return ()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move and cast for `to`, `half` and others, keeping trained tensors in fp32 or wider.
+
+        A cast sets the compute dtype. Rounded factors would be another adapter, to which stored memories are foreign.
+        """
+
+        def wide(x: torch.Tensor) -> torch.Tensor:
+            out = fn(x)
+            narrowed = out.dtype != x.dtype and out.is_floating_point() and out.dtype.itemsize < 4
+            return x.to(out.device) if narrowed else out
+
+        self.base_model._apply(fn)
+        return super()._apply(wide, recurse)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the adapter; the frozen base model stays in evaluation mode."""
