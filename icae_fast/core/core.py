@@ -12,6 +12,7 @@ from icae_fast.adapter.lora import LoRAAdapter
 from icae_fast.adapter.mode import AdapterMode, EncoderWeights
 from icae_fast.backbone.modes import without_inference_tensors
 from icae_fast.backbone.stack import Backbone, check_supported
+from icae_fast.checks import is_int
 from icae_fast.config import ICAEConfig
 from icae_fast.core.inputs import Context, Vocabulary, check_tokenizer, to_ids
 from icae_fast.core.memory import Memory, check_memory
@@ -21,6 +22,9 @@ from icae_fast.kv.tree import SlotKVTree
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+DEFAULT_DECODE_BUDGET = 4 << 30
 
 
 class ICAECore(nn.Module):
@@ -45,6 +49,7 @@ class ICAECore(nn.Module):
         slot_gain: () gain of slot scaling, trained; None without slot scaling.
         encoder_weights: the adapter mode and the merged weights.
         slot_kv: prefix tree of the keys and values that the decoder has read.
+        decode_budget: bytes for rows that decode together, see there.
 
     Raises:
         UnsupportedModelError: another architecture, or quantised or wrapped layers.
@@ -76,6 +81,7 @@ class ICAECore(nn.Module):
         ).to(embedding.device)
         self.encoder_weights = EncoderWeights()
         self.slot_kv = SlotKVTree(self.backbone)
+        self._decode_budget = DEFAULT_DECODE_BUDGET
         self.memory_token_embed = nn.Embedding(config.memory_size + 3, b.hidden_size, dtype=trained_dtype)
         # Memory tokens start as random words, whose range the first layer knows. The reference draws from N(0, 1),
         # which is seven times wider than SmolLM2's embeddings (standard deviation 0.136).
@@ -274,6 +280,24 @@ class ICAECore(nn.Module):
     @kv_budget.setter
     def kv_budget(self, n: int) -> None:
         self.slot_kv.byte_budget = n
+
+    @property
+    def decode_budget(self) -> int:
+        """Bytes of keys, values and logits of the rows that decode together; 4 GiB by default.
+
+        A call with more rows decodes them group by group, in their order. A row depends on its prompt and its seed; in
+        bf16 its rounding also depends on the number of rows beside it. A row that takes more is decoded by itself.
+
+        Raises:
+            InvalidInputError: set to something other than a whole number of at least 1.
+        """
+        return self._decode_budget
+
+    @decode_budget.setter
+    def decode_budget(self, n: int) -> None:
+        if not is_int(n) or n < 1:
+            raise InvalidInputError(f"decode_budget is {n!r}; give a whole number of bytes, at least 1")
+        self._decode_budget = int(n)
 
     def clear_kv(self) -> None:
         """Free all slot KV; needed after a write to base weights through `.data` that the cache cannot detect."""
