@@ -3,55 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PreTrainedModel, TrainingArguments
 
 from icae_fast.backbone.sharding import is_sharded, whole_model
 from icae_fast.errors import NonFiniteError
-from icae_fast.io.checkpoints import write_adapter
 from icae_fast.io.identity import base_identity
 from icae_fast.step.labels import IGNORE
 from icae_fast.training.data.stream import BatchStream, MicroBatch
-from icae_fast.training.loop.checkpoint_folder import (
-    OPTIMIZER_FILE,
-    PROGRESS_FILE,
-    SCHEDULER_FILE,
-    STATE_FILE,
-    atomic_folder,
-    read_adapter,
-)
+from icae_fast.training.loop.checkpointing import CheckpointingTrainer
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores, append_line, peak_memory, restoration
-from icae_fast.training.loop.schedule import stage_schedule
 from icae_fast.training.loop.sharding import replicate_trained, shard_base_model
-from icae_fast.training.loop.soap import Soap
 from icae_fast.training.methods.batch import Batch, pack
 from icae_fast.training.methods.curriculum import WARM
+from icae_fast.training.methods.schedule import stage_schedule, two_group_optimizer
 
 log = logging.getLogger(__name__)
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-_LOAD = StateDictOptions(full_state_dict=True, strict=False)
 _MOST_ORIGINS = 8
 
 
@@ -71,7 +49,7 @@ class _Forward:
     without_teacher: int
 
 
-class ICAETrainer(Trainer):
+class ICAETrainer(CheckpointingTrainer):
     """A trainer of a `TrainingModel` on a `BatchStream`.
 
     * An optimiser step's loss is the sum of its token losses over all processes, divided by their number.
@@ -170,19 +148,10 @@ class ICAETrainer(Trainer):
         """See `Trainer.create_optimizer`; tokens and gain have their own group where their rate differs."""
         factors = {self._token_lr_factor, *(s.token_lr_factor or 1 for s in self._stream.curriculum.stages)}
         if self.optimizer is None and (factors != {1} or self._soap):
-            tokens: list[nn.Parameter] = []
-            others: list[nn.Parameter] = []
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    is_token = name.endswith(("memory_token_embed.weight", "slot_gain"))
-                    (tokens if is_token else others).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self.model))
-            decay, faster = {"weight_decay": self.args.weight_decay}, options["lr"] * self._token_lr_factor
-            of_tokens = {}
-            if self._soap:  # rows of an embedding must not be mixed
-                kind, options, of_tokens = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
-            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **of_tokens}]
-            self.optimizer = kind(groups, **options)
+            self.optimizer = two_group_optimizer(
+                model or self.model, kind, options, self.args.weight_decay, self._token_lr_factor, self._soap
+            )
         return super().create_optimizer(model)
 
     def create_scheduler(
@@ -312,88 +281,3 @@ class ICAETrainer(Trainer):
                 log.info("restored at step %d: %s", sample["step"], sample["restored"])
         matched, exact = self.accelerator.reduce(rates, "sum").tolist()
         return {f"{prefix}_restored": matched, f"{prefix}_exact_prefix": exact}
-
-    # Checkpoints
-
-    @property
-    def _output(self) -> Path:
-        return Path(cast(str, self.args.output_dir))  # `TrainingArguments` sets a default
-
-    @property
-    def _unwrapped_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser in Accelerate's wrapper."""
-        return cast(AcceleratedOptimizer, self.optimizer).optimizer
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter as `ICAE.save_pretrained` does; all processes call it.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
-        tensors = cast("dict[str, torch.Tensor]", get_model_state_dict(self.model, options=_FULL))
-        if self.args.should_save:
-            # A head tied to the embeddings is included under its second name, even when frozen.
-            named = {self._keys[name]: tensor for name, tensor in tensors.items() if name in self._keys}
-            ordered = {key: named[key] for key in self._keys.values()}
-            write_adapter(output_dir or self._output, self._config, self._base, ordered)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        output, step = self._output, self.state.global_step
-        best = self.state.best_global_step
-        if best == step or (best and (output / f"checkpoint-{best}").is_dir()):
-            self.state.best_model_checkpoint = str(output / f"checkpoint-{best}")
-        is_main = self.args.should_save
-        with atomic_folder(output / f"checkpoint-{step}", is_main=is_main, any_process=self._any_process) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            optimizer = get_optimizer_state_dict(self.model, self._unwrapped_optimizer, options=_FULL)
-            self._save_rng_state(str(folder))
-            if is_main:
-                assert self.lr_scheduler is not None
-                torch.save(optimizer, folder / OPTIMIZER_FILE)
-                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
-                self.state.save_to_json(str(folder / STATE_FILE))
-                progress = {"stream": self._stream.state_dict(), "window": self._interval.state_dict()}
-                (folder / PROGRESS_FILE).write_text(json.dumps(progress))
-                if self._code is not None:
-                    self._code.save(folder)
-        if is_main:
-            rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _any_process(self, flag: bool) -> bool:
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the adapter, the position in the data, and the log interval."""
-        folder = Path(resume_from_checkpoint)
-        self.load_adapter(folder)
-        if self._code is not None:
-            self._code.load(folder)
-        progress = json.loads((folder / PROGRESS_FILE).read_text())
-        self._stream.load_state_dict(progress["stream"])
-        self._interval.load_state_dict(progress["window"])
-
-    def load_adapter(self, folder: Path) -> None:
-        """Load the adapter of a checkpoint; all processes call it.
-
-        Raises:
-            CheckpointError: it has another config, or is damaged.
-            BaseModelMismatchError: it was trained on another base model.
-        """
-        tensors = read_adapter(folder, self._config, self._base, list(self._keys.values()))
-        set_model_state_dict(self.model, {name: tensors[key] for name, key in self._keys.items()}, options=_LOAD)
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None  # `Trainer` checks it
-        self.load_adapter(Path(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        assert checkpoint is not None
-        assert self.lr_scheduler is not None
-        folder = Path(checkpoint)
-        state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.model, self._unwrapped_optimizer, state, options=_LOAD)
-        # Loading creates a zero state, one step old, for parameters that have not been trained yet.
-        for name, parameter in self.model.named_parameters():
-            if name not in state["state"]:
-                self._unwrapped_optimizer.state.pop(parameter, None)
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))

@@ -173,6 +173,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged"):
         train(make_trainer(tmp_path, steps=4), tmp_path)
+    data[-1] ^= 1
+    path.write_bytes(data)
     with pytest.raises(CheckpointError, match="another config"):
         train(make_trainer(tmp_path, steps=4, dropout=0.5), tmp_path)
 
