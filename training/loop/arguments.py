@@ -7,6 +7,7 @@ import functools
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_type_hints
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from transformers import TrainingArguments
 
@@ -148,6 +149,9 @@ class TrainSection(BaseModel):
         """
         defaults = {name: default.value for name, default in DEFAULTS.items()}
         values = {"max_steps": max_steps, **defaults} | dict(self.model_extra or {}) | fixed
+        if not torch.accelerator.is_available():
+            # Without it, transformers finds no backend for several processes and takes each for the only one.
+            values.setdefault("use_cpu", True)
         if self.optim != SOAP:  # the trainer makes SOAP
             values["optim"] = self.optim
         try:

@@ -24,7 +24,7 @@ from icae_fast.training.loop.checkpoint_folder import find_checkpoint, set_aside
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.settings import SETTINGS_FILE, Settings
 from icae_fast.training.loop.settings_file import changed_keys
-from icae_fast.training.loop.sharding import take_over_launch
+from icae_fast.training.loop.sharding import check_world, take_over_launch
 from icae_fast.training.loop.trainer import ICAETrainer
 from icae_fast.training.methods.batch import pack
 from icae_fast.training.methods.curriculum import Curriculum
@@ -76,6 +76,7 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
     output, curriculum = Path(settings.output), settings.curriculum()
     sharded = take_over_launch()
     arguments = settings.training_arguments()
+    check_world(arguments.world_size)
     _log_from_one_process(arguments)
     found = _resumed(settings, output, arguments)
     _check_unchanged(settings, output, found)

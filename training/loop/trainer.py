@@ -23,7 +23,7 @@ from icae_fast.training.data.stream import BatchStream, MicroBatch
 from icae_fast.training.loop.checkpointing import CheckpointingTrainer
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores, append_line, peak_memory, restoration
-from icae_fast.training.loop.sharding import replicate_trained, shard_base_model
+from icae_fast.training.loop.sharding import check_world, replicate_trained, shard_base_model
 from icae_fast.training.methods.batch import Batch, pack
 from icae_fast.training.methods.curriculum import WARM
 from icae_fast.training.methods.schedule import stage_schedule, two_group_optimizer
@@ -68,6 +68,9 @@ class ICAETrainer(CheckpointingTrainer):
         token_lr_factor: learning rate of memory tokens, special tokens and the slot gain, relative to the rest.
         soap: train LoRA's matrices by `Soap` and the rest by AdamW, overriding `args.optim`.
         callbacks: additional `TrainerCallback`s.
+
+    Raises:
+        ConfigError: the launch started more processes than work together, or a base model cannot be sharded.
     """
 
     model: nn.Module  # `Trainer` annotates it as optional
@@ -89,6 +92,7 @@ class ICAETrainer(CheckpointingTrainer):
         soap: bool = False,
         callbacks: list[Any] | None = None,
     ) -> None:
+        check_world(args.world_size)
         icae = model.icae
         self._icae, self._config, self._base = icae, icae.config, base_identity(icae.base_model)
         names = {id(p): name for name, p in model.named_parameters()}

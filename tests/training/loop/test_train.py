@@ -14,9 +14,11 @@ import yaml
 from helpers import golden
 from icae_fast import ICAE
 from icae_fast.cli import app as cli
+from icae_fast.errors import ConfigError
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
 from icae_fast.training.loop.settings_file import load_settings
+from icae_fast.training.loop.sharding import check_world
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,23 +150,31 @@ def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_p
     assert (adapter / "icae_config.json").read_text() == digest
 
 
-# These options also work on a machine without a GPU.
+ACCELERATE = ("accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0")  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("launcher", "told"),
     [
-        (("--cpu", "--num_processes", "1"), ""),
-        (("--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "sharded over 2 processes"),
+        ((*ACCELERATE, "--cpu", "--num_processes", "1"), ""),
+        ((*ACCELERATE, "--multi_gpu", "--num_processes", "2"), ""),
+        ((*ACCELERATE, "--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "over 2 processes"),
+        (("torch.distributed.run", "--nproc-per-node=2", "--standalone"), ""),
     ],
-    ids=["plain", "fsdp"],
+    ids=["plain", "ddp", "fsdp", "torchrun"],
 )
-def test_accelerate_launch_is_the_same_code(config, tmp_path, options, told):
+def test_a_launch_without_a_gpu_is_the_same_run(config, tmp_path, monkeypatch, launcher, told):
     path = config(TEXTS, adapter={"lora_dropout": 0.0})
     recipes.pretrain(load_settings(path))
     alone = history(tmp_path, 6)
     (tmp_path / "out").rename(tmp_path / "alone")
-    launch = ["-m", "accelerate.commands.launch", *options, "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launch, "-m", "icae_fast.training.pretrain", str(path)]
+    values = yaml.safe_load(path.read_text())
+    del values["train"]["use_cpu"]
+    path.write_text(yaml.safe_dump(values))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", *launcher, "-m", "icae_fast.training.pretrain", str(path)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Try it: icae-fast compress") == 1
@@ -173,6 +183,18 @@ def test_accelerate_launch_is_the_same_code(config, tmp_path, options, told):
     assert len(together) == len(alone)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_processes_that_do_not_find_each_other_are_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = load_settings(config(TEXTS, train={"use_cpu": False}))
+    with pytest.raises(ConfigError, match="2 processes were launched, but 1 works together"):
+        recipes.pretrain(settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="5 processes were launched, but 4 work together"):
+        check_world(4, {"WORLD_SIZE": "5"})
+    check_world(4, {"WORLD_SIZE": "4"})
+    check_world(1, {})
 
 
 def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeypatch, capsys):
