@@ -78,8 +78,8 @@ def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> Non
     if launched != str(world_size):
         raise ConfigError(
             f"WORLD_SIZE says that {launched} processes were launched, but {world_size} work{'s' * (world_size == 1)} "
-            "together: launch by `accelerate launch` or torch.distributed.run, set train.use_cpu to true if there is no "
-            "GPU, or unset WORLD_SIZE to train in one process"
+            "together: launch by `accelerate launch` or torch.distributed.run (with train.use_cpu=true if there is no "
+            "GPU), or unset WORLD_SIZE to train in one process"
         )
 
 
