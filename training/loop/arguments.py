@@ -125,6 +125,8 @@ class TrainSection(BaseModel):
             _types()[name].validate_python(value, strict=True)
         except ValidationError as error:
             return f"train.{name} is {value!r}: {error.errors()[0]['msg']}"
+        if name == "max_steps" and value < 1:
+            return f"train.max_steps is {value}; it must be at least 1, or left out for the steps of all stages"
         return None
 
     @classmethod

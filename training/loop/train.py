@@ -78,6 +78,7 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
     arguments = settings.training_arguments()
     check_world(arguments.world_size)
     _log_from_one_process(arguments)
+    _warn_of_the_end(settings, curriculum)
     found = _resumed(settings, output, arguments)
     _check_unchanged(settings, output, found)
     set_seed(arguments.seed)
@@ -110,6 +111,17 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     trainer.save_model(str(output / "adapter"))
     return output / "adapter"
+
+
+def _warn_of_the_end(settings: Settings, curriculum: Curriculum) -> None:
+    """Warn if `train.max_steps` ends the run before its last stage."""
+    last, stage = curriculum.stage_at(settings.max_steps - 1)
+    if last + 1 < len(curriculum.stages):
+        log.warning(
+            "train.max_steps is %d: the run ends in stage %d (%s), before the last stage, %d%s",
+            settings.max_steps, last, ", ".join(stage.objectives), len(curriculum.stages) - 1,
+            "" if settings.trains_encoder else "; it trains no encoder, so its adapter compresses nothing",
+        )  # fmt: skip
 
 
 def _resumed(settings: Settings, output: Path, arguments: TrainingArguments) -> Path | None:

@@ -272,6 +272,11 @@ class ICAETrainer(CheckpointingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """See `Trainer._determine_best_metric`; no model is the best while a slot code is trained, and no encoder."""
+        stage = self._stream.curriculum.stage_at(max(self.state.global_step - 1, 0))[1]
+        return not stage.is_code and super()._determine_best_metric(metrics, trial)
+
     def _restored(self, prefix: str) -> dict[str, float]:
         """Return the metrics of the restored passage in all processes; the first one writes the sample."""
         if self._restore is None:

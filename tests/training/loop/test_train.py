@@ -17,6 +17,7 @@ from icae_fast.cli import app as cli
 from icae_fast.errors import ConfigError
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
+from icae_fast.training.loop.checkpoint_folder import list_checkpoints
 from icae_fast.training.loop.settings_file import load_settings
 from icae_fast.training.loop.sharding import check_world
 
@@ -148,6 +149,40 @@ def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_p
     adapter = recipes.pretrain(load_settings(path))
     assert history(tmp_path, 6) == whole
     assert (adapter / "icae_config.json").read_text() == digest
+
+
+def test_a_run_that_ends_within_the_code_says_so(config, tmp_path, monkeypatch, capsys, caplog):
+    path = config(
+        [*TEXTS], stages=FROM_A_CODE, distillation={"alpha": 0.0}, data={"eval": str(tmp_path / "rows.jsonl")},
+        train={"save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss_ae"},
+        evaluation={"samples": 2, "restore_tokens": 0},
+    )  # fmt: skip
+    monkeypatch.setattr(cli.stderr, "_file", None)
+
+    def run(*options):
+        caplog.clear()
+        with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", "icae_fast.training"):
+            pretrain.main([str(path), *options])
+        assert stop.value.code == 0
+        newest = list_checkpoints(tmp_path / "out")[-1]
+        return capsys.readouterr().out, json.loads((newest / "trainer_state.json").read_text())
+
+    out, state = run("--set", "train.max_steps=2")
+    assert "no step has trained its encoder" in out
+    assert "Try it" not in out
+    assert (
+        "max_steps is 2: the run ends in stage 0 (code), before the last stage, 2; it trains no encoder" in caplog.text
+    )
+    assert [line["step"] for line in state["log_history"] if "eval_loss_ae" in line] == [1, 2]
+    assert state["best_global_step"] is None
+    out, state = run("--set", "train.max_steps=3")
+    assert "Try it" in out
+    assert caplog.text.count("max_steps is 3: the run ends in stage 1 (warm), before the last stage, 2\n") == 1
+    assert state["best_global_step"] == 3
+    out, state = run()
+    assert "Try it" in out
+    assert "max_steps" not in caplog.text.replace("changed settings: train.max_steps", "")
+    assert state["best_global_step"] >= 3
 
 
 ACCELERATE = ("accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
