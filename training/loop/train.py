@@ -20,7 +20,8 @@ from icae_fast.training.data.samples import Draw
 from icae_fast.training.data.sources import open_source
 from icae_fast.training.data.stream import BatchStream, held_out
 from icae_fast.training.loop.arguments import SOAP
-from icae_fast.training.loop.checkpoint_folder import find_checkpoint, set_aside_newer
+from icae_fast.training.loop.checkpoint_folder import find_checkpoint, list_checkpoints, set_aside_newer
+from icae_fast.training.loop.interrupt import Interruption, interruptible
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.settings import SETTINGS_FILE, Settings
 from icae_fast.training.loop.settings_file import changed_keys
@@ -72,7 +73,28 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
 
     Raises:
         ICAEError: any failure, as one error; checkpoints that were already written stay.
+        KeyboardInterrupt: Ctrl-C or SIGTERM. An optimiser step in progress was finished and saved; a second signal, at
+            least 3 s later, leaves it unsaved.
     """
+    with interruptible() as interruption:
+        try:
+            return _train(settings, make_draw, interruption)
+        except KeyboardInterrupt:
+            _report_interruption(Path(settings.output))
+            raise
+
+
+def _report_interruption(output: Path) -> None:
+    """Log where an interrupted run stands."""
+    written = list_checkpoints(output)
+    if written:
+        log.warning("interrupted: %s has the run so far; start it again to continue", written[-1])
+    else:
+        log.warning("interrupted before the first checkpoint; the run begins anew when it is started again")
+
+
+def _train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw], interruption: Interruption) -> Path:
+    """See `train`."""
     output, curriculum = Path(settings.output), settings.curriculum()
     sharded = take_over_launch()
     arguments = settings.training_arguments()
@@ -101,6 +123,7 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
         eval_batches=[pack(samples) for samples in held_out_samples], on_nan=settings.train.on_nan,
         restore=_passage(settings, held_out_samples), shard_base=sharded,
         token_lr_factor=settings.train.token_lr_factor, soap=settings.train.optim == SOAP,
+        interruption=interruption,
     )  # fmt: skip
     if arguments.should_save:
         try:
@@ -108,7 +131,8 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
         except OSError as error:
             raise CheckpointError(f"the output folder {output} cannot be written: {error}") from error
     if found is None or not trainer.load_finished(found):
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        with interruption.deferred():
+            trainer.train(resume_from_checkpoint=None if found is None else str(found))
     trainer.save_model(str(output / "adapter"))
     return output / "adapter"
 

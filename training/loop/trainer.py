@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from icae_fast.backbone.sharding import is_sharded, whole_model
 from icae_fast.errors import NonFiniteError
@@ -21,6 +22,7 @@ from icae_fast.io.identity import base_identity
 from icae_fast.step.labels import IGNORE
 from icae_fast.training.data.stream import BatchStream, MicroBatch
 from icae_fast.training.loop.checkpointing import CheckpointingTrainer
+from icae_fast.training.loop.interrupt import Interruption
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores, append_line, peak_memory, restoration
 from icae_fast.training.loop.sharding import check_world, replicate_trained, shard_base_model
@@ -67,6 +69,8 @@ class ICAETrainer(CheckpointingTrainer):
         shard_base: whether the base model's weights are sharded; see `icae_fast.training.loop.sharding`.
         token_lr_factor: learning rate of memory tokens, special tokens and the slot gain, relative to the rest.
         soap: train LoRA's matrices by `Soap` and the rest by AdamW, overriding `args.optim`.
+        interruption: once requested in any process, the step is finished, a checkpoint is written (unless
+            `args.save_strategy` is "no"), and all processes raise `KeyboardInterrupt`. Default none.
         callbacks: additional `TrainerCallback`s.
 
     Raises:
@@ -90,6 +94,7 @@ class ICAETrainer(CheckpointingTrainer):
         shard_base: bool = False,
         token_lr_factor: float = 1.0,
         soap: bool = False,
+        interruption: Interruption | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         check_world(args.world_size)
@@ -99,6 +104,7 @@ class ICAETrainer(CheckpointingTrainer):
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore, self._code = stream, on_nan, restore, model.code
         self._token_lr_factor, self._soap = token_lr_factor, soap
+        self._interruption, self._stopping = interruption or Interruption(), False
         self._interval = LogInterval()
         self._forwards: list[_Forward] = []
         if shard_base:
@@ -207,8 +213,10 @@ class ICAETrainer(CheckpointingTrainer):
         scores = sum((m.scores for m in step), start=Scores(torch.zeros_like(step[0].scores.values)))
         bad = [m for m in step if not bool(torch.isfinite(m.scores.values).all())]
         sizes = [[any(m is b for b in bad), m.tokens, m.context_tokens, m.without_teacher] for m in step]
-        mine = torch.cat((scores.values.new_tensor(sizes).sum(0), scores.values.flatten()))
-        n_bad, tokens, context_tokens, without, *values = self.accelerator.reduce(mine, "sum").tolist()
+        counts = [*map(sum, zip(*sizes, strict=True)), self._interruption.requested]
+        mine = torch.cat((scores.values.new_tensor(counts), scores.values.flatten()))
+        n_bad, tokens, context_tokens, without, n_stopping, *values = self.accelerator.reduce(mine, "sum").tolist()
+        self._stopping = n_stopping > 0
         self._interval.without_teacher += int(without)
         if n_bad == 0 and math.isfinite(norm):
             scores = Scores(torch.tensor(values, dtype=torch.float64).view(-1, 3))
@@ -217,6 +225,14 @@ class ICAETrainer(CheckpointingTrainer):
         self._drop_step(model, bad or step)
         self._interval.see(int(tokens), int(context_tokens))
         return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """See `Trainer._maybe_log_save_evaluate`; an interrupted run also saves here, and ends."""
+        if self._stopping and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._stopping:
+            raise KeyboardInterrupt
 
     def _drop_step(self, model: nn.Module, blamed: Sequence[_Forward]) -> None:
         """Clear the gradients so that the optimiser changes nothing, or stop."""

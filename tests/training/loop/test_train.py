@@ -1,6 +1,8 @@
 """Pretraining and fine-tuning as a user runs them: from a YAML file and rows of text to an adapter."""
 
+import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from helpers import golden
@@ -17,6 +20,7 @@ from icae_fast.cli import app as cli
 from icae_fast.errors import ConfigError
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
+from icae_fast.training.loop import train as runs
 from icae_fast.training.loop.checkpoint_folder import list_checkpoints
 from icae_fast.training.loop.settings_file import load_settings
 from icae_fast.training.loop.sharding import check_world
@@ -120,6 +124,50 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     assert (adapter / "icae_config.json").read_text() == digest
     # A third call has nothing to do.
     assert (recipes.pretrain(load_settings(path)) / "icae_config.json").read_text() == digest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_numbers(config, tmp_path, monkeypatch, caplog, number):
+    path = config(TEXTS, data={"workers": 1})
+    adapter = recipes.pretrain(load_settings(path))
+    whole, digest = history(tmp_path, 6), (adapter / "icae_config.json").read_text()
+    (tmp_path / "out").rename(tmp_path / "whole")
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                for _ in range(3):  # a launcher repeats the signal
+                    os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(cli.stderr, "_file", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "ICAETrainer", functools.partial(runs.ICAETrainer, callbacks=[Interrupt()]))
+        with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", "icae_fast.training"):
+            pretrain.main([str(path)])
+    assert stop.value.code == 130
+    assert [r.getMessage() for r in caplog.records if r.module == "train"] == [
+        f"interrupted: {tmp_path}/out/checkpoint-3 has the run so far; start it again to continue"
+    ]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    adapter = recipes.pretrain(load_settings(path))
+    assert history(tmp_path, 6) == whole
+    assert (adapter / "icae_config.json").read_text() == digest
+
+
+def test_an_interrupt_before_the_first_step_says_where_the_run_stands(config, tmp_path, monkeypatch, caplog):
+    path = config(TEXTS)
+    monkeypatch.setattr(cli.stderr, "_file", None)
+    monkeypatch.setattr(runs, "load_icae", lambda settings: os.kill(os.getpid(), signal.SIGTERM))
+    for written, told in ((False, "before the first checkpoint"), (True, "out/checkpoint-2 has the run so far")):
+        if written:
+            (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+            monkeypatch.setattr(runs, "find_checkpoint", lambda *_: None)
+        caplog.clear()
+        with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", "icae_fast.training"):
+            pretrain.main([str(path)])
+        assert stop.value.code == 130
+        assert told in caplog.text
 
 
 FROM_A_CODE = [
