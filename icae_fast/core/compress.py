@@ -99,7 +99,7 @@ def compress_cut(
                 f"token_budget={token_budget}; lower token_budget or compress fewer documents at once"
             ) from error
         raise
-    if not bool(torch.isfinite(torch.cat(slots)).all()):  # one synchronisation with a GPU for all contexts
+    if not bool(torch.stack([torch.isfinite(s).all() for s in slots]).all()):  # one synchronisation with a GPU
         raise NonFiniteError(core.describe_non_finite("the memory slots"))
     return [Memory(s, len(c.ids), c.span_lengths) for s, c in zip(slots, cuts, strict=True)]
 

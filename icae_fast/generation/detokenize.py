@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from icae_fast.core.tokens import added_tokens
+
 _INCOMPLETE = "\ufffd"  # the replacement character, which tokenizers write for invalid or incomplete UTF-8
 
 
@@ -14,7 +16,7 @@ def hidden_tokens(tokenizer: Any) -> set[str]:
     Args:
         tokenizer: a transformers tokenizer.
     """
-    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    added = {t.content for t in added_tokens(tokenizer).values() if t.special}
     return added | set(tokenizer.all_special_tokens)
 
 

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 def cache_folder() -> Path:
     """Return the cache folder: `$ICAE_FAST_CACHE`, or `~/.cache/icae-fast` if that is unset or empty."""
-    return Path(os.environ.get("ICAE_FAST_CACHE") or Path.home() / ".cache" / "icae-fast")
+    return Path(os.path.expanduser(os.environ.get("ICAE_FAST_CACHE") or "~/.cache/icae-fast"))
 
 
 def load_smollm2(dtype: torch.dtype | None = None) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ from icae_fast.step.training_step import TrainingStep
 ACTIVATION_BUDGET = ActivationBudget()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenLosses:
     """Losses of the labelled tokens of a batch, row after row.
 
@@ -50,7 +50,7 @@ class TokenLosses:
     rows: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Teacher:
     """Hidden states to distil the decoder's answers from; see `icae_fast.step.head_loss` for the loss.
 

@@ -22,7 +22,12 @@ from icae_fast.training.loop.checkpoint_folder import find_checkpoint, find_dama
 KILLS = int(os.environ.get("ICAE_FAST_KILLS", "24"))
 _DELETING = ("os.remove", "os.rmdir", "shutil.rmtree")  # with names relative to an open folder
 _OTHERS = ("open", "os.rename", "os.mkdir", "os.listdir", "os.scandir")
-pytestmark = [pytest.mark.kill, pytest.mark.usefixtures("one_thread")]
+pytestmark = [
+    pytest.mark.kill,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
 
 @pytest.fixture

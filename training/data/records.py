@@ -23,7 +23,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import compressions
 
-from icae_fast.errors import DataError
+from icae_fast.core.text import decode_text, unified
+from icae_fast.errors import DataError, InvalidInputError
 
 Record = dict[str, str]
 
@@ -51,9 +52,9 @@ def make_record(row: Any, fields: Iterable[str], origin: str, optional: Iterable
     for name in () if problem else fields:
         value = row.get(name)
         problem = problem or _field_problem(name, name in row, value)
-        values[name] = value
+        values[name] = "" if problem else unified(value)
     record = _record(fields, origin, problem, values)
-    return record | {name: row[name] if _is_usable(name, row) else "" for name in optional}
+    return record | {name: unified(row[name]) if _is_usable(name, row) else "" for name in optional}
 
 
 def _is_usable(name: str, row: Any) -> bool:
@@ -70,13 +71,13 @@ def _field_problem(name: str, present: bool, value: Any) -> str:
         return f"no field {name!r}"
     if not isinstance(value, str):
         return f"field {name!r} is not text"
-    if not value.strip():
+    if not unified(value).strip():
         return f"field {name!r} is empty"
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON may escape half a surrogate pair, which tokenizers reject
         return f"field {name!r} is not Unicode"
-    return ""
+    return f"field {name!r} holds a NUL character" if "\0" in value else ""
 
 
 def read_records(paths: Iterable[str], fields: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[Record]:
@@ -146,9 +147,9 @@ def _read_text(file: Any, path: str, fields: tuple[str, ...], optional: tuple[st
     if fields != TEXT:
         raise DataError(f"{path} is plain text, and rows need {', '.join(fields)}; give JSONL or Parquet")
     try:
-        text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        yield _record(fields, path, "not UTF-8")
+        text = decode_text(file.read(), "it")
+    except InvalidInputError as error:
+        yield _record(fields, path, str(error))
     else:
         yield make_record({"text": text}, fields, path, optional)
 

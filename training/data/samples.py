@@ -53,6 +53,7 @@ class SampleLayout:
         self.config = icae.config
         self.vocabulary = icae.vocabulary
         self.eos_token_ids = icae.eos_token_ids
+        self.end_id = prompts.end_id(icae)
         self.leading_ids = icae.leading_ids
         self.max_positions = icae.max_positions
         if not self.eos_token_ids:
@@ -60,7 +61,7 @@ class SampleLayout:
                 "neither the base model nor its tokenizer has an EOS token, and training samples need one"
             )
         self._before, (self._ft, *self._behind) = prompts.layout_ids(
-            [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids
+            [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids, icae.chat_template_kwargs
         )
 
     def prompt_ids(self, prompt: Iterable[int]) -> tuple[list[int], list[int]]:

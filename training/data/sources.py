@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from icae_fast.core.tokens import SpecialTokens
 from icae_fast.errors import ConfigError, DataError
 from icae_fast.training.data.records import TEXT, Record, file_version, find_files, read_records
 from icae_fast.training.data.rows import MappedSource, RecordStream, StreamedSource, bad_row_message, hub_records
@@ -65,6 +66,7 @@ def open_source(
     fragment_tokens: int | None = None,
     cache_folder: str | None = None,
     seed: int = 0,
+    special_tokens: SpecialTokens = "text",
 ) -> MappedSource | StreamedSource:
     """Return the rows of one or several files, folders, globs or data sets on the hub.
 
@@ -79,6 +81,7 @@ def open_source(
             The longest excerpt of the run is a good choice. Default None: whole documents.
         cache_folder: folder of tokenised rows, None for the default of `datasets`.
         seed: seed of the orders.
+        special_tokens: how the spelling of a control token in a text is read, see `ICAE.special_tokens`.
 
     Raises:
         ConfigError: an option or a spec is invalid.
@@ -97,7 +100,7 @@ def open_source(
         raise ConfigError("the list of data sources is empty; give at least one")
     if len({spec.streaming for spec in chosen}) > 1:
         raise ConfigError("some data sources are streamed and some not; set streaming for all of them or for none")
-    tokenise = Tokenise(tokenizer, fields)
+    tokenise = Tokenise(tokenizer, fields, special_tokens)
     if chosen[0].streaming:
         return StreamedSource([_streamed(s, fields) for s in chosen], tokenise, on_bad_row == "stop", seed)
     parts = [_tokenised(spec, tokenise, cache_folder) for spec in chosen]

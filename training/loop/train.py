@@ -213,6 +213,7 @@ def _open(settings: Settings, specs: Any, icae: ICAE, draw: Draw, curriculum: Cu
     return open_source(
         specs, icae.tokenizer, draw.fields, on_bad_row=data.on_bad_row, cache_folder=data.cache_folder, seed=seed,
         fragment_tokens=max(stage.max_tokens for stage in curriculum.stages),
+        special_tokens=icae.special_tokens,
     )  # fmt: skip
 
 

@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
+from icae_fast.cli.options import at_home
 from icae_fast.errors import ConfigError
 from icae_fast.io.bundled import BUNDLED_NAME
 from icae_fast.io.packages import importing, install_command, require_extra
 
-Config = Annotated[Path, typer.Argument(help="A YAML file, or the name of an installed config (see training/configs).")]
+Config = Annotated[
+    Path,
+    typer.Argument(help="A YAML file, or the name of an installed config (see training/configs).", callback=at_home),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
 
 

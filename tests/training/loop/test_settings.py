@@ -176,7 +176,6 @@ def test_a_launch_with_deepspeed_is_refused(load, monkeypatch):
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_the_command_line_says_what_is_wrong(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with pytest.raises(SystemExit) as stop:
         cli.main([command, str(tmp_path / "absent.yaml")])
     assert stop.value.code == 2

@@ -16,7 +16,6 @@ import yaml
 
 from helpers import golden
 from icae_fast import ICAE
-from icae_fast.cli import app as cli
 from icae_fast.errors import ConfigError
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
@@ -139,7 +138,6 @@ def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_numbers(config, tmp
                 for _ in range(3):  # a launcher repeats the signal
                     os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with monkeypatch.context() as patch:
         patch.setattr(runs, "ICAETrainer", functools.partial(runs.ICAETrainer, callbacks=[Interrupt()]))
         with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", "icae_fast.training"):
@@ -157,7 +155,6 @@ def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_numbers(config, tmp
 
 def test_an_interrupt_before_the_first_step_says_where_the_run_stands(config, tmp_path, monkeypatch, caplog):
     path = config(TEXTS)
-    monkeypatch.setattr(cli.stderr, "_file", None)
     monkeypatch.setattr(runs, "load_icae", lambda settings: os.kill(os.getpid(), signal.SIGTERM))
     for written, told in ((False, "before the first checkpoint"), (True, "out/checkpoint-2 has the run so far")):
         if written:
@@ -205,7 +202,6 @@ def test_a_run_that_ends_within_the_code_says_so(config, tmp_path, monkeypatch, 
         train={"save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss_ae"},
         evaluation={"samples": 2, "restore_tokens": 0},
     )  # fmt: skip
-    monkeypatch.setattr(cli.stderr, "_file", None)
 
     def run(*options):
         caplog.clear()
@@ -289,7 +285,6 @@ def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeyp
     values = yaml.safe_load(path.read_text())
     del values["adapter"]
     path.write_text(yaml.safe_dump(values))
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with pytest.raises(SystemExit) as stop:
         finetune.main([str(path), "--set", "train.learning_rate=1e-3"])
     assert stop.value.code == 0
@@ -309,7 +304,6 @@ def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeyp
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(config, tmp_path, monkeypatch, capsys, sections, message):
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with pytest.raises(SystemExit) as stop:
         pretrain.main([str(config(TEXTS, **sections))])
     assert stop.value.code == 2

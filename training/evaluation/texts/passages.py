@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from icae_fast.core.tokens import encode_with_offsets
 from icae_fast.errors import DataError
 from icae_fast.training.data.records import TEXT, usable_records
 from icae_fast.training.pwc.passages import Document
@@ -113,11 +114,11 @@ def _window(tokenizer: Any, document: Document, offset: int, needed: int) -> tup
     start, size = word.start(), _CHARACTERS * needed
     while True:
         text = document.text[start : start + size]
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = found["input_ids"]
+        found = encode_with_offsets(tokenizer, text, document.origin)
+        ids = found.ids
         # The cut may split the last word into tokens that the text does not have.
         if len(ids) > needed + 1 or (start + size >= len(document.text) and len(ids) >= needed):
-            return start, start + found["offset_mapping"][needed - 1][1], ids[:needed]
+            return start, start + found.offsets[needed - 1][1], ids[:needed]
         if start + size >= len(document.text):
             return None
         size *= 2
