@@ -16,11 +16,11 @@ import torch
 
 from icae_fast.core.memory import Memory, SlotKV
 from icae_fast.errors import CheckpointError, InvalidInputError
-from icae_fast.io.files import load_tensors, map_file, write_atomically
+from icae_fast.io.files import load_tensors, map_file, parse_json, write_atomically
 from icae_fast.store.header import FORMAT_VERSION, check_header
 from icae_fast.store.provenance import Origin
 from icae_fast.store.quantize import SlotDtype, pack_slots, unpack_slots
-from icae_fast.store.seal import METADATA, Sealed, parse_object, seal
+from icae_fast.store.seal import METADATA, Sealed, seal
 
 if TYPE_CHECKING:
     from icae_fast.model.icae import ICAE
@@ -221,7 +221,7 @@ def _read(path: str | Path) -> tuple[Memory, dict[str, Any], Origin]:
         return file.memory(), file.header, file.origin
     tensors, metadata = load_tensors(path)
     try:
-        header = parse_object(metadata[METADATA])
+        header = parse_json(metadata[METADATA])
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is no memory file; make one with `icae-fast compress`") from error
     if header.get("format_version") == FORMAT_VERSION:

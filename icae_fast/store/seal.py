@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from icae_fast.checks import is_int
-from icae_fast.io.files import tensor_bytes
+from icae_fast.io.files import parse_json, tensor_bytes
 
 METADATA = "icae_memory"
 MAX_HEADER = 16 << 20  # bytes; that of a text of 100 million tokens is smaller
-_MAX_DIGITS = 20  # of a number in a header; sizes and ids have fewer
 _TENSORS, _HEADER, _ZEROS = "tensor_crc32", "header_crc32", b"0" * 8
 # The JSON object is written as a JSON string, and the checksum is its first field. Within a value, the first quotation
 # mark of this pattern would be preceded by a backslash, so the pattern occurs exactly once.
@@ -57,27 +56,6 @@ def _head(blob: torch.Tensor) -> bytes:
     """Return the bytes before the first tensor, or none if their stated length exceeds the file or the limit."""
     end = 8 + int.from_bytes(blob[:8].numpy().tobytes(), "little")
     return blob[:end].numpy().tobytes() if end <= min(len(blob), MAX_HEADER) else b""
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:  # reading them takes time that grows with their square
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
-
-
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Return the JSON object in a header.
-
-    Raises:
-        ValueError: it is another value or no JSON, nested too deeply, or has a number of too many digits.
-    """
-    try:
-        value = json.loads(text, parse_int=_integer)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header cannot be read ({type(error).__name__}: {str(error)[:80]})") from error
-    if not isinstance(value, dict):
-        raise ValueError("its header is no JSON object")
-    return value
 
 
 @dataclass(frozen=True)
@@ -137,11 +115,11 @@ class Sealed:
     """
 
     def __init__(self, blob: torch.Tensor, head: bytes) -> None:
-        header = parse_object(head[8:])
+        header = parse_json(head[8:])
         metadata = header.get("__metadata__")
         if not (isinstance(metadata, dict) and isinstance(metadata.get(METADATA), str)):
             raise ValueError("its header lacks its metadata")
-        self.fields = parse_object(metadata[METADATA])
+        self.fields = parse_json(metadata[METADATA])
         self._blob, self._start, self._specs = blob, len(head), _specs(header, len(head))
         self._sums = self.fields.pop(_TENSORS, None)
         if not (isinstance(self._sums, dict) and self._sums.keys() == self._specs.keys()):
