@@ -45,6 +45,9 @@ COMMANDS = {
     "restore": Command("restore", "restore", "Write out the text of a memory."),
     "ask": Command("ask", "ask", "Answer questions about a memory."),
     "list": Command("list_store", "list_store", "List the memories of a store."),
+    "delete": Command("delete", "delete", "Delete memories from a store, also damaged ones."),
+    "rebuild": Command("rebuild", "rebuild", "Make the index of a store again from its entries."),
+    "clean": Command("clean", "clean", "Delete the files that killed processes left in a store; entries stay."),
     "info": Command(
         "info", "info", "Show versions, device, CPU features, instruction sets, and the backend of each op."
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
@@ -16,7 +16,7 @@ from icae_fast.errors import ICAEError
 # Typer vendors its own click; this is the only public way to its base class of usage errors.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
-MISTAKE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
+SOME_FAILED, MISTAKE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
 
 
 def exit_code_of(call: Callable[[], Any], command: str) -> int:
@@ -44,6 +44,23 @@ def exit_code_of(call: Callable[[], Any], command: str) -> int:
         if error.strerror is None:  # not from the operating system
             raise
         return _mistake(_of_system(error))
+
+
+def end_with(failures: Mapping[int, ICAEError], command: str, code: int) -> None:
+    """Print a line for each failure, if there is one, and end the command, which has done all the rest.
+
+    Args:
+        failures: what failed, by place, which is the order of lines.
+        command: name of the command, for the words of messages.
+        code: `SOME_FAILED`, or `MISTAKE` if there was nothing else to do.
+
+    Raises:
+        typer.Exit: there is a failure.
+    """
+    for place in sorted(failures):
+        _mistake(for_command_line(str(failures[place]), command))
+    if failures:
+        raise typer.Exit(code)
 
 
 def _mistake(message: str) -> int:

@@ -37,6 +37,7 @@ _ADVICE = [
     (r", or set icae\.max_positions higher(?: if the base model extrapolates)?", ""),
     (r"lower token_budget or ", ""),
     (r" at token_budget=\d+", ""),
+    (r"MemoryStore\.rebuild\(path\)", "`icae-fast rebuild STORE`"),
     (r"see its keys\(\)", "see `icae-fast list`"),
 ]
 

@@ -56,7 +56,7 @@ def print_memories(first: str, rows: list[dict[str, Any]], as_json: bool) -> Non
 
     Args:
         first: heading of the first column, the memories' names.
-        rows: `describe` of each memory, and its name as "memory".
+        rows: `describe` of each memory, its name as "memory", and its text's as "file" where there is one.
         as_json: print one JSON list instead of a table.
     """
     if as_json:
@@ -64,10 +64,12 @@ def print_memories(first: str, rows: list[dict[str, Any]], as_json: bool) -> Non
         return
     from rich.table import Table
 
-    table = Table(first, "tokens", "spans", "slots", "ratio", "KiB")
+    files = ["file"] if rows and "file" in rows[0] else []
+    table = Table(*files, first, "tokens", "spans", "slots", "ratio", "KiB")
     for row in rows:
         table.add_row(
-            row["memory"], str(row["tokens"]), str(len(row["spans"])), str(row["slots"]), f"{row['ratio']:.2f}",
+            *(row[name] for name in files), row["memory"],
+            str(row["tokens"]), str(len(row["spans"])), str(row["slots"]), f"{row['ratio']:.2f}",
             f"{row['bytes'] / 1024:.0f}",
         )  # fmt: skip
     print_table(table)

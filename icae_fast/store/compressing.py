@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from icae_fast.core.compress import compress_cut, context_batches
@@ -21,7 +22,7 @@ from icae_fast.errors import (
     TokenizerMismatchError,
 )
 from icae_fast.model.icae import ICAE
-from icae_fast.store.memory_file import PackedMemory
+from icae_fast.store.memory_file import PackedMemory, save_memory
 from icae_fast.store.provenance import Origin, content_key, source_hash
 from icae_fast.store.quantize import SlotDtype
 
@@ -65,13 +66,13 @@ class Job:
         origin: its provenance.
         dtype: of slots in the store.
         find: returns the memory of a key, or raises MemoryNotFoundError or CheckpointError.
-        write: stores entries, each with its key.
+        write: stores entries, each with its key; None to store nothing.
         kv: store keys and values, too.
     """
 
     def __init__(
         self, icae: ICAE, origin: Origin, dtype: SlotDtype | None, find: Callable[[str], Memory],
-        write: Callable[[Mapping[str, bytes | bytearray]], None], kv: bool,
+        write: Callable[[Mapping[str, bytes | bytearray]], None] | None, kv: bool,
     ) -> None:  # fmt: skip
         self._icae, self._origin, self._dtype, self._kv = icae, origin, dtype, kv
         self._find, self._write = find, write
@@ -146,6 +147,8 @@ class Job:
 
     def _stored(self, groups: Sequence[Sequence[_Cut]], made: Sequence[Memory]) -> list[Memory]:
         """Write the entries of a batch and return their memories as `get` would."""
+        if self._write is None:
+            return list(made)
         packed = [PackedMemory.of(memory, self._dtype) for memory in made]
         memories = [p.memory() for p in packed]
         entries: dict[str, bytes | bytearray] = {}
@@ -159,6 +162,30 @@ class Job:
         if entries:
             self._write(entries)
         return memories
+
+
+def compress_into_files(
+    icae: ICAE, texts: Sequence[str], paths: Sequence[Path], names: Sequence[str],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Compressed]:  # fmt: skip
+    """Compress texts into memory files, and yield each when its file is written; see `MemoryStore.compress_each`.
+
+    Args:
+        icae: the model.
+        texts: one for each file.
+        paths: files to write.
+        names: what each text is called in messages.
+        on_progress: see `ICAE.compress`.
+    """
+    job = Job(icae, Origin.of(icae), None, _absent, None, kv=False)
+    for result in job.run(list(texts), names, None, on_progress):
+        if result.memory is not None:
+            save_memory(paths[result.place], result.memory, icae)
+        yield result
+
+
+def _absent(key: str) -> Memory:
+    raise MemoryNotFoundError(key)
 
 
 def _shifted(on_progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:

@@ -85,7 +85,9 @@ class LocalFolder:
             except OSError as error:
                 raise CheckpointError(f"{what} cannot be read: {error}; check the file and its permissions") from error
 
-    head = read  # a mapped file is read page by page
+    def head(self, key: str) -> tuple[torch.Tensor, bool]:
+        """Return bytes with the header of an entry, and True: a mapped file is whole, and read page by page."""
+        return self.read(key), True
 
     def _file(self, key: str) -> str:
         file = self.index.file_of(key)

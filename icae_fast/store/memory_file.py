@@ -16,7 +16,7 @@ import torch
 
 from icae_fast.core.memory import Memory, SlotKV
 from icae_fast.errors import CheckpointError, InvalidInputError
-from icae_fast.io.files import load_tensors, map_file, parse_json, write_atomically
+from icae_fast.io.files import expanded, load_tensors, map_file, parse_json, write_atomically
 from icae_fast.store.header import FORMAT_VERSION, check_header
 from icae_fast.store.provenance import Origin
 from icae_fast.store.quantize import SlotDtype, pack_slots, unpack_slots
@@ -148,8 +148,17 @@ class MemoryFile:
         Raises:
             CheckpointError: with `verify`, the slots' checksum is wrong.
         """
-        dtype = getattr(torch, self.header["slots_dtype"])
-        return Memory(unpack_slots(self._slot_tensors(verify), dtype), *self._spans)
+        return Memory(unpack_slots(self._slot_tensors(verify), self._dtype), *self._spans)
+
+    def outline(self) -> Memory:
+        """Return the memory with slots on the device "meta", from the header alone."""
+        slots = torch.empty(self._sealed.tensors["slots"][1], dtype=self._dtype, device="meta")
+        return Memory(slots, *self._spans)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.header["slots_dtype"])
+        return dtype
 
     def kv(self, verify: bool = True) -> SlotKV | None:
         """Return keys and values as views of the file's bytes with each head contiguous, or None if there are none.
@@ -194,7 +203,7 @@ def save_memory(path: str | Path, memory: Memory, icae: ICAE, *, dtype: SlotDtyp
         CheckpointError: the file cannot be written.
     """
     try:
-        write_atomically({Path(path): PackedMemory.of(memory, dtype).encode(Origin.of(icae))})
+        write_atomically({expanded(path): PackedMemory.of(memory, dtype).encode(Origin.of(icae))})
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}; free space or choose another path") from error
 
@@ -210,7 +219,8 @@ def read_memory_header(path: str | Path) -> tuple[Memory, dict[str, Any]]:
 
 
 def _read(path: str | Path) -> tuple[Memory, dict[str, Any], Origin]:
-    if not Path(path).is_file():
+    path = expanded(path)
+    if not path.is_file():
         raise CheckpointError(f"there is no file {path}; check the path")
     try:
         blob = map_file(path)

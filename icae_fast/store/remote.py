@@ -74,7 +74,9 @@ class RemoteFolder:
             CheckpointError: it is empty.
             StoreError: the store cannot be reached.
         """
-        blob = self.head(key)
+        blob, whole = self.head(key)
+        if whole:
+            return blob
         with contextlib.suppress(ValueError):  # a damaged header is reported by whoever reads it
             missing = Sealed.open(blob, whole=False).size - len(blob)
             if missing > 0:  # one byte more shows that the object is too long
@@ -82,15 +84,15 @@ class RemoteFolder:
                 return torch.cat((blob, rest)) if len(rest) else blob
         return blob
 
-    def head(self, key: str) -> torch.Tensor:
-        """Fetch the beginning of an entry with its header, (size,) uint8; raises as `read`."""
+    def head(self, key: str) -> tuple[torch.Tensor, bool]:
+        """Fetch the beginning of an entry with its header, (size,) uint8, and whether that is all; raises as `read`."""
         blob = self._fetch(key, 0, _HEAD_BYTES)
         if not len(blob):
             raise CheckpointError(f"entry {key!r} of the store {self.url} is empty; delete it and compress again")
-        end = 8 + int.from_bytes(blob[:8].numpy().tobytes(), "little")
-        if len(blob) < end <= MAX_HEADER and len(blob) >= _HEAD_BYTES:
+        whole, end = len(blob) != _HEAD_BYTES, 8 + int.from_bytes(blob[:8].numpy().tobytes(), "little")
+        if not whole and len(blob) < end <= MAX_HEADER:
             blob = torch.cat((blob, self._fetch(key, len(blob), end)))
-        return blob
+        return blob, whole
 
     def _fetch(self, key: str, start: int, end: int) -> torch.Tensor:
         try:

@@ -80,7 +80,7 @@ class _Spec:
         Raises:
             ValueError: see above.
         """
-        if isinstance(spec, dict) and spec.get("dtype") in _DTYPES:
+        if isinstance(spec, dict) and isinstance(spec.get("dtype"), str) and spec["dtype"] in _DTYPES:
             dtype, shape, place = _DTYPES[spec["dtype"]], spec.get("shape"), spec.get("data_offsets")
             numbers = [shape, place]
             if all(isinstance(n, list) and all(is_int(i) and i >= 0 for i in n) for n in numbers) and len(place) == 2:

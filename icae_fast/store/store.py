@@ -210,6 +210,16 @@ class MemoryStore:
         """
         return self._read(key, whole=False).header
 
+    def outline(self, key: str) -> Memory:
+        """Return a memory like that of an entry, with slots on the device "meta", which hold nothing.
+
+        Only the header is read.
+
+        Raises:
+            MemoryNotFoundError, CheckpointError: see `get`.
+        """
+        return self._read(key, whole=False).outline()
+
     def compress(
         self, contexts: Context | Sequence[Context], *, kv: bool = False, token_budget: int | None = None,
         on_progress: Callable[[int, int], None] | None = None, names: Sequence[str] | None = None,
@@ -335,7 +345,8 @@ class MemoryStore:
     @torch.inference_mode(False)
     def _read(self, key: str, *, whole: bool = True) -> MemoryFile:
         what, folder = f"entry {key!r} of the store {self._folder}", self._folder
-        file = MemoryFile.read((folder.read if whole else folder.head)(_checked(key)), what, whole=whole)
+        blob, all_there = (folder.read(_checked(key)), True) if whole else folder.head(_checked(key))
+        file = MemoryFile.read(blob, what, whole=all_there)
         if file.header["key"] != key:
             raise CheckpointError(f"{what} holds another entry, {file.header['key']!r}; delete it and put it again")
         return file

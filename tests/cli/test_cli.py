@@ -106,6 +106,7 @@ def test_a_store_is_compressed_into_listed_and_asked(run, text_file, tmp_path, m
     assert not list(tmp_path.glob("*.icae"))
     code, out, _ = run("list", store, "--json")
     assert code == 0
+    assert [row.pop("file") for row in rows] == [str(text_file), str(other)]
     assert json.loads(out) == sorted(rows, key=lambda row: row["memory"])
     code, out, _ = run("list", store)
     assert all(row["memory"] in out for row in rows)
