@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 from icae_fast.cli.commands.list_store import StorePath
 from icae_fast.cli.output import stderr
 
@@ -12,8 +14,6 @@ def rebuild(store: StorePath) -> None:
     No other process may use the store meanwhile. Files that cannot be read are named and left out, and the exit code is
     1 then.
     """
-    import typer
-
     from icae_fast import MemoryStore
 
     left_out = MemoryStore.rebuild(store)
