@@ -11,6 +11,7 @@ from torch import nn
 
 from icae_fast.adapter.lora import LoRAAdapter
 from icae_fast.adapter.mode import AdapterMode, EncoderWeights
+from icae_fast.backbone.forks import check_process
 from icae_fast.backbone.modes import without_inference_tensors
 from icae_fast.backbone.stack import Backbone, check_supported
 from icae_fast.checks import is_int
@@ -65,6 +66,7 @@ class ICAECore(nn.Module):
     def __init__(self, base_model: Any, config: ICAEConfig, tokenizer: Any = None) -> None:
         super().__init__()
         check_supported(base_model)
+        check_process(base_model.get_input_embeddings().weight.device)
         without_inference_tensors(base_model)
         embedding = base_model.get_input_embeddings().weight
         if tokenizer is not None:
