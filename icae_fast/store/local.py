@@ -40,9 +40,9 @@ class LocalFolder:
         self.root, self._files = root, Folder(root)
         path = root / INDEX_FILE
         if not path.exists():
-            if not create:
+            if not create and not (root.is_dir() and self._has_entries()):
                 raise StoreError(f"there is no memory store in {root}; check the path")
-            self._create(path)
+            self._create(path)  # with entries it says what to do
         self.index = Index(path)
 
     def _create(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class LocalFolder:
             with _locked(self.root):
                 if path.exists():
                     return
-                if any(self._files.entries(name) for name in self._files.subfolders()):
+                if self._has_entries():
                     raise StoreError(
                         f"{self.root} has entries but no {INDEX_FILE}; make it again with MemoryStore.rebuild(path)"
                     )
@@ -60,6 +60,9 @@ class LocalFolder:
             raise
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot make a memory store in {self.root}: {error}; choose a local folder") from error
+
+    def _has_entries(self) -> bool:
+        return any(self._files.entries(name) for name in self._files.subfolders())
 
     def __str__(self) -> str:
         return str(self.root)

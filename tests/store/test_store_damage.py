@@ -84,8 +84,9 @@ def test_a_damaged_index_is_reported_and_made_again(store, tmp_path):
         with pytest.raises(errors.StoreError, match=INDEX_FILE):
             MemoryStore(root, make_origin()).get("b"), MemoryStore(root).keys().__next__()
     index.unlink()
-    with pytest.raises(errors.StoreError, match=r"no index.sqlite; make it again with MemoryStore.rebuild"):
-        MemoryStore(root, make_origin())
+    for create in (True, False):
+        with pytest.raises(errors.StoreError, match=r"no index.sqlite; make it again with MemoryStore.rebuild"):
+            MemoryStore(root, make_origin(), create=create)
     index.write_bytes(content[:5000])
     assert MemoryStore.rebuild(root) == [str(damaged.relative_to(root))]
     with MemoryStore(root, make_origin()) as again:
