@@ -40,7 +40,11 @@ class LocalFolder:
         self.root, self._files = root, Folder(root)
         path = root / INDEX_FILE
         if not path.exists():
-            if not create and not (root.is_dir() and self._has_entries()):
+            try:
+                usable = create or (root.is_dir() and self._has_entries())
+            except OSError as error:
+                raise StoreError(f"cannot read the folder {root}: {error}; check its permissions") from error
+            if not usable:
                 raise StoreError(f"there is no memory store in {root}; check the path")
             self._create(path)  # with entries it says what to do
         self.index = Index(path)
