@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from icae_fast.core.tokens import control_tokens, encode_template, encode_text, encode_texts, encode_with_offsets
-from icae_fast.errors import InvalidInputError
+from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 from icae_fast.io import bundled
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -151,6 +151,11 @@ def test_offsets_are_places_in_the_text():
     assert "".join(text[start:end] for start, end in found.offsets) == text
     assert found.ids == encoded(tokenizer, text)
     assert encode_with_offsets(tokenizer, text, "the text", "control").ids == encode_template(tokenizer, text)
+
+
+def test_offsets_need_a_fast_tokenizer():
+    with pytest.raises(TokenizerMismatchError, match=r"Slow does not know which characters .*; use a fast tokenizer"):
+        encode_with_offsets(MADE["slow"], "ab", "the text")
 
 
 def test_added_tokens_that_are_no_control_tokens_stay_tokens():
