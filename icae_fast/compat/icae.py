@@ -82,6 +82,13 @@ class ICAE(nn.Module):
             log.info("loaded %s", training_args.restore_from)
         self.train(bool(model_args.train))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v for name, v in vars(self).items() if name != "icae"}  # it refers to the base model again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        object.__setattr__(self, "icae", AdaptedModel(self.core).train(self.training))
+
     @property
     def decoder(self) -> nn.Module:
         """Return the frozen base model; the encoder uses the same copy."""

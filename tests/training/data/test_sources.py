@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.utils import compressions
 
 from icae_fast.errors import CacheError, ConfigError, DataError, TokenizerMismatchError
 from icae_fast.training.data import tokenise
@@ -259,13 +258,6 @@ def test_rows_are_tokenised_once(open_rows, write, monkeypatch, make_tokenizer, 
     assert len(calls) == 3
     write("rows.jsonl", [{"text": words(9)}])
     assert listed(open_rows("rows.jsonl")) == [("rows.jsonl:1", [9], "")]
-
-
-def test_zstandard_is_asked_for(open_rows, write, monkeypatch):
-    monkeypatch.delitem(compressions, "zst", raising=False)
-    for streaming in (False, True):
-        with pytest.raises(DataError, match=r"rows.jsonl.zst needs the package zstandard; `pip install zstandard`"):
-            listed(open_rows({"path": write("rows.jsonl.zst", b""), "streaming": streaming}))
 
 
 def test_an_error_leaves_no_cache_behind(open_rows, write, monkeypatch):
