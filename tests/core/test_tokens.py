@@ -143,6 +143,8 @@ def test_rows_of_a_batch_are_what_each_is_alone():
     for tokenizer in MADE.values():
         rows = encode_texts(tokenizer, texts, ["a", "b", "c", "d"], add_special_tokens=True)
         assert rows == [encoded(tokenizer, t, add_special_tokens=True) for t in texts]
+        if tokenizer.is_fast:  # a state that other threads read
+            assert not tokenizer.backend_tokenizer.encode_special_tokens
 
 
 def test_offsets_are_places_in_the_text():
