@@ -22,7 +22,8 @@ inline Dtype dtype_of(const at::Tensor& t, const char* op, const char* name) {
       return Dtype::Double;
     default:
       TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": ", name, " is ", t.scalar_type(),
-                                  "; the C++ kernels take float32, bfloat16 and float64");
+                                  "; the C++ kernels take float32, bfloat16 and float64. ICAE_FAST_REQUIRE=reference runs "
+                                  "float16 too, slowly");
   }
 }
 
