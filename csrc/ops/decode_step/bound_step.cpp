@@ -1,7 +1,6 @@
 // decode_step bound to its weights and caches, which are checked and planned once, with several steps per call.
 // Through the dispatcher, Python collects and passes some three hundred tensors per token: that, and selecting rows
 // of the rotary tables, took 0.5 of SmolLM2's 10 ms per token.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/custom_class.h>
@@ -12,6 +11,7 @@
 #include <utility>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "ops/decode_step/step.h"
 
 namespace icae_fast {
@@ -99,7 +99,7 @@ class BoundStep : public torch::CustomClassHolder {
       angles.cos.push_back(static_cast<const char*>(a_.cos.const_data_ptr()) + bytes);
       angles.sin.push_back(static_cast<const char*>(a_.sin.const_data_ptr()) + bytes);
     }
-    if (plan_ == nullptr || plan_->workers != at::get_num_threads()) {
+    if (plan_ == nullptr || plan_->workers != running_threads()) {
       plan_ = std::make_unique<DecodePlan>(a_, tokens.size(0));
     }
     run_decode_step(*plan_, tokens.const_data_ptr<int64_t>(), std::move(rows), angles, logits, choice);
