@@ -22,8 +22,10 @@ inline Dtype dtype_of(const at::Tensor& t, const char* op, const char* name) {
     case at::kDouble:
       return Dtype::Double;
     default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": ", name, " is ", t.scalar_type(),
-                                  "; the C++ kernels take float32, bfloat16 and float64");
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          false, op, ": ", name, " is ", t.scalar_type(),
+          "; the C++ kernels take float32, bfloat16 and float64, and ICAE_FAST_REQUIRE=reference runs "
+          "the plain-torch reference");
   }
 }
 

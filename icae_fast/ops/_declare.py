@@ -310,4 +310,19 @@ def load_extension() -> str | None:
                 "`pip install --no-build-isolation .` and a C++20 compiler"
             ) from error
         return str(error)
-    return None
+    return _not_built(required)
+
+
+def _not_built(required: str) -> str | None:
+    """Return which ops the extension lacks, so that an old build is not taken for a whole one.
+
+    Raises:
+        BackendError: some are missing and `required` is "cpp".
+    """
+    missing = [name for name, spec in REGISTRY.items() if "cpp" in spec.dtypes and backend_of(name) != "cpp"]
+    if not missing:
+        return None
+    problem = f"the extension was built without {', '.join(missing)}"
+    if required == "cpp":
+        raise BackendError(f"ICAE_FAST_REQUIRE=cpp, but {problem}; build it again with `pip install -e .`")
+    return problem

@@ -36,7 +36,7 @@ class DecodeStep {
         queries_(plan.queries.reserve((replicates_rope_ ? plan.workers : 1) * query_bytes_)),
         scratch_(plan.scratch.reserve(plan.workers * attention_.scratch_bytes())),
         argmax_(choice == nullptr ? 0 : plan.products.back().tasks() * plan.rows),
-        phases_(static_cast<int64_t>(plan.layers.size()) * kPhasesPerLayer + 1) {}
+        phases_(static_cast<int64_t>(plan.layers.size()) * kPhasesPerLayer + 1, plan.workers) {}
 
   void run(const int64_t* tokens) {
     for (int64_t r = 0; r < plan_.rows; ++r) {
