@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedLoRA:
     """One layer's LoRA factors in the layout of `lora_qkv_rope`.
 
@@ -31,7 +31,7 @@ class PackedLoRA:
         return self.a, self.b, self.scale, self.dropout_p, self.dropout_seed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergedQKV:
     """One layer's packed weights with LoRA merged; `lora_qkv_rope` takes them instead of base weights and LoRA.
 

@@ -12,7 +12,7 @@ import torch
 from icae_fast.ops._lengths import remember
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedRows:
     """Row boundaries and positions of a packed batch.
 

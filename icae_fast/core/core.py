@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -9,16 +10,22 @@ from torch import nn
 
 from icae_fast.adapter.lora import LoRAAdapter
 from icae_fast.adapter.mode import AdapterMode, EncoderWeights
+from icae_fast.backbone.modes import without_inference_tensors
 from icae_fast.backbone.stack import Backbone, check_supported
+from icae_fast.checks import is_int
 from icae_fast.config import ICAEConfig
 from icae_fast.core.inputs import Context, Vocabulary, check_tokenizer, to_ids
 from icae_fast.core.memory import Memory, check_memory
 from icae_fast.core.spans import CutContext
+from icae_fast.core.tokens import SpecialTokens
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.kv.tree import SlotKVTree
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+DEFAULT_DECODE_BUDGET = 4 << 30
 
 
 class ICAECore(nn.Module):
@@ -38,11 +45,15 @@ class ICAECore(nn.Module):
         tokenizer: the base model's tokenizer, or None.
         vocabulary: ids of base, memory and special tokens.
         max_positions: the most positions that the decoder may use; the base model's limit unless set.
+        special_tokens: how texts are read: "text" or "control".
+        chat_template_kwargs: variables for the chat template, such as `{"date_string": "1 Jan 2026"}`; empty unless
+            set.
         adapter: `LoRAAdapter`, trained.
         memory_token_embed: (k + 3, d) embeddings of the memory tokens, AE, LM and FT, trained.
         slot_gain: () gain of slot scaling, trained; None without slot scaling.
         encoder_weights: the adapter mode and the merged weights.
         slot_kv: prefix tree of the keys and values that the decoder has read.
+        decode_budget: bytes for rows that decode together, see there.
 
     Raises:
         UnsupportedModelError: another architecture, or quantised or wrapped layers.
@@ -52,9 +63,11 @@ class ICAECore(nn.Module):
 
     base_model: Any  # as a plain `nn.Module`, each of its attributes would have the type Tensor | Module
 
+    @torch.inference_mode(False)  # an ICAE that is made in inference mode can be used and trained outside of it
     def __init__(self, base_model: Any, config: ICAEConfig, tokenizer: Any = None) -> None:
         super().__init__()
         check_supported(base_model)
+        without_inference_tensors(base_model)
         embedding = base_model.get_input_embeddings().weight
         if tokenizer is not None:
             check_tokenizer(tokenizer, embedding.shape[0])
@@ -64,6 +77,8 @@ class ICAECore(nn.Module):
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(embedding.shape[0], config)
         self.max_positions: int = base_model.config.max_position_embeddings
+        self.chat_template_kwargs: dict[str, Any] = {}
+        self._special_tokens: SpecialTokens = "text"
         self._check_config(config)
         b = self.backbone
         trained_dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
@@ -72,6 +87,7 @@ class ICAECore(nn.Module):
         ).to(embedding.device)
         self.encoder_weights = EncoderWeights()
         self.slot_kv = SlotKVTree(self.backbone)
+        self._decode_budget = DEFAULT_DECODE_BUDGET
         self.memory_token_embed = nn.Embedding(config.memory_size + 3, b.hidden_size, dtype=trained_dtype)
         # Memory tokens start as random words, whose range the first layer knows. The reference draws from N(0, 1),
         # which is seven times wider than SmolLM2's embeddings (standard deviation 0.136).
@@ -118,6 +134,20 @@ class ICAECore(nn.Module):
             if value is not None:
                 return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
         return ()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move and cast for `to`, `half` and others, keeping trained tensors in fp32 or wider.
+
+        A cast sets the compute dtype. Rounded factors would be another adapter, to which stored memories are foreign.
+        """
+
+        def wide(x: torch.Tensor) -> torch.Tensor:
+            out = fn(x)
+            narrowed = out.dtype != x.dtype and out.is_floating_point() and out.dtype.itemsize < 4
+            return x.to(out.device) if narrowed else out
+
+        self.base_model._apply(fn)
+        return super()._apply(wide, recurse)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the adapter; the frozen base model stays in evaluation mode."""
@@ -180,7 +210,9 @@ class ICAECore(nn.Module):
         Raises:
             InvalidInputError, ContextTooLongError, TokenizerMismatchError: as `compress`.
         """
-        ids = to_ids(context, self.tokenizer, what, add_special_tokens=special_tokens)
+        ids = to_ids(
+            context, self.tokenizer, what, add_special_tokens=special_tokens, special_tokens=self.special_tokens
+        )
         cut = CutContext.of(self.vocabulary.check_context(ids, what), self.config)
         n_slots = len(cut.span_lengths) * self.config.memory_size
         if n_slots >= self.max_positions:
@@ -194,6 +226,28 @@ class ICAECore(nn.Module):
     def check_memory(self, memory: Memory) -> None:
         """Raise unless a memory fits this model; see `icae_fast.core.memory.check_memory`."""
         check_memory(memory, self.config.memory_size, self.backbone.hidden_size)
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """How the spelling of a control token (`<|im_end|>`, `<s>`) in a text or prompt is read.
+
+        * `"text"`: as the characters that it is. Only the chat template, and the tokenizer's BOS, add control tokens.
+        * `"control"`: as the control token, for texts that were prepared with them. Never use it for texts of others.
+
+        Ids given as ids stay as they are.
+
+        Raises:
+            InvalidInputError: set to another value.
+        """
+        return self._special_tokens
+
+    @special_tokens.setter
+    def special_tokens(self, value: SpecialTokens) -> None:
+        if not isinstance(value, str) or value not in get_args(SpecialTokens):
+            raise InvalidInputError(
+                f"special_tokens is {value!r}; it must be one of {', '.join(get_args(SpecialTokens))}"
+            )
+        self._special_tokens = value
 
     @property
     def adapter_mode(self) -> AdapterMode:
@@ -256,6 +310,24 @@ class ICAECore(nn.Module):
     @kv_budget.setter
     def kv_budget(self, n: int) -> None:
         self.slot_kv.byte_budget = n
+
+    @property
+    def decode_budget(self) -> int:
+        """Bytes of keys, values and logits of the rows that decode together; 4 GiB by default.
+
+        A call with more rows decodes them group by group, in their order. A row depends on its prompt and its seed; in
+        bf16 its rounding also depends on the number of rows beside it. A row that takes more is decoded by itself.
+
+        Raises:
+            InvalidInputError: set to something other than a whole number of at least 1.
+        """
+        return self._decode_budget
+
+    @decode_budget.setter
+    def decode_budget(self, n: int) -> None:
+        if not is_int(n) or n < 1:
+            raise InvalidInputError(f"decode_budget is {n!r}; give a whole number of bytes, at least 1")
+        self._decode_budget = int(n)
 
     def clear_kv(self) -> None:
         """Free all slot KV; needed after a write to base weights through `.data` that the cache cannot detect."""

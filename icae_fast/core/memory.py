@@ -11,9 +11,17 @@ from icae_fast.checks import is_int
 from icae_fast.errors import InvalidInputError, NonFiniteError
 
 
-@dataclass(frozen=True)
+def own_tensor(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that holds its own elements only: x itself, or a copy of x if it is a part of a larger block."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.preserve_format)
+
+
+@dataclass(frozen=True, eq=False)
 class Memory:
     """The memory slots of one context, all its spans in order.
+
+    A memory equals itself only, and can be a key of a dictionary; compare contents by `torch.equal(a.slots, b.slots)`.
+    Copies and pickles (`copy.deepcopy`, `pickle`, `torch.save`) hold its own slots, even where these are a view.
 
     Args:
         slots: (n_spans * k, d) in the compute dtype; the decoder reads them in place of the text.
@@ -46,13 +54,16 @@ class Memory:
         return self.slots.nbytes
 
     def spans(self) -> list[Memory]:
-        """Return a memory for each span, in order; its slots are views."""
+        """Return a memory for each span, in order, each with a copy of its slots."""
         parts = self.slots.split(self.memory_size)
-        return [Memory(part, n, (n,)) for part, n in zip(parts, self.span_lengths, strict=True)]
+        return [Memory(own_tensor(part), n, (n,)) for part, n in zip(parts, self.span_lengths, strict=True)]
 
     def to(self, *args: Any, **kwargs: Any) -> Memory:
         """Return a copy with the slots moved or cast by `torch.Tensor.to`."""
         return Memory(self.slots.to(*args, **kwargs), self.n_source_tokens, self.span_lengths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _owned(vars(self))
 
     def __repr__(self) -> str:
         return (
@@ -61,9 +72,11 @@ class Memory:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SlotKV:
     """The frozen decoder's keys and values of a memory's slots behind a given prefix.
+
+    It equals itself only. Copies and pickles hold its own keys and values, even where these are views.
 
     Args:
         keys, values: (n_layers, n_slots, Hkv, D) in the compute dtype, with RoPE at positions from `start` on. Kernels
@@ -86,9 +99,16 @@ class SlotKV:
         """Bytes of keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _owned(vars(self))
+
     def is_finite(self) -> bool:
         """Return whether keys and values hold neither NaN nor infinity; reads them once."""
         return all(bool(torch.isfinite(t).all()) for t in (self.keys, self.values))
+
+
+def _owned(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: own_tensor(v) if isinstance(v, torch.Tensor) else v for name, v in fields.items()}
 
 
 def check_memory(memory: Memory, memory_size: int, hidden_size: int) -> None:

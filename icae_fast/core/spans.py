@@ -33,7 +33,7 @@ def span_lengths(length: int, config: ICAEConfig) -> list[int]:
     return [min(step, length - start) for start in range(0, length, step)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CutContext:
     """A checked context and its cut into spans.
 

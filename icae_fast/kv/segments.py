@@ -51,7 +51,7 @@ class KVSegment:
         return self.keys.nbytes + self.values.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SharedSegments:
     """The segments of a batch of rows in depth-first order, with the range of rows that read each.
 

@@ -114,7 +114,7 @@ class LocalFolder:
             folders = {self.root / file[:2] for file in rows.values()}
             for folder in folders:
                 folder.mkdir(exist_ok=True)
-            write_atomically({self.root / rows[key]: data for key, data in entries.items()})
+            write_atomically({self.root / rows[key]: data for key, data in entries.items()}, new_names=True)
             for folder in (
                 *folders,
                 self.root,
