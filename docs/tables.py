@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 LINK = "results:"  # before the name of a file in docs/results; `fill` makes it a path relative to the page
 
 # Device served by each backend. The reference serves a device without a compiled backend, and no dtype that one lacks.
-DEVICES = {"reference": "without another", "cpp": "CPU", "triton": "CUDA", "cublas": "CUDA"}
+DEVICES = {"reference": "any, without another backend", "cpp": "CPU", "triton": "CUDA", "cublas": "CUDA"}
 
 
 def ops_table() -> str:
