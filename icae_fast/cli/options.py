@@ -22,6 +22,11 @@ def at_home(value: T | list[T]) -> T | list[T]:
     return value if value is None else type(value)(os.path.expanduser(value))
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Return the distinct names in a list that is separated by commas."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def as_text(value: list[str] | None) -> list[str] | None:
     """Return texts of the command line.
 
@@ -45,6 +50,7 @@ _RATE_HELP = (
 
 Adapter = Annotated[str | None, typer.Option(help=_ADAPTER_HELP, callback=at_home)]
 Model = Annotated[str, typer.Option(help="Base model: a path, a hub id, or the bundled SmolLM2.", callback=at_home)]
+TextField = Annotated[str, typer.Option(help="Field or column of the texts, in files that have rows.")]
 MemorySize = Annotated[int | None, typer.Option(help=_MEMORY_SIZE_HELP)]
 Rate = Annotated[int | None, typer.Option(help=_RATE_HELP)]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
