@@ -169,8 +169,14 @@ def map_file(path: str | Path) -> torch.Tensor:
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file."""
-    return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, dict(metadata))
+    """Return the content of a safetensors file, the same for the same arguments."""
+    content = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    # safetensors writes metadata in random order, so it is written here: a length, JSON padded to 8 bytes, the data.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:end])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:]))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -335,7 +335,7 @@ class ICAETrainer(Trainer):
             # A head tied to the embeddings is included under its second name, even when frozen.
             named = {self._keys[name]: tensor for name, tensor in tensors.items() if name in self._keys}
             ordered = {key: named[key] for key in self._keys.values()}
-            write_adapter(output_dir or self._output, self._config, self._base, ordered)
+            write_adapter(output_dir or self._output, self._config, self._base, ordered, self._icae.trained)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         output, step = self._output, self.state.global_step
