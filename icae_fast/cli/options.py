@@ -45,6 +45,7 @@ _RATE_HELP = (
 
 Adapter = Annotated[str | None, typer.Option(help=_ADAPTER_HELP, callback=at_home)]
 Model = Annotated[str, typer.Option(help="Base model: a path, a hub id, or the bundled SmolLM2.", callback=at_home)]
+TextField = Annotated[str, typer.Option(help="Field or column of the texts, in files that have rows.")]
 MemorySize = Annotated[int | None, typer.Option(help=_MEMORY_SIZE_HELP)]
 Rate = Annotated[int | None, typer.Option(help=_RATE_HELP)]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from icae_fast.backbone.modes import in_own_modes
 from icae_fast.backbone.rows import token_budget_on
+from icae_fast.checks import is_out_of_memory
 from icae_fast.core.core import ICAECore
 from icae_fast.core.encoder import Progress, encode_spans
 from icae_fast.core.inputs import Context, as_list
@@ -16,6 +18,7 @@ from icae_fast.core.trained import warn_beyond_training
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError
 
 
+@in_own_modes
 def encode(
     core: ICAECore,
     contexts: Sequence[torch.Tensor],
@@ -79,6 +82,7 @@ def compress(
     return compress_cut(core, cuts, token_budget=token_budget, on_progress=on_progress)
 
 
+@in_own_modes
 @torch.no_grad()
 def compress_cut(
     core: ICAECore,
@@ -94,8 +98,8 @@ def compress_cut(
     warn_beyond_training(core, (cut.span_lengths for cut in cuts))
     try:
         slots = encode_spans(core, cuts, token_budget, on_progress, dropout=False)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise ContextTooLongError(
                 f"memory ran out while compressing {sum(len(c.ids) for c in cuts)} tokens at "
                 f"token_budget={token_budget}; lower token_budget or compress fewer documents at once"

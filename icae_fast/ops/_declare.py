@@ -23,6 +23,7 @@ import torch
 from torch.library import Library, register_autograd, register_fake
 
 from icae_fast.errors import BackendError
+from icae_fast.ops._precision import without_autocast
 
 NAMESPACE = "icae_fast"
 REFERENCE_NAMESPACE = "icae_fast_reference"
@@ -129,7 +130,10 @@ def declare(spec: OpSpec) -> OpSpec:
         register_fake(qualified, spec.fake, lib=library)
         if spec.backward is not None:
             register_autograd(
-                qualified, _bind_namespace(spec.backward, namespace), setup_context=spec.setup_context, lib=library
+                qualified,
+                without_autocast(_bind_namespace(spec.backward, namespace)),
+                setup_context=spec.setup_context,
+                lib=library,
             )
     if spec.gpu is not None and has_triton():
         for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):

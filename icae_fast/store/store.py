@@ -152,10 +152,23 @@ class MemoryStore:
         """Let the ICAE adopt an entry's keys and values; return whether there are any that it can use."""
         icae = self._own_icae("take keys and values")
         prefix = file.header["kv_prefix_ids"]
-        if prefix is None or tuple(prefix) != icae.prefix_ids:
+        if prefix is None:
+            return False
+        if tuple(prefix) != icae.prefix_ids:
+            log.warning(
+                "%s: its keys and values are left aside: they belong to another prefix of the chat template (%d tokens "
+                "against %d now); set icae.chat_template_kwargs as it was, or compress with kv=True again",
+                file.what, len(prefix), len(icae.prefix_ids),
+            )  # fmt: skip
             return False
         kv = file.kv(self.verify)
-        if kv is None or kv.keys.dtype != icae.dtype:
+        if kv is None:
+            return False
+        if kv.keys.dtype != icae.dtype:
+            log.warning(
+                "%s: its keys and values are left aside: they are in %s, the model in %s; compress with kv=True again",
+                file.what, kv.keys.dtype, icae.dtype,
+            )  # fmt: skip
             return False
         kv = SlotKV(kv.keys.to(icae.device), kv.values.to(icae.device), kv.prefix_ids)
         if not icae.adopt_kv(memory, kv):

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
 from icae_fast.cli.loading import load, quieten_loading, refuse_memory_size
-from icae_fast.cli.options import at_home
+from icae_fast.cli.options import TextField, at_home
 from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError, OutputError
 from icae_fast.io.bundled import BUNDLED_NAME
@@ -33,7 +33,7 @@ NO_JUDGE = "no judge is given: use --judge-endpoint and --judge-model, or --judg
 
 
 def eval_command(
-    texts: Annotated[list[str] | None, typer.Argument(help="Held-out texts: .txt, .jsonl or .parquet files, folders, globs.")] = None,  # noqa: E501
+    texts: Annotated[list[str] | None, typer.Argument(help="Held-out texts: .txt, .jsonl, .json or .parquet files, folders, globs.")] = None,  # noqa: E501
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and plots. Answers that were computed before are reused from there.", callback=at_home)] = Path("evaluation"),  # noqa: E501
     adapter: Annotated[list[str] | None, typer.Option(help="PATH, NAME=PATH or NAME=PATH@MODEL: a folder, a shipped adapter or a hub id, and its base model; may be given several times.")] = None,  # noqa: E501
     model: Annotated[str, typer.Option(help="Base model of adapters without @MODEL. Default: the one that the adapter names.")] = BUNDLED_NAME,  # noqa: E501
@@ -52,6 +52,7 @@ def eval_command(
     judge_body: Annotated[str | None, typer.Option(help="More fields of each request to the judge, as a JSON object; null removes a field.")] = None,  # noqa: E501
     judge_jobs: Annotated[int, typer.Option(min=1, help="Concurrent requests to the judge.")] = 4,
     judge_local: Annotated[str | None, typer.Option(help="A local judge instead: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
+    text_field: TextField = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else on stdout.")] = False,  # noqa: E501
 ) -> None:  # fmt: skip
     """Measure adapters as the paper does.
@@ -74,7 +75,7 @@ def eval_command(
     specs = [parse_subject(text) for text in adapter or ()]
     if not pwc and (judge_endpoint or judge_model or judge_local):
         raise InvalidInputError("a judge compares answers to prompts; give rows of them with --pwc")
-    read = Texts(texts or ())
+    read = Texts(texts or (), text_field)
     instructions = None
     if INSTRUCTIONS in choice.groups:
         questions, problems = read_questions(pwc or (), samples, seed)

@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from icae_fast.cli.options import at_home
+from icae_fast.cli.options import TextField, at_home
 from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError
 from icae_fast.io.console import KEY_ENV, progress_bar
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def make_pwc_command(
-    texts: Annotated[list[Path], typer.Argument(help="Texts: .txt, .jsonl or .parquet files, or folders of them.", callback=at_home)],  # noqa: E501
+    texts: Annotated[list[Path], typer.Argument(help="Texts: .txt, .jsonl, .json or .parquet files, or folders of them.", callback=at_home)],  # noqa: E501
     output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; its records are not made again.", callback=at_home)],  # noqa: E501
     endpoint: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API; usually ends in /v1.")] = None,  # noqa: E501
     model: Annotated[str | None, typer.Option(help="The model's name at the endpoint.")] = None,
@@ -45,6 +45,7 @@ def make_pwc_command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest passage, in tokens of --tokenizer, else of the local model, else in words.")] = 512,  # noqa: E501
     min_tokens: Annotated[int, typer.Option(min=0, help="Shortest passage; shorter ones are skipped.")] = 16,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer that measures passages: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
+    text_field: TextField = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON and nothing else on stdout.")] = False,  # noqa: E501
 ) -> None:  # fmt: skip
     """Make training triples (input, prompt, answer) from texts.
@@ -61,7 +62,10 @@ def make_pwc_command(
     names: dict[str, Any] = (
         {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
     )
-    settings = Settings(**names, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens)
+    settings = Settings(
+        **names, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens,
+        text_field=text_field,
+    )  # fmt: skip
     if settings.needs_teacher and endpoint is None and local is None:
         raise InvalidInputError("these prompts need a teacher; give --endpoint and --model, or --local smollm2")
     with RecordFile(output) as records:

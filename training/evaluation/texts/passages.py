@@ -13,7 +13,7 @@ from typing import Any
 
 from icae_fast.core.tokens import encode_with_offsets
 from icae_fast.errors import DataError
-from icae_fast.training.data.records import TEXT, usable_records
+from icae_fast.training.data.records import TEXT, TEXT_FIELD, usable_records
 from icae_fast.training.pwc.passages import Document
 
 _TRIES = 64  # places tried per passage before the texts are considered exhausted
@@ -40,8 +40,9 @@ class Texts:
     """The texts of files, folders and globs.
 
     Args:
-        paths: `.txt`, `.jsonl`, `.ndjson` and `.parquet`, as for training; see
+        paths: `.txt`, `.jsonl`, `.json` and `.parquet`, as for training; see
             `icae_fast.training.data.records.find_files`. Empty for measurements that draw no passages.
+        text_field: field or column of the text in a row.
 
     Attributes:
         documents: the documents in order.
@@ -51,11 +52,11 @@ class Texts:
         DataError: nothing is found, a file cannot be read, or no row holds text.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], text_field: str = TEXT_FIELD) -> None:
         self.documents: list[Document] = []
         self.problems: Counter[str] = Counter()
         if paths:
-            records, self.problems = usable_records(paths, TEXT, "text")
+            records, self.problems = usable_records(paths, TEXT, "text", text_field=text_field)
             self.documents = [Document(r["text"], r["origin"]) for r in records]
 
     def draw(self, tokenizer: Any, n_tokens: int, count: int, seed: int, following: int = 0) -> list[Excerpt]:
