@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import Trainer, TrainerState
 
 from icae_fast.config import ICAEConfig
+from icae_fast.core.core import ICAECore
 from icae_fast.io.checkpoints import write_adapter
 from icae_fast.training.data.stream import BatchStream
 from icae_fast.training.loop.checkpoint_folder import (
@@ -49,6 +50,7 @@ class CheckpointingTrainer(Trainer):
     """
 
     model: nn.Module  # `Trainer` annotates it as optional
+    _icae: ICAECore
     _config: ICAEConfig
     _base: dict[str, Any]  # identity of the base model
     _keys: Mapping[str, str]  # by name of a trained parameter: its key in the adapter's file
