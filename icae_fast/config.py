@@ -1,4 +1,4 @@
-"""`ICAEConfig`: sizes and conventions of an adapter, i.e. everything except its weights."""
+"""`ICAEConfig`: sizes and conventions of an adapter, i.e. everything except its weights; `Trained`: its training."""
 
 from __future__ import annotations
 
@@ -133,3 +133,51 @@ class ICAEConfig:
     def to_json(self) -> str:
         """Return all fields as indented JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The sizes that an adapter was trained with; memories beyond them are read badly, and often as empty.
+
+    Args:
+        max_spans: spans of a context, at most.
+        span_tokens: context tokens of a span, at most.
+        dtype: compute dtype of the base model, such as "bfloat16".
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    max_spans: int
+    span_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for name in ("max_spans", "span_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not isinstance(self.dtype, str):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be a name such as 'bfloat16'")
+
+    def joined(self, earlier: Trained | None) -> Trained:
+        """Return the record of a training that continued from an earlier one."""
+        if earlier is None:
+            return self
+        return Trained(max(self.max_spans, earlier.max_spans), max(self.span_tokens, earlier.span_tokens), self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Trained:
+        """Return a record with these fields; fields of later versions are left out.
+
+        Raises:
+            ConfigError: a field is missing or out of range.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        if missing := [name for name in names if name not in values]:
+            raise ConfigError(f"the record of the training lacks {', '.join(missing)}")
+        return cls(**{name: values[name] for name in names})

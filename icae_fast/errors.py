@@ -1,7 +1,7 @@
-"""Typed errors for bad input and failed operations, one class for each kind of mistake.
+"""Typed errors for bad input and failed operations, one class for each kind of mistake, and typed warnings.
 
-All derive from `ICAEError`, so that a caller can catch this package's errors separately. Each message says what is
-wrong and what to do about it.
+All errors derive from `ICAEError` and all warnings from `ICAEWarning`, so that a caller can catch this package's
+separately. Each message says what is wrong and what to do about it.
 """
 
 from __future__ import annotations
@@ -98,3 +98,11 @@ class ChatModelError(ICAEError, RuntimeError):
 
 class BackendError(ICAEError, RuntimeError):
     """A required compiled backend is missing, or does not support the arguments of the call."""
+
+
+class ICAEWarning(UserWarning):
+    """Base class of all warnings that this package gives."""
+
+
+class UntrainedSizeWarning(ICAEWarning):
+    """A memory has more spans, or spans of more tokens, than the adapter was trained with."""

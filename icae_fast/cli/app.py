@@ -12,7 +12,7 @@ import typer.core
 import typer.main
 
 from icae_fast import __version__
-from icae_fast.cli.ending import exit_code_of
+from icae_fast.cli.ending import exit_code_of, warnings_as_lines
 
 
 class Command(NamedTuple):
@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = next(iter(arguments), "")
-    sys.exit(exit_code_of(lambda: app(arguments or ["--help"], standalone_mode=False), command))
+    with warnings_as_lines(command):
+        code = exit_code_of(lambda: app(arguments or ["--help"], standalone_mode=False), command)
+    sys.exit(code)
 
 
 def main_of(command: str, argv: Sequence[str] | None = None) -> None:

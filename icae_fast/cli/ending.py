@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typer
 
 from icae_fast.cli.messages import for_command_line
 from icae_fast.cli.output import stderr
-from icae_fast.errors import ICAEError
+from icae_fast.errors import ICAEError, ICAEWarning
 
 # Typer vendors its own click; this is the only public way to its base class of usage errors.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -61,6 +63,27 @@ def end_with(failures: Mapping[int, ICAEError], command: str, code: int) -> None
         _mistake(for_command_line(str(failures[place]), command))
     if failures:
         raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def warnings_as_lines(command: str) -> Iterator[None]:
+    """Print this package's warnings in the block as one line each, without the line of code that gave them.
+
+    Args:
+        command: name of the command, for the words of the message.
+    """
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+            if issubclass(category, ICAEWarning):
+                text = for_command_line(str(message), command)
+                stderr.print(f"icae-fast: warning: {' '.join(text.split())}", style="yellow")
+            else:
+                show(message, category, *rest, **options)
+
+        warnings.showwarning = show_line
+        yield
 
 
 def _mistake(message: str) -> int:

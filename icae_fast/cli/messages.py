@@ -35,6 +35,7 @@ _ADVICE = [
     (r"pass that adapter", "give that one with --adapter"),
     (r"pass do_sample=True with (?:it|them)", "give --temperature or --seed"),
     (r", or set icae\.max_positions higher(?: if the base model extrapolates)?", ""),
+    (r"restore it by restore_by_span", "restore it with --by-span"),
     (r"lower token_budget or ", ""),
     (r" at token_budget=\d+", ""),
     (r"MemoryStore\.rebuild\(path\)", "`icae-fast rebuild STORE`"),

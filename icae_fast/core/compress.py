@@ -14,6 +14,7 @@ from icae_fast.core.encoder import Progress, encode_spans
 from icae_fast.core.inputs import Context, as_list
 from icae_fast.core.memory import Memory
 from icae_fast.core.spans import CutContext
+from icae_fast.core.trained import warn_beyond_training
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError
 
 
@@ -94,6 +95,7 @@ def compress_cut(
     token_budget = token_budget_on(core.device, token_budget)
     if token_budget < 1:
         raise InvalidInputError(f"token_budget is {token_budget}; give at least 1")
+    warn_beyond_training(core, (cut.span_lengths for cut in cuts))
     try:
         slots = encode_spans(core, cuts, token_budget, on_progress, dropout=False)
     except (MemoryError, RuntimeError) as error:
@@ -142,8 +144,10 @@ def extend(core: ICAECore, memory: Memory, more: Context, *, token_budget: int |
             f"{memory.n_slots} slots and {new.n_slots} more do not fit into the base model's "
             f"{core.max_positions} positions; keep the extension as a memory of its own"
         )
+    span_lengths = memory.span_lengths + new.span_lengths
+    warn_beyond_training(core, [span_lengths])
     return Memory(
         torch.cat((memory.slots.to(new.slots), new.slots)),
         memory.n_source_tokens + new.n_source_tokens,
-        memory.span_lengths + new.span_lengths,
+        span_lengths,
     )

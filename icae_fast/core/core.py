@@ -15,7 +15,7 @@ from icae_fast.backbone.forks import check_process
 from icae_fast.backbone.modes import without_inference_tensors
 from icae_fast.backbone.stack import Backbone, check_supported
 from icae_fast.checks import is_int
-from icae_fast.config import ICAEConfig
+from icae_fast.config import ICAEConfig, Trained
 from icae_fast.core.inputs import Context, Vocabulary, check_tokenizer, to_ids
 from icae_fast.core.memory import Memory, check_memory
 from icae_fast.core.pickling import with_own_weights
@@ -51,6 +51,8 @@ class ICAECore(nn.Module):
         special_tokens: how texts are read: "text" or "control".
         chat_template_kwargs: variables for the chat template, such as `{"date_string": "1 Jan 2026"}`; empty unless
             set.
+        trained: sizes that the adapter was trained with; None if unknown.
+        warned_of_size: whether a memory beyond these sizes has been warned of.
         adapter: `LoRAAdapter`, trained.
         memory_token_embed: (k + 3, d) embeddings of the memory tokens, AE, LM and FT, trained.
         slot_gain: () gain of slot scaling, trained; None without slot scaling.
@@ -82,6 +84,8 @@ class ICAECore(nn.Module):
         self.vocabulary = Vocabulary(embedding.shape[0], config)
         self.max_positions: int = base_model.config.max_position_embeddings
         self.chat_template_kwargs: dict[str, Any] = {}
+        self.trained: Trained | None = None
+        self.warned_of_size = False
         self._special_tokens: SpecialTokens = "text"
         self._check_config(config)
         b = self.backbone

@@ -17,6 +17,7 @@ from icae_fast.checks import is_int
 from icae_fast.core.core import ICAECore
 from icae_fast.core.inputs import Context, as_list
 from icae_fast.core.memory import Memory
+from icae_fast.core.trained import warn_beyond_training
 from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 from icae_fast.generation.answers import Answer, AnswerBatch, FinishReason, Row
 from icae_fast.generation.prompts import own_prompt_ids, place_prompt
@@ -166,6 +167,7 @@ def restore(
         InvalidInputError, ContextTooLongError, TokenizerMismatchError, NonFiniteError: as `generate`.
     """
     memories = _memories(core, memory)
+    warn_beyond_training(core, (m.span_lengths for m in memories))
     if not return_ids:
         _check_has_tokenizer(core)
     leading = list(core.leading_ids)
@@ -255,7 +257,9 @@ def _memories(core: ICAECore, memory: Memories) -> list[Memory]:
 
 
 def _rows(core: ICAECore, memory: Memories, prompts: Prompts, max_new_tokens: int) -> list[Row]:
-    memories, asked = _memories(core, memory), [own_prompt_ids(core, p) for p in as_list(prompts)]
+    memories = _memories(core, memory)
+    warn_beyond_training(core, (m.span_lengths for m in memories))
+    asked = [own_prompt_ids(core, p) for p in as_list(prompts)]
     n = max(len(memories), len(asked))
     if {len(memories), len(asked)} - {1, n}:
         raise InvalidInputError(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from icae_fast.config import ICAEConfig
+from icae_fast.config import ICAEConfig, Trained
 from icae_fast.errors import BaseModelMismatchError, CheckpointError, ConfigError, NonFiniteError
 from icae_fast.io.files import expanded, load_metadata, load_tensors, parse_json, tensor_bytes, write_atomically
 from icae_fast.io.identity import base_identity, check_base, tensors_hash
@@ -185,11 +185,15 @@ def save_adapter(core: ICAECore, folder: str | Path, dtype: torch.dtype | None =
         CheckpointError: the folder cannot be written; no half-written file stays.
     """
     tensors = {n: t if dtype is None else t.detach().to(dtype) for n, t in reference_named_parameters(core)}
-    write_adapter(folder, core.config, base_identity(core.base_model), tensors)
+    write_adapter(folder, core.config, base_identity(core.base_model), tensors, core.trained)
 
 
 def write_adapter(
-    folder: str | Path, config: ICAEConfig, base: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    folder: str | Path,
+    config: ICAEConfig,
+    base: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    trained: Trained | None = None,
 ) -> None:
     """Write an adapter from its parts, e.g. when its weights are sharded; otherwise use `save_adapter`.
 
@@ -198,6 +202,7 @@ def write_adapter(
         config: the adapter's config.
         base: from `base_identity`.
         tensors: in the order and under the keys of `ICAE.reference_named_parameters`.
+        trained: sizes that it was trained with, None if unknown.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -208,6 +213,8 @@ def write_adapter(
         "base": dict(base),
         "adapter_hash": tensors_hash(tensors.items()),
     }
+    if trained is not None:
+        header["trained"] = trained.to_dict()
     metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
     folder = expanded(folder)
     files = {
@@ -229,6 +236,7 @@ class SavedAdapter:
         path: of the tensors' file, for messages.
         config: sizes and conventions.
         header: JSON values, among them `base`, and `adapter_hash`, which is None if another package saved the adapter.
+        trained: sizes that it was trained with, None if unknown.
         tensors: mapped from the file.
     """
 
@@ -236,6 +244,7 @@ class SavedAdapter:
     config: ICAEConfig
     header: dict[str, Any]
     tensors: dict[str, torch.Tensor]
+    trained: Trained | None = None
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
@@ -256,7 +265,8 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
             f"{path} has {found[0]} memory tokens and LoRA rank {found[1]}, and its config {config.memory_size} and "
             f"{config.lora_rank}; save or download the adapter again"
         )
-    return SavedAdapter(path, config, header, tensors)
+    trained = Trained.from_dict(header["trained"]) if "trained" in header else None
+    return SavedAdapter(path, config, header, tensors, trained)
 
 
 def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
@@ -296,6 +306,8 @@ def _parsed(text: str | bytes, path: Path) -> tuple[ICAEConfig, dict[str, Any]]:
         for name, kind in (("base", dict), ("adapter_hash", str), ("config", dict), ("format_version", int)):
             if not isinstance(header[name], kind):
                 raise TypeError(f"{name} is {type(header[name]).__name__}")
+        if not isinstance(header.get("trained", {}), dict):
+            raise TypeError(f"trained is {type(header['trained']).__name__}")
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged (it lacks {error}); save or download the adapter again") from error
     except (ValueError, TypeError) as error:
@@ -303,6 +315,8 @@ def _parsed(text: str | bytes, path: Path) -> tuple[ICAEConfig, dict[str, Any]]:
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; install a newer icae-fast to read it")
     try:
+        if "trained" in header:
+            Trained.from_dict(header["trained"])
         return ICAEConfig.from_dict(config), header
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -318,6 +332,7 @@ def load_adapter(core: ICAECore, saved: SavedAdapter) -> None:
     """
     check_base(core.base_model, saved.header["base"], str(saved.path.parent))
     load_adapter_tensors(core, saved.tensors, str(saved.path))
+    core.trained = saved.trained
     if saved.header["adapter_hash"] not in (None, adapter_hash(core)):
         raise CheckpointError(
             f"{saved.path} is not the file that {CONFIG_FILE} was saved with; save or download the adapter again"

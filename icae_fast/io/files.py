@@ -31,36 +31,31 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def write_atomically(files: Mapping[Path, bytes | bytearray], *, new_names: bool = False) -> None:
+def write_atomically(files: Mapping[Path, bytes | bytearray]) -> None:
     """Write files under temporary names beside their targets, sync them, and rename all when all are written.
 
     The renames come in the order of `files`, and a kill may fall between two of them. So the first file must hold
-    everything, and a reader must prefer it to the others; or no reader knows the names yet (`new_names`).
+    everything, and a reader must prefer it to the others.
 
     On return the contents are on disk, but the names may not be; see `sync_folder`. Temporary files that killed writers
     of the same names left are deleted; those of writers at work are locked, and stay.
 
-    Args:
-        files: content of each file.
-        new_names: nothing else has ever been written under these names, so that nothing is locked or looked for.
-
     Raises:
         OSError: a folder cannot be written or is full; no temporary file remains and older files are unchanged.
     """
-    if not new_names:
-        for folder in {path.parent for path in files}:
-            _delete_abandoned(folder, {_stem(path.name) for path in files if path.parent == folder})
+    for folder in {path.parent for path in files}:
+        _delete_abandoned(folder, {_stem(path.name) for path in files if path.parent == folder})
     temporaries: dict[Path, Path] = {}
     with contextlib.ExitStack() as locked:
         try:
             for path, data in files.items():
                 temporaries[path] = path.with_name(f".{_stem(path.name)}.{uuid.uuid4().hex}")
                 with contextlib.ExitStack() as opened:
-                    file = opened.enter_context(_create(temporaries[path], lock=not new_names))
+                    file = opened.enter_context(_create(temporaries[path]))
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                    if fcntl is not None and not new_names:
+                    if fcntl is not None:
                         locked.push(opened.pop_all())  # open until it has its name, because closing unlocks it
             for path, temporary in temporaries.items():
                 os.replace(temporary, path)
@@ -76,11 +71,11 @@ def _stem(name: str) -> str:
     return name if len(encoded) <= _MAX_NAME else hashlib.sha256(encoded).hexdigest()
 
 
-def _create(path: Path, *, lock: bool) -> BinaryIO:
+def _create(path: Path) -> BinaryIO:
     """Create a file and lock it."""
     while True:
         file = open(path, "xb")  # noqa: SIM115
-        if fcntl is None or not lock:
+        if fcntl is None:
             return file
         with contextlib.suppress(OSError):  # a file system without locks: nobody else can lock the file either
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -169,8 +164,14 @@ def map_file(path: str | Path) -> torch.Tensor:
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file."""
-    return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, dict(metadata))
+    """Return the content of a safetensors file, the same for the same arguments."""
+    content = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    # safetensors writes metadata in random order, so it is written here: a length, JSON padded to 8 bytes, the data.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:end])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:]))
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -57,8 +57,8 @@ def read_peft_adapter(
         tensors[MEMORY_KEY] = memory_tokens
     if MEMORY_KEY not in tensors:
         raise CheckpointError(
-            f"{folder} is an adapter of PEFT, which holds no memory tokens; pass memory_tokens=, the (k + 3, d) "
-            "embeddings of the memory tokens, AE, LM and FT, and compression_rate="
+            f"{folder} is an adapter of PEFT, which holds no memory tokens; give ICAE.from_pretrained "
+            "memory_tokens, the (k + 3, d) embeddings of the memory tokens, AE, LM and FT, and the rate"
         )
     memory_size, rank = infer_sizes(tensors, str(path))
     if rank != fields["r"]:

@@ -43,6 +43,21 @@ def test_a_saved_adapter_takes_another_rate(run, text_file, tmp_path):
     assert "--memory-size is for untrained adapters" in err
 
 
+@pytest.mark.usefixtures("smollm2_bf16")
+def test_a_text_beyond_the_adapters_training_is_told_in_a_line(run, text_file, tmp_path):
+    text_file.write_text("The keeper of the light was called Marta, and the lamp burned colza oil. " * 24)
+    line = "icae-fast: warning: a memory has {} spans, and the adapter was trained with at most 4: what is read from it"
+    code, out, err = run("compress", text_file, "--json")
+    n = len(json.loads(out)[0]["spans"])
+    assert (code, n > 4) == (0, True)
+    for command in ((), ("ask", tmp_path / "note.txt.icae", "Who?", "--max-new-tokens", 4)):
+        code, _, err = run(*command) if command else (code, out, err)
+        assert code == 0
+        assert err.startswith(line.format(n))
+        assert err.strip().endswith("; compress the text in parts, or restore it with --by-span")
+        assert len(err.strip().splitlines()) == 1
+
+
 def test_compress_restore_ask(run, text_file, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("A second, shorter text.")

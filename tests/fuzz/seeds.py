@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from fuzz import CORPORA
 from helpers.store import make_origin, memory_for, slot_kv
-from icae_fast.config import ICAEConfig
+from icae_fast.config import ICAEConfig, Trained
 from icae_fast.io.checkpoints import MEMORY_KEY, lora_key
 from icae_fast.store.index_files import install_index
 from icae_fast.store.memory_file import PackedMemory
@@ -28,6 +28,15 @@ _CONFIG = {
     "base": {"hidden_size": 16},
     "adapter_hash": "0" * 16,
 }
+_HEADER = _CONFIG | {
+    "config": ICAEConfig(memory_size=4, lora_rank=2).to_dict(),
+    "trained": Trained(max_spans=2, span_tokens=16, dtype="bfloat16").to_dict(),
+}
+_PEFT = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"],
+    "bias": "none", "use_dora": False, "base_model_name_or_path": "base",
+}  # fmt: skip
+_SHARDS = {"weight_map": dict.fromkeys((MEMORY_KEY, lora_key(0, "q", "A")), "a.safetensors")}
 
 
 def _memories() -> Iterator[bytes]:
@@ -37,14 +46,15 @@ def _memories() -> Iterator[bytes]:
             yield flag + packed.encode(make_origin(), kv=slot_kv() if dtype else None, key="a")
 
 
-def _tensors() -> dict[str, torch.Tensor]:
+def adapter_tensors() -> dict[str, torch.Tensor]:
+    """Return a tiny adapter's tensors: k = 4, d = 4 and LoRA of rank 2."""
     factors = {lora_key(0, "q", "A"): torch.ones(2, 4), lora_key(0, "q", "B"): torch.ones(4, 2)}
     return {MEMORY_KEY: torch.zeros(7, 4), **factors}
 
 
 def _pickle() -> bytes:
     file = io.BytesIO()
-    torch.save(_tensors(), file)
+    torch.save(adapter_tensors(), file)
     return file.getvalue()
 
 
@@ -78,7 +88,10 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     return {
         "memory": list(_memories()),
         "adapter_config": [json.dumps(_CONFIG).encode()],
-        "reference_safetensors": [save(_tensors())],
+        "adapter_header": [json.dumps(_HEADER).encode()],
+        "peft_config": [json.dumps(_PEFT).encode()],
+        "shard_index": [json.dumps(_SHARDS).encode()],
+        "reference_safetensors": [save(adapter_tensors())],
         "reference_pickle": [_pickle()],
         "store_index": [_index(folder)],
         "store_rows": [b"../victim\nab/notes.txt\ncd/victim\n/etc/hostname\nab/" + b"0" * 32],

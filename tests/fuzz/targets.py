@@ -13,15 +13,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from fuzz import seeds
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import ICAEError
 from icae_fast.io.checkpoints import (
     CONFIG_FILE,
+    HEADER_KEY,
+    TENSORS_FILE,
     infer_sizes,
+    read_adapter,
     read_header,
-    read_reference_file,
     split_reference_tensors,
 )  # fmt: skip
+from icae_fast.io.files import tensor_bytes
+from icae_fast.io.peft_folder import PEFT_CONFIG_FILE, PEFT_TENSORS_FILE, read_peft_adapter
+from icae_fast.io.reference_files import read_reference_file
 from icae_fast.store.index_files import INDEX_FILE, install_index
 from icae_fast.store.local import LocalFolder
 from icae_fast.store.memory_file import read_memory_header
@@ -71,6 +77,31 @@ def adapter_config(data: bytes, folder: Path) -> None:
     config, header = read_header(folder)
     assert isinstance(config, ICAEConfig)
     json.dumps(header)
+
+
+@target
+def adapter_header(data: bytes, folder: Path) -> None:
+    """Read an adapter whose config is in its tensors' file alone."""
+    metadata = {HEADER_KEY: data.decode("utf-8", "replace")}
+    (folder / TENSORS_FILE).write_bytes(tensor_bytes(seeds.adapter_tensors(), metadata))
+    assert read_adapter(folder).header["config"]
+
+
+@target
+def peft_config(data: bytes, folder: Path) -> None:
+    """Read the config of an adapter that PEFT saved."""
+    (folder / PEFT_CONFIG_FILE).write_bytes(data)
+    tensors = {key.removeprefix("icae."): tensor for key, tensor in seeds.adapter_tensors().items()}
+    (folder / PEFT_TENSORS_FILE).write_bytes(tensor_bytes(tensors, {}))
+    assert isinstance(read_peft_adapter(folder).config, ICAEConfig)
+
+
+@target
+def shard_index(data: bytes, folder: Path) -> None:
+    """Read the index of a reference checkpoint in shards."""
+    (folder / "r.safetensors.index.json").write_bytes(data)
+    (folder / "a.safetensors").write_bytes(tensor_bytes(seeds.adapter_tensors(), {}))
+    infer_sizes(read_reference_file(folder / "r.safetensors"), "it")
 
 
 @target

@@ -55,7 +55,7 @@ def test_memory_tokens_among_the_tensors(save, make_icae, make_base, random_ids)
 
 
 def test_without_memory_tokens(save, make_base):
-    with pytest.raises(CheckpointError, match=r"adapter of PEFT, which holds no memory tokens; pass memory_tokens="):
+    with pytest.raises(CheckpointError, match=r"of PEFT, which holds no memory tokens; give ICAE.from_pretrained"):
         ICAE.from_pretrained(save()[0], make_base())
 
 

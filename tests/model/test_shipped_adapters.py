@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from icae_fast import ICAE
+from icae_fast.config import Trained
 from icae_fast.errors import CheckpointError, ConfigError
 from icae_fast.io import hub
-from icae_fast.io.checkpoints import TENSORS_FILE
+from icae_fast.io.checkpoints import TENSORS_FILE, read_adapter
 from icae_fast.training.methods.objectives import autoencoding_sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +47,11 @@ def test_a_shipped_adapter_loads_by_its_name(icae, make_base, tmp_path, monkeypa
     again = ICAE.from_pretrained("tiny", base_model=make_base())
     ids = random_ids(30)
     assert torch.equal(again.compress(ids)[0].slots, icae.compress(ids)[0].slots)
+
+
+def test_the_shipped_adapter_says_what_it_was_trained_with():
+    folder = hub.shipped_adapters()["smollm2-135m"]
+    assert read_adapter(folder).trained == Trained(max_spans=4, span_tokens=128, dtype="bfloat16")
 
 
 def test_an_adapter_loads_with_another_compression_rate(icae, make_base, tmp_path, random_ids):

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from icae_fast.config import Trained
 from icae_fast.core.core import ICAECore
 from icae_fast.core.spans import count_spans
 from icae_fast.errors import ConfigError
@@ -109,8 +110,25 @@ class Draw(Protocol):
                 base model's positions.
         """
 
+    def longest_context(self, stage: Stage) -> int:
+        """Return the context tokens of a stage's samples, at most."""
+
     def __call__(self, row: Row, stage: Stage, rng: random.Random, tally: Tally) -> list[Draft]:
         """Return the samples of a row, possibly none; `tally` counts skipped and truncated rows."""
+
+
+def trained_sizes(draw: Draw, stages: Iterable[Stage], dtype: str) -> Trained:
+    """Return the sizes that the decoder learns to read in the stages of a run.
+
+    Args:
+        draw: draws the samples.
+        stages: those of the run; a slot code or a warm start alone teaches the decoder nothing about several spans.
+        dtype: compute dtype of the run.
+    """
+    stages = list(stages)
+    reading = [stage for stage in stages if stage.exclusive is None] or stages
+    longest, config = max(map(draw.longest_context, reading)), draw.layout.config
+    return Trained(count_spans(longest, config), min(longest, config.max_span_tokens), dtype)
 
 
 class PretrainingDraw:
@@ -161,9 +179,7 @@ class PretrainingDraw:
         """See `Draw.check`."""
         if "ft" in stage.objectives:
             raise ConfigError("a stage has 'ft', but rows of text have no prompts; give rows of instructions")
-        longest = stage.max_tokens
-        if self.spans is not None:
-            longest = min(longest, self.spans[1] * self.layout.config.max_span_tokens)
+        longest = self.longest_context(stage)
         if "lm" in stage.objectives and longest <= MIN_TOKENS_FOR_LM:
             self._report_short(stage, longest)
         restores = stage.is_code or "ae" in stage.objectives
@@ -175,6 +191,12 @@ class PretrainingDraw:
                 f"a context of {longest} tokens, {what}, needs {needed} positions of the decoder, and there are "
                 f"{self.layout.max_positions}; lower the stage's max_tokens, leave out 'ae', or allow more positions"
             )
+
+    def longest_context(self, stage: Stage) -> int:
+        """See `Draw.longest_context`."""
+        if self.spans is None:
+            return stage.max_tokens
+        return min(stage.max_tokens, self.spans[1] * self.layout.config.max_span_tokens)
 
     def _report_short(self, stage: Stage, longest: int) -> None:
         """Raise, or with "ae" warn, that no excerpt of a stage can be continued."""
@@ -279,17 +301,21 @@ class InstructionDraw:
         """See `Draw.check`."""
         if others := sorted(set(stage.objectives) - {"ft", "warm"}):
             raise ConfigError(f"a stage has {', '.join(others)}, but rows of instructions support 'ft' and 'warm'")
-        slots = self.layout.n_slots(min(self.max_context_tokens, stage.max_tokens))
+        slots = self.layout.n_slots(self.longest_context(stage))
         if slots >= self.layout.max_positions:
             raise ConfigError(
                 f"the longest context has {slots} slots, which fill all of the decoder's {self.layout.max_positions} "
                 "positions; lower max_context_tokens, or allow more positions"
             )
 
+    def longest_context(self, stage: Stage) -> int:
+        """See `Draw.longest_context`."""
+        return min(self.max_context_tokens, stage.max_tokens)
+
     def __call__(self, row: Row, stage: Stage, rng: random.Random, tally: Tally) -> list[Draft]:
         """See `Draw.__call__`."""
         layout = self.layout
-        limits = min(self.max_context_tokens, stage.max_tokens), self.max_answer_tokens, self.max_answer_tokens
+        limits = self.longest_context(stage), self.max_answer_tokens, self.max_answer_tokens
         parts = zip(("context", "prompt", "answer"), row.ids, limits, strict=True)
         long = [(name, len(ids), limit) for name, ids, limit in parts if len(ids) > limit]
         if long and self.on_long_row == "skip":

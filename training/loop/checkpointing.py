@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import Trainer, TrainerState
 
 from icae_fast.config import ICAEConfig
+from icae_fast.core.core import ICAECore
 from icae_fast.io.checkpoints import write_adapter
 from icae_fast.training.data.stream import BatchStream
 from icae_fast.training.loop.checkpoint_folder import (
@@ -49,6 +50,7 @@ class CheckpointingTrainer(Trainer):
     """
 
     model: nn.Module  # `Trainer` annotates it as optional
+    _icae: ICAECore
     _config: ICAEConfig
     _base: dict[str, Any]  # identity of the base model
     _keys: Mapping[str, str]  # by name of a trained parameter: its key in the adapter's file
@@ -76,7 +78,7 @@ class CheckpointingTrainer(Trainer):
             # A head tied to the embeddings is included under its second name, even when frozen.
             named = {self._keys[name]: tensor for name, tensor in tensors.items() if name in self._keys}
             ordered = {key: named[key] for key in self._keys.values()}
-            write_adapter(output_dir or self._output, self._config, self._base, ordered)
+            write_adapter(output_dir or self._output, self._config, self._base, ordered, self._icae.trained)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         output, step = self._output, self.state.global_step

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from icae_fast import ICAE
 from icae_fast.errors import CheckpointError, ConfigError, ICAEError
 from icae_fast.io.hub import load_base_model
-from icae_fast.training.data.samples import Draw
+from icae_fast.training.data.samples import Draw, trained_sizes
 from icae_fast.training.data.sources import open_source
 from icae_fast.training.data.stream import BatchStream, held_out
 from icae_fast.training.loop.arguments import SOAP
@@ -107,6 +107,7 @@ def _train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw], inte
     icae = load_icae(settings)
     curriculum.check(icae.config)
     draw = make_draw(icae, settings)
+    icae.trained = trained_sizes(draw, curriculum.stages, settings.model.dtype).joined(icae.trained)
     with arguments.main_process_first(desc="tokenising"):
         source = _open(settings, settings.data.train, icae, draw, curriculum, arguments.seed)
         held_out_samples = _held_out(settings, icae, draw, curriculum, arguments.seed)

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icae_fast.config import Trained
 from icae_fast.errors import ConfigError
 from icae_fast.training.data.rows import Row
-from icae_fast.training.data.samples import InstructionDraw, PretrainingDraw, SampleLayout
+from icae_fast.training.data.samples import InstructionDraw, PretrainingDraw, SampleLayout, trained_sizes
 from icae_fast.training.data.tally import Tally
 from icae_fast.training.methods.batch import pack
 from icae_fast.training.methods.curriculum import Stage
@@ -267,3 +268,22 @@ def test_a_layout_has_no_weights(make_icae, make_tokenizer):
         layout = pickle.loads(pickle.dumps(SampleLayout(icae)))
         assert layout.prompt_ids([7, 8]) == icae.prompt_ids([7, 8])
         assert len(pickle.dumps(layout)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("stages", "spans", "expected"),
+    [([{"ae": 1}], None, (3, 16)), ([{"lm": 1}], (1, 2), (2, 16)), ([{"code": 1}, {"warm": 1}], None, (3, 16))],
+)
+def test_the_sizes_of_a_training(tiny_icae, stages, spans, expected):
+    """Contexts of up to 40 tokens, in spans of 16; stages that the decoder reads in count, if there are any."""
+    drawer = PretrainingDraw(tiny_icae, spans=spans)
+    record = trained_sizes(drawer, [Stage(1, objectives, 40) for objectives in stages], "bfloat16")
+    assert record == Trained(*expected, "bfloat16")
+    more = [Stage(1, {"ae": 1}, 16), *(Stage(1, o, 40) for o in stages if set(o) & {"code", "warm"})]
+    assert trained_sizes(drawer, more, "bfloat16").max_spans == 1
+
+
+def test_the_sizes_of_a_fine_tuning(tiny_icae):
+    drawer = InstructionDraw(tiny_icae, max_context_tokens=20)
+    assert trained_sizes(drawer, [Stage(1, {"ft": 1}, 99)], "float32") == Trained(2, 16, "float32")
+    assert trained_sizes(drawer, [Stage(1, {"ft": 1}, 9)], "float32") == Trained(1, 9, "float32")

@@ -1,5 +1,6 @@
 """Pretraining and fine-tuning as a user runs them: from a YAML file and rows of text to an adapter."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ import yaml
 from helpers import golden
 from icae_fast import ICAE
 from icae_fast.errors import CheckpointError, ConfigError
+from icae_fast.io.checkpoints import read_adapter
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
 from icae_fast.training.loop import train as runs
@@ -293,6 +295,11 @@ def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeyp
     assert "Try it: icae-fast compress" in capsys.readouterr().out
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["log_history"][0]["loss_ft"] > 0
+    first, second = (read_adapter(tmp_path / run / "adapter") for run in ("pretrained", "out"))
+    assert first.trained is not None
+    assert first.trained.dtype == "float32"
+    spans = max(first.trained.max_spans, -(-32 // first.config.max_span_tokens))
+    assert second.trained == dataclasses.replace(first.trained, max_spans=spans)
 
 
 @pytest.mark.parametrize(
