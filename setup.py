@@ -6,6 +6,7 @@ the two) builds the kernels with those sanitizers; `make sanitize` does, into a 
 ICAE_FAST_COVERAGE=1 builds them to count executed lines for gcov; `make coverage` does, and prints the counts.
 """
 
+import json
 import os
 import platform
 import shutil
@@ -29,7 +30,8 @@ OPENMP = {"Linux": ["-fopenmp"]}.get(platform.system(), [])
 COMPILE = ["-O3", "-g0", "-falign-loops=64", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden"]
 COMPILE += ["-Wall", "-Wextra"]
 # GCC 12 warns about the undefined operands inside its own AVX-512 intrinsics.
-COMPILE += ["-Wno-maybe-uninitialized", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
+COMPILE += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+COMPILE += ["-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
 # Threads count atomically.
 COVERAGE = ["--coverage", "-O1", "-fprofile-update=atomic"]
 # These come after Python's own flags: its -fwrapv would make every integer overflow defined.
@@ -54,7 +56,8 @@ def sanitizers():
 
 
 def build_command():
-    """Return torch's build_ext, which warns if the build will be slow."""
+    """Return torch's build_ext, which warns if the build will be slow, and records the version of torch."""
+    import torch
     from torch.utils.cpp_extension import BuildExtension, is_ninja_available
 
     class Build(BuildExtension):
@@ -65,6 +68,9 @@ def build_command():
                 print(SLOW, file=sys.stderr)
                 self.use_ninja = False
             super().run()
+            # With another torch the extension may not load, or may crash; `icae_fast.ops` reads this before it loads.
+            record = Path(self.get_ext_fullpath("icae_fast._C")).with_name("_C_build.json")
+            record.write_text(json.dumps({"torch": torch.__version__}) + "\n")
 
     return Build.with_options(no_python_abi_suffix=False)
 

@@ -59,6 +59,7 @@ def _together(groups: Groups) -> bool:
     return all(p.data_ptr() == base + start and p.is_contiguous() for p, start, _ in _places(groups))
 
 
+@torch.inference_mode(False)  # parameters outlive the caller's mode
 @torch.no_grad()
 def _move(groups: Groups) -> None:
     places = list(_places(groups))

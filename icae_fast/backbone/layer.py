@@ -11,6 +11,7 @@ from torch import nn
 
 from icae_fast.backbone.families.types import RMSNorm
 from icae_fast.backbone.families.view import LayerView
+from icae_fast.backbone.hooks import is_frozen
 from icae_fast.backbone.lora import MergedQKV, PackedLoRA
 from icae_fast.backbone.modules import apply_linear, apply_mlp, apply_norm
 from icae_fast.backbone.packing import packed_qkv, qk_norm_weights
@@ -92,8 +93,9 @@ class StackPass:
 
     def project(self, i: int, layer: LayerView, h: torch.Tensor) -> QKV:
         """Return queries (Tq, Hq, D), keys and values (T, Hkv, D) of layer i."""
+        arguments = self.projection(i, layer, h)
         _check_frozen(layer)
-        return _LORA_QKV_ROPE(*self.projection(i, layer, h))
+        return _LORA_QKV_ROPE(*arguments)
 
     def attend(self, i: int, layer: LayerView, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return layer i's attention (Tq, Hq, D), over the cache too where there is one."""
@@ -139,10 +141,8 @@ def forward_layer(
 
 def _check_frozen(layer: LayerView) -> None:
     """Raise where a parameter of q, k or v requires a gradient, which `lora_qkv_rope` does not compute."""
-    if not torch.is_grad_enabled():
-        return
     for module in layer.qkv:
-        if any(p.requires_grad for p in module.parameters()):
+        if not is_frozen([module]):
             raise BackendError(
                 f"{layer.name_of(module)} requires a gradient, which the fused projection does not compute; freeze the "
                 "base model with requires_grad_(False)"

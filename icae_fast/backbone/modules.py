@@ -9,13 +9,14 @@ from torch import nn
 
 from icae_fast.backbone.families.types import RMSNorm
 from icae_fast.backbone.families.view import LayerView
+from icae_fast.backbone.hooks import is_hooked
 from icae_fast.backbone.packing import packed_gate_up, weight_of
 from icae_fast.ops import linear, rms_norm, swiglu
 
 
 def is_plain(module: nn.Module, x: torch.Tensor) -> bool:
-    """Return whether an op may read a module's weights: frozen, in the dtype of x, and without forward hooks."""
-    return not _hooked(module) and _computable(module, x.dtype, torch.is_grad_enabled())
+    """Return whether an op may read a module's weights: frozen, in the dtype of x, without hooks or another forward."""
+    return not is_hooked(module) and _computable(module, x.dtype, torch.is_grad_enabled())
 
 
 def is_plain_norm(module: nn.Module, x: torch.Tensor) -> TypeGuard[RMSNorm]:
@@ -34,7 +35,7 @@ def is_plain_mlp(layer: LayerView, x: torch.Tensor) -> bool:
     if linears is None or not is_plain(layer.mlp, x):  # checks the parameters of the three linear modules too
         return False
     gate, up, down = linears
-    return not (_hooked(gate) or _hooked(up) or _hooked(down)) and (gate.bias is None) == (up.bias is None)
+    return not (is_hooked(gate) or is_hooked(up) or is_hooked(down)) and (gate.bias is None) == (up.bias is None)
 
 
 def norm_op(module: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,10 +66,6 @@ def apply_mlp(layer: LayerView, x: torch.Tensor) -> torch.Tensor:
     if not is_plain_mlp(layer, x):
         return layer.mlp(x)
     return linear_op(layer.down, swiglu(x, *packed_gate_up(layer)))
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _computable(module: nn.Module, dtype: torch.dtype, graph: bool) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from icae_fast.backbone.families.view import LayerView
+from icae_fast.backbone.hooks import check_projections
 from icae_fast.backbone.sharding import is_sharded
 
 
@@ -17,7 +18,12 @@ def packed_qkv(layer: LayerView) -> tuple[torch.Tensor, torch.Tensor | None]:
 
     Returns:
         weight ((Hq + 2 Hkv) D, d) and bias ((Hq + 2 Hkv) D,) or None.
+
+    Raises:
+        UnsupportedModelError: see `icae_fast.backbone.hooks.check_projections`.
     """
+    if not torch.compiler.is_compiling():  # `Backbone.compile` packs before it runs
+        check_projections(layer)
     return packed(layer.qkv, move=not is_sharded(layer.module))
 
 
@@ -66,7 +72,7 @@ def _packed(parameters: Sequence[torch.Tensor], move: bool) -> torch.Tensor:
     first = parameters[0]
     # A traced graph cannot read addresses; `Backbone.compile` packs before it runs.
     if not torch.compiler.is_compiling() and not _adjacent(parameters):
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # parameters outlive the caller's mode
             block = torch.cat([p.detach() for p in parameters])
             for p, rows in zip(parameters, block.split([p.shape[0] for p in parameters]), strict=True):
                 p.data = rows

@@ -2,7 +2,9 @@
 
 `Backbone` runs this package's ops on the weights of the Hugging Face model's own modules. It copies no weights, and the
 model still works by itself. Where the ops do not compute what a module does (another activation, quantised weights,
-hooks, or a parameter that requires a gradient), the module itself is called.
+hooks, another forward of an instance, or a parameter that requires a gradient), the module itself is called. Layers,
+attention and q, k and v are never called: where one is more than its class, a forward refuses the model
+(`icae_fast.backbone.hooks`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from icae_fast.backbone.families.table import view_of
+from icae_fast.backbone.hooks import is_frozen
 from icae_fast.backbone.layer import KeyValueCache, StackPass, Tables, forward_layer
 from icae_fast.backbone.lora import MergedQKV, PackedLoRA
 from icae_fast.backbone.modules import apply_norm, is_plain_linear, is_plain_mlp, is_plain_norm
@@ -151,7 +154,8 @@ class Backbone:
             x: a tensor of the compute dtype.
         """
         return all(
-            is_plain_norm(layer.attention_norm, x)
+            is_frozen(layer.qkv)
+            and is_plain_norm(layer.attention_norm, x)
             and is_plain_linear(layer.o, x)
             and is_plain_norm(layer.mlp_norm, x)
             and is_plain_mlp(layer, x)

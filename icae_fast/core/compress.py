@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from icae_fast.backbone.rows import token_budget_on
+from icae_fast.backbone.modes import in_own_modes
+from icae_fast.backbone.rows import micro_batches, token_budget_on
+from icae_fast.checks import is_out_of_memory
 from icae_fast.core.core import ICAECore
 from icae_fast.core.encoder import Progress, encode_spans
 from icae_fast.core.inputs import Context, as_list
@@ -15,6 +17,7 @@ from icae_fast.core.spans import CutContext
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError
 
 
+@in_own_modes
 def encode(
     core: ICAECore,
     contexts: Sequence[torch.Tensor],
@@ -78,6 +81,7 @@ def compress(
     return compress_cut(core, cuts, token_budget=token_budget, on_progress=on_progress)
 
 
+@in_own_modes
 @torch.no_grad()
 def compress_cut(
     core: ICAECore,
@@ -92,8 +96,8 @@ def compress_cut(
         raise InvalidInputError(f"token_budget is {token_budget}; give at least 1")
     try:
         slots = encode_spans(core, cuts, token_budget, on_progress, dropout=False)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise ContextTooLongError(
                 f"memory ran out while compressing {sum(len(c.ids) for c in cuts)} tokens at "
                 f"token_budget={token_budget}; lower token_budget or compress fewer documents at once"
@@ -102,6 +106,15 @@ def compress_cut(
     if not bool(torch.stack([torch.isfinite(s).all() for s in slots]).all()):  # one synchronisation with a GPU
         raise NonFiniteError(core.describe_non_finite("the memory slots"))
     return [Memory(s, len(c.ids), c.span_lengths) for s, c in zip(slots, cuts, strict=True)]
+
+
+def context_batches(core: ICAECore, cuts: Sequence[CutContext], token_budget: int | None = None) -> Iterator[range]:
+    """Yield consecutive ranges of contexts, each of a micro-batch of spans or of one longer context.
+
+    For a caller that keeps the memories of each batch before the next one is compressed.
+    """
+    costs = [len(cut.ids) + len(cut.span_lengths) * core.config.memory_size for cut in cuts]
+    return micro_batches(costs, token_budget_on(core.device, token_budget))
 
 
 def extend(core: ICAECore, memory: Memory, more: Context, *, token_budget: int | None = None) -> Memory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -9,10 +11,14 @@ from torch import nn
 
 from icae_fast.adapter.lora import LoRAAdapter
 from icae_fast.adapter.mode import AdapterMode, EncoderWeights
+from icae_fast.backbone.forks import check_process
+from icae_fast.backbone.modes import without_inference_tensors
 from icae_fast.backbone.stack import Backbone, check_supported
+from icae_fast.checks import is_int
 from icae_fast.config import ICAEConfig
 from icae_fast.core.inputs import Context, Vocabulary, check_tokenizer, to_ids
 from icae_fast.core.memory import Memory, check_memory
+from icae_fast.core.pickling import with_own_weights
 from icae_fast.core.spans import CutContext
 from icae_fast.core.tokens import SpecialTokens
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
@@ -20,6 +26,9 @@ from icae_fast.kv.tree import SlotKVTree
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+DEFAULT_DECODE_BUDGET = 4 << 30
 
 
 class ICAECore(nn.Module):
@@ -47,6 +56,7 @@ class ICAECore(nn.Module):
         slot_gain: () gain of slot scaling, trained; None without slot scaling.
         encoder_weights: the adapter mode and the merged weights.
         slot_kv: prefix tree of the keys and values that the decoder has read.
+        decode_budget: bytes for rows that decode together, see there.
 
     Raises:
         UnsupportedModelError: another architecture, or quantised or wrapped layers.
@@ -56,9 +66,12 @@ class ICAECore(nn.Module):
 
     base_model: Any  # as a plain `nn.Module`, each of its attributes would have the type Tensor | Module
 
+    @torch.inference_mode(False)  # an ICAE that is made in inference mode can be used and trained outside of it
     def __init__(self, base_model: Any, config: ICAEConfig, tokenizer: Any = None) -> None:
         super().__init__()
         check_supported(base_model)
+        check_process(base_model.get_input_embeddings().weight.device)
+        without_inference_tensors(base_model)
         embedding = base_model.get_input_embeddings().weight
         if tokenizer is not None:
             check_tokenizer(tokenizer, embedding.shape[0])
@@ -78,6 +91,7 @@ class ICAECore(nn.Module):
         ).to(embedding.device)
         self.encoder_weights = EncoderWeights()
         self.slot_kv = SlotKVTree(self.backbone)
+        self._decode_budget = DEFAULT_DECODE_BUDGET
         self.memory_token_embed = nn.Embedding(config.memory_size + 3, b.hidden_size, dtype=trained_dtype)
         # Memory tokens start as random words, whose range the first layer knows. The reference draws from N(0, 1),
         # which is seven times wider than SmolLM2's embeddings (standard deviation 0.136).
@@ -124,6 +138,39 @@ class ICAECore(nn.Module):
             if value is not None:
                 return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
         return ()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move and cast for `to`, `half` and others, keeping trained tensors in fp32 or wider.
+
+        A cast sets the compute dtype. Rounded factors would be another adapter, to which stored memories are foreign.
+        """
+
+        def wide(x: torch.Tensor) -> torch.Tensor:
+            out = fn(x)
+            narrowed = out.dtype != x.dtype and out.is_floating_point() and out.dtype.itemsize < 4
+            return x.to(out.device) if narrowed else out
+
+        self.base_model._apply(fn)
+        return super()._apply(wide, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickles hold each weight once: the backbone and the tree refer to the base model, and are made anew.
+        state = {name: v for name, v in vars(self).items() if name not in ("backbone", "slot_kv")}
+        modules = self._modules | {"base_model": with_own_weights(self.base_model)}
+        return state | {"_modules": modules, "_kv_budget": self.kv_budget}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        kv_budget = state.pop("_kv_budget")
+        super().__setstate__(state)
+        self.backbone = Backbone(self.base_model)
+        self.slot_kv = SlotKVTree(self.backbone, kv_budget)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(v, memo) for name, v in vars(self).items()})
+        return twin
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the adapter; the frozen base model stays in evaluation mode."""
@@ -286,6 +333,24 @@ class ICAECore(nn.Module):
     @kv_budget.setter
     def kv_budget(self, n: int) -> None:
         self.slot_kv.byte_budget = n
+
+    @property
+    def decode_budget(self) -> int:
+        """Bytes of keys, values and logits of the rows that decode together; 4 GiB by default.
+
+        A call with more rows decodes them group by group, in their order. A row depends on its prompt and its seed; in
+        bf16 its rounding also depends on the number of rows beside it. A row that takes more is decoded by itself.
+
+        Raises:
+            InvalidInputError: set to something other than a whole number of at least 1.
+        """
+        return self._decode_budget
+
+    @decode_budget.setter
+    def decode_budget(self, n: int) -> None:
+        if not is_int(n) or n < 1:
+            raise InvalidInputError(f"decode_budget is {n!r}; give a whole number of bytes, at least 1")
+        self._decode_budget = int(n)
 
     def clear_kv(self) -> None:
         """Free all slot KV; needed after a write to base weights through `.data` that the cache cannot detect."""

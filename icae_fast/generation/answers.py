@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from icae_fast.checks import is_int
+from icae_fast.backbone.modes import in_own_modes
+from icae_fast.checks import is_int, is_out_of_memory
 from icae_fast.core.memory import Memory
 from icae_fast.errors import ContextTooLongError, InvalidInputError, NonFiniteError, TokenizerMismatchError
+from icae_fast.generation.admission import admitted
 from icae_fast.generation.decoding import DecodeSession
 from icae_fast.generation.detokenize import StoppableText, hidden_tokens
 from icae_fast.generation.memory_kv import memory_pieces
@@ -93,10 +95,9 @@ class AnswerBatch:
         self.core, self.rows, self.streamer = core, rows, streamer
         self.eos = options.eos_ids(core.eos_token_ids, core.vocabulary.n_base)
         self._check(min_new_tokens, options.stop_strings)
-        self.chooser = TokenChooser(
-            options, [r.prompt for r in rows], max(r.limit for r in rows), min_new_tokens, self.eos,
-            core.vocabulary.pad, core.device,
-        )  # fmt: skip
+        self._options, self._least = options, min_new_tokens
+        # Drawn for all rows at once, so that a row's seed does not depend on the group that it decodes in.
+        self._seeds = options.row_seeds(len(rows)) if options.do_sample else None
         self._stop_strings = bool(options.stop_strings)
         # Time limit of one greedy call, and the measured time of a step; no step has been measured yet.
         self._seconds = SECONDS_AHEAD if streamer is None and not incremental else SECONDS_AHEAD_OF_A_STREAM
@@ -147,7 +148,7 @@ class AnswerBatch:
         if self.streamer is not None and getattr(self.streamer, "skip_prompt", False):
             self.streamer.put(torch.tensor([self.rows[0].prompt]))
         if any(row.limit for row in self.rows):  # limits are either all 0 or all positive
-            yield from self._decode(self.rows)
+            yield from self._decode_groups()
         else:
             for row in self.rows:
                 row.reason = "length"
@@ -155,8 +156,31 @@ class AnswerBatch:
         if self.streamer is not None:
             self.streamer.end()
 
-    def _decode(self, active: list[Row]) -> Iterator[tuple[Row, str]]:
-        core, chooser = self.core, self.chooser
+    def _decode_groups(self) -> Iterator[tuple[Row, str]]:
+        core, options = self.core, self._options
+        groups: Iterable[list[int]] = [list(range(len(self.rows)))]
+        if not (options.logits_processor or options.stopping_criteria):  # these see all rows in each step
+            groups = admitted(core, self.rows, sampling=options.do_sample)
+        for group in groups:
+            try:
+                yield from self._decode([self.rows[i] for i in group], self._chooser(group))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ContextTooLongError(
+                    f"memory ran out while {len(group)} rows were decoded together; set icae.decode_budget below "
+                    f"{core.decode_budget} bytes or ask for fewer tokens"
+                ) from error
+
+    def _chooser(self, group: list[int]) -> TokenChooser:
+        rows, core = self.rows, self.core
+        return TokenChooser(
+            self._options, [rows[i].prompt for i in group], max(r.limit for r in rows), self._least, self.eos,
+            core.vocabulary.pad, core.device, None if self._seeds is None else [self._seeds[i] for i in group],
+        )  # fmt: skip
+
+    def _decode(self, active: list[Row], chooser: TokenChooser) -> Iterator[tuple[Row, str]]:
+        core = self.core
         session = _session(core, active)
         logits = session.start()
         if not bool(torch.isfinite(logits).all()):
@@ -179,11 +203,12 @@ class AnswerBatch:
                 session.keep(going)
                 chooser.keep(going)
                 tokens = tokens[torch.tensor(going, device=tokens.device)]
-            chosen = self._next(session, active, tokens)
+            chosen = self._next(session, chooser, active, tokens)
 
-    def _next(self, session: DecodeSession, active: list[Row], tokens: torch.Tensor) -> torch.Tensor:
+    def _next(
+        self, session: DecodeSession, chooser: TokenChooser, active: list[Row], tokens: torch.Tensor
+    ) -> torch.Tensor:
         """Return (n, rows) tokens of the next steps; n > 1 where only `eos` ids can end a row."""
-        chooser = self.chooser
         if not (session.runs_ahead and chooser.takes_the_largest):
             return chooser.choose(session.step(tokens))[None]
         ahead = 1 if self._stop_strings else max(1, min(STEPS_AHEAD, int(self._seconds / self._seconds_a_step)))
@@ -196,6 +221,7 @@ class AnswerBatch:
         return chosen
 
 
+@in_own_modes
 def _session(core: ICAECore, rows: Sequence[Row]) -> DecodeSession:
     """Start a session behind the slot KV of each row's memory, computing what is not cached."""
     pieces: dict[tuple[int, tuple[int, ...]], list[torch.Tensor]] = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from icae_fast.backbone.modes import in_own_modes
 from icae_fast.generation.graphs import StepGraph, capture_on
 from icae_fast.generation.step_weights import RotaryTables, step_cache, step_weights
 from icae_fast.kv.segments import DecoderRows, KVSegment, tree_order
@@ -56,10 +57,16 @@ class DecodeSession:
         self._capture = None if self._weights is None or self._tables.fixed is None else capture_on(core.device)
 
     @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self._core.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all keys and values, with each shared segment counted once."""
         return self._rows.nbytes
 
+    @in_own_modes
     @torch.no_grad()
     def start(self) -> torch.Tensor:
         """Read all suffixes and return the (R, V) logits of each row's first new token."""
@@ -68,6 +75,7 @@ class DecodeSession:
         self._suffixes = []
         return self._in_callers_order(self._core.base_model.lm_head(hidden))
 
+    @in_own_modes
     @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read one token per row and return the (R, V) logits of the next one.
@@ -91,6 +99,7 @@ class DecodeSession:
         """Whether `greedy` can be called: a step is one call of the op, outside of a graph."""
         return self._capture is None and self._weights is not None and self._tables.fixed is not None
 
+    @in_own_modes
     @torch.no_grad()
     def greedy(self, tokens: torch.Tensor, most: int, eos: Sequence[int], least: int) -> torch.Tensor:
         """Read one token per row and continue with the argmax for several steps in one call.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from icae_fast.backbone.modes import in_own_modes
 from icae_fast.checks import is_int
 from icae_fast.core.core import ICAECore
 from icae_fast.core.inputs import Context, as_list
@@ -39,6 +40,7 @@ def memory_pieces(core: ICAECore, memory: Memory, prefix: Sequence[int] = ()) ->
     return pieces
 
 
+@in_own_modes
 @torch.no_grad()
 def memory_kv(core: ICAECore, memory: Memory, task: Task = "answer") -> SlotKV:
     """Return the frozen decoder's keys and values of a memory's slots, to be kept and passed to `adopt_kv` later.
@@ -68,6 +70,7 @@ def memory_kv(core: ICAECore, memory: Memory, task: Task = "answer") -> SlotKV:
     return kv
 
 
+@in_own_modes
 @torch.no_grad()
 def adopt_kv(core: ICAECore, memory: Memory, kv: SlotKV) -> bool:
     """Keep keys and values of a memory's slots, so that reading it behind `kv.prefix_ids` does not compute them.
@@ -97,6 +100,7 @@ def adopt_kv(core: ICAECore, memory: Memory, kv: SlotKV) -> bool:
     return core.slot_kv.adopt(memory_pieces(core, memory, kv.prefix_ids), spans)
 
 
+@in_own_modes
 @torch.no_grad()
 def kv_cache(
     core: ICAECore, memory: Memory, task: Task = "answer", *, kind: CacheKind = "dynamic",
@@ -112,8 +116,8 @@ def kv_cache(
         out = base_model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
         answer = out[:, ids.shape[1] :]
 
-    If `generate` gets only the new ids or their embeddings, it may drop some and move the rest without an error. A
-    cache serves one call, which appends to it.
+    If `generate` gets only the new ids or their embeddings, it may drop some and move the rest without an error. It
+    refuses assisted decoding with this cache. A cache serves one call, which appends to it.
 
     Args:
         memory: of this model.
@@ -142,6 +146,7 @@ def kv_cache(
     return _hf_cache(core, [path] * rows, kind, max_cache_len)
 
 
+@in_own_modes
 @torch.no_grad()
 def generation_inputs(
     core: ICAECore, memory: Memory, prompts: Context | Sequence[Context] | None = None, max_new_tokens: int = 128, *,
@@ -153,8 +158,9 @@ def generation_inputs(
         ids = icae.base_model.generate(**inputs, do_sample=True, top_p=0.9)
         answers = icae.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    `generate` returns answers without prompts, and all its features work: sampling, beams, streamers, logits
-    processors (which see the answer only). Greedy ids equal those of `icae.generate`, up to ties in rounding.
+    `generate` returns answers without prompts, and its features work: sampling, beams, streamers, logits processors
+    (which see the answer only). Assisted decoding is refused, because it reads its whole input again. Greedy ids equal
+    those of `icae.generate`, up to ties in rounding.
 
     Given embeddings and a cache, `generate` slices off as many embeddings as tokens are cached and takes positions
     from the attention mask. `inputs_embeds` and `attention_mask` therefore have full length, with zeros for what is

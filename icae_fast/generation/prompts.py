@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import datetime
 from typing import Any
 
 from icae_fast.core.core import ICAECore
@@ -16,7 +16,16 @@ _ANSWER = "\u2063icae-answer\u2063"
 
 # A template that writes today's date would change the prefix each day, and with it all keys and values behind it. This
 # is the date of Llama 3's templates where they are told none.
-FIXED_DATE = date(2024, 7, 26)
+FIXED_DATE = datetime(2024, 7, 26)
+# Transformers lets no function through to a template, so the one for today's date is shadowed by a macro in front.
+_FORMS = {f"%{form}": FIXED_DATE.strftime(f"%{form}") for form in "aAbBdHjmMSxXyY"}
+# Forms that strftime has on some systems.
+_FORMS |= {"%F": "2024-07-26", "%-d": "26", "%-m": "7"}
+_DATED = (
+    "{%- macro strftime_now(form) -%}{%- if date_string is defined -%}{{ date_string }}{%- else -%}{{ form"
+    + "".join(f" | replace('{form}', '{text}')" for form, text in _FORMS.items())
+    + " }}{%- endif -%}{%- endmacro %}{{ '' }}"
+)
 
 
 def chat_template_ids(tokenizer: Any, variables: Mapping[str, Any] | None = None) -> tuple[list[int], list[int]]:
@@ -59,10 +68,13 @@ _CHANGED = (
 def _rendered(
     tokenizer: Any, messages: list[dict[str, str]], variables: Mapping[str, Any] | None, **options: bool
 ) -> str:
-    values = dict(variables or {})
-    values.setdefault("strftime_now", lambda form: values.get("date_string") or FIXED_DATE.strftime(form))
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **values)
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _DATED + template
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, chat_template=template, **options, **(variables or {})
+        )
     except Exception as error:  # a template is a program, which may fail in any way
         raise _failed(error) from error
 

@@ -74,8 +74,9 @@ class GenerationOptions:
         eos_token_id: one id or several that end an answer; default: those of the base model.
         logits_processor: transformers' `LogitsProcessor`s (a `LogitsProcessorList` or any sequence), applied after the
             penalty and before temperature, top-k and top-p. Each call sees all rows, so a processor may keep state per
-            row. The ids are those of prompt and answer, padded on the left with the [PAD] id (the size of the base
-            vocabulary). Rows that have ended have [PAD] ids and scores of 0.
+            row; all rows of the call decode together then, whatever `icae.decode_budget` is. The ids are those of
+            prompt and answer, padded on the left with the [PAD] id (the size of the base vocabulary). Rows that have
+            ended have [PAD] ids and scores of 0.
         stopping_criteria: transformers' `StoppingCriteria` (a `StoppingCriteriaList` or any sequence). They see the
             same ids, and None as scores. A row ends as soon as one returns True for it. They cost one more host
             synchronisation per token.
@@ -217,11 +218,12 @@ class TokenChooser:
         eos: ids that end a row.
         pad: padding id, outside the vocabulary.
         device: device of the logits.
+        seeds: one for each row where tokens are drawn; None for those of the options.
     """
 
     def __init__(
         self, options: GenerationOptions, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-        min_new_tokens: int, eos: Sequence[int], pad: int, device: torch.device,
+        min_new_tokens: int, eos: Sequence[int], pad: int, device: torch.device, seeds: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         n, self._width, self._step = len(prompts), max(map(len, prompts)), 0
         self._min_new_tokens = min_new_tokens
@@ -241,7 +243,7 @@ class TokenChooser:
                 row[self._width - len(ids) : self._width] = torch.tensor(ids, dtype=torch.int64)
             self._history = history.to(device)
         if options.do_sample:
-            self._uniform = _uniform(options.row_seeds(n), max_new_tokens).to(device)
+            self._uniform = _uniform(options.row_seeds(n) if seeds is None else seeds, max_new_tokens).to(device)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose the next token of every active row.

@@ -7,6 +7,7 @@ from torch import nn
 
 from icae_fast.backbone.arena import gather_weights
 from icae_fast.backbone.families.view import LayerView
+from icae_fast.backbone.hooks import is_hooked
 from icae_fast.backbone.modules import is_plain
 from icae_fast.backbone.packing import packed_gate_up, packed_qkv, qk_norm_weights
 from icae_fast.backbone.sharding import is_sharded
@@ -56,6 +57,8 @@ def _fits(backbone: Backbone) -> bool:
     if type(view.embedding) is not nn.Embedding or not backbone.all_rope:
         return False
     if any(is_sharded(layer.module) or layer.swiglu is None for layer in layers):
+        return False
+    if any(is_hooked(m) for layer in layers for m in (layer.module, layer.attention, layer.mlp)):
         return False
     linears = [head, *(m for layer in layers for m in (*layer.qkv, layer.o, *layer.gate_up, layer.down))]
     norms = [view.final_norm]

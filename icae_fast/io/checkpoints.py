@@ -49,7 +49,7 @@ def lora_key(layer: int, projection: str, factor: str) -> str:
     return f"icae.base_model.model.model.layers.{layer}.self_attn.{projection}_proj.lora_{factor}.default.weight"
 
 
-def _canonical(key: str) -> str:
+def reference_key(key: str) -> str:
     """Return the key in the form this package writes; older PEFT versions omit `.default`."""
     match = _LORA_KEY.match(key)
     return lora_key(int(match[1]), match[2], match[3]) if match else key
@@ -70,7 +70,7 @@ def split_reference_tensors(
     adapter: dict[str, torch.Tensor] = {}
     base: list[tuple[str, torch.Tensor]] = []
     for key, tensor in tensors.items():
-        name = _canonical(key)
+        name = reference_key(key)
         match = None if ".lora_" in name else _BASE_KEY.match(name)  # LoRA on other projections is unknown
         if match:
             base.append((match[1].replace(".base_layer.", "."), tensor))
@@ -228,7 +228,7 @@ class SavedAdapter:
     Args:
         path: of the tensors' file, for messages.
         config: sizes and conventions.
-        header: JSON values, among them `base` and `adapter_hash`.
+        header: JSON values, among them `base`, and `adapter_hash`, which is None if another package saved the adapter.
         tensors: mapped from the file.
     """
 
@@ -318,7 +318,7 @@ def load_adapter(core: ICAECore, saved: SavedAdapter) -> None:
     """
     check_base(core.base_model, saved.header["base"], str(saved.path.parent))
     load_adapter_tensors(core, saved.tensors, str(saved.path))
-    if adapter_hash(core) != saved.header["adapter_hash"]:
+    if saved.header["adapter_hash"] not in (None, adapter_hash(core)):
         raise CheckpointError(
             f"{saved.path} is not the file that {CONFIG_FILE} was saved with; save or download the adapter again"
         )

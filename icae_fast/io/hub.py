@@ -20,6 +20,7 @@ from icae_fast.io.bundled import BUNDLED_NAME, load_smollm2, load_smollm2_tokeni
 from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, read_header, save_adapter
 from icae_fast.io.files import expanded
 from icae_fast.io.packages import first_line
+from icae_fast.io.peft_folder import PEFT_CONFIG_FILE, PEFT_TENSORS_FILE
 
 if TYPE_CHECKING:
     from icae_fast.core.core import ICAECore
@@ -76,7 +77,8 @@ def resolve_adapter_folder(path: str | Path, revision: str | None = None) -> Pat
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, TENSORS_FILE]))
+        files = [CONFIG_FILE, TENSORS_FILE, PEFT_CONFIG_FILE, PEFT_TENSORS_FILE]
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=files))
     except Exception as error:  # its own errors, and those of its HTTP client
         raise CheckpointError(
             f"{path} is neither a folder with an adapter, nor one that ships with this package "

@@ -18,6 +18,7 @@ from icae_fast.generation import memory_kv as slot_kv
 from icae_fast.generation import prompts, writing
 from icae_fast.io import checkpoints
 from icae_fast.io.hub import load_base_model, resolve_adapter_folder, upload_adapter
+from icae_fast.io.peft_folder import is_peft_folder, read_peft_adapter
 from icae_fast.io.reference_files import find_reference_file, is_safetensors, read_reference_file
 from icae_fast.step import loss
 
@@ -103,18 +104,21 @@ class ICAE(ICAECore):
         tokenizer: Any = None,
         revision: str | None = None,
         compression_rate: int | None = None,
+        memory_tokens: torch.Tensor | None = None,
     ) -> Self:
         """Load a saved adapter, with the base model that it names unless one is passed.
 
         Args:
-            path: a folder written by `save_pretrained`, a hub id, or the name of an adapter that comes with the
-                package: "smollm2-135m".
+            path: a folder written by `save_pretrained`, or by PEFT with plain LoRA on q and v; a hub id; or the name
+                of an adapter that comes with the package: "smollm2-135m".
             base_model: a model, or the name or path of one; None for the one in the adapter's config.
             dtype: of a base model that is loaded here.
             tokenizer: None for the base model's own, where it can be found.
             revision: of the adapter on the hub.
             compression_rate: context tokens per slot, so that spans have k times as many tokens; None for the
-                adapter's own. Use rates that the adapter was trained at: for "smollm2-135m" 2, its own, and 4.
+                adapter's own. Use rates that the adapter was trained at: for "smollm2-135m" 2, its own, and 4. A folder
+                of PEFT says none; there None is 4, the reference's.
+            memory_tokens: (k + 3, d) embeddings of the memory tokens, AE, LM and FT, for a folder of PEFT without them.
 
         Raises:
             ConfigError: a compression rate below 1, or spans that exceed the base model's positions.
@@ -122,7 +126,10 @@ class ICAE(ICAECore):
             BaseModelMismatchError: the adapter was trained on another base model.
         """
         folder = resolve_adapter_folder(path, revision)
-        saved = checkpoints.read_adapter(folder)
+        if is_peft_folder(folder):
+            saved = read_peft_adapter(folder, memory_tokens, compression_rate)
+        else:
+            saved = checkpoints.read_adapter(folder)
         config = saved.config
         if compression_rate is not None:
             config = config.replace(compression_rate=compression_rate)

@@ -69,8 +69,8 @@ for _folder in pkgutil.iter_modules(__path__):
 EXTENSION_ERROR = load_extension()
 if EXTENSION_ERROR is not None and required_backend() in ("", "cpp"):
     warnings.warn(
-        f"icae_fast runs on its slow plain-torch reference: the C++ kernels are not there ({EXTENSION_ERROR}). "
-        "Install with a C++20 compiler, or set ICAE_FAST_REQUIRE=reference to accept this.",
+        f"icae_fast runs on its slow plain-torch reference: {EXTENSION_ERROR}. "
+        "Or set ICAE_FAST_REQUIRE=reference to accept this.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.library import Library, register_autograd, register_fake
 
 from icae_fast.errors import BackendError
+from icae_fast.ops._precision import without_autocast
 
 NAMESPACE = "icae_fast"
 REFERENCE_NAMESPACE = "icae_fast_reference"
@@ -127,7 +130,10 @@ def declare(spec: OpSpec) -> OpSpec:
         register_fake(qualified, spec.fake, lib=library)
         if spec.backward is not None:
             register_autograd(
-                qualified, _bind_namespace(spec.backward, namespace), setup_context=spec.setup_context, lib=library
+                qualified,
+                without_autocast(_bind_namespace(spec.backward, namespace)),
+                setup_context=spec.setup_context,
+                lib=library,
             )
     if spec.gpu is not None and has_triton():
         for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
@@ -296,6 +302,11 @@ def load_extension() -> str | None:
     required = required_backend()
     if required == "reference" or interpreted():
         return f"left out by ICAE_FAST_REQUIRE={required}"
+    reason = _built_for_another_torch()
+    if reason is not None:  # loading it could crash
+        if required == "cpp":
+            raise BackendError(f"ICAE_FAST_REQUIRE=cpp, but {reason}")
+        return reason
     try:
         import icae_fast._C  # noqa: F401
 
@@ -309,5 +320,40 @@ def load_extension() -> str | None:
                 f"ICAE_FAST_REQUIRE=cpp, but the C++ kernels cannot be loaded ({error}); reinstall with "
                 "`pip install --no-build-isolation .` and a C++20 compiler"
             ) from error
-        return str(error)
-    return None
+        return f"the C++ kernels are not there ({error}); install with a C++20 compiler"
+    return _not_built(required)
+
+
+def _built_for_another_torch() -> str | None:
+    """Return a sentence if the extension's record says that it was built against another torch than the installed one.
+
+    Only versions that differ in their last number have the same binary interface.
+    """
+    spec = importlib.util.find_spec("icae_fast._C")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        built = str(json.loads(Path(spec.origin).with_name("_C_build.json").read_text())["torch"])
+    except (OSError, ValueError, LookupError, TypeError):  # built before there were records
+        return None
+    if built.split(".")[:2] == torch.__version__.split(".")[:2]:
+        return None
+    return (
+        f"the C++ kernels were built against torch {built} and torch {torch.__version__} is installed; reinstall with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+    )
+
+
+def _not_built(required: str) -> str | None:
+    """Return which ops the extension lacks, so that an old build is not taken for a whole one.
+
+    Raises:
+        BackendError: some are missing and `required` is "cpp".
+    """
+    missing = [name for name, spec in REGISTRY.items() if "cpp" in spec.dtypes and backend_of(name) != "cpp"]
+    if not missing:
+        return None
+    problem = f"the extension was built without {', '.join(missing)}"
+    if required == "cpp":
+        raise BackendError(f"ICAE_FAST_REQUIRE=cpp, but {problem}; build it again with `pip install -e .`")
+    return problem

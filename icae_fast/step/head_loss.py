@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from icae_fast.errors import InvalidInputError
-from icae_fast.ops._precision import compute_dtype
+from icae_fast.ops._precision import compute_dtype, without_autocast
 
 # Rows whose logits are held at once: 512 rows are 50 MB in bf16 at SmolLM2's vocabulary. With fewer rows, reading the
 # head's weights would dominate.
@@ -112,6 +112,7 @@ class _HeadLoss(torch.autograd.Function):
         return losses, correct
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad, _):
         (gradient,) = ctx.saved_tensors
         return (gradient * grad[:, None].to(gradient), *[None] * 7)

@@ -102,7 +102,9 @@ def shifted_targets(labels: Rows, prompts: Sequence[torch.Tensor], n_base: int) 
     return target
 
 
-def scored_rows(lengths: Sequence[int], targets: torch.Tensor) -> tuple[PackedRows, torch.Tensor, torch.Tensor]:
+def scored_rows(
+    lengths: Sequence[int], targets: torch.Tensor, *, every_row: bool = True
+) -> tuple[PackedRows, torch.Tensor, torch.Tensor]:
     """Shorten packed prompts to what their labels need.
 
     A row's queries in the last layer are its last ones. A row therefore ends with its last position that has a
@@ -111,20 +113,21 @@ def scored_rows(lengths: Sequence[int], targets: torch.Tensor) -> tuple[PackedRo
     Args:
         lengths: of the prompts.
         targets: (sum of lengths,) from `shifted_targets`.
+        every_row: raise where a row has no label; False keeps its first position, without a target.
 
     Returns:
         The layout of the shortened rows; the positions that they keep of the packed prompts; which of the hidden
         states that they compute have a target.
 
     Raises:
-        InvalidInputError: a row has no label.
+        InvalidInputError: a row has no label, with `every_row`.
     """
     lasts, counts, kept, scored, start, n_out = [], [], [], [], 0, 0
     for i, row in enumerate((targets != IGNORE).split(list(lengths))):
         found = row.nonzero()[:, 0]
-        if not len(found):
+        if every_row and not len(found):
             raise InvalidInputError(f"row {i} has no label to learn but -100; leave it out")
-        first, last = int(found[0]), int(found[-1])
+        first, last = (int(found[0]), int(found[-1])) if len(found) else (0, 0)
         lasts.append(last + 1)
         counts.append(last + 1 - first)
         kept.append(torch.arange(start, start + last + 1))

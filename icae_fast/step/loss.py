@@ -1,25 +1,28 @@
 """Training losses: slots in their places, the frozen decoder, and its loss.
 
-`forward` is the reference's training forward, with all logits. `token_losses` returns the losses only, without logits.
+`forward` is the reference's training forward, and `token_losses` returns the losses only. With labels and a gradient
+both take the same path, which makes no logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from icae_fast.backbone.modes import in_own_modes
+from icae_fast.backbone.modules import is_plain_linear
 from icae_fast.backbone.rows import PackedRows, cumulative
 from icae_fast.core.compress import encode
 from icae_fast.core.core import ICAECore
 from icae_fast.core.inputs import Vocabulary
 from icae_fast.errors import InvalidInputError
 from icae_fast.step.budget import ActivationBudget
-from icae_fast.step.head_loss import head_argmax, head_loss
+from icae_fast.step.head_loss import CHUNK_ROWS, head_argmax, head_loss
 from icae_fast.step.labels import (
     IGNORE,
     Rows,
@@ -30,6 +33,7 @@ from icae_fast.step.labels import (
     shifted_targets,
     unpad,
 )
+from icae_fast.step.output import LazyTensor, TrainingOutput
 from icae_fast.step.training_step import TrainingStep
 
 ACTIVATION_BUDGET = ActivationBudget()
@@ -67,6 +71,7 @@ class Teacher:
     temperature: float = 1.0
 
 
+@in_own_modes
 def forward(
     core: ICAECore,
     input_ids: Rows,
@@ -81,6 +86,11 @@ def forward(
 
         loss = mean over labels that are not -100 of -log p(label_t | before t),  shifted by one
 
+    With labels and autograd on, the loss is that of `token_losses`, at the same time and memory, and the logits are
+    computed when `out["logits"]` is read: a second forward of the decoder, behind the same slots. Under `no_grad` these
+    logits have no graph. Otherwise they have one, which ends in the slots' graph: add what you compute from them to the
+    loss, and call `backward` once.
+
     Args:
         input_ids: (B, L) contexts, right-padded with the [PAD] id, or a list of (L_i,).
         prompt_answer_ids: (B, S), likewise; row i has as many memory ids as its spans times k.
@@ -88,13 +98,22 @@ def forward(
         token_budget: see `encode`.
 
     Returns:
-        `{"loss": () fp32 or None, "logits": (B, S, base vocabulary)}`; logits of padding are zeros.
+        `{"loss": () fp32 or None, "logits": (B, S, base vocabulary)}`; logits of padding are zeros. With labels and
+        autograd on, a `TrainingOutput`.
 
     Raises:
         InvalidInputError: shapes or ids that do not fit, or a number of memory ids that is not the number of slots.
     """
     pad = core.vocabulary.pad
     contexts, prompts = check_contexts(core.vocabulary, unpad(input_ids, pad)), unpad(prompt_answer_ids, pad)
+    width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(map(len, prompts))
+    if labels is not None and torch.is_grad_enabled():
+        budget = ActivationBudget(span_tokens=token_budget)
+        scored = _scored_hidden(core, contexts, prompts, labels, budget, None, None, every_row=False)
+        losses, _ = _head_losses(scored.hidden, core.base_model.lm_head, scored.targets, None)
+        lengths = [len(p) for p in prompts]
+        logits = LazyTensor(lambda: _padded(_logits(core, scored.embeddings, lengths), lengths, width))
+        return TrainingOutput(loss=losses.mean(), logits=logits)
     targets = None if labels is None else shifted_targets(labels, prompts, core.vocabulary.n_base)
     lengths = check_prompt_lengths(contexts, prompts, core.max_positions)
     slots, packed = encode(core, contexts, token_budget), torch.cat(prompts)
@@ -102,14 +121,12 @@ def forward(
     places = _memory_places(core.vocabulary, packed)
     packed, places = _copy_once(core.device, packed, places)
     embeddings = _with_slots(core, packed, places, slots)
-    rows = PackedRows(torch.cat([torch.arange(n) for n in lengths]), cumulative(lengths), max(lengths))
-    logits = core.base_model.lm_head(core.backbone.forward(embeddings, rows.to(core.device)))
-    width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(lengths)
-    padded = pad_sequence(logits.split(lengths), batch_first=True)
-    padded = F.pad(padded, (0, 0, 0, width - padded.shape[1]))
-    return {"loss": None if targets is None else _mean_loss(logits, targets), "logits": padded}
+    logits = _logits(core, embeddings, lengths)
+    loss = None if targets is None else _mean_loss(logits, targets)
+    return {"loss": loss, "logits": _padded(logits, lengths, width)}
 
 
+@in_own_modes
 def token_losses(
     core: ICAECore,
     contexts: Sequence[torch.Tensor],
@@ -139,10 +156,11 @@ def token_losses(
             teacher of another batch.
         ContextTooLongError: a row is longer than `max_positions`.
     """
-    hidden, targets, row_of = _scored_hidden(core, contexts, prompts, labels, budget, memory_size, slots)
-    return TokenLosses(*_head_losses(hidden, core.base_model.lm_head, targets, teacher), row_of)
+    found = _scored_hidden(core, contexts, prompts, labels, budget, memory_size, slots)
+    return TokenLosses(*_head_losses(found.hidden, core.base_model.lm_head, found.targets, teacher), found.rows)
 
 
+@in_own_modes
 @torch.no_grad()
 def token_guesses(
     core: ICAECore,
@@ -164,9 +182,27 @@ def token_guesses(
         InvalidInputError, ContextTooLongError: see `token_losses`.
     """
     # Without a graph nothing is kept, so any budget does.
-    hidden, _, _ = _scored_hidden(core, contexts, prompts, labels, ACTIVATION_BUDGET, memory_size, slots)
+    found = _scored_hidden(core, contexts, prompts, labels, ACTIVATION_BUDGET, memory_size, slots)
     head = core.base_model.lm_head
-    return head_argmax(hidden, head.weight, bias=head.bias)
+    if not is_plain_linear(head, found.hidden):
+        return torch.cat([head(rows).argmax(1) for rows in found.hidden.split(CHUNK_ROWS)])
+    return head_argmax(found.hidden, head.weight, bias=head.bias)
+
+
+class _Scored(NamedTuple):
+    """What a head scores.
+
+    Args:
+        hidden: (n, d) final hidden states that predict a label.
+        targets: (n,) these labels.
+        rows: (n,) the row of each.
+        embeddings: (T, d) input of the decoder, all rows in full.
+    """
+
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+    embeddings: torch.Tensor
 
 
 def _scored_hidden(
@@ -177,12 +213,15 @@ def _scored_hidden(
     budget: ActivationBudget,
     memory_size: int | None,
     slots: Sequence[torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the final hidden states that predict a label, those labels, and the row of each."""
+    *,
+    every_row: bool = True,
+) -> _Scored:
+    """Return the final hidden states that predict a label; with `every_row`, a row without a label is an error."""
     contexts = check_contexts(core.vocabulary, integer_rows(contexts, "contexts"))
     prompts = integer_rows(prompts, "prompts")
     targets = shifted_targets(labels, prompts, core.vocabulary.n_base)
-    rows, kept, scored = scored_rows(check_prompt_lengths(contexts, prompts, core.max_positions), targets)
+    lengths = check_prompt_lengths(contexts, prompts, core.max_positions)
+    rows, kept, scored = scored_rows(lengths, targets, every_row=every_row)
     if slots is not None and (len(slots) != len(prompts) or any(s.dim() != 2 for s in slots)):
         raise InvalidInputError(f"slots are given for {len(slots)} of {len(prompts)} rows; give (n, d) for each")
     assert rows.cu_seqlens_out is not None  # `scored_rows` sets it
@@ -198,15 +237,30 @@ def _scored_hidden(
     )
     step = TrainingStep(core, on_device, len(kept), budget, memory_size)
     _check_prompts(core.vocabulary, prompts, step.slot_counts if slots is None else [len(s) for s in slots])
-    embeddings = _with_slots(core, packed, places, step.encode() if slots is None else slots)[kept]
-    hidden = step.decode(embeddings, rows.to(core.device))
-    return hidden[scored] if has_gaps else hidden, wanted, row_of
+    embeddings = _with_slots(core, packed, places, step.encode() if slots is None else slots)
+    hidden = step.decode(embeddings[kept], rows.to(core.device))
+    return _Scored(hidden[scored] if has_gaps else hidden, wanted, row_of, embeddings)
+
+
+@in_own_modes
+def _logits(core: ICAECore, embeddings: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Return all logits (T, V) of the decoder's packed input (T, d)."""
+    rows = PackedRows(torch.cat([torch.arange(n) for n in lengths]), cumulative(lengths), max(lengths))
+    return core.base_model.lm_head(core.backbone.forward(embeddings, rows.to(core.device)))
+
+
+def _padded(logits: torch.Tensor, lengths: Sequence[int], width: int) -> torch.Tensor:
+    """Return packed logits (T, V) as (B, width, V) with zeros at padding."""
+    padded = pad_sequence(logits.split(list(lengths)), batch_first=True)
+    return F.pad(padded, (0, 0, 0, width - padded.shape[1]))
 
 
 def _head_losses(
     hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, teacher: Teacher | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return loss and correctness of each labelled token, distilled where the teacher covers it."""
+    if not is_plain_linear(head, hidden):
+        return _module_losses(hidden, head, targets, teacher)
     if teacher is None:
         return head_loss(hidden, head.weight, targets, bias=head.bias)
     if len(teacher.covered) != len(targets) or int(teacher.covered.sum()) != len(teacher.hidden):
@@ -221,6 +275,17 @@ def _head_losses(
     back = torch.cat([i for i, _ in parts]).argsort()
     losses, correct = (torch.cat(values)[back] for values in zip(*found, strict=True))
     return losses, correct
+
+
+def _module_losses(
+    hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, teacher: Teacher | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same by a head that is more than a frozen linear module (hooks, an adapter), with all its logits."""
+    if teacher is not None:
+        raise InvalidInputError("distillation needs a plain, frozen head; remove hooks and adapters from lm_head")
+    logits = head(hidden)
+    losses = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+    return losses, logits.gather(1, targets[:, None])[:, 0] >= logits.amax(1)
 
 
 def _copy_once(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,7 @@ from icae_fast.backbone.sharding import least_of_all
 from icae_fast.core.encoder import embed_spans, memory_tokens_of, scale_slots, slot_norm
 from icae_fast.core.spans import CutContext, slots_per_span
 from icae_fast.errors import UnsupportedModelError
-from icae_fast.ops._precision import compute_dtype
+from icae_fast.ops._precision import compute_dtype, without_autocast
 from icae_fast.step.budget import ActivationBudget, plan
 from icae_fast.step.tape import Level, backward_stack, forward_stack
 
@@ -142,6 +142,7 @@ class _Decode(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad):
         tape, ctx.tape = _used_up(ctx.tape), None
         return None, None, backward_stack(tape, grad)[0]
@@ -166,6 +167,7 @@ class _Encode(torch.autograd.Function):
         return slots
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad):
         step, runs = ctx.step, _used_up(ctx.runs)
         ctx.runs = None

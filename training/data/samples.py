@@ -7,6 +7,7 @@ of many steps can be sorted without holding their tokens.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from icae_fast.training.methods.objectives import (
     draw_excerpt,
     instruction_sample,
 )
+
+log = logging.getLogger(__name__)
 
 TRUNCATED = "truncated"
 SKIPPED = "skipped"
@@ -115,8 +118,8 @@ class PretrainingDraw:
 
     A document of n tokens has one excerpt, or with `excerpts="all"` as many as their lengths need to add up to n.
     Excerpt i of m begins in the i-th of m equal parts of the document. The target of a continuation has at most the
-    length of its excerpt (and `max_target_tokens`, and the base model's positions). If 64 or fewer tokens follow an
-    excerpt, it is restored instead, as in the reference.
+    length of its excerpt (and `max_target_tokens`, and the base model's positions). If 64 or fewer tokens would be
+    continued, the excerpt is restored instead, as in the reference, or in a stage without "ae" skipped and counted.
 
     Args:
         icae: the model to train.
@@ -161,6 +164,8 @@ class PretrainingDraw:
         longest = stage.max_tokens
         if self.spans is not None:
             longest = min(longest, self.spans[1] * self.layout.config.max_span_tokens)
+        if "lm" in stage.objectives and longest <= MIN_TOKENS_FOR_LM:
+            self._report_short(stage, longest)
         restores = stage.is_code or "ae" in stage.objectives
         target = 1 if stage.is_warm else longest + 1 if restores else MIN_TOKENS_FOR_LM + 1
         needed = self.layout.n_before(longest) + 1 + target
@@ -170,6 +175,16 @@ class PretrainingDraw:
                 f"a context of {longest} tokens, {what}, needs {needed} positions of the decoder, and there are "
                 f"{self.layout.max_positions}; lower the stage's max_tokens, leave out 'ae', or allow more positions"
             )
+
+    def _report_short(self, stage: Stage, longest: int) -> None:
+        """Raise, or with "ae" warn, that no excerpt of a stage can be continued."""
+        text = (
+            f"a continuation has at most the tokens of its excerpt, and needs more than {MIN_TOKENS_FOR_LM}, but the "
+            f"excerpts have at most {longest}"
+        )
+        if "ae" not in stage.objectives:
+            raise ConfigError(f"{text}; raise the stage's max_tokens (and data.spans), or train 'ae' in place of 'lm'")
+        log.warning("%s; all are restored until max_tokens (and data.spans) are raised", text)
 
     def __call__(self, row: Row, stage: Stage, rng: random.Random, tally: Tally) -> list[Draft]:
         """See `Draw.__call__`."""
@@ -201,6 +216,12 @@ class PretrainingDraw:
             if target > MIN_TOKENS_FOR_LM:
                 build = partial(_continued, layout, row.origin, ids[start : end + target], end - start, self.lm_token)
                 return Draft(end - start + n_before + self.lm_token + target, build)
+            if "ae" not in stage.objectives:
+                tally.add(
+                    f"{SKIPPED}: too few tokens to continue an excerpt", row.origin,
+                    f"{end - start} tokens, continued by {target}, and more than {MIN_TOKENS_FOR_LM} are needed",
+                )  # fmt: skip
+                return None
         needed = n_before + 1 + end - start + 1
         if objective != "warm" and needed > layout.max_positions:
             tally.add(

@@ -31,6 +31,11 @@ class LlamaLayer(LayerView):
         return children["post_attention_layernorm"]
 
     @property
+    def attention(self) -> nn.Module:
+        children: Children = self.module._modules
+        return children["self_attn"]
+
+    @property
     def qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         children: Children = self.module._modules
         attention: Children = children["self_attn"]._modules

@@ -66,6 +66,11 @@ class LayerView(ABC):
 
     @property
     @abstractmethod
+    def attention(self) -> nn.Module:
+        """The attention module, which ops compute in parts and do not call."""
+
+    @property
+    @abstractmethod
     def qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """Query, key and value projections."""
 

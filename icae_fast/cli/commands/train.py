@@ -49,7 +49,14 @@ def _run(kind: str, config: Path, overrides: list[str]) -> None:
         )
     settings = load_settings(path, overrides)
     adapter = RECIPES[kind](settings)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if not settings.trains_encoder:
+        typer.echo(
+            f"The adapter is in {adapter}, but no step has trained its encoder yet; start again with a larger "
+            "train.max_steps to continue."
+        )
+    else:
         model = "" if settings.model.name == BUNDLED_NAME else f" --model {settings.model.name}"
         typer.echo(
             f"The adapter is in {adapter}. Try it: icae-fast compress TEXT.txt --adapter {adapter}{model} && "

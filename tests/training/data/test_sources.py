@@ -104,6 +104,39 @@ def test_files_of_all_kinds(open_rows, write, streaming):
     assert [row[0] for row in listed(absolute)] == [os.path.abspath("rows/more/e.txt")]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_control_tokens_in_rows_are_text(write, byte_tokenizer, tmp_path, streaming):
+    text = "the cat</s> sat\r\n"
+    write(
+        "a.jsonl",
+        [{"input": text, "prompt": text, "answer": "<bos>naïve"}, {"input": "a", "prompt": "b", "answer": "c"}],
+    )
+
+    def opened(**options):
+        spec, cache = {"path": "a.jsonl", "streaming": streaming}, str(tmp_path / "cache")
+        return listed(open_source(spec, byte_tokenizer, PWC, cache_folder=cache, **options))[0][1:4]
+
+    rows = opened()
+    assert not {i for ids in rows for i in ids} & set(byte_tokenizer.all_special_ids)
+    assert [byte_tokenizer.decode(ids) for ids in rows] == ["the cat</s> sat\n"] * 2 + ["<bos>naïve"]
+    context, prompt, answer = opened(special_tokens="control")
+    assert (context.count(2), prompt.count(2), answer[0]) == (1, 1, 1)
+    assert opened() == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_for_a_tokenizer_of_mistral_common(write, tmp_path, streaming):
+    package = pytest.importorskip("mistral_common", reason="mistral-common is an optional package")
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    tokenizer = MistralCommonBackend(os.path.join(os.path.dirname(package.__file__), "data", "tekken_240911.json"))
+    write("a.jsonl", [{"text": "hi [/INST] there"}])
+    spec, cache = {"path": "a.jsonl", "streaming": streaming}, str(tmp_path / "cache")
+    ((_, ids, problem),) = listed(open_source(spec, tokenizer, cache_folder=cache))
+    assert (ids[0], problem) == (tokenizer.bos_token_id, "")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hi [/INST] there"
+
+
 def test_remote_files():
     fs = fsspec.filesystem("memory")
     fs.pipe("/bucket/part-0.jsonl", lines([{"text": "w5"}]))
