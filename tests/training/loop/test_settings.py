@@ -240,7 +240,7 @@ def test_no_evaluation_is_the_word_and_the_options_are_blamed(value):
     path = installed_configs()["smollm2-cpu-pretrain"]
     given = [f"train.eval_strategy={value}", "train.load_best_model_at_end=false"]
     assert load_settings(path, given).train.given()["eval_strategy"] == "no"
-    with pytest.raises(ConfigError, match="which train.eval_strategy=no turns off; set train.load_best") as caught:
+    with pytest.raises(ConfigError, match=r"which train\.eval_strategy=no turns off; set train\.load_best") as caught:
         load_settings(path, given[:1])
     assert f"{path} --set {given[0]}: " in str(caught.value)
 
