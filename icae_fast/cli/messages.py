@@ -36,6 +36,11 @@ _ADVICE = [
     (r"pass do_sample=True with (?:it|them)", "give --temperature or --seed"),
     (r", or set icae\.max_positions higher(?: if the base model extrapolates)?", ""),
     (r"lower token_budget or ", ""),
+    (
+        r"pass memory_tokens=, the .* and compression_rate=",
+        "convert it in Python with ICAE.from_pretrained and save_pretrained, and give that folder",
+    ),
+    (r"set icae\.chat_template_kwargs, ", ""),
     (r" at token_budget=\d+", ""),
     (r"see its keys\(\)", "see `icae-fast list`"),
 ]
