@@ -252,3 +252,12 @@ def test_a_setting_that_is_made_to_harm(tmp_path, text):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(BASE))
     with pytest.raises(ConfigError, match="--set"):
         load_settings(tmp_path / "run.yaml", [text])
+
+
+def test_a_teacher_without_samples_is_told(load, caplog):
+    stages = [{"steps": 1, "objectives": {"ae": 1}, "max_tokens": 8}]
+    load(stages=stages, distillation={"alpha": 0.5, "objectives": ["ae"]})
+    load(stages=stages, distillation={"alpha": 0.0})
+    assert not caplog.text
+    load(stages=stages, distillation={"alpha": 0.5})
+    assert "no stage has lm or ft, so no sample has a teacher" in caplog.text
