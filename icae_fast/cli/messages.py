@@ -37,6 +37,11 @@ _ADVICE = [
     (r", or set icae\.max_positions higher(?: if the base model extrapolates)?", ""),
     (r"restore it by restore_by_span", "restore it with --by-span"),
     (r"lower token_budget or ", ""),
+    (
+        r"pass memory_tokens=, the .* and compression_rate=",
+        "convert it in Python with ICAE.from_pretrained and save_pretrained, and give that folder",
+    ),
+    (r"set icae\.chat_template_kwargs, ", ""),
     (r" at token_budget=\d+", ""),
     (r"MemoryStore\.rebuild\(path\)", "`icae-fast rebuild STORE`"),
     (r"see its keys\(\)", "see `icae-fast list`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,27 +19,41 @@ def optional_package(name: str) -> Any:
     return packages.optional_package(name, "evaluating", "eval")
 
 
+# Han, kana, Thai, Lao, Myanmar and Khmer have no spaces between words: as for sacrebleu's own `zh`, a character is a
+# word. `zh` knows no kana, and splits English text otherwise than the default tokenizer.
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+
+
+def _spaced(text: str) -> str:
+    """Return a text with spaces around the characters of scripts that have none between words."""
+    return _SPACELESS.sub(r" \g<0> ", text)
+
+
 def corpus_bleu(restored: Sequence[str], originals: Sequence[str]) -> float:
-    """Return the BLEU-4 of a corpus, 0 to 1.
+    """Return the BLEU-4 of a corpus, 0 to 1; characters of scripts without spaces count as words.
 
     Args:
         restored: one text per original.
         originals: the references.
     """
-    return _unit(optional_package("sacrebleu").BLEU().corpus_score(list(restored), [list(originals)]).score)
+    metric = optional_package("sacrebleu").BLEU()
+    return _unit(metric.corpus_score([_spaced(t) for t in restored], [[_spaced(t) for t in originals]]).score)
 
 
 def bleu_signature() -> str:
-    """Return sacrebleu's signature of `corpus_bleu`."""
+    """Return sacrebleu's signature of `corpus_bleu`, and what is done before."""
     metric = optional_package("sacrebleu").BLEU()
     metric.corpus_score([""], [[""]])  # the signature includes the number of references, known only after a score
-    return str(metric.get_signature())
+    return f"{metric.get_signature()}|spaceless:characters"
 
 
 def sentence_bleu(restored: str, original: str) -> float:
     """Return the BLEU of one passage, 0 to 1; passages of fewer than four words are scored on their n-grams."""
     metric = optional_package("sacrebleu").BLEU(effective_order=True)
-    return _unit(metric.sentence_score(restored, [original]).score)
+    return _unit(metric.sentence_score(_spaced(restored), [_spaced(original)]).score)
 
 
 def _unit(score: float) -> float:

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import logging
 import os
-import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from icae_fast.errors import ConfigError
 from icae_fast.training.data.sources import SourceSpec
+from icae_fast.training.data.yaml_file import parse_yaml
 from icae_fast.training.loop.arguments import TrainSection
 from icae_fast.training.loop.settings import DataSection, Settings
 from icae_fast.training.loop.sharding import check_launch
 
 log = logging.getLogger(__name__)
 
+_DEEPEST = 16  # sections above a key of --set
 # Keys of earlier versions: (section, old name) to the present name.
 _RENAMED = {("data", "windows_per_document"): "excerpts_per_document"}
 
@@ -48,37 +49,27 @@ def load_settings(
             type or is out of range, or two settings contradict each other. All of these are listed.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the settings {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         sections = ", ".join(Settings.model_fields)
         raise ConfigError(f"{path} holds {type(values).__name__}; it must hold the sections {sections}")
     values = _merged(dict(defaults or {}), values)
-    for text in overrides:
-        _override(values, text)
+    for setting in overrides:
+        _override(values, setting)
+    where = " ".join([str(path), *(f"--set {setting}" for setting in overrides)])
     _rename_keys(values)
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from error
+        raise ConfigError(f"{where}: " + "; ".join(_sentence(e) for e in error.errors())) from error
     try:
         _check(settings, values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
     return settings
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads `1e-4` as a number, as YAML 1.2 does; YAML 1.1 reads text, because it has no dot."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def _merged(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,25 +84,31 @@ def _override(values: dict[str, Any], text: str) -> None:
     """Set `section.key=value` in nested values; list items are named by their index."""
     name, equals, value = text.partition("=")
     *path, last = name.strip().split(".")
+    if len(path) > _DEEPEST:
+        raise ConfigError(
+            f"--set {text[:80]!r}... names a key of more than {_DEEPEST} sections; give section.key=value"
+        )
     if not equals or not last:
         raise ConfigError(f"--set {text!r} is not a setting; give section.key=value, such as train.max_steps=100")
     place: Any = values
     for part in path:
-        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
-            place = place[int(part)]
+        if (item := _item(place, part)) is not None:
+            place = place[item]
         elif isinstance(place, dict):
             place = place.setdefault(part, {})
         else:
             raise ConfigError(f"--set {text!r}: there is no key {part}")
-    key: Any = last
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
-        key = int(last)
-    elif not isinstance(place, dict):
+    key = _item(place, last)
+    if key is None and not isinstance(place, dict):
         raise ConfigError(f"--set {text!r}: {'.'.join(path)} has no keys")
-    try:
-        place[key] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML ({error})") from error
+    place[last if key is None else key] = parse_yaml(value, f"--set {name.strip()}: the value")
+
+
+def _item(place: Any, part: str) -> int | None:
+    """Return the index in a list that a part of a key names, None if it names none."""
+    if not isinstance(place, list) or not part.isdecimal() or len(part) > 9:
+        return None
+    return int(part) if int(part) < len(place) else None
 
 
 def _rename_keys(values: dict[str, Any]) -> None:
@@ -132,7 +129,10 @@ def _rename_keys(values: dict[str, Any]) -> None:
 
 def _sentence(error: Mapping[str, Any]) -> str:
     """Return one of pydantic's errors as a sentence."""
-    path = [str(part) for part in error["loc"] if isinstance(part, int) or "[" not in part]
+    *above, last = error["loc"] or ("",)
+    path = [str(part) for part in above if isinstance(part, int) or "[" not in part]  # pydantic names types, too
+    if error["type"] == "extra_forbidden" or not isinstance(last, str) or "[" not in last:
+        path.append(str(last))
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
@@ -143,14 +143,15 @@ def _sentence(error: Mapping[str, Any]) -> str:
         return f"{name} is missing"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{name} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{name} is {reprlib.repr(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
     """Return the keys of the section at a path."""
     section: type[BaseModel] = Settings
     for part in path:
-        kind = section.model_fields[part].annotation
+        field = section.model_fields.get(part)
+        kind = None if field is None else field.annotation
         if not isinstance(kind, type) or not issubclass(kind, BaseModel):
             return []
         section = kind
@@ -183,6 +184,11 @@ def _check(settings: Settings, values: Mapping[str, Any]) -> None:
         raise ConfigError("train.eval_strategy requires evaluation, but data.eval names no held-out rows")
     if data.eval is None and train.get("load_best_model_at_end"):
         raise ConfigError("train.load_best_model_at_end requires evaluation; name held-out rows in data.eval")
+    if train.get("eval_strategy") == "no" and train.get("load_best_model_at_end"):
+        raise ConfigError(
+            "train.load_best_model_at_end requires evaluation, which train.eval_strategy=no turns off; set "
+            "train.load_best_model_at_end=false as well"
+        )
     check_launch()
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", ""):
         raise ConfigError(

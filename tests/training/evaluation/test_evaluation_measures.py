@@ -31,6 +31,35 @@ def test_bleu_is_one_for_the_same_text_and_zero_for_another():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "今天天气很好我们一起去公园散步吧晚上再吃饭",
+        "きょうはいいてんきなのでこうえんへいきました",
+        "วันนี้อากาศดีมากเราไปเดินเล่น",
+    ],
+)
+def test_bleu_of_scripts_without_spaces_is_by_characters(text):
+    wrong = text[:10] + "不" + text[11:]
+    for bleu in (measures.corpus_bleu([wrong], [text]), measures.sentence_bleu(wrong, text)):
+        assert 0.8 < bleu < 0.95
+    assert measures.corpus_bleu([text], [text]) == 1
+    assert measures.corpus_bleu([text[::-1]], [text]) < 0.1
+
+
+def test_bleu_of_other_texts_is_sacrebleus(long_text):
+    import sacrebleu
+
+    pairs = [(long_text[i : i + 300], long_text[i + 3 : i + 290]) for i in range(0, 6000, 300)]
+    pairs.append(("Łódź — «naïve café», 안녕하세요 여러분", "Łódź — «naive café», 안녕하세요 여러분!"))
+    restored, originals = (list(side) for side in zip(*pairs, strict=True))
+    expected = sacrebleu.BLEU().corpus_score(restored, [originals]).score
+    assert measures.corpus_bleu(restored, originals) == expected / 100
+    for text, original in pairs:
+        expected = sacrebleu.BLEU(effective_order=True).sentence_score(text, [original]).score
+        assert measures.sentence_bleu(text, original) == min(expected / 100, 1)
+
+
+@pytest.mark.parametrize(
     ("restored", "share"),
     [([1, 2, 3, 4], 1), ([1, 2, 3, 4, 9], 1), ([1, 2, 9, 4], 0.5), ([1, 2], 0.5), ([9, 2, 3, 4], 0), ([], 0)],
 )

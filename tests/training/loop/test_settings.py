@@ -193,6 +193,67 @@ def test_settings_name_all_sections():
     }  # fmt: skip
 
 
+def nested_aliases(levels):
+    """Return YAML in which each value repeats the one before ten times."""
+    lines = ["a0: &a0 [" + ", ".join("x" * 10) + "]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("'[': 1\n", r"unknown key \["),
+        ("'': 1\n", "unknown key ;"),
+        ("data: {train: a.jsonl, '[]': 1}\noutput: x\n", r"unknown key data.\[\]"),
+        ("train: {max_steps: " + "9" * 5000 + "}", "an integer has too many digits"),
+        ("train: {max_steps: 0x" + "f" * 5000 + "}", "an integer has too many digits"),
+        ("train: {max_steps: 1" + ":59" * 5000 + "}", "an integer has too many digits"),
+        ("train: {max_steps: 18446744073709551616}", "an integer has too many digits"),
+        ("[" * 5000, "nested in more than 64 levels"),
+        ("{a: " * 3000, "nested in more than 64 levels"),
+        ("".join("  " * i + "a:\n" for i in range(1500)), "nested in more than 64 levels"),
+        (nested_aliases(60), "more than 100000 values, with what aliases repeat"),
+        ("output: &a [*a]", "an alias stands within its own value"),
+        ("output: !!bool x", "a value cannot be read"),
+        ("output: 2020-99-99", "a value cannot be read"),
+        ("train: {max_steps: 0b_}", "a value cannot be read"),
+    ],
+)
+def test_yaml_that_is_made_to_harm_is_one_short_error(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(tmp_path / "run.yaml")
+    assert len(str(caught.value)) < 2000
+
+
+def test_aliases_and_large_numbers_are_read(tmp_path):
+    text = "data: {train: &rows [a.jsonl, b.jsonl], eval: *rows}\noutput: x\ntrain: {max_steps: 0x7fffffff}\n"
+    (tmp_path / "run.yaml").write_text(text + yaml.safe_dump({"stages": BASE["stages"]}))
+    settings = load_settings(tmp_path / "run.yaml")
+    assert settings.data.eval == settings.data.train == ["a.jsonl", "b.jsonl"]
+    assert settings.train.given()["max_steps"] == 2**31 - 1
+
+
+@pytest.mark.parametrize("value", ["no", "'no'", "off", "false"])
+def test_no_evaluation_is_the_word_and_the_options_are_blamed(value):
+    path = installed_configs()["smollm2-cpu-pretrain"]
+    given = [f"train.eval_strategy={value}", "train.load_best_model_at_end=false"]
+    assert load_settings(path, given).train.given()["eval_strategy"] == "no"
+    with pytest.raises(ConfigError, match=r"which train\.eval_strategy=no turns off; set train\.load_best") as caught:
+        load_settings(path, given[:1])
+    assert f"{path} --set {given[0]}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["train.max_steps=" + "9" * 5000, "data.train=" + "[" * 5000, "stages.²=1", "a." * 3000 + "b=1"]
+)
+def test_a_setting_that_is_made_to_harm(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(BASE))
+    with pytest.raises(ConfigError, match="--set"):
+        load_settings(tmp_path / "run.yaml", [text])
+
+
 def test_a_teacher_without_samples_is_told(load, caplog):
     stages = [{"steps": 1, "objectives": {"ae": 1}, "max_tokens": 8}]
     load(stages=stages, distillation={"alpha": 0.5, "objectives": ["ae"]})
