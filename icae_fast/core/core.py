@@ -76,7 +76,9 @@ class ICAECore(nn.Module):
         self.config = config.replace(base_model=config.base_model or base_model.config._name_or_path or None)
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(embedding.shape[0], config)
-        self.max_positions: int = base_model.config.max_position_embeddings
+        limit = self.backbone.view.rope_limit
+        positions: int = base_model.config.max_position_embeddings
+        self.max_positions: int = positions if limit is None else min(positions, limit)
         self._check_config(config)
         b = self.backbone
         trained_dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
