@@ -12,7 +12,7 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # sanitized sets at once take 54 s, and 205 s with OpenMP's default.
 SHARING := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-triton sanitize bench bench-encode bench-decode bench-train bench-check kernels-check kernels-paper gpu-check lint check-headers types mypy pyright format readme clean
+.PHONY: demo test test-triton sanitize bench bench-encode bench-decode bench-train bench-check kernels-check kernels-predict gpu-check fuzz kill coverage coverage-python coverage-csrc lint check-headers types mypy pyright format readme clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -54,6 +54,36 @@ sanitize: $(VENV)/.installed
 			tests/packaging/test_build*.py tests/ops/test_fingerprint.py \
 			-k "(cpp or decode_bound or test_build) and not (opcheck or compile or instruction or sentence or install)"
 
+# Fuzz every parser of outside bytes for SECONDS each, and print executions and failures. Inputs that fail are in
+# build/fuzz; put each into tests/fuzz/corpora/TARGET when its fault is fixed.
+SECONDS ?= 60
+fuzz: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS)
+
+# Kill every writer KILLS times, at random moments and at every call that writes, and count what is lost.
+KILLS ?= 200
+kill: $(VENV)/.installed
+	OMP_NUM_THREADS=1 ICAE_FAST_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -n 0 -m kill tests/kill
+
+# Lines that the tests execute: Python's from the main set, csrc's by gcov from the op tests under every instruction set
+# that this CPU can run. Both take half an hour on two cores.
+coverage: coverage-python coverage-csrc
+
+coverage-python: $(VENV)/.installed
+	$(SHARING) ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal \
+		--cov=icae_fast --cov=training --cov-report=term --cov-report=html:build/coverage/python
+
+COUNTED := build/coverage/csrc
+coverage-csrc: $(VENV)/.installed
+	ICAE_FAST_COVERAGE=1 $(BIN)/python setup.py -q build --force --build-base $(COUNTED) --build-lib $(COUNTED)/lib
+	find $(COUNTED) -name '*.gcda' -delete
+	set -e; for isa in $$($(BIN)/python -c "import torch; from icae_fast import _C; print(*_C.runnable_isas())"); do \
+		$(SHARING) ICAE_FAST_TEST_AMX=1 ICAE_FAST_ISA=$$isa ICAE_FAST_REQUIRE=cpp $(BIN)/python -m pytest -q \
+			-p no:cacheprovider -o pythonpath=$(COUNTED)/lib tests/ops \
+			-k "not (opcheck or compile or triton)"; \
+	done
+	$(BIN)/gcovr --root . --filter csrc/ --merge-mode-functions=merge-use-line-0 $(COUNTED)
+
 # Run every benchmark once, at small sizes and untimed, so that none breaks unnoticed.
 bench-check: $(VENV)/.installed
 	$(SHARING) $(BIN)/python -m pytest -q -n $(MAX_JOBS) bench --benchmark-disable
@@ -93,7 +123,7 @@ kernels-check: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels.check $(if $(ONCE),--once --compare docs/results/kernels.json)
 
 # Count in Triton's interpreter the loads, stores and products of the kernels, and predict times from them.
-kernels-paper: $(VENV)/.installed
+kernels-predict: $(VENV)/.installed
 	TRITON_INTERPRET=1 ICAE_FAST_REQUIRE=triton $(BIN)/python -m bench.kernels.predict
 	$(MAKE) readme
 

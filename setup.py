@@ -3,8 +3,10 @@
 `pip install --no-build-isolation .` installs with the C++ kernels; with ICAE_FAST_BUILD=0 in the environment
 it installs pure Python, which runs on the plain-torch reference. ICAE_FAST_SANITIZE=address,undefined (or one of
 the two) builds the kernels with those sanitizers; `make sanitize` does, into a folder of its own, and tests them.
+ICAE_FAST_COVERAGE=1 builds them to count executed lines for gcov; `make coverage` does, and prints the counts.
 """
 
+import json
 import os
 import platform
 import shutil
@@ -29,6 +31,8 @@ COMPILE = ["-O3", "-g0", "-falign-loops=64", "-std=c++20", "-ffp-contract=fast",
 COMPILE += ["-Wall", "-Wextra"]
 # GCC 12 warns about the undefined operands inside its own AVX-512 intrinsics.
 COMPILE += ["-Wno-maybe-uninitialized", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
+# Threads count atomically.
+COVERAGE = ["--coverage", "-O1", "-fprofile-update=atomic"]
 # These come after Python's own flags: its -fwrapv would make every integer overflow defined.
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", "-fno-sanitize-recover=undefined"]
 
@@ -51,7 +55,8 @@ def sanitizers():
 
 
 def build_command():
-    """Return torch's build_ext, which warns if the build will be slow."""
+    """Return torch's build_ext, which warns if the build will be slow, and records the version of torch."""
+    import torch
     from torch.utils.cpp_extension import BuildExtension, is_ninja_available
 
     class Build(BuildExtension):
@@ -62,6 +67,9 @@ def build_command():
                 print(SLOW, file=sys.stderr)
                 self.use_ninja = False
             super().run()
+            # With another torch the extension may not load, or may crash; `icae_fast.ops` reads this before it loads.
+            record = Path(self.get_ext_fullpath("icae_fast._C")).with_name("_C_build.json")
+            record.write_text(json.dumps({"torch": torch.__version__}) + "\n")
 
     return Build.with_options(no_python_abi_suffix=False)
 
@@ -85,14 +93,15 @@ def extension():
     # Checks embed their file's path, which would make the library differ from folder to folder.
     paths = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={Path(torch.__file__).parent}=torch"]
     sanitized = sanitizers()
+    counting = COVERAGE if os.environ.get("ICAE_FAST_COVERAGE") == "1" else []
     sanitize = [f"-fsanitize={sanitized}", f'-DICAE_FAST_SANITIZE="{sanitized}"', *SANITIZE] if sanitized else []
     module = CppExtension(
         "icae_fast._C",
         found("*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         depends=found("*.h"),
-        extra_compile_args={"cxx": COMPILE + paths + sanitize},
-        extra_link_args=(["-fopenmp"] if OPENMP and is_clang(compiler) else []) + sanitize[:1],
+        extra_compile_args={"cxx": COMPILE + paths + sanitize + counting},
+        extra_link_args=(["-fopenmp"] if OPENMP and is_clang(compiler) else []) + sanitize[:1] + counting[:1],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": build_command()}}
 

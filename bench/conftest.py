@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bench.harness.compare import Compare, write_results
+from bench.harness.compare import RESULTS, Compare, write_results
 from bench.harness.shapes import (
     ATTENTION_WORKLOADS,
     DECODE_WORKLOADS,
@@ -34,6 +34,7 @@ from bench.harness.shapes import (
 )
 from bench.harness.targets import render
 from icae_fast.benchmark.machine import REPOSITORY, Bounds, describe_machine
+from icae_fast.benchmark.measure import rounded
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -44,9 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--workload", choices=sorted(WORKLOADS), help="Sizes (default: real, or small with --benchmark-disable)."
     )
-    group.addoption(
-        "--results", type=Path, default=REPOSITORY / "docs" / "results", help="Folder for the JSON results."
-    )
+    group.addoption("--results", type=Path, default=RESULTS, help="Folder for the JSON results.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -122,8 +121,8 @@ def outcomes(
         members = [path for path in files if suite_of(path) == suite]
         neighbours = {path for path in members[0].parent.glob("bench_*.py") if suite_of(path) == suite}
         if neighbours <= collected:
-            found = [outcome for path in members for outcome in files[path]]
-            path = write_results(config.getoption("--results"), suite, machine, bounds, found)
+            rows = [rounded(outcome.row(bounds)) for path in members for outcome in files[path]]
+            path = write_results(suite, machine, rows, config.getoption("--results"), bounds=bounds.as_dict())
             config.get_terminal_writer().line(f"\nwrote {path.name}")
 
 

@@ -54,7 +54,7 @@ def step_memory(result: dict[str, Any], path: Path) -> None:
 @contextmanager
 def _figure(path: Path) -> Iterator[Axes]:
     """Yield axes to draw on, and write them as `.png` and `.svg` afterwards."""
-    # Text stays text and the date is left out, so that the same figures give the same file.
+    # Text stays text and the date is left out, so that equal figures make equal files.
     with plt.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none", "font.size": 11}):
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         yield axes

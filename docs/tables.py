@@ -258,10 +258,30 @@ def _overfit(found: dict[str, Any]) -> str:
     )
 
 
+def checkout_tables() -> str:
+    """Return a table for each `checkout-*.json`: this code's times against those of an older commit."""
+    return "\n\n".join(_checkout(json.loads(p.read_text())) for p in sorted(RESULTS.glob("checkout-*.json")))
+
+
+def _checkout(result: dict[str, Any]) -> str:
+    machine, commits = result["machine"], result["commits"]
+    lines = [
+        f"Commit {commits['this'][:8]} against {commits['other'][:8]}, SmolLM2 in bf16, {machine['cpu']}, "
+        f"{machine['threads']} threads, {machine['isa']}; medians of {result['rounds']} rounds, with the extremes:",
+        "",
+        "| | times as fast | the older commit against itself, round by round |",
+        "| --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        cells = [f"{row[k]['median']:.3g} ({row[k]['min']:.3g} to {row[k]['max']:.3g})" for k in ("ratio", "noise")]
+        lines.append(f"| {row['name'].replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops_table, "latency": latency_tables, "encode": encode_tables, "decode": decode_tables,
     "accuracy": accuracy_tables, "slots": slots_tables, "train": train_tables,
-    "kernels": kernels_table, "paper": prediction_tables,
+    "checkout": checkout_tables, "kernels": kernels_table, "predictions": prediction_tables,
 }  # fmt: skip
 
 

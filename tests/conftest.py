@@ -250,7 +250,6 @@ def run(monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["icae-fast", *map(str, arguments)])
-        monkeypatch.setattr(cli.stderr, "_file", None)
         with pytest.raises(SystemExit) as stop:
             cli.main()
         out, err = capsys.readouterr()

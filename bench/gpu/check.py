@@ -10,7 +10,6 @@ sizes on a CPU.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ from bench.gpu import parts as gpu_parts
 from bench.gpu import timings as gpu_timings
 from bench.gpu.report import report
 from bench.gpu.setting import Setting
+from bench.harness.compare import write_json
 
 NO_GPU = 3
 _JOBS = min(12, os.cpu_count() or 1)  # each process takes half a GB of GPU memory
@@ -101,7 +101,7 @@ def check(setting: Setting, folder: Path, only: str = "") -> bool:
         part = result["parts"][name] = rounded(run_part(run, setting))
         print(f"{'ok' if part['ok'] else 'FAILED'}, {part['seconds']:.1f} s", flush=True)
         # Written after every part, so that a crash of the process keeps the earlier results.
-        (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(folder / "results.json", result)
         (folder / "report.md").write_text(report(result))
     return all(part["ok"] for part in result["parts"].values())
 

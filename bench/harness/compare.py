@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from icae_fast import backend_of
-from icae_fast.benchmark.machine import Bounds, machine_slug, synchronize
-from icae_fast.benchmark.measure import peak_memory, rounded, speedup
+from icae_fast.benchmark.machine import REPOSITORY, Bounds, machine_slug, synchronize
+from icae_fast.benchmark.measure import peak_memory, speedup
+from icae_fast.io.files import write_atomically
 
 OURS = "icae_fast"
+RESULTS = REPOSITORY / "docs" / "results"
 GEMM_BOUND = {torch.bfloat16: "gemm_bf16", torch.float32: "gemm_fp32"}
 
 
@@ -228,22 +230,36 @@ class Compare:
         return {name: times[warmup:] for name, times in seconds.items()}, results
 
 
-def write_results(folder: Path, suite: str, machine: dict[str, Any], bounds: Bounds, outcomes: Sequence[Any]) -> Path:
-    """Write `SUITE-MACHINE.json`, replacing that of an earlier run on this kind of machine.
+def results_path(suite: str, machine: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Return the path of a suite's results on this kind of machine, `SUITE-MACHINE.json`.
 
     Args:
-        folder: made if it does not exist.
         suite: name of the suite.
         machine: result of `describe_machine`.
-        bounds: bounds of this run.
-        outcomes: objects with an `Outcome`'s `row`.
+        folder: where results are kept.
+    """
+    return folder / f"{suite}-{machine_slug(machine)}.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON values to a file, or leave the file as it was if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically({path: (json.dumps(content, indent=1) + "\n").encode()})
+
+
+def write_results(
+    suite: str, machine: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Path = RESULTS, **facts: Any
+) -> Path:
+    """Write a suite's results, replacing those of an earlier run on this kind of machine.
+
+    Args:
+        suite, machine, folder: see `results_path`.
+        rows: JSON values, rounded.
+        facts: further values of the file.
 
     Returns:
         The file's path.
     """
-    path = folder / f"{suite}-{machine_slug(machine)}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [rounded(outcome.row(bounds)) for outcome in outcomes]
-    content = {"suite": suite, "machine": machine, "bounds": bounds.as_dict(), "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path = results_path(suite, machine, folder)
+    write_json(path, {"suite": suite, "machine": machine, **facts, "rows": rows})
     return path

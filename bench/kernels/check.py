@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.kernels.shapes import Call, calls, label
+from bench.kernels.shapes import MODEL_SAMPLE, Call, calls, label
 from icae_fast.benchmark.machine import REPOSITORY
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(REPOSITORY / ".cache" / "triton"))
@@ -97,7 +97,7 @@ def collect(
     listed = list(listed)
     served = {spec.name for spec in REGISTRY.values() if spec.gpu is not None}
     for op in sorted(served - {c.op for c in listed}):
-        wrong.append(f"{op} has kernels and no call in bench/kernels/shapes.py")
+        wrong.append(f"{op} has kernels, but no sample named {MODEL_SAMPLE!r} in its spec to compile them at")
     for arch in archs:
         for dtype in dtypes:
             whole = every or dtype == dtypes[0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +18,12 @@ from typing import Any
 
 import torch
 
+from bench.harness.compare import RESULTS, write_json
 from bench.harness.shapes import MODELS, encode_flops
 from bench.kernels.count import Traffic, counted
 from bench.kernels.shapes import Inputs, launch, memory_rows
 from bench.kernels.unfused import Step, unfused_head, unfused_layer
 from icae_fast.backbone.rows import token_budget_on
-from icae_fast.benchmark.machine import REPOSITORY
 from icae_fast.benchmark.shapes import ModelShape
 from icae_fast.ops import REGISTRY
 from icae_fast.ops._triton import INTERPRETED
@@ -270,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.predict", description=__doc__)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama2-7b")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "results", help="output folder")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
     parser.add_argument("--spans", type=int, default=8, help="spans in the table of one layer (%(default)s)")
     options = parser.parse_args(arguments)
     if not INTERPRETED:
@@ -285,8 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "spans": options.spans, "layer": layer_rows(prediction, options.spans),
         "unfused": unfused_rows(setting, options.spans), "grid": grid_rows(prediction),
     }  # fmt: skip
-    path = options.output / f"paper-{options.model}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = options.output / f"predicted-{options.model}.json"
+    write_json(path, result)
     print(f"wrote {path.name}. {NOTE}")
     return 0
 

@@ -1,6 +1,7 @@
 """Inputs of every op at the sizes of real models.
 
-`calls()` lists what `bench.kernels.check` compiles. `bench.kernels.predict` counts the inputs of one layer.
+`calls()` lists what `bench.kernels.check` compiles: the workloads below, and for each op that is in none of them the
+sample `smollm2` of its spec. `bench.kernels.predict` counts the inputs of one layer.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch
 
 from bench.harness.shapes import MODELS
 from icae_fast.benchmark.shapes import ModelShape
-from icae_fast.ops import REGISTRY
+from icae_fast.ops import REGISTRY, OpSpec, Sample
 from icae_fast.ops._lengths import remember
 
 SPANS, TOKENS, SLOTS, RANK = 4, 512, 128, 128
 HEAD_SIZES = (64, 80, 96, 128, 256)
 PROMPT = 16
+MODEL_SAMPLE = "smollm2"  # name of the sample at the sizes of SmolLM2-135M
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,21 @@ def memory_rows(spans: int, tokens: int = TOKENS, slots: int = SLOTS) -> list[in
 def calls() -> list[Call]:
     """Return every call whose kernels are compiled."""
     listed = [c for name in ("llama2-7b", "smollm2-135m") for c in (*_encode(name), *_train(name), *_decode(name))]
-    return [*listed, *_qk_norm("qwen3-0.6b"), *(c for size in HEAD_SIZES for c in _head_size(size))]
+    listed += [*_qk_norm("qwen3-0.6b"), *(c for size in HEAD_SIZES for c in _head_size(size))]
+    in_workloads = {c.op for c in listed}
+    return [*listed, *(c for spec in REGISTRY.values() if spec.name not in in_workloads for c in sample_calls(spec))]
+
+
+def sample_calls(spec: OpSpec) -> list[Call]:
+    """Return the call of an op's GPU launcher with its sample `smollm2`; none without a launcher or such a sample."""
+
+    def call(sample: Sample) -> Call:
+        def make(inputs: Inputs) -> dict[str, Any]:
+            return sample.make(inputs.dtype, torch.device(inputs.device), torch.Generator().manual_seed(0))
+
+        return Call(f"sample {sample.name}", spec.name, make)
+
+    return [call(sample) for sample in spec.samples if spec.gpu is not None and sample.name == MODEL_SAMPLE]
 
 
 def _call(name: str, op: str, *args: Any, method: str | None = None, **options: Any) -> Call:

@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from icae_fast.benchmark.machine import REPOSITORY
+from bench.harness.compare import RESULTS
 
-RESULTS = REPOSITORY / "docs" / "results"
 HEADINGS = ("kernel", "architecture", "registers", "spills, bytes", "shared memory, KB", "occupancy", "tensor cores")
 
 
@@ -41,19 +40,19 @@ def kernels_table() -> str:
 
 
 def prediction_tables() -> str:
-    """Return the tables of each `paper-*.json` that `bench.kernels.predict` wrote: a layer's cost, predicted times."""
-    return "\n\n".join(_prediction(json.loads(p.read_text())) for p in sorted(RESULTS.glob("paper-*.json")))
+    """Return the tables of each `predicted-*.json`: the cost of a layer, and predicted times."""
+    return "\n\n".join(_prediction(json.loads(p.read_text())) for p in sorted(RESULTS.glob("predicted-*.json")))
 
 
 def _prediction(result: dict[str, Any]) -> str:
     setting = result["setting"]
     span = setting["tokens"] + setting["slots"]
-    headings = ["op", "kernel", "launches", "asked for, MB", "unique, MB", "GFLOP"]
+    headings = ["op", "kernel", "launches", "requested, MB", "unique, MB", "GFLOP"]
     headings += [f"{gpu} limit, us" for gpu in result["gpus"]]
     lines = [
         f"**Predictions, not measurements.** One layer of {setting['model']} in 16 bits, {result['spans']} spans of "
         f"{span} tokens, LoRA rank {setting['rank']}, counted in Triton's interpreter with configurations for "
-        f"sm_{setting['arch']}. *Asked for* is what all blocks load and store, *unique* what must come from or go to "
+        f"sm_{setting['arch']}. *Requested* is what all blocks load and store, *unique* what must come from or go to "
         "memory; times are the larger one of operations and unique bytes over the GPU's published limits:",
         "",
         f"| {' | '.join(headings)} |",

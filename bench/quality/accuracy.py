@@ -10,20 +10,17 @@ Writes docs/results/accuracy-MACHINE.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.harness.models import build_icae
+from bench.quality.command import publish, read_text
 from icae_fast import ICAE, ICAEConfig
 from icae_fast.adapter.mode import AdapterMode
 from icae_fast.benchmark.baseline import BaselineICAE
-from icae_fast.benchmark.machine import REPOSITORY, describe_machine, machine_slug
 from icae_fast.benchmark.measure import rounded
 from icae_fast.io.bundled import load_smollm2
 
@@ -80,16 +77,9 @@ def compare(ids: torch.Tensor, std: float) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Compare on the text file named on the command line, and write the results."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quality.accuracy", description=__doc__)
-    parser.add_argument("text", type=Path, help="a UTF-8 text file")
-    text = parser.parse_args(arguments).text.read_text(encoding="utf-8")
+    text = read_text("bench.quality.accuracy", __doc__, arguments)
     ids = torch.tensor(load_smollm2()[1](text)["input_ids"])
-    rows = [rounded(row) for n in TOKENS for std in LORA_B_STD for row in compare(ids[:n], std)]
-    machine = describe_machine()
-    path = REPOSITORY / "docs" / "results" / f"accuracy-{machine_slug(machine)}.json"
-    path.write_text(json.dumps({"suite": "accuracy", "machine": machine, "rows": rows}, indent=1) + "\n")
-    for row in rows:
-        print(row)
+    publish("accuracy", [rounded(row) for n in TOKENS for std in LORA_B_STD for row in compare(ids[:n], std)])
 
 
 if __name__ == "__main__":

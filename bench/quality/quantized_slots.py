@@ -9,20 +9,17 @@ Writes docs/results/quantized-slots-MACHINE.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from bench.quality.command import publish, read_text
 from icae_fast import ICAE
-from icae_fast.benchmark.machine import REPOSITORY, describe_machine, machine_slug
 from icae_fast.benchmark.measure import rounded
 from icae_fast.io.bundled import load_smollm2
 from icae_fast.step import loss
@@ -95,14 +92,7 @@ def measure(text: str) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure on the text file named on the command line, and write the results."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quality.quantized_slots", description=__doc__)
-    parser.add_argument("text", type=Path, help="a UTF-8 text file, e.g. examples/harrow_point.txt")
-    rows = measure(parser.parse_args(arguments).text.read_text(encoding="utf-8"))
-    machine = describe_machine()
-    path = REPOSITORY / "docs" / "results" / f"quantized-slots-{machine_slug(machine)}.json"
-    path.write_text(json.dumps({"suite": "quantized-slots", "machine": machine, "rows": rows}, indent=1) + "\n")
-    for row in rows:
-        print(row)
+    publish("quantized-slots", measure(read_text("bench.quality.quantized_slots", __doc__, arguments)))
 
 
 if __name__ == "__main__":

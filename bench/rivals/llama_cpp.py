@@ -24,14 +24,13 @@ import numpy
 import torch
 
 from bench.harness import decoders
-from bench.harness.compare import OURS
+from bench.harness.compare import OURS, RESULTS, results_path, write_json
 from bench.harness.decoders import LLAMA_CPP, SplitTimer
 from bench.harness.models import documents_for, models_for
 from bench.harness.shapes import DECODE_WORKLOADS, Case
-from icae_fast.benchmark.machine import REPOSITORY, describe_machine, machine_slug
+from icae_fast.benchmark.machine import describe_machine
 from icae_fast.benchmark.measure import FirstToken, interleave, rounded
 from icae_fast.io.bundled import smollm2_gguf
-from icae_fast.io.files import write_atomically
 
 # 60 rounds take two to three minutes. On a shared machine whose memory reached 30 GB/s in some minutes and 55 in
 # others, 7 rounds saw only one kind of minute: four runs measured 0.90, 1.51, 1.43 and 0.94.
@@ -130,7 +129,7 @@ def merge(path: Path, row: dict[str, Any]) -> None:
     """Put a row into a suite's results, replacing the one of that name."""
     result = json.loads(path.read_text())
     result["rows"] = [r for r in result["rows"] if r["name"] != row["name"]] + [row]
-    write_atomically({path: (json.dumps(result, indent=1) + "\n").encode()})
+    write_json(path, result)
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -138,7 +137,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     argparse.ArgumentParser(prog="python -m bench.rivals.llama_cpp", description=__doc__).parse_args(arguments)
     if importlib.util.find_spec("llama_cpp") is None:
         sys.exit(MISSING)
-    path = REPOSITORY / "docs" / "results" / f"decode-{machine_slug(describe_machine())}.json"
+    path = results_path("decode", describe_machine(), RESULTS)
     if not path.is_file():
         sys.exit(f"docs/results has no {path.name} to add the row to; run `make bench-decode` first")
     (case,) = DECODE_WORKLOADS["real"]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; see `icae_fast.cli.app.main`."""
-    from icae_fast.cli import app
+    try:
+        from icae_fast.cli import app
 
-    app.main(argv)
+        app.main(argv)
+    except KeyboardInterrupt:  # while modules are imported
+        raise SystemExit(130) from None

@@ -12,12 +12,7 @@ import typer.core
 import typer.main
 
 from icae_fast import __version__
-from icae_fast.cli.messages import for_command_line
-from icae_fast.cli.output import stderr
-from icae_fast.errors import ICAEError
-
-# Typer vendors its own click; this is the only public way to its base class of usage errors.
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+from icae_fast.cli.ending import exit_code_of
 
 
 class Command(NamedTuple):
@@ -80,7 +75,9 @@ class LazyGroup(typer.core.TyperGroup):
             formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=True, rich_markup_mode=None)
+_HELP = {"help_option_names": ["-h", "--help"]}  # commands take it over from the group
+
+app = typer.Typer(cls=LazyGroup, add_completion=True, rich_markup_mode=None, context_settings=_HELP)
 
 
 def _print_version(wanted: bool) -> None:
@@ -105,17 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments; None for those of the process.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    try:
-        sys.exit(app(arguments or ["--help"], standalone_mode=False) or 0)
-    except (ICAEError, _USAGE_ERROR) as error:
-        if isinstance(error, ICAEError):
-            text = for_command_line(str(error), next(iter(arguments), ""))
-        else:
-            text = f"{error.format_message()} (try --help)"  # type: ignore[attr-defined]
-        stderr.print(f"icae-fast: error: {text}", style="red", highlight=False, markup=False)
-        sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+    command = next(iter(arguments), "")
+    sys.exit(exit_code_of(lambda: app(arguments or ["--help"], standalone_mode=False), command))
 
 
 def main_of(command: str, argv: Sequence[str] | None = None) -> None:

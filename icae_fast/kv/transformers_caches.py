@@ -10,7 +10,31 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from icae_fast.errors import InvalidInputError
 from icae_fast.kv.segments import KVSegment
+
+
+class ReadCache(DynamicCache):
+    """A `DynamicCache` that has read a memory, which assisted decoding refuses instead of answering wrongly.
+
+    Assisted decoding (`assistant_model`, `prompt_lookup_num_tokens`) reads the whole input again behind the cache, but
+    what is cached stands in the input as zeros or as arbitrary ids. It begins by this call, before anything is read.
+    """
+
+    n_read = 0
+
+    def activate_past_recording(self) -> None:
+        """Keep what windows would drop, for `crop`; see transformers.
+
+        Raises:
+            InvalidInputError: nothing was read behind the memory.
+        """
+        if self.get_seq_length() == self.n_read:
+            raise InvalidInputError(
+                "assisted decoding reads the whole input again, and a memory's slots are no tokens; call generate "
+                "without assistant_model and prompt_lookup_num_tokens"
+            )
+        super().activate_past_recording()
 
 
 def dynamic_cache(config: Any, paths: Sequence[Sequence[KVSegment]], copies: int = 1) -> DynamicCache:
@@ -24,7 +48,8 @@ def dynamic_cache(config: Any, paths: Sequence[Sequence[KVSegment]], copies: int
         paths: consecutive segments for each row, at least one token in total.
         copies: adjacent rows for each path, as beam search needs them.
     """
-    cache = DynamicCache(config=config)
+    cache = ReadCache(config=config)
+    cache.n_read = max(sum(s.length for s in path) for path in paths)
     layers: list[Any] = cache.layers
     for layer, (keys, values) in zip(layers, _layers(paths, copies), strict=True):
         layer.lazy_initialization(keys, values)

@@ -18,6 +18,8 @@ from icae_fast.generation import memory_kv as slot_kv
 from icae_fast.generation import prompts, writing
 from icae_fast.io import checkpoints
 from icae_fast.io.hub import load_base_model, resolve_adapter_folder, upload_adapter
+from icae_fast.io.peft_folder import is_peft_folder, read_peft_adapter
+from icae_fast.io.reference_files import find_reference_file, is_safetensors, read_reference_file
 from icae_fast.step import loss
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class ICAE(ICAECore):
         memory_token_embed: (k + 3, d) embeddings of the memory tokens, AE, LM and FT, trained.
         slot_gain: () gain of slot scaling, trained, or None.
         max_positions: the most positions that the decoder may use; the base model's limit unless set.
+        special_tokens: how the spelling of a control token in a text is read: "text" or "control".
+        chat_template_kwargs: variables for the chat template, such as `{"date_string": "1 Jan 2026"}`.
         adapter_mode: how compressing applies the LoRA: "auto", "fused" or "merged".
         slot_kv: `SlotKVTree` of the keys and values that the decoder has read.
 
@@ -60,6 +64,7 @@ class ICAE(ICAECore):
     restore_by_span = writing.restore_by_span
     prompt_ids = prompts.prompt_ids
     prefix_ids = property(prompts.prefix_ids)
+    end_id = property(prompts.end_id)
 
     memory_kv = slot_kv.memory_kv
     adopt_kv = slot_kv.adopt_kv
@@ -99,18 +104,21 @@ class ICAE(ICAECore):
         tokenizer: Any = None,
         revision: str | None = None,
         compression_rate: int | None = None,
+        memory_tokens: torch.Tensor | None = None,
     ) -> Self:
         """Load a saved adapter, with the base model that it names unless one is passed.
 
         Args:
-            path: a folder written by `save_pretrained`, a hub id, or the name of an adapter that comes with the
-                package: "smollm2-135m".
+            path: a folder written by `save_pretrained`, or by PEFT with plain LoRA on q and v; a hub id; or the name
+                of an adapter that comes with the package: "smollm2-135m".
             base_model: a model, or the name or path of one; None for the one in the adapter's config.
             dtype: of a base model that is loaded here.
             tokenizer: None for the base model's own, where it can be found.
             revision: of the adapter on the hub.
             compression_rate: context tokens per slot, so that spans have k times as many tokens; None for the
-                adapter's own. Use rates that the adapter was trained at: for "smollm2-135m" 2, its own, and 4.
+                adapter's own. Use rates that the adapter was trained at: for "smollm2-135m" 2, its own, and 4. A folder
+                of PEFT says none; there None is 4, the reference's.
+            memory_tokens: (k + 3, d) embeddings of the memory tokens, AE, LM and FT, for a folder of PEFT without them.
 
         Raises:
             ConfigError: a compression rate below 1, or spans that exceed the base model's positions.
@@ -118,13 +126,18 @@ class ICAE(ICAECore):
             BaseModelMismatchError: the adapter was trained on another base model.
         """
         folder = resolve_adapter_folder(path, revision)
-        config, header = checkpoints.read_header(folder)
+        if is_peft_folder(folder):
+            saved = read_peft_adapter(folder, memory_tokens, compression_rate)
+        else:
+            saved = checkpoints.read_adapter(folder)
+        config = saved.config
         if compression_rate is not None:
             config = config.replace(compression_rate=compression_rate)
         model, tokenizer = load_base_model(base_model, config, dtype, tokenizer)
-        checkpoints.check_base(model, header["base"], str(path))
+        check_supported(model)
+        checkpoints.check_base(model, saved.header["base"], str(path))
         icae = cls(model, config, tokenizer)
-        checkpoints.load_adapter(icae, folder, header)
+        checkpoints.load_adapter(icae, saved)
         return icae.eval()
 
     @classmethod
@@ -142,7 +155,7 @@ class ICAE(ICAECore):
         published checkpoints. A `.pt` file gets the `"v1"` prompt format.
 
         Args:
-            path: of the file.
+            path: of the file, of the index of its shards, or of a folder with one of these.
             base_model: the model that the checkpoint was trained on.
             compression_rate: context tokens per slot.
             lora_alpha: alpha of the LoRA.
@@ -152,14 +165,15 @@ class ICAE(ICAECore):
             CheckpointError: truncated, or keys missing, unknown or misshaped; the message lists all of them.
             BaseModelMismatchError: the file carries base weights, and they are not this model's.
         """
-        adapter, base = checkpoints.split_reference_tensors(checkpoints.read_reference_file(path))
+        file = find_reference_file(path)
+        adapter, base = checkpoints.split_reference_tensors(read_reference_file(file))
         memory_size, rank = checkpoints.infer_sizes(adapter, str(path))
         config = ICAEConfig(
             memory_size=memory_size,
             compression_rate=compression_rate,
             lora_rank=rank,
             lora_alpha=lora_alpha,
-            prompt_format="chat" if str(path).endswith(".safetensors") else "v1",
+            prompt_format="chat" if is_safetensors(file) else "v1",
         )
         check_supported(base_model)
         checkpoints.check_base_weights(base_model, base, str(path))

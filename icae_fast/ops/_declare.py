@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -300,6 +302,11 @@ def load_extension() -> str | None:
     required = required_backend()
     if required == "reference" or interpreted():
         return f"left out by ICAE_FAST_REQUIRE={required}"
+    reason = _built_for_another_torch()
+    if reason is not None:  # loading it could crash
+        if required == "cpp":
+            raise BackendError(f"ICAE_FAST_REQUIRE=cpp, but {reason}")
+        return reason
     try:
         import icae_fast._C  # noqa: F401
 
@@ -313,5 +320,25 @@ def load_extension() -> str | None:
                 f"ICAE_FAST_REQUIRE=cpp, but the C++ kernels cannot be loaded ({error}); reinstall with "
                 "`pip install --no-build-isolation .` and a C++20 compiler"
             ) from error
-        return str(error)
+        return f"the C++ kernels are not there ({error}); install with a C++20 compiler"
     return None
+
+
+def _built_for_another_torch() -> str | None:
+    """Return a sentence if the extension's record says that it was built against another torch than the installed one.
+
+    Only versions that differ in their last number have the same binary interface.
+    """
+    spec = importlib.util.find_spec("icae_fast._C")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        built = str(json.loads(Path(spec.origin).with_name("_C_build.json").read_text())["torch"])
+    except (OSError, ValueError, LookupError, TypeError):  # built before there were records
+        return None
+    if built.split(".")[:2] == torch.__version__.split(".")[:2]:
+        return None
+    return (
+        f"the C++ kernels were built against torch {built} and torch {torch.__version__} is installed; reinstall with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+    )

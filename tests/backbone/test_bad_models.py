@@ -1,6 +1,8 @@
 """Invalid configs and unsupported base models raise one typed error that says what to do."""
 
+import accelerate
 import pytest
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -40,6 +42,17 @@ class QuantisedLinear(nn.Linear):
     """A stand-in for a quantisation library's linear layer."""
 
 
+class QuantisedTensor(torch.Tensor):
+    """A stand-in for torchao's tensors, which plain linear layers hold."""
+
+
+@pytest.fixture
+def saved(make_icae, tmp_path):
+    """The folder of a saved adapter."""
+    make_icae().save_pretrained(tmp_path)
+    return tmp_path
+
+
 class TestModels:
     def test_another_architecture(self):
         config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=96, bos_token_id=1, eos_token_id=2)
@@ -65,11 +78,52 @@ class TestModels:
         assert make_icae(base=wrapped.unload()).compress([5])[0].n_slots == 4
 
     @pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
-    def test_quantised_layers(self, make_base, name):
+    @pytest.mark.parametrize("layer", [0, 1, 2])
+    def test_quantised_layers(self, make_base, name, layer):
         base = make_base()
-        setattr(base.model.layers[0].self_attn, name, QuantisedLinear(32, 32))
-        with pytest.raises(errors.UnsupportedModelError, match=f"{name} is a QuantisedLinear; load .* unquantised"):
+        setattr(base.model.layers[layer].self_attn, name, QuantisedLinear(32, 32))
+        with pytest.raises(
+            errors.UnsupportedModelError, match=f"{name} of layer {layer} is a QuantisedLinear; load .* unquantised"
+        ):
             ICAE.from_base(base)
+
+    @pytest.mark.parametrize("name", ["self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"])
+    def test_quantised_tensors(self, make_base, name):
+        base = make_base()
+        linear = base.model.layers[2].get_submodule(name)
+        linear.weight = nn.Parameter(QuantisedTensor(linear.weight.data), requires_grad=False)
+        with pytest.raises(errors.UnsupportedModelError, match=f"layers.2.{name}.weight is a QuantisedTensor; load .*"):
+            ICAE.from_base(base)
+
+    def test_an_offloaded_model(self, saved, make_base):
+        base = accelerate.cpu_offload(make_base(), execution_device=torch.device("cpu"))
+        for make in (ICAE.from_base, lambda model: ICAE.from_pretrained(saved, model)):
+            with pytest.raises(errors.UnsupportedModelError, match=r"weight has no values here.*without device_map"):
+                make(base)
+
+    @pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm"])
+    def test_an_offloaded_part_of_a_layer(self, make_base, part):
+        base = make_base()
+        accelerate.cpu_offload(base.model.layers[1].get_submodule(part), execution_device=torch.device("cpu"))
+        with pytest.raises(errors.UnsupportedModelError, match=rf"layers\.1\.{part}.* has no values here"):
+            ICAE.from_base(base)
+
+    def test_layers_of_two_dtypes(self, make_base):
+        base = make_base()
+        base.model.layers[1].self_attn.double()
+        with pytest.raises(errors.UnsupportedModelError, match="q_proj of layer 1 is in float64 and the embedding in"):
+            ICAE.from_base(base)
+
+    def test_fewer_layers_than_the_config_says(self, make_base):
+        base = make_base()
+        del base.model.layers[1]
+        with pytest.raises(errors.UnsupportedModelError, match="has 2 layers and its config says 3; load it again"):
+            ICAE.from_base(base)
+
+    def test_an_adapter_for_another_architecture(self, saved):
+        config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=96, bos_token_id=1, eos_token_id=2)
+        with pytest.raises(errors.UnsupportedModelError, match="'gpt2' are not supported"):
+            ICAE.from_pretrained(saved, AutoModelForCausalLM.from_config(config))
 
     def test_attention_dropout(self, make_base):
         with pytest.raises(errors.UnsupportedModelError, match=r"load it with attention_dropout=0\.0"):

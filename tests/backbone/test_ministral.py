@@ -19,7 +19,7 @@ def icae(make_icae):
 
 def test_the_view_reads_the_configuration(make_base):
     assert [layer.window for layer in view_of(make_base("ministral"))] == [7, 0, 7]
-    every = make_base("ministral", layer_types=None)  # transformers gives every layer the window
+    every = make_base("ministral", layer_types=None)  # in transformers, every layer then has the window
     assert [layer.window for layer in view_of(every)] == [7, 7, 7]
     none = make_base("ministral", layer_types=None, sliding_window=None)
     assert [layer.window for layer in view_of(none)] == [0, 0, 0]

@@ -20,7 +20,7 @@ def icae(make_icae, make_base):
 def test_the_view_reads_the_configuration(make_base):
     layers = list(view_of(make_base("smollm3")))
     assert [layer.rope for layer in layers] == [True, False, True]
-    assert [layer.window for layer in layers] == [0, 7, 0]  # transformers gives windows to layers without RoPE
+    assert [layer.window for layer in layers] == [0, 7, 0]  # in transformers, layers without RoPE have the windows
     layers = list(
         view_of(make_base("smollm3", no_rope_layers=None, no_rope_layer_interval=2, use_sliding_window=False))
     )

@@ -79,7 +79,7 @@ def test_work_rates():
     half = harness.Work("gemm_bf16", flops=2 * 10**9)
     rates = harness.Outcome("toy", {}, times, {}, work, {}, {"half": half}).row(bounds)["rates"]
     assert (rates["icae_fast"]["gflops"], rates["half"]["gflops"]) == (2.0, 1.0)
-    assert harness.rounded({"a": [0.123456, 7], "b": "x"}) == {"a": [0.1235, 7], "b": "x"}
+    assert measure.rounded({"a": [0.123456, 7], "b": "x"}) == {"a": [0.1235, 7], "b": "x"}
 
 
 def test_bounds_keep_the_best():

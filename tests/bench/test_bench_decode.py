@@ -259,7 +259,7 @@ def test_llama_cpp_s_row(fake_llama, tmp_path):
 
 
 def test_without_llama_cpp_or_results_it_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(llama_cpp, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(llama_cpp, "RESULTS", tmp_path)
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install llama-cpp-python"):
         llama_cpp.main()

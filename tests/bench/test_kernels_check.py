@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from bench.kernels import check as kernels_check
 from bench.kernels.limits import MULTIPROCESSORS, complaints, worse
-from bench.kernels.shapes import Inputs, calls
+from bench.kernels.shapes import MODEL_SAMPLE, Inputs, calls, sample_calls
 from bench.kernels.tables import kernel_cells
 from icae_fast.ops import REGISTRY
 
@@ -91,6 +91,19 @@ def test_every_op_with_a_launcher_has_a_call_and_every_call_fits_its_op():
         arguments = call.make(Inputs(torch.bfloat16, "meta"))
         assert sorted(arguments) == sorted(spec.argument_names), call.name
         spec.fake(**arguments)
+
+
+def test_an_op_in_no_workload_is_compiled_at_the_smollm2_sample_of_its_spec():
+    spec = REGISTRY["rms_norm"]
+    (call,) = sample_calls(spec)
+    assert (call.op, call.name) == ("rms_norm", f"sample {MODEL_SAMPLE}")
+    arguments = call.make(Inputs(torch.bfloat16, "meta"))
+    assert sorted(arguments) == sorted(spec.argument_names)
+    assert (arguments["x"].shape, arguments["x"].dtype) == ((64, 576), torch.bfloat16)
+    assert all(t.is_meta for t in arguments.values() if isinstance(t, torch.Tensor))
+    (job, *_), wrong = kernels_check.collect([call], [90], ["bf16"])
+    assert job.kernel == "rms_norm.forward"
+    assert "rms_norm_backward has kernels, but no sample named 'smollm2'" in "\n".join(wrong)
 
 
 def run(*arguments):

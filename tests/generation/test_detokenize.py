@@ -60,14 +60,14 @@ def test_a_valid_character_stays_when_an_invalid_byte_follows(fallback_tokenizer
 
 
 def cut(tokenizer, ids, stop_strings):
-    """Return the text before the first stop string and the number of tokens up to it (None without one).
+    """Return the whole characters before the first stop string and the number of tokens up to it (None without one).
 
     This is the definition: it decodes ever longer prefixes of the row until one holds a stop string.
     """
     for n in range(1, len(ids) + 1):
         text = decode(tokenizer, ids[:n]).rstrip(HALF)
         if places := [text.index(s) for s in stop_strings if s in text]:
-            return text[: min(places)], n
+            return text[: min(places)].rstrip(HALF), n
     return decode(tokenizer, ids), None
 
 
@@ -108,3 +108,27 @@ def test_finish_returns_held_text_when_no_stop_string_came(byte_tokenizer):
     text = StoppableText(byte_tokenizer, ["xyz"])
     assert [text.push(i) for i in byte_tokenizer("x")["input_ids"]] == [""]
     assert (text.finish(), text.text, text.stopped) == ("x", "x", False)
+
+
+COMBINED = "ab e\u0301\u0300\u0302o\u0351\u036b\u0489日\u200d😀"
+
+
+@pytest.mark.parametrize("name", ["byte_tokenizer", "fallback_tokenizer"])
+@given(data=st.data(), words=st.lists(st.text(st.sampled_from(COMBINED), min_size=1, max_size=5), max_size=4))
+def test_a_text_that_is_cut_ends_with_a_whole_character(request, name, data, words):
+    """Weave half characters between words, and stop at a part of a word: the half ones before it are not shown."""
+    tokenizer, ids = request.getfixturevalue(name), []
+    halves = [tokenizer("日", add_special_tokens=False)["input_ids"][-3:][:n] for n in (0, 1, 2)]
+    for word in words:
+        ids += data.draw(st.sampled_from(halves)) + tokenizer(word, add_special_tokens=False)["input_ids"]
+    word = data.draw(st.sampled_from(words or ["a"]))
+    start = data.draw(st.integers(0, len(word) - 1))
+    text = StoppableText(tokenizer, [word[start : start + data.draw(st.integers(1, 4))]])
+    pieces = []
+    for token in ids:
+        pieces.append(text.push(token))
+        if text.stopped:
+            assert not "".join(pieces).endswith(HALF)
+            break
+    pieces.append(text.finish())
+    assert "".join(pieces) == text.text

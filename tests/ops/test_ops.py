@@ -76,7 +76,7 @@ def test_gradients_equal_the_reference(spec, backend, sample):
     # Outputs that a forward keeps for its backward have no gradient.
     weights = [w if o.requires_grad else torch.zeros_like(w) for o, w in zip(outputs, weights, strict=True)]
     got = torch.autograd.grad(sum((o * w.float()).sum() for o, w in zip(outputs, weights, strict=True)), tensors)
-    tie = sum(0 * t.sum() for t in truths)  # gives an unread input a gradient of zero
+    tie = sum(0 * t.sum() for t in truths)  # so that an unread input has a gradient of zero, not None
     truth = torch.autograd.grad(tie + sum((o * w).sum() for o, w in zip(expected, weights, strict=True)), truths)
     for name, g, t in zip(names, got, truth, strict=True):
         torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=2e-5 * max(1.0, t.abs().max().item() if t.numel() else 0.0), msg=lambda m, n=name: f"{n}: {m}")  # noqa: E501  # fmt: skip

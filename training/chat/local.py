@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from icae_fast.errors import ChatModelError, TokenizerMismatchError
+from icae_fast.generation.prompts import message_ids
 from icae_fast.training.chat.model import TOO_LONG, UNUSABLE, RequestFailed
 from icae_fast.training.chat.writing import writer_of
 
@@ -92,11 +93,7 @@ class LocalModel:
             raise RequestFailed(UNUSABLE, str(error), of_message=True) from error
 
     def _encode(self, message: str) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None):
-            return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False
-            )
-        return self.tokenizer(message + "\n\n")["input_ids"]
+        return message_ids(self.tokenizer, message)
 
     async def _serve(self) -> None:
         while True:

@@ -66,8 +66,8 @@ def request_fields(option: str, text: str | None, temperature: float | None) -> 
 
 
 def model_name(name: str) -> str:
-    """Return the name that loads a model; `smollm2` means the bundled one."""
-    return BUNDLED_NAME if name == "smollm2" else name
+    """Return the name that loads a model; `smollm2` means the bundled one, and `~` the home folder."""
+    return BUNDLED_NAME if name == "smollm2" else os.path.expanduser(name)
 
 
 def load_local(name: str, dtype: str, **options: Any) -> LocalModel:

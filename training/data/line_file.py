@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,19 @@ from filelock import FileLock, Timeout
 
 from icae_fast.errors import OutputError
 
+_LONGEST_NAME = 255  # bytes of a file name, on nearly every file system
+
+
+def _lock_name(name: str) -> str:
+    """Return the name of a file's lock, `.NAME.lock`, or a hash where that is too long."""
+    lock, encoded = f".{name}.lock", os.fsencode(name)
+    return lock if len(os.fsencode(lock)) <= _LONGEST_NAME else f".{hashlib.sha256(encoded).hexdigest()}.lock"
+
 
 class LineFile:
     """A file to which lines are appended, each by one write; used in a `with` block.
 
-    A failed write is undone. Only one process writes at a time: it holds a lock on the file `.NAME.lock` in the same
+    A failed write is undone. Only one process writes at a time: it locks a file (see `_lock_name`) in the same
     folder. A new file without a line is deleted again.
 
     Args:
@@ -27,7 +36,7 @@ class LineFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.cut = 0
-        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        self._lock = FileLock(self.path.with_name(_lock_name(self.path.name)))
         self._descriptor = -1
         self._size = 0
 
@@ -48,7 +57,7 @@ class LineFile:
         """
         if not self.path.parent.is_dir():
             raise OutputError(f"{self.path.parent} is not a folder; create it first")
-        if self.path.exists() and not self.path.is_file():
+        if os.path.exists(self.path) and not self.path.is_file():  # False for a name that is too long
             raise OutputError(f"{self.path} is not a regular file; give another output")
         try:
             self._lock.acquire(timeout=0)

@@ -6,156 +6,192 @@ the row can be used; otherwise the fields are empty.
 
 from __future__ import annotations
 
-import io
 import json
-import lzma
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import compressions
 
-from icae_fast.errors import DataError
+from icae_fast.core.text import decode_text, unified
+from icae_fast.errors import DataError, InvalidInputError
+from icae_fast.training.data.opening import (
+    COMPRESSED,
+    DAMAGE,
+    open_data,
+    read_lines,
+    read_whole,
+    without_compression,
+)
 
 Record = dict[str, str]
 
 TEXT = ("text",)  # rows of The Pile
 PWC = ("input", "prompt", "answer")  # rows of Prompt-with-Context
+TEXT_FIELD = "text"
 
 _PARQUET_ROWS = 256  # rows per read: a row may be a whole book
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
-def make_record(row: Any, fields: Iterable[str], origin: str, optional: Iterable[str] = ()) -> Record:
+class Wanted(NamedTuple):
+    """The fields of a record, and where they stand in a row.
+
+    Args:
+        fields: names of the text fields.
+        optional: names of further fields, empty where a row has no text in them.
+        text_field: the field or column of a row that becomes "text".
+    """
+
+    fields: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    text_field: str = TEXT_FIELD
+
+    def column(self, name: str) -> str:
+        """Return the name that a field has in a row."""
+        return self.text_field if name == TEXT_FIELD else name
+
+
+def make_record(row: Any, wanted: Wanted, origin: str) -> Record:
     """Return the record of one row.
 
     Args:
-        row: value of a line or table row; a usable one is a mapping with text in all `fields`.
-        fields: names of the text fields.
+        row: value of a line or table row; a usable one is a mapping with text in all `wanted.fields`.
+        wanted: the record's fields.
         origin: provenance of the row.
-        optional: names of further fields, empty where a row has no text in them.
     """
-    problem, values = "", {}
     if not isinstance(row, Mapping):
-        problem = "not a JSON object"
-    for name in () if problem else fields:
-        value = row.get(name)
-        problem = problem or _field_problem(name, name in row, value)
-        values[name] = value
-    record = _record(fields, origin, problem, values)
-    return record | {name: row[name] if _is_usable(name, row) else "" for name in optional}
+        return _record(wanted, origin, "not a JSON object")
+    if problem := next(filter(None, (_field_problem(wanted.column(name), row) for name in wanted.fields)), ""):
+        return _record(wanted, origin, problem)
+    texts = {name: unified(row[wanted.column(name)]) for name in wanted.fields}
+    more = {name: "" if _field_problem(name, row) else unified(row[name]) for name in wanted.optional}
+    return {"origin": origin, "problem": "", **texts, **more}
 
 
-def _is_usable(name: str, row: Any) -> bool:
-    return isinstance(row, Mapping) and not _field_problem(name, name in row, row.get(name))
+def _record(wanted: Wanted, origin: str, problem: str) -> Record:
+    """Return the record of a row that cannot be used."""
+    return {"origin": origin, "problem": problem, **dict.fromkeys((*wanted.fields, *wanted.optional), "")}
 
 
-def _record(fields: Iterable[str], origin: str, problem: str, values: Mapping[str, str] | None = None) -> Record:
-    texts = {name: "" if problem or values is None else values[name] for name in fields}
-    return {"origin": origin, "problem": problem, **texts}
-
-
-def _field_problem(name: str, present: bool, value: Any) -> str:
-    if not present:
+def _field_problem(name: str, row: Mapping[str, Any]) -> str:
+    if name not in row:
         return f"no field {name!r}"
+    value = row[name]
     if not isinstance(value, str):
         return f"field {name!r} is not text"
-    if not value.strip():
+    if not unified(value).strip():
         return f"field {name!r} is empty"
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON may escape half a surrogate pair, which tokenizers reject
         return f"field {name!r} is not Unicode"
-    return ""
+    return f"field {name!r} holds a NUL character" if "\0" in value else ""
 
 
-def read_records(paths: Iterable[str], fields: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[Record]:
+def read_records(
+    paths: Iterable[str], fields: tuple[str, ...], optional: tuple[str, ...] = (), text_field: str = TEXT_FIELD
+) -> Iterator[Record]:
     """Yield the records of files, one file after the other.
 
-    Lines of JSONL are numbered from 1, rows of Parquet from 0; a `.txt` file is one row. Blank lines are skipped.
+    Lines of JSON are numbered from 1, rows of Parquet from 0; a `.txt` file is one row. Blank lines are skipped.
 
     Args:
         paths: files of known extensions, from `find_files`.
-        fields: names of the text fields; a `.txt` file has only the field "text".
-        optional: names of further fields, empty where a row has no text in them.
+        fields, optional, text_field: see `Wanted`; a `.txt` file has only the field "text".
 
     Raises:
-        DataError: a file cannot be read to its end, or a Parquet file lacks a column.
+        DataError: a file cannot be read to its end, a row is longer than `LARGEST_ROW`, or a Parquet file lacks a
+            column.
     """
+    wanted = Wanted(fields, optional, text_field)
     for path in paths:
         place = path
         try:
-            with _open(path) as file:
-                for record in _READERS[_extension(path)](file, path, fields, optional):
+            with open_data(path) as file:
+                for record in _READERS[_extension(path)](file, path, wanted):
                     place = record["origin"]
                     yield record
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise DataError(f"cannot read {path} beyond {place}: {error}; replace the file or leave it out") from error
 
 
-def _open(path: str) -> Any:
-    """Open a file for binary reading, decompressed according to its name."""
-    if path.endswith(".zst") and "zst" not in compressions:
-        raise DataError(f"{path} needs the package zstandard; `pip install zstandard` or decompress the file")
-    return fsspec.open(path, "rb", compression="infer")
-
-
-def _read_jsonl(file: Any, path: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[Record]:
-    # zstandard's reader has no readline
-    lines = file if hasattr(file, "readline") else io.BufferedReader(file)
-    for number, line in enumerate(lines, 1):
+def _read_jsonl(file: Any, path: str, wanted: Wanted) -> Iterator[Record]:
+    for number, line in enumerate(read_lines(file, path), 1):
         origin = f"{path}:{number}"
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
-            yield _record(fields, origin, "not UTF-8")
+            yield _record(wanted, origin, "not UTF-8")
         except (ValueError, RecursionError):
-            yield _record(fields, origin, "not JSON")
+            yield _record(wanted, origin, "not JSON")
         else:
-            yield make_record(row, fields, origin, optional)
+            yield make_record(row, wanted, origin)
 
 
-def _read_parquet(file: Any, path: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[Record]:
+def _read_parquet(file: Any, path: str, wanted: Wanted) -> Iterator[Record]:
     table = pq.ParquetFile(file)
-    if missing := [name for name in fields if name not in table.schema_arrow.names]:
-        raise DataError(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(table.schema_arrow.names)}, and rows need "
-            f"{', '.join(fields)}"
-        )
+    known = table.schema_arrow.names
+    columns = [*check_columns(path, known, wanted), *(name for name in wanted.optional if name in known)]
     number = 0
-    columns = [name for name in (*fields, *optional) if name in table.schema_arrow.names]
     for batch in table.iter_batches(_PARQUET_ROWS, columns=columns):
-        for row in batch.to_pylist():
-            yield make_record(row, fields, f"{path}:row {number}", optional)
+        for row in _rows(batch):
+            origin = f"{path}:row {number}"
+            yield _record(wanted, origin, "not UTF-8") if row is None else make_record(row, wanted, origin)
             number += 1
 
 
-def _read_text(file: Any, path: str, fields: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[Record]:
-    if fields != TEXT:
-        raise DataError(f"{path} is plain text, and rows need {', '.join(fields)}; give JSONL or Parquet")
+def check_columns(name: str, columns: Sequence[str], wanted: Wanted) -> list[str]:
+    """Return the columns of the wanted fields.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    needed = [wanted.column(field) for field in wanted.fields]
+    if missing := [column for column in needed if column not in columns]:
+        raise DataError(
+            f"{name} has no column {', '.join(missing)}; it has {', '.join(columns)}, and rows need "
+            f"{', '.join(needed)}{_other_field(wanted)}"
+        )
+    return needed
+
+
+def _rows(batch: Any) -> list[Any]:
+    """Return the rows of a batch, None for one that is not UTF-8."""
     try:
-        text = file.read().decode("utf-8-sig")
+        return batch.to_pylist()
     except UnicodeDecodeError:
-        yield _record(fields, path, "not UTF-8")
+        return [None] if len(batch) == 1 else [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
+
+
+def _read_text(file: Any, path: str, wanted: Wanted) -> Iterator[Record]:
+    if wanted.fields != TEXT:
+        raise DataError(f"{path} is plain text, and rows need {', '.join(wanted.fields)}; give JSONL or Parquet")
+    try:
+        text = decode_text(read_whole(file, path), "it")
+    except InvalidInputError as error:
+        yield _record(wanted, path, str(error))
     else:
-        yield make_record({"text": text}, fields, path, optional)
+        yield make_record({wanted.text_field: text}, wanted, path)
 
 
-_READERS: dict[str, Callable[[Any, str, tuple[str, ...], tuple[str, ...]], Iterator[Record]]] = {
+def _other_field(wanted: Wanted) -> str:
+    """Return the advice for rows that lack the field of the text."""
+    return (
+        "; name the field of the text (--text-field, or text_field of a source)" if TEXT_FIELD in wanted.fields else ""
+    )
+
+
+_READERS: dict[str, Callable[[Any, str, Wanted], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
+    ".json": _read_jsonl,
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }
@@ -163,9 +199,7 @@ _READERS: dict[str, Callable[[Any, str, tuple[str, ...], tuple[str, ...]], Itera
 
 def _extension(path: str) -> str:
     """Return a file's extension without that of its compression."""
-    for suffix in _COMPRESSED:
-        path = path.removesuffix(suffix)
-    return os.path.splitext(path)[1].lower()
+    return os.path.splitext(without_compression(path))[1].lower()
 
 
 def find_files(path: str) -> list[str] | None:
@@ -221,17 +255,21 @@ def _checked_extensions(names: list[str]) -> list[str]:
 
 
 def _known() -> str:
-    return f"{', '.join(_READERS)} (and compressed: {', '.join(_COMPRESSED)})"
+    return f"{', '.join(_READERS)} (and compressed: {', '.join(COMPRESSED)})"
 
 
 def usable_records(
-    paths: Sequence[str], fields: tuple[str, ...], what: str, optional: tuple[str, ...] = ()
+    paths: Sequence[str],
+    fields: tuple[str, ...],
+    what: str,
+    optional: tuple[str, ...] = (),
+    text_field: str = TEXT_FIELD,
 ) -> tuple[list[Record], Counter[str]]:
     """Return all usable records of files, folders and globs, and the number of others by problem.
 
     Args:
         paths: see `find_files`; data sets of the hub are not accepted.
-        fields, optional: see `read_records`.
+        fields, optional, text_field: see `Wanted`.
         what: name of the records in errors, such as "text".
 
     Raises:
@@ -243,14 +281,15 @@ def usable_records(
         files = find_files(path)
         if files is None:
             raise DataError(f"there is no file or folder {path}; data sets of the hub are not read here")
-        for record in read_records(files, fields, optional):
+        for record in read_records(files, fields, optional, text_field):
             if record["problem"]:
                 problems[record["problem"]] += 1
             else:
                 usable.append(record)
     if not usable:
         causes = ", ".join(f"{n} times {cause}" for cause, n in problems.most_common()) or "no row at all"
-        raise DataError(f"{', '.join(paths)} have no usable {what}: {causes}")
+        advice = _other_field(Wanted(fields)) if f"no field {text_field!r}" in problems else ""
+        raise DataError(f"{', '.join(paths)} have no usable {what}: {causes}{advice}")
     return usable, problems
 
 

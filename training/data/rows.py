@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from icae_fast.errors import DataError
-from icae_fast.training.data.records import Record, make_record
+from icae_fast.training.data.records import Record, Wanted, make_record
 from icae_fast.training.data.tokenise import Tokenise, ids_column
 
 STREAMED_ROWS = 32  # rows per call of the tokenizer; a resumed run tokenises up to this many again
@@ -179,12 +179,12 @@ class RecordStream:
 
     Args:
         dataset: dataset of the records.
-        fields: text fields of a row.
+        wanted: fields of a row.
         hub_name: name for provenance of a data set of the hub; None for files, whose records have their provenance.
     """
 
     dataset: datasets.IterableDataset
-    fields: tuple[str, ...]
+    wanted: Wanted
     hub_name: str | None = None
 
     def shard(self, index: int) -> datasets.IterableDataset:
@@ -196,7 +196,7 @@ class RecordStream:
         name = self.hub_name if n == 1 else f"{self.hub_name}:shard {index}"
         return shard.map(
             _hub_columns, batched=True, batch_size=STREAMED_ROWS, with_indices=True,
-            fn_kwargs={"fields": self.fields, "name": name},
+            fn_kwargs={"wanted": self.wanted, "name": name},
         )  # fmt: skip
 
 
@@ -262,14 +262,15 @@ def bad_row_message(origin: str, problem: str) -> str:
     return f"{origin}: {problem}; correct the row, or set on_bad_row to 'skip'"
 
 
-def _hub_columns(batch: Mapping[str, list], rows: Sequence[int], fields: tuple[str, ...], name: str) -> dict[str, list]:
+def _hub_columns(batch: Mapping[str, list], rows: Sequence[int], wanted: Wanted, name: str) -> dict[str, list]:
     """Return `hub_records` as columns, for `datasets` to map over."""
-    records = hub_records(batch, rows, fields, name)
+    records = hub_records(batch, rows, wanted, name)
     return {key: [r[key] for r in records] for key in records[0]}
 
 
-def hub_records(batch: Mapping[str, list], rows: Sequence[int], fields: tuple[str, ...], name: str) -> list[Record]:
+def hub_records(batch: Mapping[str, list], rows: Sequence[int], wanted: Wanted, name: str) -> list[Record]:
     """Return the records of a batch, whose rows have the numbers `rows` in the data set."""
     n_rows = len(next(iter(batch.values())))
-    values = [{n: batch[n][i] for n in fields if n in batch} for i in range(n_rows)]
-    return [make_record(v, fields, f"{name}:{row}") for v, row in zip(values, rows, strict=False)]
+    columns = [column for column in map(wanted.column, wanted.fields) if column in batch]
+    values = [{column: batch[column][i] for column in columns} for i in range(n_rows)]
+    return [make_record(v, wanted, f"{name}:{row}") for v, row in zip(values, rows, strict=False)]

@@ -7,6 +7,7 @@ of many steps can be sorted without holding their tokens.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from icae_fast.training.methods.objectives import (
     instruction_sample,
 )
 
+log = logging.getLogger(__name__)
+
 TRUNCATED = "truncated"
 SKIPPED = "skipped"
 
@@ -50,6 +53,7 @@ class SampleLayout:
         self.config = icae.config
         self.vocabulary = icae.vocabulary
         self.eos_token_ids = icae.eos_token_ids
+        self.end_id = prompts.end_id(icae)
         self.leading_ids = icae.leading_ids
         self.max_positions = icae.max_positions
         if not self.eos_token_ids:
@@ -57,7 +61,7 @@ class SampleLayout:
                 "neither the base model nor its tokenizer has an EOS token, and training samples need one"
             )
         self._before, (self._ft, *self._behind) = prompts.layout_ids(
-            [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids
+            [], icae.tokenizer, self.vocabulary, self.config.prompt_format, self.leading_ids, icae.chat_template_kwargs
         )
 
     def prompt_ids(self, prompt: Iterable[int]) -> tuple[list[int], list[int]]:
@@ -114,8 +118,8 @@ class PretrainingDraw:
 
     A document of n tokens has one excerpt, or with `excerpts="all"` as many as their lengths need to add up to n.
     Excerpt i of m begins in the i-th of m equal parts of the document. The target of a continuation has at most the
-    length of its excerpt (and `max_target_tokens`, and the base model's positions). If 64 or fewer tokens follow an
-    excerpt, it is restored instead, as in the reference.
+    length of its excerpt (and `max_target_tokens`, and the base model's positions). If 64 or fewer tokens would be
+    continued, the excerpt is restored instead, as in the reference, or in a stage without "ae" skipped and counted.
 
     Args:
         icae: the model to train.
@@ -160,6 +164,8 @@ class PretrainingDraw:
         longest = stage.max_tokens
         if self.spans is not None:
             longest = min(longest, self.spans[1] * self.layout.config.max_span_tokens)
+        if "lm" in stage.objectives and longest <= MIN_TOKENS_FOR_LM:
+            self._report_short(stage, longest)
         restores = stage.is_code or "ae" in stage.objectives
         target = 1 if stage.is_warm else longest + 1 if restores else MIN_TOKENS_FOR_LM + 1
         needed = self.layout.n_before(longest) + 1 + target
@@ -169,6 +175,16 @@ class PretrainingDraw:
                 f"a context of {longest} tokens, {what}, needs {needed} positions of the decoder, and there are "
                 f"{self.layout.max_positions}; lower the stage's max_tokens, leave out 'ae', or allow more positions"
             )
+
+    def _report_short(self, stage: Stage, longest: int) -> None:
+        """Raise, or with "ae" warn, that no excerpt of a stage can be continued."""
+        text = (
+            f"a continuation has at most the tokens of its excerpt, and needs more than {MIN_TOKENS_FOR_LM}, but the "
+            f"excerpts have at most {longest}"
+        )
+        if "ae" not in stage.objectives:
+            raise ConfigError(f"{text}; raise the stage's max_tokens (and data.spans), or train 'ae' in place of 'lm'")
+        log.warning("%s; all are restored until max_tokens (and data.spans) are raised", text)
 
     def __call__(self, row: Row, stage: Stage, rng: random.Random, tally: Tally) -> list[Draft]:
         """See `Draw.__call__`."""
@@ -200,6 +216,12 @@ class PretrainingDraw:
             if target > MIN_TOKENS_FOR_LM:
                 build = partial(_continued, layout, row.origin, ids[start : end + target], end - start, self.lm_token)
                 return Draft(end - start + n_before + self.lm_token + target, build)
+            if "ae" not in stage.objectives:
+                tally.add(
+                    f"{SKIPPED}: too few tokens to continue an excerpt", row.origin,
+                    f"{end - start} tokens, continued by {target}, and more than {MIN_TOKENS_FOR_LM} are needed",
+                )  # fmt: skip
+                return None
         needed = n_before + 1 + end - start + 1
         if objective != "warm" and needed > layout.max_positions:
             tally.add(

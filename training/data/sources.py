@@ -9,8 +9,18 @@ from typing import Any
 
 import datasets
 
+from icae_fast.core.tokens import SpecialTokens
 from icae_fast.errors import ConfigError, DataError
-from icae_fast.training.data.records import TEXT, Record, file_version, find_files, read_records
+from icae_fast.training.data.records import (
+    TEXT,
+    TEXT_FIELD,
+    Record,
+    Wanted,
+    check_columns,
+    file_version,
+    find_files,
+    read_records,
+)
 from icae_fast.training.data.rows import MappedSource, RecordStream, StreamedSource, bad_row_message, hub_records
 from icae_fast.training.data.tokenise import Tokenise, tokenise_once
 from icae_fast.training.methods.curriculum import check_keys
@@ -27,6 +37,7 @@ class SourceSpec:
         config: configuration of the hub data set.
         split: split of the hub data set.
         revision: revision of the hub data set. Set it, because a resumed run needs the same rows.
+        text_field: field or column of the text, in rows for pretraining.
         streaming: read and tokenise during training, and store nothing on the disk.
     """
 
@@ -34,6 +45,7 @@ class SourceSpec:
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    text_field: str = TEXT_FIELD
     streaming: bool = False
 
     @classmethod
@@ -50,10 +62,20 @@ class SourceSpec:
             raise ConfigError(f"a data source is {value!r}; give a path, or a mapping with the field path")
         check_keys("a data source", values, [f.name for f in fields(cls)], ("path",))
         for name, given in values.items():
-            kinds = (bool,) if name == "streaming" else (str,) if name in ("path", "split") else (str, type(None))
+            kinds = (
+                (bool,)
+                if name == "streaming"
+                else (str,)
+                if name in ("path", "split", "text_field")
+                else (str, type(None))
+            )
             if not isinstance(given, kinds):
                 raise ConfigError(f"a data source's {name} is {given!r}; it must be {kinds[0].__name__}")
         return cls(**values)
+
+    def wanted(self, fields: tuple[str, ...]) -> Wanted:
+        """Return the fields of a record and where rows have them."""
+        return Wanted(fields, text_field=self.text_field)
 
 
 def open_source(
@@ -65,6 +87,7 @@ def open_source(
     fragment_tokens: int | None = None,
     cache_folder: str | None = None,
     seed: int = 0,
+    special_tokens: SpecialTokens = "text",
 ) -> MappedSource | StreamedSource:
     """Return the rows of one or several files, folders, globs or data sets on the hub.
 
@@ -79,6 +102,7 @@ def open_source(
             The longest excerpt of the run is a good choice. Default None: whole documents.
         cache_folder: folder of tokenised rows, None for the default of `datasets`.
         seed: seed of the orders.
+        special_tokens: how the spelling of a control token in a text is read, see `ICAE.special_tokens`.
 
     Raises:
         ConfigError: an option or a spec is invalid.
@@ -97,7 +121,7 @@ def open_source(
         raise ConfigError("the list of data sources is empty; give at least one")
     if len({spec.streaming for spec in chosen}) > 1:
         raise ConfigError("some data sources are streamed and some not; set streaming for all of them or for none")
-    tokenise = Tokenise(tokenizer, fields)
+    tokenise = Tokenise(tokenizer, fields, special_tokens)
     if chosen[0].streaming:
         return StreamedSource([_streamed(s, fields) for s in chosen], tokenise, on_bad_row == "stop", seed)
     parts = [_tokenised(spec, tokenise, cache_folder) for spec in chosen]
@@ -118,26 +142,29 @@ def _tokenised(spec: SourceSpec, tokenise: Tokenise, cache_folder: str | None) -
     identity: list[Any]
     if paths is not None:
         identity = [[path, file_version(path)] for path in paths]
-        return tokenise_once(spec.path, read_records(paths, tokenise.fields), identity, tokenise, cache_folder)
-    dataset = _load_hub(spec, tokenise.fields)
+        identity += [spec.text_field] if spec.text_field != TEXT_FIELD else []  # earlier caches stay valid
+        records = read_records(paths, tokenise.fields, text_field=spec.text_field)
+        return tokenise_once(spec.path, records, identity, tokenise, cache_folder)
+    wanted = spec.wanted(tokenise.fields)
+    dataset = _load_hub(spec, wanted)
     identity = [asdict(spec), dataset.cache_files]  # the folders are named by config and revision
 
-    def records() -> Iterator[Record]:
+    def hub_rows() -> Iterator[Record]:
         for start in range(0, len(dataset), _READ_ROWS):
             batch = dataset[start : start + _READ_ROWS]
-            yield from hub_records(batch, range(start, len(dataset)), tokenise.fields, _hub_name(spec))
+            yield from hub_records(batch, range(start, len(dataset)), wanted, _hub_name(spec))
 
-    return tokenise_once(_hub_name(spec), records(), identity, tokenise, cache_folder)
+    return tokenise_once(_hub_name(spec), hub_rows(), identity, tokenise, cache_folder)
 
 
 def _streamed(spec: SourceSpec, fields: tuple[str, ...]) -> RecordStream:
     """Return the records of a spec, read on demand."""
-    paths = _files(spec)
+    wanted, paths = spec.wanted(fields), _files(spec)
     if paths is None:
-        return RecordStream(_load_hub(spec, fields), fields, _hub_name(spec))
+        return RecordStream(_load_hub(spec, wanted), wanted, _hub_name(spec))
     # `datasets` makes a shard of each item of a list, so `fields` stays a tuple.
-    files = {"paths": paths, "fields": fields}
-    return RecordStream(datasets.IterableDataset.from_generator(read_records, gen_kwargs=files), fields)
+    files = {"paths": paths, "fields": fields, "text_field": spec.text_field}
+    return RecordStream(datasets.IterableDataset.from_generator(read_records, gen_kwargs=files), wanted)
 
 
 def _files(spec: SourceSpec) -> list[str] | None:
@@ -155,8 +182,8 @@ def _hub_name(spec: SourceSpec) -> str:
     return f"{spec.path}[{spec.split}]"
 
 
-def _load_hub(spec: SourceSpec, fields: tuple[str, ...]) -> Any:
-    """Return a data set of the hub with only the columns of `fields`.
+def _load_hub(spec: SourceSpec, wanted: Wanted) -> Any:
+    """Return a data set of the hub with only the columns of `wanted.fields`.
 
     Raises:
         DataError: it cannot be loaded, or lacks a column.
@@ -172,9 +199,4 @@ def _load_hub(spec: SourceSpec, fields: tuple[str, ...]) -> Any:
     columns = dataset.column_names
     if columns is None:  # unknown for some streamed data sets
         return dataset
-    if missing := [name for name in fields if name not in columns]:
-        raise DataError(
-            f"{_hub_name(spec)} has no column {', '.join(missing)}; it has {', '.join(columns)}, and rows need "
-            f"{', '.join(fields)}"
-        )
-    return dataset.select_columns(list(fields))
+    return dataset.select_columns(check_columns(_hub_name(spec), columns, wanted))

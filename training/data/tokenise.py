@@ -9,10 +9,11 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
+from icae_fast.core.tokens import SpecialTokens, control_tokens, encode_texts
 from icae_fast.errors import CacheError, DataError, ICAEError, TokenizerMismatchError
 from icae_fast.training.data.records import Record
 
-CACHE_VERSION = 1  # version of the columns below; a change tokenises everything again
+CACHE_VERSION = 2  # version of the columns below; a change tokenises everything again
 _ROWS, _CHARACTERS = 1024, 1 << 20  # limits of one call of the tokenizer
 _WRITTEN_ROWS = 256  # rows held in memory before a write: a row may be a whole book
 
@@ -23,12 +24,13 @@ class Tokenise:
     Args:
         tokenizer: a fast tokenizer.
         fields: text fields of a row.
+        special_tokens: see `icae_fast.core.tokens.encode_text`.
 
     Raises:
         TokenizerMismatchError: the tokenizer is missing or slow.
     """
 
-    def __init__(self, tokenizer: Any, fields: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Any, fields: tuple[str, ...], special_tokens: SpecialTokens = "text") -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TokenizerMismatchError(
                 f"training data needs a fast tokenizer, and this one is {type(tokenizer).__name__}; load it with "
@@ -36,6 +38,7 @@ class Tokenise:
             )
         self.tokenizer = tokenizer
         self.fields = fields
+        self.special_tokens: SpecialTokens = special_tokens
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list]:
         problems = list(batch["problem"])
@@ -43,9 +46,9 @@ class Tokenise:
         for i, name in enumerate(self.fields):
             texts = list(batch[name])
             # As in the reference: special tokens for the context, none for the other fields.
-            ids = self.tokenizer(
-                texts, add_special_tokens=i == 0, return_attention_mask=False, truncation=False, verbose=False
-            )["input_ids"]
+            ids = encode_texts(
+                self.tokenizer, texts, batch["origin"], add_special_tokens=i == 0, special_tokens=self.special_tokens
+            )
             for j, row in enumerate(ids):
                 if not row and not problems[j]:
                     problems[j] = f"field {name!r} has no tokens"
@@ -63,7 +66,8 @@ class Tokenise:
         """Return a hash of everything that determines a text's ids."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend.pop("truncation"), backend.pop("padding")  # set at every call
-        return Hasher.hash([CACHE_VERSION, list(self.fields), json.dumps(backend, sort_keys=True)])
+        control = sorted(control_tokens(self.tokenizer).items()) if self.special_tokens == "text" else "control"
+        return Hasher.hash([CACHE_VERSION, list(self.fields), json.dumps(backend, sort_keys=True), control])
 
 
 def ids_column(name: str) -> str:

@@ -23,8 +23,9 @@ def result_values(result: Result) -> dict[str, Any]:
 
 
 def write_result(folder: Path, result: Result, run: Mapping[str, Any]) -> None:
-    """Write NAME.json, NAME.samples.jsonl, NAME.png and NAME.svg, all or none.
+    """Write NAME.json, which holds the result, and NAME.png, NAME.svg and NAME.samples.jsonl, which are made from it.
 
+    They are written all or none, but a kill may leave the files of an earlier run beside the new NAME.json.
     Files of an earlier run that this result does not have are deleted.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,8 +101,7 @@ class Subject:
             "name": self.name,
             "adapter": self.origin.adapter_hash,
             "config": self.origin.config.to_dict(),
-            "base": {k: v for k, v in self.origin.base.items() if k != "fingerprint"}
-            | {"fingerprint": _digest(self.origin.base["fingerprint"])[:16]},
+            "base": {k: _digest(v)[:16] if k.startswith("fingerprint") else v for k, v in self.origin.base.items()},
             "dtype": str(self.icae.dtype).removeprefix("torch."),
         }
 
@@ -134,7 +134,7 @@ def parse_subject(text: str) -> SubjectSpec:
         raise InvalidInputError(
             f"the adapter {text!r} is not of the form NAME=PATH@MODEL; NAME= and @MODEL are optional"
         )
-    return SubjectSpec(name, adapter, model or None)
+    return SubjectSpec(name, os.path.expanduser(adapter), os.path.expanduser(model) or None)
 
 
 def load_subjects(

@@ -7,6 +7,7 @@ import functools
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_type_hints
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from transformers import TrainingArguments
 
@@ -124,6 +125,8 @@ class TrainSection(BaseModel):
             _types()[name].validate_python(value, strict=True)
         except ValidationError as error:
             return f"train.{name} is {value!r}: {error.errors()[0]['msg']}"
+        if name == "max_steps" and value < 1:
+            return f"train.max_steps is {value}; it must be at least 1, or left out for the steps of all stages"
         return None
 
     @classmethod
@@ -148,6 +151,9 @@ class TrainSection(BaseModel):
         """
         defaults = {name: default.value for name, default in DEFAULTS.items()}
         values = {"max_steps": max_steps, **defaults} | dict(self.model_extra or {}) | fixed
+        if not torch.accelerator.is_available():
+            # Without it, transformers finds no backend for several processes and takes each for the only one.
+            values.setdefault("use_cpu", True)
         if self.optim != SOAP:  # the trainer makes SOAP
             values["optim"] = self.optim
         try:

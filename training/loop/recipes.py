@@ -24,6 +24,7 @@ def pretrain(settings: Settings) -> Path:
 
     Raises:
         ICAEError: any failure, as one error; checkpoints that were already written stay.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; see `icae_fast.training.loop.train.train`.
     """
     return runs.train(settings, _pretraining_draw)
 
@@ -36,6 +37,7 @@ def finetune(settings: Settings) -> Path:
 
     Raises:
         ICAEError: any failure, as one error; checkpoints that were already written stay.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; see `icae_fast.training.loop.train.train`.
     """
     return runs.train(settings, _instruction_draw)
 

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from icae_fast import ICAE
+from icae_fast.errors import OutputError
 from icae_fast.training.evaluation.measures import exact_prefix
 from icae_fast.training.loop.model import NAMES
 from icae_fast.training.methods.curriculum import WARM
@@ -174,7 +175,16 @@ def restoration(icae: ICAE, ids: Sequence[int], origin: str) -> dict[str, Any]:
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Append a JSON line to a file; NaN becomes null."""
+    """Append a JSON line to a file; NaN becomes null.
+
+    Raises:
+        OutputError: the file cannot be written; a part of the line may be in it.
+    """
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path} ({error}); checkpoints stand: free space, and start again to continue"
+        ) from error

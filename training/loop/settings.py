@@ -175,6 +175,16 @@ class Settings(Section):
         """
         return Curriculum.from_dicts(self.stages)
 
+    @property
+    def max_steps(self) -> int:
+        """Optimiser steps of the run: `train.max_steps`, or those of all stages."""
+        return int(self.train.given().get("max_steps", self.curriculum().total_steps))
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether the run ends with an encoder that was trained, in it or in the adapter that it continues from."""
+        return self.model.adapter is not None or self.max_steps > self.curriculum().first_encoder_step()
+
     def budget(self) -> ActivationBudget:
         """Return the memory budget for activations.
 
@@ -215,7 +225,7 @@ class Settings(Section):
         steps = given.get("save_steps", DEFAULTS["save_steps"].value)
         # With `load_best_model_at_end` transformers requires that every saved step was evaluated.
         if steps >= 1 and not given.get("load_best_model_at_end"):
-            steps = min(steps, given.get("max_steps", self.curriculum().total_steps))
+            steps = min(steps, self.max_steps)
         return {"eval_strategy": "steps", "eval_steps": given.get("eval_steps", steps)}
 
     def to_dict(self) -> dict[str, Any]:

@@ -62,6 +62,27 @@ def _is_set_to(environ: Mapping[str, str], name: str, value: str, default: str) 
     return environ.get(name, default).lower() == value
 
 
+def check_world(world_size: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise unless as many processes work together as the launch started.
+
+    Otherwise each would train the whole run by itself, in the same folder.
+
+    Args:
+        world_size: number of processes that work together.
+        environ: environment variables, among them the launch's `WORLD_SIZE`. Default: the process's.
+
+    Raises:
+        ConfigError: the numbers differ.
+    """
+    launched = environ.get("WORLD_SIZE", "1")
+    if launched != str(world_size):
+        raise ConfigError(
+            f"WORLD_SIZE says that {launched} processes were launched, but {world_size} work{'s' * (world_size == 1)} "
+            "together: launch by `accelerate launch` or torch.distributed.run (with train.use_cpu=true if there is no "
+            "GPU), or unset WORLD_SIZE to train in one process"
+        )
+
+
 def take_over_launch() -> bool:
     """Return whether `accelerate launch` requests FSDP, and hide the request from Accelerate.
 

@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import set_seed
-from transformers import TrainerState, TrainingArguments
+from accelerate.utils import broadcast_object_list, set_seed
+from transformers import TrainingArguments
 
 from icae_fast import ICAE
-from icae_fast.errors import CheckpointError, ConfigError
+from icae_fast.errors import CheckpointError, ConfigError, ICAEError
 from icae_fast.io.hub import load_base_model
 from icae_fast.training.data.samples import Draw
 from icae_fast.training.data.sources import open_source
 from icae_fast.training.data.stream import BatchStream, held_out
 from icae_fast.training.loop.arguments import SOAP
-from icae_fast.training.loop.checkpoint_folder import STATE_FILE, find_checkpoint
+from icae_fast.training.loop.checkpoint_folder import find_checkpoint, list_checkpoints, set_aside_newer
+from icae_fast.training.loop.interrupt import Interruption, interruptible
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.settings import SETTINGS_FILE, Settings
 from icae_fast.training.loop.settings_file import changed_keys
-from icae_fast.training.loop.sharding import take_over_launch
+from icae_fast.training.loop.sharding import check_world, take_over_launch
 from icae_fast.training.loop.trainer import ICAETrainer
 from icae_fast.training.methods.batch import pack
 from icae_fast.training.methods.curriculum import Curriculum
@@ -72,12 +73,35 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
 
     Raises:
         ICAEError: any failure, as one error; checkpoints that were already written stay.
+        KeyboardInterrupt: Ctrl-C or SIGTERM. An optimiser step in progress was finished and saved; a second signal, at
+            least 3 s later, leaves it unsaved.
     """
+    with interruptible() as interruption:
+        try:
+            return _train(settings, make_draw, interruption)
+        except KeyboardInterrupt:
+            _report_interruption(Path(settings.output))
+            raise
+
+
+def _report_interruption(output: Path) -> None:
+    """Log where an interrupted run stands."""
+    written = list_checkpoints(output)
+    if written:
+        log.warning("interrupted: %s has the run so far; start it again to continue", written[-1])
+    else:
+        log.warning("interrupted before the first checkpoint; the run begins anew when it is started again")
+
+
+def _train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw], interruption: Interruption) -> Path:
+    """See `train`."""
     output, curriculum = Path(settings.output), settings.curriculum()
     sharded = take_over_launch()
     arguments = settings.training_arguments()
+    check_world(arguments.world_size)
     _log_from_one_process(arguments)
-    found = find_checkpoint(output, settings.train.resume)
+    _warn_of_the_end(settings, curriculum)
+    found = _resumed(settings, output, arguments)
     _check_unchanged(settings, output, found)
     set_seed(arguments.seed)
     icae = load_icae(settings)
@@ -99,19 +123,45 @@ def train(settings: Settings, make_draw: Callable[[ICAE, Settings], Draw]) -> Pa
         eval_batches=[pack(samples) for samples in held_out_samples], on_nan=settings.train.on_nan,
         restore=_passage(settings, held_out_samples), shard_base=sharded,
         token_lr_factor=settings.train.token_lr_factor, soap=settings.train.optim == SOAP,
+        interruption=interruption,
     )  # fmt: skip
     if arguments.should_save:
         try:
             settings.save(output)
         except OSError as error:
             raise CheckpointError(f"the output folder {output} cannot be written: {error}") from error
-    if found is None or TrainerState.load_from_json(str(found / STATE_FILE)).global_step < arguments.max_steps:
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    else:
-        log.info("%s is the end of the run: there is nothing left to train", found)
-        trainer.load_adapter(found)
+    if found is None or not trainer.load_finished(found):
+        with interruption.deferred():
+            trainer.train(resume_from_checkpoint=None if found is None else str(found))
     trainer.save_model(str(output / "adapter"))
     return output / "adapter"
+
+
+def _warn_of_the_end(settings: Settings, curriculum: Curriculum) -> None:
+    """Warn if `train.max_steps` ends the run before its last stage."""
+    last, stage = curriculum.stage_at(settings.max_steps - 1)
+    if last + 1 < len(curriculum.stages):
+        log.warning(
+            "train.max_steps is %d: the run ends in stage %d (%s), before the last stage, %d%s",
+            settings.max_steps, last, ", ".join(stage.objectives), len(curriculum.stages) - 1,
+            "" if settings.trains_encoder else "; it trains no encoder, so its adapter compresses nothing",
+        )  # fmt: skip
+
+
+def _resumed(settings: Settings, output: Path, arguments: TrainingArguments) -> Path | None:
+    """Return the checkpoint to continue from, or None; the first process chooses it for all."""
+    chosen: list[Any] = [None]
+    if arguments.process_index == 0:
+        try:
+            chosen = [find_checkpoint(output, settings.train.resume)]
+            if chosen[0] is not None and settings.train.resume == "auto":
+                set_aside_newer(output, chosen[0])
+        except ICAEError as error:
+            chosen = [error]
+    broadcast_object_list(chosen)
+    if isinstance(chosen[0], ICAEError):
+        raise chosen[0]
+    return chosen[0]
 
 
 def _slot_code(icae: ICAE, curriculum: Curriculum, arguments: TrainingArguments, sharded: bool) -> SlotCode | None:
@@ -139,7 +189,16 @@ def _check_unchanged(settings: Settings, output: Path, found: Path | None) -> No
     path = output / SETTINGS_FILE
     if found is None or not path.is_file():
         return
-    changed = changed_keys(yaml.safe_load(path.read_text()), settings.to_dict())
+    try:
+        begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(begun, dict):
+            raise ValueError("it holds no sections")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} is damaged ({reason}); delete it to continue without comparing settings"
+        ) from error
+    changed = changed_keys(begun, settings.to_dict())
     if fixed := [key for key in changed if key.startswith(_FIXED)]:
         raise ConfigError(
             f"{', '.join(fixed)} differ{'s' * (len(fixed) == 1)} from the settings {found} was begun with; choose "
@@ -154,6 +213,7 @@ def _open(settings: Settings, specs: Any, icae: ICAE, draw: Draw, curriculum: Cu
     return open_source(
         specs, icae.tokenizer, draw.fields, on_bad_row=data.on_bad_row, cache_folder=data.cache_folder, seed=seed,
         fragment_tokens=max(stage.max_tokens for stage in curriculum.stages),
+        special_tokens=icae.special_tokens,
     )  # fmt: skip
 
 

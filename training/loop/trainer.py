@@ -3,55 +3,35 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from icae_fast.backbone.sharding import is_sharded, whole_model
 from icae_fast.errors import NonFiniteError
-from icae_fast.io.checkpoints import write_adapter
 from icae_fast.io.identity import base_identity
 from icae_fast.step.labels import IGNORE
 from icae_fast.training.data.stream import BatchStream, MicroBatch
-from icae_fast.training.loop.checkpoint_folder import (
-    OPTIMIZER_FILE,
-    PROGRESS_FILE,
-    SCHEDULER_FILE,
-    STATE_FILE,
-    atomic_folder,
-    read_adapter,
-)
+from icae_fast.training.loop.checkpointing import CheckpointingTrainer
+from icae_fast.training.loop.interrupt import Interruption
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores, append_line, peak_memory, restoration
-from icae_fast.training.loop.schedule import stage_schedule
-from icae_fast.training.loop.sharding import replicate_trained, shard_base_model
-from icae_fast.training.loop.soap import Soap
+from icae_fast.training.loop.sharding import check_world, replicate_trained, shard_base_model
 from icae_fast.training.methods.batch import Batch, pack
 from icae_fast.training.methods.curriculum import WARM
+from icae_fast.training.methods.schedule import stage_schedule, two_group_optimizer
 
 log = logging.getLogger(__name__)
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-_LOAD = StateDictOptions(full_state_dict=True, strict=False)
 _MOST_ORIGINS = 8
 
 
@@ -71,7 +51,7 @@ class _Forward:
     without_teacher: int
 
 
-class ICAETrainer(Trainer):
+class ICAETrainer(CheckpointingTrainer):
     """A trainer of a `TrainingModel` on a `BatchStream`.
 
     * An optimiser step's loss is the sum of its token losses over all processes, divided by their number.
@@ -89,10 +69,13 @@ class ICAETrainer(Trainer):
         shard_base: whether the base model's weights are sharded; see `icae_fast.training.loop.sharding`.
         token_lr_factor: learning rate of memory tokens, special tokens and the slot gain, relative to the rest.
         soap: train LoRA's matrices by `Soap` and the rest by AdamW, overriding `args.optim`.
+        interruption: once requested in any process, the step is finished, a checkpoint is written (unless
+            `args.save_strategy` is "no"), and all processes raise `KeyboardInterrupt`. Default none.
         callbacks: additional `TrainerCallback`s.
-    """
 
-    model: nn.Module  # `Trainer` annotates it as optional
+    Raises:
+        ConfigError: the launch started more processes than work together, or a base model cannot be sharded.
+    """
 
     # Losses are already normalised over the whole step.
     loss_is_scaled_for_ga = True
@@ -109,14 +92,17 @@ class ICAETrainer(Trainer):
         shard_base: bool = False,
         token_lr_factor: float = 1.0,
         soap: bool = False,
+        interruption: Interruption | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
+        check_world(args.world_size)
         icae = model.icae
         self._icae, self._config, self._base = icae, icae.config, base_identity(icae.base_model)
         names = {id(p): name for name, p in model.named_parameters()}
         self._keys = {names[id(p)]: key for key, p in icae.reference_named_parameters()}
         self._stream, self._on_nan, self._restore, self._code = stream, on_nan, restore, model.code
         self._token_lr_factor, self._soap = token_lr_factor, soap
+        self._interruption, self._stopping = interruption or Interruption(), False
         self._interval = LogInterval()
         self._forwards: list[_Forward] = []
         if shard_base:
@@ -170,19 +156,10 @@ class ICAETrainer(Trainer):
         """See `Trainer.create_optimizer`; tokens and gain have their own group where their rate differs."""
         factors = {self._token_lr_factor, *(s.token_lr_factor or 1 for s in self._stream.curriculum.stages)}
         if self.optimizer is None and (factors != {1} or self._soap):
-            tokens: list[nn.Parameter] = []
-            others: list[nn.Parameter] = []
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    is_token = name.endswith(("memory_token_embed.weight", "slot_gain"))
-                    (tokens if is_token else others).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self.model))
-            decay, faster = {"weight_decay": self.args.weight_decay}, options["lr"] * self._token_lr_factor
-            of_tokens = {}
-            if self._soap:  # rows of an embedding must not be mixed
-                kind, options, of_tokens = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
-            groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **of_tokens}]
-            self.optimizer = kind(groups, **options)
+            self.optimizer = two_group_optimizer(
+                model or self.model, kind, options, self.args.weight_decay, self._token_lr_factor, self._soap
+            )
         return super().create_optimizer(model)
 
     def create_scheduler(
@@ -234,8 +211,10 @@ class ICAETrainer(Trainer):
         scores = sum((m.scores for m in step), start=Scores(torch.zeros_like(step[0].scores.values)))
         bad = [m for m in step if not bool(torch.isfinite(m.scores.values).all())]
         sizes = [[any(m is b for b in bad), m.tokens, m.context_tokens, m.without_teacher] for m in step]
-        mine = torch.cat((scores.values.new_tensor(sizes).sum(0), scores.values.flatten()))
-        n_bad, tokens, context_tokens, without, *values = self.accelerator.reduce(mine, "sum").tolist()
+        counts = [*map(sum, zip(*sizes, strict=True)), self._interruption.requested]
+        mine = torch.cat((scores.values.new_tensor(counts), scores.values.flatten()))
+        n_bad, tokens, context_tokens, without, n_stopping, *values = self.accelerator.reduce(mine, "sum").tolist()
+        self._stopping = n_stopping > 0
         self._interval.without_teacher += int(without)
         if n_bad == 0 and math.isfinite(norm):
             scores = Scores(torch.tensor(values, dtype=torch.float64).view(-1, 3))
@@ -244,6 +223,14 @@ class ICAETrainer(Trainer):
         self._drop_step(model, bad or step)
         self._interval.see(int(tokens), int(context_tokens))
         return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """See `Trainer._maybe_log_save_evaluate`; an interrupted run also saves here, and ends."""
+        if self._stopping and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._stopping:
+            raise KeyboardInterrupt
 
     def _drop_step(self, model: nn.Module, blamed: Sequence[_Forward]) -> None:
         """Clear the gradients so that the optimiser changes nothing, or stop."""
@@ -299,6 +286,11 @@ class ICAETrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """See `Trainer._determine_best_metric`; no model is the best while a slot code is trained, and no encoder."""
+        stage = self._stream.curriculum.stage_at(max(self.state.global_step - 1, 0))[1]
+        return not stage.is_code and super()._determine_best_metric(metrics, trial)
+
     def _restored(self, prefix: str) -> dict[str, float]:
         """Return the metrics of the restored passage in all processes; the first one writes the sample."""
         if self._restore is None:
@@ -312,88 +304,3 @@ class ICAETrainer(Trainer):
                 log.info("restored at step %d: %s", sample["step"], sample["restored"])
         matched, exact = self.accelerator.reduce(rates, "sum").tolist()
         return {f"{prefix}_restored": matched, f"{prefix}_exact_prefix": exact}
-
-    # Checkpoints
-
-    @property
-    def _output(self) -> Path:
-        return Path(cast(str, self.args.output_dir))  # `TrainingArguments` sets a default
-
-    @property
-    def _unwrapped_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser in Accelerate's wrapper."""
-        return cast(AcceleratedOptimizer, self.optimizer).optimizer
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter as `ICAE.save_pretrained` does; all processes call it.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
-        tensors = cast("dict[str, torch.Tensor]", get_model_state_dict(self.model, options=_FULL))
-        if self.args.should_save:
-            # A head tied to the embeddings is included under its second name, even when frozen.
-            named = {self._keys[name]: tensor for name, tensor in tensors.items() if name in self._keys}
-            ordered = {key: named[key] for key in self._keys.values()}
-            write_adapter(output_dir or self._output, self._config, self._base, ordered)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        output, step = self._output, self.state.global_step
-        best = self.state.best_global_step
-        if best == step or (best and (output / f"checkpoint-{best}").is_dir()):
-            self.state.best_model_checkpoint = str(output / f"checkpoint-{best}")
-        is_main = self.args.should_save
-        with atomic_folder(output / f"checkpoint-{step}", is_main=is_main, any_process=self._any_process) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            optimizer = get_optimizer_state_dict(self.model, self._unwrapped_optimizer, options=_FULL)
-            self._save_rng_state(str(folder))
-            if is_main:
-                assert self.lr_scheduler is not None
-                torch.save(optimizer, folder / OPTIMIZER_FILE)
-                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
-                self.state.save_to_json(str(folder / STATE_FILE))
-                progress = {"stream": self._stream.state_dict(), "window": self._interval.state_dict()}
-                (folder / PROGRESS_FILE).write_text(json.dumps(progress))
-                if self._code is not None:
-                    self._code.save(folder)
-        if is_main:
-            rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _any_process(self, flag: bool) -> bool:
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the adapter, the position in the data, and the log interval."""
-        folder = Path(resume_from_checkpoint)
-        self.load_adapter(folder)
-        if self._code is not None:
-            self._code.load(folder)
-        progress = json.loads((folder / PROGRESS_FILE).read_text())
-        self._stream.load_state_dict(progress["stream"])
-        self._interval.load_state_dict(progress["window"])
-
-    def load_adapter(self, folder: Path) -> None:
-        """Load the adapter of a checkpoint; all processes call it.
-
-        Raises:
-            CheckpointError: it has another config, or is damaged.
-            BaseModelMismatchError: it was trained on another base model.
-        """
-        tensors = read_adapter(folder, self._config, self._base, list(self._keys.values()))
-        set_model_state_dict(self.model, {name: tensors[key] for name, key in self._keys.items()}, options=_LOAD)
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None  # `Trainer` checks it
-        self.load_adapter(Path(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        assert checkpoint is not None
-        assert self.lr_scheduler is not None
-        folder = Path(checkpoint)
-        state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.model, self._unwrapped_optimizer, state, options=_LOAD)
-        # Loading creates a zero state, one step old, for parameters that have not been trained yet.
-        for name, parameter in self.model.named_parameters():
-            if name not in state["state"]:
-                self._unwrapped_optimizer.state.pop(parameter, None)
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))

@@ -179,6 +179,11 @@ class Curriculum:
         """Return the first step after the stage of `step`; `sys.maxsize` in the last stage."""
         return self._ends[self.stage_at(step)[0]]
 
+    def first_encoder_step(self) -> int:
+        """Return the first optimiser step, counted from 0, that trains the encoder; `sys.maxsize` if none does."""
+        starts = [0, *self._ends[:-1]]
+        return next((n for n, s in zip(starts, self.stages, strict=True) if not s.is_code), sys.maxsize)
+
     @property
     def has_rates(self) -> bool:
         """Whether a stage has a learning rate or a token factor."""

@@ -21,7 +21,7 @@ from icae_fast.config import ICAEConfig
 from icae_fast.core.core import ICAECore
 from icae_fast.core.inputs import Vocabulary
 from icae_fast.core.spans import count_spans, slots_per_span
-from icae_fast.errors import InvalidInputError
+from icae_fast.errors import ConfigError, InvalidInputError
 from icae_fast.step.labels import IGNORE
 
 MIN_TOKENS_FOR_LM = 64
@@ -38,7 +38,7 @@ class Layout(Protocol):
     Attributes:
         config: span rule and k.
         vocabulary: ids of memory and special tokens.
-        eos_token_ids: the first one ends a target.
+        end_id: ends a target; None where the model has no EOS token.
         leading_ids: ids before the slots when there is no template.
     """
 
@@ -46,7 +46,7 @@ class Layout(Protocol):
     vocabulary: Vocabulary
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
+    def end_id(self) -> int | None:
         """See `Layout`."""
 
     @property
@@ -107,9 +107,15 @@ def _sample(
     return Sample(list(context), prompt + list(answer), labels, objective)
 
 
+def _end(icae: Layout) -> int:
+    if icae.end_id is None:
+        raise ConfigError("neither the base model nor its tokenizer has an EOS token, and training samples need one")
+    return icae.end_id
+
+
 def autoencoding_sample(icae: Layout, context: Sequence[int]) -> Sample:
     """Return `leading_ids + [slots, AE] + context + EOS`: the decoder restores the context."""
-    return _sample(icae, "ae", context, icae.leading_ids, [icae.vocabulary.ae], [*context, icae.eos_token_ids[0]])
+    return _sample(icae, "ae", context, icae.leading_ids, [icae.vocabulary.ae], [*context, _end(icae)])
 
 
 def continuation_sample(
@@ -141,7 +147,7 @@ def instruction_sample(
     With `ends=False`, for a truncated answer, there is no EOS.
     """
     before, after = icae.prompt_ids(list(prompt))
-    return _sample(icae, "ft", context, before, after, [*answer, *([icae.eos_token_ids[0]] if ends else [])])
+    return _sample(icae, "ft", context, before, after, [*answer, *([_end(icae)] if ends else [])])
 
 
 def with_wrong_tokens(sample: Sample, most: float, rng: random.Random) -> Sample:

@@ -12,6 +12,7 @@ from typing import Any
 from icae_fast.errors import InvalidInputError
 from icae_fast.training.chat.asking import GIVE_UP_AFTER, Asker, GaveUp, work
 from icae_fast.training.chat.model import ChatModel, RequestFailed
+from icae_fast.training.data.records import TEXT_FIELD
 from icae_fast.training.pwc import prompts
 from icae_fast.training.pwc.passages import Passage, count_words, read_documents, split
 from icae_fast.training.pwc.prompts import CONTINUE, KINDS, QUESTION, RESTATE
@@ -33,6 +34,7 @@ class Settings:
         max_tokens: longest passage, in units of `count`.
         min_tokens: shortest passage; shorter ones are left out.
         count: returns the tokens or words of a text.
+        text_field: field or column of the text, in files that have rows.
         give_up_after: failed requests in a row after which the run stops.
     """
 
@@ -42,6 +44,7 @@ class Settings:
     max_tokens: int = 512
     min_tokens: int = 16
     count: Callable[[str], int] = count_words
+    text_field: str = TEXT_FIELD
     give_up_after: int = GIVE_UP_AFTER
 
     def __post_init__(self) -> None:
@@ -171,7 +174,9 @@ class _Run:
 
     def _passages(self, report: Report, on_bad_row: Callable[[str], None]) -> Iterator[Passage]:
         seen = set()
-        for document in read_documents(self.texts, on_bad_row, exclude=self.records.path):
+        for document in read_documents(
+            self.texts, on_bad_row, exclude=self.records.path, text_field=self.settings.text_field
+        ):
             for passage in split(document, self.settings.max_tokens, self.settings.count):
                 if passage.size < self.settings.min_tokens:
                     report.skipped["too short"] += 1

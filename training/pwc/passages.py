@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from icae_fast.errors import DataError
-from icae_fast.training.data.records import TEXT, find_files, read_records
+from icae_fast.training.data.records import TEXT, TEXT_FIELD, find_files, read_records
 
 # Where a text may be cut, best first. The last group of a match is the gap, which belongs to the part after it.
 _BREAKS = (
@@ -54,14 +54,18 @@ class Passage:
 
 
 def read_documents(
-    paths: Sequence[str | Path], on_bad_row: Callable[[str], None], exclude: Path | None = None
+    paths: Sequence[str | Path],
+    on_bad_row: Callable[[str], None],
+    exclude: Path | None = None,
+    text_field: str = TEXT_FIELD,
 ) -> Iterator[Document]:
     """Yield the documents of files and folders in order, in the formats of `icae_fast.training.data.records`.
 
     Args:
-        paths: files, folders, globs or URLs, as for `find_files`; rows of JSONL and Parquet have a "text".
+        paths: files, folders, globs or URLs, as for `find_files`.
         on_bad_row: called with a sentence for each file or row without text, which is left out.
         exclude: a file to skip, e.g. the output if it lies in one of the folders.
+        text_field: field or column of the text in a row.
 
     Raises:
         DataError: a path does not exist, has an unknown extension, or cannot be read to its end.
@@ -71,7 +75,7 @@ def read_documents(
         if found is None:
             raise DataError(f"there is no file or folder {path}; check the path")
         wanted = [name for name in found if exclude is None or Path(name).resolve() != exclude.resolve()]
-        for record in read_records(wanted, TEXT):
+        for record in read_records(wanted, TEXT, text_field=text_field):
             if record["problem"]:
                 on_bad_row(f"{record['origin']}: {record['problem']}")
             else:

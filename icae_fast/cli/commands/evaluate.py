@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
 from icae_fast.cli.loading import load, quieten_loading, refuse_memory_size
+from icae_fast.cli.options import TextField, at_home, names
+from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError, OutputError
 from icae_fast.io.bundled import BUNDLED_NAME
-from icae_fast.io.console import KEY_ENV, stderr_console
+from icae_fast.io.console import KEY_ENV, progress_bar
 from icae_fast.io.packages import importing, install_command, require_extra
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ NO_JUDGE = "no judge is given: use --judge-endpoint and --judge-model, or --judg
 
 
 def eval_command(
-    texts: Annotated[list[str] | None, typer.Argument(help="Held-out texts: .txt, .jsonl or .parquet files, folders, globs.")] = None,  # noqa: E501
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and plots. Answers that were computed before are reused from there.")] = Path("evaluation"),  # noqa: E501
+    texts: Annotated[list[str] | None, typer.Argument(help="Held-out texts: .txt, .jsonl, .json or .parquet files, folders, globs.")] = None,  # noqa: E501
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables and plots. Answers that were computed before are reused from there.", callback=at_home)] = Path("evaluation"),  # noqa: E501
     adapter: Annotated[list[str] | None, typer.Option(help="PATH, NAME=PATH or NAME=PATH@MODEL: a folder, a shipped adapter or a hub id, and its base model; may be given several times.")] = None,  # noqa: E501
     model: Annotated[str, typer.Option(help="Base model of adapters without @MODEL. Default: the one that the adapter names.")] = BUNDLED_NAME,  # noqa: E501
     only: Annotated[str | None, typer.Option(help="Measurements, separated by commas: restoration, content, continuation, several_spans, instructions.")] = None,  # noqa: E501
@@ -49,8 +50,11 @@ def eval_command(
     judge_model: Annotated[str | None, typer.Option(help="The judge's name at the endpoint.")] = None,
     judge_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = KEY_ENV,
     judge_body: Annotated[str | None, typer.Option(help="More fields of each request to the judge, as a JSON object; null removes a field.")] = None,  # noqa: E501
+    judge_timeout: Annotated[float, typer.Option(min=0.001, help="Time limit of one request to the judge, in seconds.")] = 120.0,  # noqa: E501
+    judge_retries: Annotated[int, typer.Option(min=0, help="Number of retries of a failed request to the judge.")] = 5,
     judge_jobs: Annotated[int, typer.Option(min=1, help="Concurrent requests to the judge.")] = 4,
     judge_local: Annotated[str | None, typer.Option(help="A local judge instead: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
+    text_field: TextField = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else on stdout.")] = False,  # noqa: E501
 ) -> None:  # fmt: skip
     """Measure adapters as the paper does.
@@ -73,12 +77,13 @@ def eval_command(
     specs = [parse_subject(text) for text in adapter or ()]
     if not pwc and (judge_endpoint or judge_model or judge_local):
         raise InvalidInputError("a judge compares answers to prompts; give rows of them with --pwc")
-    read = Texts(texts or ())
+    read = Texts(texts or (), text_field)
     instructions = None
     if INSTRUCTIONS in choice.groups:
         questions, problems = read_questions(pwc or (), samples, seed)
-        judge = load_judge(judge_endpoint, judge_model, judge_local, judge_key_env, judge_body, judge_jobs)
-        instructions = Instructions(questions, problems, known_reads(_names(contestants)), max_new_tokens, judge)
+        judge = load_judge(judge_endpoint, judge_model, judge_local, judge_key_env, judge_body, judge_jobs,
+                           judge_timeout, judge_retries)  # fmt: skip
+        instructions = Instructions(questions, problems, known_reads(names(contestants)), max_new_tokens, judge)
     _make_folder(output)
     subjects = _load_subjects(specs, model, memory_size, rate, dtype)
     results, not_measured = _measure(subjects, read, instructions, choice, output, samples, seed)
@@ -109,19 +114,13 @@ def _measure(
             choice.left_out["instructions_judged"] = NO_JUDGE
     with AnswerCache(output / CACHE_FILE) as cache, _progress() as on_progress:
         if cache.damaged:
-            stderr_console().print(
-                f"note: {cache.damaged} damaged lines of {cache.path} will be computed again", style="yellow"
-            )
+            stderr.print(f"note: {cache.damaged} damaged lines of {cache.path} will be computed again", style="yellow")
         bench = Workbench(read, cache, samples, seed, on_progress)
         try:
             return evaluate(subjects, bench, measurements, output, choice.left_out)
         except KeyboardInterrupt:
-            stderr_console().print("interrupted; run the same command again to go on")
+            stderr.print("interrupted; run the same command again to go on")
             raise
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _make_folder(output: Path) -> None:
@@ -155,17 +154,16 @@ def _show(
         values = [result_values(result) for result in results]
         print(json.dumps({"results": values, "not_measured": not_measured, "left_out": left_out}))
         return
-    console = Console()
     for result in results:
-        console.print(_table(result))
+        print_table(_table(result))
     for name, reason in left_out.items():
-        stderr_console().print(f"left out: {name}: {reason}")
+        stderr.print(f"left out: {name}: {reason}")
     for name, reason in not_measured.items():
-        stderr_console().print(f"not measured: {name}: {reason}", style="yellow")
+        stderr.print(f"not measured: {name}: {reason}", style="yellow")
     for result in results:
         if result.unfinished:
-            stderr_console().print(f"not finished: {result.name}: {result.unfinished}", style="yellow")
-    console.print(f"Tables, plots and their legend are in {output / SUMMARY_FILE}.", soft_wrap=True, highlight=False)
+            stderr.print(f"not finished: {result.name}: {result.unfinished}", style="yellow")
+    stderr.print(f"Tables, plots and their legend are in {output / SUMMARY_FILE}.")
 
 
 def _table(result: Result) -> Table:
@@ -180,7 +178,7 @@ def _table(result: Result) -> Table:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with progress_bar(stderr, *columns) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)

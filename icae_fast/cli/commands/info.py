@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from icae_fast.cli.options import AsJson
+from icae_fast.cli.output import print_table
 
 
 def info(as_json: AsJson = False) -> None:
@@ -19,12 +19,11 @@ def info(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    console = Console()
-    console.print(_machine_table(facts))
+    print_table(_machine_table(facts))
     ops = Table("op", "cpu", "cuda")
     for name, by_device in facts["ops"].items():
         ops.add_row(name, by_device["cpu"], by_device["cuda"])
-    console.print(ops)
+    print_table(ops)
 
 
 def _machine_table(facts: dict[str, Any]) -> Table:

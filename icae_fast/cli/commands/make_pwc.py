@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from icae_fast.cli.options import TextField, at_home, names
+from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError
-from icae_fast.io.console import KEY_ENV, stderr_console
+from icae_fast.io.console import KEY_ENV, progress_bar
 from icae_fast.io.packages import importing, install_command
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def make_pwc_command(
-    texts: Annotated[list[Path], typer.Argument(help="Texts: .txt, .jsonl or .parquet files, or folders of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; its records are not made again.")],
+    texts: Annotated[list[Path], typer.Argument(help="Texts: .txt, .jsonl, .json or .parquet files, or folders of them.", callback=at_home)],  # noqa: E501
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file; its records are not made again.", callback=at_home)],  # noqa: E501
     endpoint: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API; usually ends in /v1.")] = None,  # noqa: E501
     model: Annotated[str | None, typer.Option(help="The model's name at the endpoint.")] = None,
     api_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = KEY_ENV,
@@ -44,6 +45,7 @@ def make_pwc_command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest passage, in tokens of --tokenizer, else of the local model, else in words.")] = 512,  # noqa: E501
     min_tokens: Annotated[int, typer.Option(min=0, help="Shortest passage; shorter ones are skipped.")] = 16,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer that measures passages: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
+    text_field: TextField = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON and nothing else on stdout.")] = False,  # noqa: E501
 ) -> None:  # fmt: skip
     """Make training triples (input, prompt, answer) from texts.
@@ -57,15 +59,14 @@ def make_pwc_command(
         from icae_fast.training.pwc import RecordFile, Settings
 
     check_names("teacher", "--", endpoint, model, local)
-    names: dict[str, Any] = (
-        {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
-    )
-    settings = Settings(**names, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens)
+    named = {} if kinds is None else {"kinds": names(kinds)}
+    settings = Settings(**named, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens,
+                        text_field=text_field)  # fmt: skip
     if settings.needs_teacher and endpoint is None and local is None:
         raise InvalidInputError("these prompts need a teacher; give --endpoint and --model, or --local smollm2")
     with RecordFile(output) as records:
         if records.cut:
-            stderr_console().print(f"note: removed a half-written last record of {records.cut} bytes", style="yellow")
+            stderr.print(f"note: removed a half-written last record of {records.cut} bytes", style="yellow")
         count = None if tokenizer is None else _counter(_load_tokenizer(tokenizer))
         teacher: ChatModel | None = None
         if endpoint is not None and model is not None:  # `check_names` requires both or none
@@ -91,9 +92,7 @@ def _make(texts: list[Path], records: RecordFile, teacher: ChatModel | None, set
         with _progress() as (on_progress, on_failure):
             return make_pwc(texts, records, teacher, settings, on_progress=on_progress, on_failure=on_failure)
     except KeyboardInterrupt:
-        stderr_console().print(
-            f"interrupted; {records.path} has {len(records.ids)} records; run the same command again to go on"
-        )
+        stderr.print(f"interrupted; {records.path} has {len(records.ids)} records; run the same command again to go on")
         raise
 
 
@@ -105,13 +104,15 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def _counter(tokenizer: Any) -> Callable[[str], int]:
-    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    from icae_fast.core.tokens import encode_text
+
+    return lambda text: len(encode_text(tokenizer, text, "a passage", add_special_tokens=False))
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
-    columns = (TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+    columns = ("records", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with progress_bar(stderr, *columns) as progress:
         task = progress.add_task("records", total=None)
         yield (
             lambda done, total: progress.update(task, completed=done, total=total),
@@ -134,6 +135,6 @@ def _show(report: Report, as_json: bool) -> None:
             table.add_row(f"passages left out: {cause}", str(n))
         for cause, n in sorted(report.retried.items()):
             table.add_row(f"requests tried again: {cause}", str(n))
-        Console().print(table)
+        print_table(table)
     if report.stopped:
-        stderr_console().print(f"stopped: {report.stopped}", style="red")
+        stderr.print(f"stopped: {report.stopped}", style="red")

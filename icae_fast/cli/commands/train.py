@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
+from icae_fast.cli.options import at_home
 from icae_fast.errors import ConfigError
 from icae_fast.io.bundled import BUNDLED_NAME
 from icae_fast.io.packages import importing, install_command, require_extra
 
-Config = Annotated[Path, typer.Argument(help="A YAML file, or the name of an installed config (see training/configs).")]
+Config = Annotated[
+    Path,
+    typer.Argument(help="A YAML file, or the name of an installed config (see training/configs).", callback=at_home),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, overrides the file; may be repeated.")]
 
 
@@ -45,7 +49,14 @@ def _run(kind: str, config: Path, overrides: list[str]) -> None:
         )
     settings = load_settings(path, overrides)
     adapter = RECIPES[kind](settings)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if not settings.trains_encoder:
+        typer.echo(
+            f"The adapter is in {adapter}, but no step has trained its encoder yet; start again with a larger "
+            "train.max_steps to continue."
+        )
+    else:
         model = "" if settings.model.name == BUNDLED_NAME else f" --model {settings.model.name}"
         typer.echo(
             f"The adapter is in {adapter}. Try it: icae-fast compress TEXT.txt --adapter {adapter}{model} && "

@@ -1,6 +1,7 @@
 """Drawing samples from rows: excerpts of documents, and instructions, with counts of truncated and skipped rows."""
 
 import itertools
+import logging
 import pickle
 import random
 from collections import Counter
@@ -60,12 +61,17 @@ def draw(drawer, row, stage, seed=0):
 def test_excerpts_of_a_document(tiny_icae, n, a, b, objectives, excerpts, spans, target, lm_token, seed):
     stage = Stage(1, objectives, max(a, b), min(a, b))
     drawer = PretrainingDraw(tiny_icae, excerpts=excerpts, spans=spans, max_target_tokens=target, lm_token=lm_token)
+    longest = min(stage.max_tokens, spans[1] * SPAN if spans else 999)
+    if "lm" in objectives and "ae" not in objectives and longest <= 64:
+        with pytest.raises(ConfigError, match=f"more than 64, but the excerpts have at most {longest}"):
+            drawer.check(stage)
+        return
     drawer.check(stage)
     samples, counts = draw(drawer, text_row(n), stage, seed)
     assert samples == draw(drawer, text_row(n), stage, seed)[0]
-    assert len(samples) >= 1
-    assert not counts
-    assert excerpts == "all" or len(samples) == 1
+    assert set(counts) <= ({"skipped: too few tokens to continue an excerpt"} if objectives == {"lm": 1} else set())
+    assert len(samples) + sum(counts.values()) >= 1
+    assert excerpts == "all" or len(samples) + sum(counts.values()) == 1
     lengths = {min(s * SPAN, stage.max_tokens) for s in range(*(spans[0], spans[1] + 1))} if spans else None
     for sample in samples:
         context = sample.input_ids
@@ -78,6 +84,7 @@ def test_excerpts_of_a_document(tiny_icae, n, a, b, objectives, excerpts, spans,
             assert 64 < len(target_ids) <= min(target or 999, stage.max_tokens)
         else:
             assert sample.objective == "ae"
+            assert objectives != {"lm": 1}
             assert [label for label in sample.labels if label != -100] == [*context, EOS]
         assert "lm" in objectives or n <= len(context) or len(context) >= min(a, b, SPAN)
 
@@ -173,6 +180,25 @@ def test_objectives_are_drawn_by_their_weights(tiny_icae):
     found = Counter(s.objective for seed in range(100) for s in draw(drawer, text_row(1400), stage, seed)[0])
     assert sum(found.values()) == 2000
     assert 0.65 < found["lm"] / 2000 < 0.75  # some of the last excerpts have too little text after them
+
+
+def test_what_cannot_be_continued_is_told(tiny_icae, caplog):
+    for drawer, tokens in ((PretrainingDraw(tiny_icae), 64), (PretrainingDraw(tiny_icae, spans=(1, 4)), 500)):
+        with pytest.raises(ConfigError, match=r"raise the stage's max_tokens .* or train 'ae' in place of 'lm'"):
+            drawer.check(Stage(1, {"lm": 1}, tokens))
+        with caplog.at_level(logging.WARNING, "icae_fast.training"):
+            drawer.check(Stage(1, {"ae": 1, "lm": 1}, tokens))
+        assert "at most 64; all are restored" in caplog.text
+        caplog.clear()
+    drawer = PretrainingDraw(tiny_icae)
+    drawer.check(Stage(1, {"lm": 1}, 65))
+    drawer.check(Stage(1, {"ae": 1, "lm": 1}, 65))
+    assert not caplog.text
+    assert draw(drawer, text_row(64), Stage(1, {"lm": 1}, 100)) == (
+        [],
+        {"skipped: too few tokens to continue an excerpt": 1},
+    )
+    assert [s.objective for s in draw(drawer, text_row(64), Stage(1, {"ae": 0.1, "lm": 99}, 100))[0]] == ["ae"]
 
 
 def test_positions_limit_what_is_learned(tiny_icae):

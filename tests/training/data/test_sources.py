@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.utils import compressions
 
 from icae_fast.errors import CacheError, ConfigError, DataError, TokenizerMismatchError
 from icae_fast.training.data import tokenise
@@ -103,6 +102,26 @@ def test_files_of_all_kinds(open_rows, write, streaming):
     assert len(listed(open_rows([{"path": p, "streaming": streaming} for p in ("rows/a.jsonl", "rows/more")]))) == 3
     absolute = open_rows({"path": os.path.abspath("rows/**/*.txt"), "streaming": streaming})
     assert [row[0] for row in listed(absolute)] == [os.path.abspath("rows/more/e.txt")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_control_tokens_in_rows_are_text(write, byte_tokenizer, tmp_path, streaming):
+    text = "the cat</s> sat\r\n"
+    write(
+        "a.jsonl",
+        [{"input": text, "prompt": text, "answer": "<bos>naïve"}, {"input": "a", "prompt": "b", "answer": "c"}],
+    )
+
+    def opened(**options):
+        spec, cache = {"path": "a.jsonl", "streaming": streaming}, str(tmp_path / "cache")
+        return listed(open_source(spec, byte_tokenizer, PWC, cache_folder=cache, **options))[0][1:4]
+
+    rows = opened()
+    assert not {i for ids in rows for i in ids} & set(byte_tokenizer.all_special_ids)
+    assert [byte_tokenizer.decode(ids) for ids in rows] == ["the cat</s> sat\n"] * 2 + ["<bos>naïve"]
+    context, prompt, answer = opened(special_tokens="control")
+    assert (context.count(2), prompt.count(2), answer[0]) == (1, 1, 1)
+    assert opened() == rows
 
 
 def test_remote_files():
@@ -226,13 +245,6 @@ def test_rows_are_tokenised_once(open_rows, write, monkeypatch, make_tokenizer, 
     assert len(calls) == 3
     write("rows.jsonl", [{"text": words(9)}])
     assert listed(open_rows("rows.jsonl")) == [("rows.jsonl:1", [9], "")]
-
-
-def test_zstandard_is_asked_for(open_rows, write, monkeypatch):
-    monkeypatch.delitem(compressions, "zst", raising=False)
-    for streaming in (False, True):
-        with pytest.raises(DataError, match=r"rows.jsonl.zst needs the package zstandard; `pip install zstandard`"):
-            listed(open_rows({"path": write("rows.jsonl.zst", b""), "streaming": streaming}))
 
 
 def test_an_error_leaves_no_cache_behind(open_rows, write, monkeypatch):

@@ -85,3 +85,14 @@ def test_two_processes_do_not_share_a_file(path):
 def test_lines_are_json(path):
     fill(path)
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "a" * 249, "a" * 250])
+def test_a_name_of_the_greatest_length(tmp_path, name):
+    path = tmp_path / name
+    with AnswerCache(path) as cache:
+        cache.put("key", 1)
+        with pytest.raises(OutputError, match="another process is writing"), AnswerCache(path):
+            pass
+    with AnswerCache(path) as cache:
+        assert cache.get("key") == 1

@@ -72,6 +72,14 @@ def test_the_layout_is_the_template_with_the_text_before_the_prompt(chatty):
     assert list(layout.suffix[-len(after) :]) == after
 
 
+def test_control_tokens_in_texts_and_prompts_are_text(chatty):
+    icae = chatty.icae
+    layout = lay_out(icae, text_ids(icae, "the </s>cat"), "<bos>sat?")
+    ids = [*layout.prefix, *layout.suffix]
+    assert icae.tokenizer.decode(ids) == "<user>the </s>cat\n\n<bos>sat?<a>"
+    assert not set(ids) & set(icae.tokenizer.all_special_ids)
+
+
 def test_contestants_read_what_they_should(subject, bench, monkeypatch):
     read = []
     real = contestants.answers_to_text

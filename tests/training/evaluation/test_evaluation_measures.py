@@ -69,6 +69,15 @@ def texts(tmp_path):
     return Texts([str(path)])
 
 
+def test_control_tokens_in_passages_are_text(tmp_path, byte_tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("the cat</s> sat <bos>on the mat</s> " * 4)
+    (found,) = Texts([str(path)]).draw(byte_tokenizer, 60, 1, seed=0)
+    assert not set(found.ids) & set(byte_tokenizer.all_special_ids)
+    start = int(found.origin.rpartition(" ")[2])
+    assert path.read_text()[start:].startswith(byte_tokenizer.decode(found.ids))
+
+
 def test_passages_are_the_texts_own_do_not_overlap_and_come_again(texts, make_tokenizer):
     tokenizer = make_tokenizer()
     assert texts.problems == {"field 'text' is empty": 1}

@@ -87,6 +87,7 @@ def test_a_number_without_a_dot_is_one(tmp_path):
         ({"adapter": {"lora_rank": "128"}}, "adapter.lora_rank is '128'"),
         ({"adapter": {"lora_rank": 0}}, "lora_rank is 0"),
         ({"train": {"max_steps": "100"}}, "train.max_steps is '100'"),
+        ({"train": {"max_steps": 0}}, "train.max_steps is 0; it must be at least 1"),
         ({"train": {"lr_scheduler_type": 3}}, "train.lr_scheduler_type is 3"),
         ({"train": {"gradient_accumulation_steps": 4}}, "cannot be set: data.tokens_per_step"),
         ({"train": {"fsdp": "full_shard"}}, "cannot be set: the launch sets how"),
@@ -175,7 +176,6 @@ def test_a_launch_with_deepspeed_is_refused(load, monkeypatch):
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_the_command_line_says_what_is_wrong(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with pytest.raises(SystemExit) as stop:
         cli.main([command, str(tmp_path / "absent.yaml")])
     assert stop.value.code == 2

@@ -1,6 +1,8 @@
 """Pretraining and fine-tuning as a user runs them: from a YAML file and rows of text to an adapter."""
 
+import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,14 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from helpers import golden
 from icae_fast import ICAE
-from icae_fast.cli import app as cli
+from icae_fast.errors import CheckpointError, ConfigError
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
+from icae_fast.training.loop import train as runs
+from icae_fast.training.loop.checkpoint_folder import list_checkpoints
 from icae_fast.training.loop.settings_file import load_settings
+from icae_fast.training.loop.sharding import check_world
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,6 +125,50 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     assert (recipes.pretrain(load_settings(path)) / "icae_config.json").read_text() == digest
 
 
+@pytest.mark.usefixtures("default_handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_numbers(config, tmp_path, monkeypatch, caplog, number):
+    path = config(TEXTS, data={"workers": 1})
+    adapter = recipes.pretrain(load_settings(path))
+    whole, digest = history(tmp_path, 6), (adapter / "icae_config.json").read_text()
+    (tmp_path / "out").rename(tmp_path / "whole")
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                for _ in range(3):  # a launcher repeats the signal
+                    os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "ICAETrainer", functools.partial(runs.ICAETrainer, callbacks=[Interrupt()]))
+        with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", "icae_fast.training"):
+            pretrain.main([str(path)])
+    assert stop.value.code == 130
+    assert [r.getMessage() for r in caplog.records if r.module == "train"] == [
+        f"interrupted: {tmp_path}/out/checkpoint-3 has the run so far; start it again to continue"
+    ]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    adapter = recipes.pretrain(load_settings(path))
+    assert history(tmp_path, 6) == whole
+    assert (adapter / "icae_config.json").read_text() == digest
+
+
+@pytest.mark.usefixtures("default_handlers")
+def test_an_interrupt_before_the_first_step_says_where_the_run_stands(config, tmp_path, monkeypatch, caplog):
+    path = config(TEXTS)
+    monkeypatch.setattr(runs, "load_icae", lambda settings: os.kill(os.getpid(), signal.SIGTERM))
+    for written, told in ((False, "before the first checkpoint"), (True, "out/checkpoint-2 has the run so far")):
+        if written:
+            (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+            monkeypatch.setattr(runs, "find_checkpoint", lambda *_: None)
+        caplog.clear()
+        with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", "icae_fast.training"):
+            pretrain.main([str(path)])
+        assert stop.value.code == 130
+        assert told in caplog.text
+
+
 FROM_A_CODE = [
     {"steps": 2, "objectives": {"code": 1}, "max_tokens": 8, "learning_rate": 3e-4, "token_lr_factor": 30.0},
     {"steps": 2, "objectives": {"warm": 1}, "max_tokens": 8, "learning_rate": 2e-3},
@@ -148,23 +198,64 @@ def test_a_run_that_begins_with_a_slot_code_goes_on_from_any_stage(config, tmp_p
     assert (adapter / "icae_config.json").read_text() == digest
 
 
-# These options also work on a machine without a GPU.
+def test_a_run_that_ends_within_the_code_says_so(config, tmp_path, monkeypatch, capsys, caplog):
+    path = config(
+        [*TEXTS], stages=FROM_A_CODE, distillation={"alpha": 0.0}, data={"eval": str(tmp_path / "rows.jsonl")},
+        train={"save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss_ae"},
+        evaluation={"samples": 2, "restore_tokens": 0},
+    )  # fmt: skip
+
+    def run(*options):
+        caplog.clear()
+        with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", "icae_fast.training"):
+            pretrain.main([str(path), *options])
+        assert stop.value.code == 0
+        newest = list_checkpoints(tmp_path / "out")[-1]
+        return capsys.readouterr().out, json.loads((newest / "trainer_state.json").read_text())
+
+    out, state = run("--set", "train.max_steps=2")
+    assert "no step has trained its encoder" in out
+    assert "Try it" not in out
+    assert (
+        "max_steps is 2: the run ends in stage 0 (code), before the last stage, 2; it trains no encoder" in caplog.text
+    )
+    assert [line["step"] for line in state["log_history"] if "eval_loss_ae" in line] == [1, 2]
+    assert state["best_global_step"] is None
+    out, state = run("--set", "train.max_steps=3")
+    assert "Try it" in out
+    assert caplog.text.count("max_steps is 3: the run ends in stage 1 (warm), before the last stage, 2\n") == 1
+    assert state["best_global_step"] == 3
+    out, state = run()
+    assert "Try it" in out
+    assert "max_steps" not in caplog.text.replace("changed settings: train.max_steps", "")
+    assert state["best_global_step"] >= 3
+
+
+ACCELERATE = ("accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0")  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("launcher", "told"),
     [
-        (("--cpu", "--num_processes", "1"), ""),
-        (("--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "sharded over 2 processes"),
+        ((*ACCELERATE, "--cpu", "--num_processes", "1"), ""),
+        ((*ACCELERATE, "--multi_gpu", "--num_processes", "2"), ""),
+        ((*ACCELERATE, "--config_file", "docs/accelerate-fsdp2.yaml", "--num_processes", "2"), "over 2 processes"),
+        (("torch.distributed.run", "--nproc-per-node=2", "--standalone"), ""),
     ],
-    ids=["plain", "fsdp"],
+    ids=["plain", "ddp", "fsdp", "torchrun"],
 )
-def test_accelerate_launch_is_the_same_code(config, tmp_path, options, told):
+def test_a_launch_without_a_gpu_is_the_same_run(config, tmp_path, monkeypatch, launcher, told):
     path = config(TEXTS, adapter={"lora_dropout": 0.0})
     recipes.pretrain(load_settings(path))
     alone = history(tmp_path, 6)
     (tmp_path / "out").rename(tmp_path / "alone")
-    launch = ["-m", "accelerate.commands.launch", *options, "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launch, "-m", "icae_fast.training.pretrain", str(path)]
+    values = yaml.safe_load(path.read_text())
+    del values["train"]["use_cpu"]
+    path.write_text(yaml.safe_dump(values))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", *launcher, "-m", "icae_fast.training.pretrain", str(path)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("Try it: icae-fast compress") == 1
@@ -173,6 +264,18 @@ def test_accelerate_launch_is_the_same_code(config, tmp_path, options, told):
     assert len(together) == len(alone)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_processes_that_do_not_find_each_other_are_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = load_settings(config(TEXTS, train={"use_cpu": False}))
+    with pytest.raises(ConfigError, match="2 processes were launched, but 1 works together"):
+        recipes.pretrain(settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="5 processes were launched, but 4 work together"):
+        check_world(4, {"WORLD_SIZE": "5"})
+    check_world(4, {"WORLD_SIZE": "4"})
+    check_world(1, {})
 
 
 def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeypatch, capsys):
@@ -184,7 +287,6 @@ def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeyp
     values = yaml.safe_load(path.read_text())
     del values["adapter"]
     path.write_text(yaml.safe_dump(values))
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with pytest.raises(SystemExit) as stop:
         finetune.main([str(path), "--set", "train.learning_rate=1e-3"])
     assert stop.value.code == 0
@@ -204,7 +306,6 @@ def test_fine_tuning_goes_on_from_a_pretrained_adapter(config, tmp_path, monkeyp
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(config, tmp_path, monkeypatch, capsys, sections, message):
-    monkeypatch.setattr(cli.stderr, "_file", None)
     with pytest.raises(SystemExit) as stop:
         pretrain.main([str(config(TEXTS, **sections))])
     assert stop.value.code == 2
@@ -216,3 +317,14 @@ def test_another_adapter_does_not_go_on_from_a_checkpoint(config, tmp_path):
     recipes.pretrain(load_settings(config(TEXTS)))
     with pytest.raises(ValueError, match=r"adapter\.lora_rank differs"):
         recipes.pretrain(load_settings(config(TEXTS, adapter={"lora_rank": 8})))
+
+
+def test_damaged_settings_of_a_run_are_one_error(config, tmp_path):
+    settings = load_settings(config(TEXTS, stages=[{"steps": 1, "objectives": {"ae": 1}, "max_tokens": 8}]))
+    adapter = recipes.pretrain(settings)
+    for content in (b"", b"- 1\n", b"{x: \n", b"\xff\xfe\x00", b"!!python/name:os.system"):
+        (tmp_path / "out" / "settings.yaml").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"settings\.yaml is damaged .* delete it to continue"):
+            recipes.pretrain(settings)
+    (tmp_path / "out" / "settings.yaml").unlink()
+    assert recipes.pretrain(settings) == adapter

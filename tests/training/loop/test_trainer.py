@@ -1,5 +1,6 @@
 """The trainer on a tiny model: gradients, resume, NaN, full disks, evaluation, and two processes."""
 
+import contextlib
 import json
 import math
 import resource
@@ -11,8 +12,9 @@ import torch
 
 from helpers import golden
 from icae_fast import ICAE
-from icae_fast.errors import CheckpointError, ConfigError, NonFiniteError
+from icae_fast.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
 from icae_fast.io.files import load_tensors
+from icae_fast.training.loop import checkpoint_folder
 from icae_fast.training.loop.checkpoint_folder import OPTIMIZER_FILE, find_checkpoint
 from icae_fast.training.loop.model import NAMES
 from icae_fast.training.loop.report import SAMPLES_FILE, LogInterval, Scores
@@ -94,6 +96,18 @@ def test_two_processes_are_one(tmp_path, options):
             assert line[key] == pytest.approx(other[key], rel=1e-4), key
 
 
+def test_an_interrupt_in_one_process_ends_and_saves_all(tmp_path):
+    ran = run_worker(tmp_path, processes=2, steps=6, interrupt_at=2, save_steps=10)
+    assert ran.returncode != 0
+    assert "KeyboardInterrupt" in ran.stderr
+    found = find_checkpoint(tmp_path, "auto")
+    assert found.name == "checkpoint-3"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in found.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        train(make_trainer(tmp_path / "no", steps=6, interrupt_at=2, save_strategy="no"), tmp_path / "no")
+    assert not (tmp_path / "no" / "checkpoint-3").exists()
+
+
 def test_nan_stops_and_names_the_samples(tmp_path):
     trainer = make_trainer(tmp_path, poisoned=(20,))
     with pytest.raises(NonFiniteError, match=r"step 3: .* samples NaN; the last checkpoint stands"):
@@ -113,22 +127,43 @@ def test_nan_is_skipped_and_counted(tmp_path):
     assert all(torch.isfinite(t).all() for t in trained(trainer).values())
 
 
-@pytest.mark.parametrize("room", [4_000, 20_000])  # less than the adapter; less than the optimiser's state
-def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, room):
+@contextlib.contextmanager
+def room_for(size):
+    """Let no file grow beyond a size, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# Less than the record, which is written last; less than the adapter; less than the optimiser's state.
+@pytest.mark.parametrize("room", ["record", 4_000, 20_000])
+def test_a_full_disk_leaves_earlier_checkpoints(tmp_path, monkeypatch, room):
     trainer = train(make_trainer(tmp_path, steps=2), tmp_path)
     whole = {p.name: p.read_bytes() for p in (tmp_path / "checkpoint-2").iterdir()}
     trainer.state.global_step = 3
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-3 .* earlier checkpoints stand"):
+    with monkeypatch.context() as patch:
+        if room == "record":
+            seal = checkpoint_folder._seal
+            patch.setattr(checkpoint_folder, "_seal", lambda folder: room_for(100)(seal)(folder))
+        with (
+            room_for(room if room != "record" else resource.RLIM_INFINITY),
+            pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-3 .* earlier checkpoints stand"),
+        ):
             trainer._save_checkpoint(trainer.model)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.glob("*checkpoint*")] + [p.name for p in tmp_path.glob(".*")] == ["checkpoint-2"]
     assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoint-2").iterdir()} == whole
     trainer._save_checkpoint(trainer.model)
     assert find_checkpoint(tmp_path, "auto").name == "checkpoint-3"
+
+
+def test_a_full_disk_in_an_evaluation_is_one_error(tmp_path):
+    trainer = train(make_trainer(tmp_path, steps=2, evaluate=True), tmp_path)
+    with room_for(10), pytest.raises(OutputError, match=r"samples\.jsonl .* checkpoints stand"):
+        trainer.evaluate()
+    assert find_checkpoint(tmp_path, "auto").name == "checkpoint-2"
 
 
 def test_checkpoints_hold_a_loadable_adapter_and_no_base_weights(tmp_path):
@@ -173,6 +208,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged"):
         train(make_trainer(tmp_path, steps=4), tmp_path)
+    data[-1] ^= 1
+    path.write_bytes(data)
     with pytest.raises(CheckpointError, match="another config"):
         train(make_trainer(tmp_path, steps=4, dropout=0.5), tmp_path)
 

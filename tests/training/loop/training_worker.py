@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from helpers import golden
 from icae_fast import ICAE, ICAEConfig
 from icae_fast.training.data.stream import MicroBatch
+from icae_fast.training.loop.interrupt import Interruption
 from icae_fast.training.loop.model import TrainingModel
 from icae_fast.training.loop.trainer import ICAETrainer
 from icae_fast.training.methods.batch import pack
@@ -99,14 +100,17 @@ class PoisonableModel(TrainingModel):
 
 
 class Watch(TrainerCallback):
-    """A callback that saves the gradient of the first step and kills the process before a given step."""
+    """A callback that saves the gradient of the first step and kills or interrupts the process before a given step."""
 
-    def __init__(self, folder, kill_at):
-        self.folder, self.kill_at, self.trainer = folder, kill_at, None
+    def __init__(self, folder, kill_at, interrupt_at, interruption):
+        self.folder, self.kill_at = folder, kill_at
+        self.interrupt_at, self.interruption = interrupt_at, interruption
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self.interrupt_at and args.process_index == args.world_size - 1:
+            self.interruption.requested = True
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step > 0:
@@ -117,8 +121,8 @@ class Watch(TrainerCallback):
 
 
 def make_trainer(
-    folder, *, steps=6, kill_at=None, poisoned=(), on_nan="stop", dropout=0.1, evaluate=False, shard_base=False,
-    **arguments,
+    folder, *, steps=6, kill_at=None, interrupt_at=None, poisoned=(), on_nan="stop", dropout=0.1, evaluate=False,
+    shard_base=False, **arguments,
 ):  # fmt: skip
     """Return a trainer with four micro-batches per step over all processes."""
     options = dict(max_steps=steps, learning_rate=1e-2, report_to="none", disable_tqdm=True, use_cpu=True, seed=3)  # noqa: C408
@@ -130,11 +134,12 @@ def make_trainer(
     icae = make_icae(lora_dropout=dropout)
     stream = CountingStream(icae, arguments.process_index, arguments.world_size, poisoned)
     arguments.gradient_accumulation_steps = stream.micro_batches_per_step
+    interruption = Interruption()
     held_out = [pack([make_sample(icae, 1000 + i)]) for i in range(3)]
     evaluation = {"eval_batches": held_out, "restore": (held_out[0].context_ids.tolist(), "held out")}
     return ICAETrainer(
         PoisonableModel(icae), arguments, stream, on_nan=on_nan, shard_base=shard_base,
-        callbacks=[Watch(folder, kill_at)],
+        interruption=interruption, callbacks=[Watch(folder, kill_at, interrupt_at, interruption)],
         **(evaluation if evaluate else {}),
     )  # fmt: skip
 

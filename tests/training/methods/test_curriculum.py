@@ -133,3 +133,10 @@ def test_memory_sizes_have_to_fit_the_adapter():
     for size, told in ((9, "must be 1 to 8"), (5, "cannot be shared by 5")):
         with pytest.raises(ConfigError, match=f"stage 1: .*{told}"):
             Curriculum([Stage(1, AE, 10), Stage(1, AE, 10, memory_sizes=(size,))]).check(config)
+
+
+def test_the_first_step_that_trains_the_encoder():
+    code, warm = Stage(4, {"code": 1}, 8), Stage(2, {"warm": 1}, 8)
+    assert Curriculum([warm, code]).first_encoder_step() == 0
+    assert Curriculum([code, code, warm]).first_encoder_step() == 8
+    assert Curriculum([code]).first_encoder_step() == sys.maxsize

@@ -13,6 +13,7 @@ from icae_fast.training.evaluation.instructions.contestants import (
     Contestant,
     TextLayout,
     answers_to_text,
+    encoded,
     lay_out,
     text_ids,
 )
@@ -123,7 +124,7 @@ def _why_not(contestant: Contestant, question: Question, max_new_tokens: int) ->
 def _sizes(contestant: Contestant, question: Question) -> tuple[int, int]:
     """Return the base model's tokens of a question's text, and the subject's slots for it."""
     icae = contestant.subject.icae
-    n_compressed = len(icae.tokenizer(question.input, verbose=False)["input_ids"])
+    n_compressed = len(encoded(icae, question.input, "the text", add_special_tokens=True))
     return len(text_ids(icae, question.input)), contestant.subject.n_slots(n_compressed)
 
 

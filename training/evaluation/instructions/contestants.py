@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from icae_fast import ICAE
+from icae_fast.core.text import clean_text
+from icae_fast.core.tokens import encode_text
 from icae_fast.errors import InvalidInputError
 from icae_fast.generation.answers import Answer, AnswerBatch
 from icae_fast.generation.prompts import chat_template_ids
@@ -98,7 +100,7 @@ class TextLayout:
 def text_ids(icae: ICAE, text: str) -> list[int]:
     """Tokenise a text for the base model, with special tokens unless the chat template adds them."""
     has_template = bool(_template(icae)[0])
-    return icae.tokenizer(text, add_special_tokens=not has_template, verbose=False)["input_ids"]
+    return encoded(icae, text, "the text", add_special_tokens=not has_template)
 
 
 def lay_out(icae: ICAE, text: Sequence[int], prompt: str) -> TextLayout:
@@ -110,12 +112,22 @@ def lay_out(icae: ICAE, text: Sequence[int], prompt: str) -> TextLayout:
         prompt: the prompt after the text.
     """
     before, after = _template(icae)
-    asked = icae.tokenizer("\n\n" + prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    asked = encoded(icae, "\n\n" + prompt, "the prompt", add_special_tokens=False)
     return TextLayout((*before, *text), (*asked, *after))
 
 
+def encoded(icae: ICAE, text: str, what: str, *, add_special_tokens: bool) -> list[int]:
+    """Tokenise a text as the ICAE does, without its limits."""
+    return encode_text(
+        icae.tokenizer, clean_text(text, what), what, add_special_tokens=add_special_tokens,
+        special_tokens=icae.special_tokens,
+    )  # fmt: skip
+
+
 def _template(icae: ICAE) -> tuple[list[int], list[int]]:
-    return chat_template_ids(icae.tokenizer) if icae.config.prompt_format == "chat" else ([], [])
+    if icae.config.prompt_format != "chat":
+        return [], []
+    return chat_template_ids(icae.tokenizer, icae.chat_template_kwargs)
 
 
 def answers_to_text(icae: ICAE, layouts: Sequence[TextLayout], limits: Sequence[int]) -> list[Answer]:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from icae_fast.core.tokens import added_tokens, encode_text
 from icae_fast.training.evaluation.differences import side_by_side
 from icae_fast.training.evaluation.measures import bleu_signature
 from icae_fast.training.evaluation.result import Plot, Result
@@ -51,7 +52,7 @@ def random_words(subject: Subject, excerpts: Sequence[Excerpt], seed: int) -> li
     made = []
     for i, e in enumerate(excerpts):
         text = " ".join(random.Random(f"words {seed} {i}").choices(words, k=len(e.ids)))  # a word is at least one token
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encode_text(tokenizer, text, f"text {i} of random words", add_special_tokens=False)
         made.append(replace(e, ids=ids[: len(e.ids)], origin=f"random words {i}"))
     return made
 
@@ -125,5 +126,5 @@ def _ordinary_ids(subject: Subject) -> list[int]:
     """Return the tokenizer's ids without special ones, in ascending order."""
     tokenizer = subject.icae.tokenizer
     special = {*tokenizer.all_special_ids, *subject.icae.eos_token_ids}
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {i for i, token in added_tokens(tokenizer).items() if token.special}
     return [i for i in range(len(tokenizer)) if i not in special]

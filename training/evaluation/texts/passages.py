@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from icae_fast.core.tokens import encode_with_offsets
 from icae_fast.errors import DataError
-from icae_fast.training.data.records import TEXT, usable_records
+from icae_fast.training.data.records import TEXT, TEXT_FIELD, usable_records
 from icae_fast.training.pwc.passages import Document
 
 _TRIES = 64  # places tried per passage before the texts are considered exhausted
@@ -39,8 +40,9 @@ class Texts:
     """The texts of files, folders and globs.
 
     Args:
-        paths: `.txt`, `.jsonl`, `.ndjson` and `.parquet`, as for training; see
+        paths: `.txt`, `.jsonl`, `.json` and `.parquet`, as for training; see
             `icae_fast.training.data.records.find_files`. Empty for measurements that draw no passages.
+        text_field: field or column of the text in a row.
 
     Attributes:
         documents: the documents in order.
@@ -50,11 +52,11 @@ class Texts:
         DataError: nothing is found, a file cannot be read, or no row holds text.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], text_field: str = TEXT_FIELD) -> None:
         self.documents: list[Document] = []
         self.problems: Counter[str] = Counter()
         if paths:
-            records, self.problems = usable_records(paths, TEXT, "text")
+            records, self.problems = usable_records(paths, TEXT, "text", text_field=text_field)
             self.documents = [Document(r["text"], r["origin"]) for r in records]
 
     def draw(self, tokenizer: Any, n_tokens: int, count: int, seed: int, following: int = 0) -> list[Excerpt]:
@@ -113,11 +115,11 @@ def _window(tokenizer: Any, document: Document, offset: int, needed: int) -> tup
     start, size = word.start(), _CHARACTERS * needed
     while True:
         text = document.text[start : start + size]
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = found["input_ids"]
+        found = encode_with_offsets(tokenizer, text, document.origin)
+        ids = found.ids
         # The cut may split the last word into tokens that the text does not have.
         if len(ids) > needed + 1 or (start + size >= len(document.text) and len(ids) >= needed):
-            return start, start + found["offset_mapping"][needed - 1][1], ids[:needed]
+            return start, start + found.offsets[needed - 1][1], ids[:needed]
         if start + size >= len(document.text):
             return None
         size *= 2

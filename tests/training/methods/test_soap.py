@@ -7,7 +7,7 @@ import torch
 
 from icae_fast.errors import ConfigError
 from icae_fast.training.loop.arguments import TrainSection
-from icae_fast.training.loop.soap import Soap
+from icae_fast.training.methods.soap import Soap
 
 
 def gradients(shape, n=6, seed=0, dtype=torch.float64):

@@ -5,8 +5,8 @@ import torch
 from transformers import TrainingArguments
 
 from icae_fast.errors import ConfigError
-from icae_fast.training.loop.schedule import stage_schedule
 from icae_fast.training.methods.curriculum import Curriculum, Stage
+from icae_fast.training.methods.schedule import stage_schedule
 
 AE = {"ae": 1.0}
 

@@ -1,18 +1,53 @@
-"""Learning-rate schedules of curricula whose stages have rates: each stage is scheduled separately."""
+"""Learning rates: that of tokens apart from the rest, and schedules that restart with each stage of a curriculum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from icae_fast.errors import ConfigError
 from icae_fast.training.methods.curriculum import Curriculum, Stage
+from icae_fast.training.methods.soap import Soap
 
 Factor = Callable[[int], float]
+
+
+def two_group_optimizer(
+    model: nn.Module,
+    kind: Callable[..., torch.optim.Optimizer],
+    options: dict[str, Any],
+    weight_decay: float,
+    token_lr_factor: float,
+    soap: bool,
+) -> torch.optim.Optimizer:
+    """Return an optimiser with a group for tokens and gain, which have their own rate, and one for the rest.
+
+    Args:
+        model: model whose trained parameters are optimised.
+        kind: class of the optimiser.
+        options: its keyword arguments, among them `lr`.
+        weight_decay: decay of both groups.
+        token_lr_factor: rate of tokens and gain, relative to `lr`.
+        soap: use `Soap` in place of `kind`, for LoRA's matrices only.
+    """
+    tokens: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_token = name.endswith(("memory_token_embed.weight", "slot_gain"))
+            (tokens if is_token else others).append(parameter)
+    decay, faster = {"weight_decay": weight_decay}, options["lr"] * token_lr_factor
+    of_tokens: dict[str, int] = {}
+    if soap:  # rows of an embedding must not be mixed
+        kind, options, of_tokens = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
+    groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **of_tokens}]
+    return kind(groups, **options)
 
 
 def stage_schedule(
