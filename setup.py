@@ -30,7 +30,8 @@ OPENMP = {"Linux": ["-fopenmp"]}.get(platform.system(), [])
 COMPILE = ["-O3", "-g0", "-falign-loops=64", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden"]
 COMPILE += ["-Wall", "-Wextra"]
 # GCC 12 warns about the undefined operands inside its own AVX-512 intrinsics.
-COMPILE += ["-Wno-maybe-uninitialized", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
+COMPILE += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+COMPILE += ["-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", *OPENMP]
 # Threads count atomically.
 COVERAGE = ["--coverage", "-O1", "-fprofile-update=atomic"]
 # These come after Python's own flags: its -fwrapv would make every integer overflow defined.

@@ -20,8 +20,8 @@ from icae_fast.ops import REGISTRY, OpSpec
 RESULTS = Path(__file__).parent / "results"
 LINK = "results:"  # before the name of a file in docs/results; `fill` makes it a path relative to the page
 
-# Device served by each backend. A device without a compiled backend falls back to the reference.
-DEVICES = {"reference": "any", "cpp": "CPU", "triton": "CUDA", "cublas": "CUDA"}
+# Device served by each backend. The reference serves a device without a compiled backend, and no dtype that one lacks.
+DEVICES = {"reference": "any, without another backend", "cpp": "CPU", "triton": "CUDA", "cublas": "CUDA"}
 
 
 def ops_table() -> str:

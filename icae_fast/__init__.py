@@ -4,12 +4,14 @@
     memories = icae.compress([text, other_text])
     answers = icae.generate(memories[0], prompts=["What is it about?"])
 
-Names are loaded on first use, so that `import icae_fast` and `icae-fast --help` do not import torch.
+Names are loaded on first use, so that `import icae_fast` and `icae-fast --help` do not import torch. Where torch is
+imported already, `import icae_fast` also registers the ops, so that `torch.ops.icae_fast` has them.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from icae_fast import errors
@@ -71,3 +73,7 @@ if not TYPE_CHECKING:  # a type checker that sees this function would accept any
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:
+    importlib.import_module("icae_fast.ops")

@@ -1,4 +1,4 @@
-// Parallel loops over tasks of unequal size.
+// Parallel loops over tasks of unequal size, and the number of threads for loops whose threads wait for one another.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -7,7 +7,23 @@
 #include <atomic>
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace icae_fast {
+
+// Threads that can run at once: at::get_num_threads, or the number of CPUs that this process may use if it is lower.
+// Where threads wait for one another, one without a CPU keeps all others waiting. OpenMP counts CPUs before it binds
+// threads to them, which the calling thread's own affinity would not show.
+inline int64_t running_threads() {
+  const int64_t threads = at::get_num_threads();
+#if defined(_OPENMP)
+  return std::max<int64_t>(1, std::min<int64_t>(threads, omp_get_num_procs()));
+#else
+  return threads;
+#endif
+}
 
 // Call f(begin, end) for ranges of `rows` rows with about `row_size` elements each.
 template <class F>

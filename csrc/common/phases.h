@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -44,12 +43,12 @@ class Phases {
         phases_.fail(std::current_exception());
         throw;
       }
-      if (mine > 0) now.done.fetch_add(mine, std::memory_order_acq_rel);
+      if (mine > 0) now.finish(mine, tasks);
       first_ = then.next++;
-      for (int64_t spins = 0; now.done.load(std::memory_order_acquire) < tasks; ++spins) {
-        if (phases_.failed_.load(std::memory_order_acquire)) std::rethrow_exception(phases_.error_);
-        if (!idle(first_)) pause(spins);
+      for (int64_t spins = 0, done; (done = now.done.load(std::memory_order_acquire)) < tasks; ++spins) {
+        if (!idle(first_)) now.pause(spins, done);
       }
+      if (phases_.failed_.load(std::memory_order_acquire)) std::rethrow_exception(phases_.error_);
     }
 
    private:
@@ -60,6 +59,21 @@ class Phases {
  private:
   struct alignas(64) Phase {
     std::atomic<int64_t> next{0}, done{0};
+
+    // Count `mine` more tasks as done, and wake threads that sleep if those were the last.
+    void finish(int64_t mine, int64_t tasks) {
+      if (done.fetch_add(mine) + mine >= tasks) done.notify_all();
+    }
+
+    // Wait a little, or, after about 100 us, sleep until `done` changes: whoever waits longer may occupy the CPU
+    // that the last task needs.
+    void pause(int64_t spins, int64_t seen) {
+      constexpr int64_t kSpins = 1 << 12;
+      if (spins > kSpins) return done.wait(seen, std::memory_order_acquire);
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
   };
 
   // Stop the other threads from waiting for tasks that will never finish.
@@ -67,15 +81,10 @@ class Phases {
     if (failing_.test_and_set()) return;
     error_ = std::move(error);
     failed_.store(true, std::memory_order_release);
+    for (auto& phase : phases_) phase.finish(kFailed, 0);
   }
 
-  static void pause(int64_t spins) {
-    constexpr int64_t kSpins = 1 << 12;  // about 100 us; a longer wait may block the thread that it waits for
-    if (spins > kSpins) return std::this_thread::yield();
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-  }
+  static constexpr int64_t kFailed = int64_t{1} << 62;  // more than any number of tasks
 
   std::vector<Phase> phases_;
   std::atomic_flag failing_ = ATOMIC_FLAG_INIT;
@@ -88,7 +97,7 @@ class Phases {
 // shrink from a quarter on also let threads end together, but SmolLM2's matrices took 10 % longer at 55 GB/s.
 //
 // Returns the tasks' bounds. Inner bounds are multiples of 16, so that no two tasks write to one cache line. All
-// threads must cut alike, so call at::get_num_threads for `workers` outside of the parallel region: inside, it
+// threads must cut alike, so call running_threads for `workers` outside of the parallel region: inside, it
 // differs between threads.
 inline std::vector<int64_t> cut_outputs(int64_t n, int64_t bytes_each, int64_t workers) {
   constexpr int64_t kLeastBytes = 24 << 10;  // 2 us of one core's bandwidth

@@ -50,6 +50,8 @@ struct Elem<bf16> {
 
 template <class C>
 constexpr C kInfinity = C(__builtin_inf());
+template <class C>
+constexpr C kLargest = sizeof(C) == 8 ? C(__DBL_MAX__) : C(__FLT_MAX__);
 
 template <class C>
 ICAE_INLINE V<C> set1(C x) {

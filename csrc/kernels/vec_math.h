@@ -57,7 +57,8 @@ ICAE_INLINE V<C> exp2_polynomial(V<C> f) {
   return p;
 }
 
-// 2^t for t <= about 127. Minus infinity returns 0, and NaN returns NaN. Subnormal results may be 0.
+// 2^t for t <= about 127. Minus infinity returns 0, and NaN returns NaN. In attention, subnormal results are 0
+// (FlushSubnormals); elsewhere they may be.
 template <class C, int degree>
 ICAE_INLINE V<C> exp2(V<C> t) {
 #if defined(ICAE_AVX512)

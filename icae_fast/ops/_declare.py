@@ -321,7 +321,7 @@ def load_extension() -> str | None:
                 "`pip install --no-build-isolation .` and a C++20 compiler"
             ) from error
         return f"the C++ kernels are not there ({error}); install with a C++20 compiler"
-    return None
+    return _not_built(required)
 
 
 def _built_for_another_torch() -> str | None:
@@ -342,3 +342,18 @@ def _built_for_another_torch() -> str | None:
         f"the C++ kernels were built against torch {built} and torch {torch.__version__} is installed; reinstall with "
         "`pip install --no-build-isolation --force-reinstall --no-deps .`"
     )
+
+
+def _not_built(required: str) -> str | None:
+    """Return which ops the extension lacks, so that an old build is not taken for a whole one.
+
+    Raises:
+        BackendError: some are missing and `required` is "cpp".
+    """
+    missing = [name for name, spec in REGISTRY.items() if "cpp" in spec.dtypes and backend_of(name) != "cpp"]
+    if not missing:
+        return None
+    problem = f"the extension was built without {', '.join(missing)}"
+    if required == "cpp":
+        raise BackendError(f"ICAE_FAST_REQUIRE=cpp, but {problem}; build it again with `pip install -e .`")
+    return problem

@@ -1,6 +1,6 @@
 // Gradient of attention for one slice: some of the query tiles of one (row, key/value head).
 //
-//     P^T = 2^(c S^T - c lse),    dS^T = P^T (dP^T - delta),    dP^T = V dO^T,    delta = rowsum(dO O) - dlse
+//     P^T = exp(scale S^T - lse),    dS^T = P^T (dP^T - delta),    dP^T = V dO^T,    delta = rowsum(dO O) - dlse
 //     dV += P^T dO,    dK += scale dS^T Q,    dQ^T = scale K^T dS^T
 //
 // The outer loop is over query tiles, the inner one over keys. So a tile's dQ is complete after its keys. dK and dV
@@ -13,6 +13,7 @@
 #include "kernels/attention/query_tile.h"
 #include "kernels/attention/score_gradient.h"
 #include "kernels/attention/store.h"
+#include "kernels/flush.h"
 #include "kernels/pack.h"
 #include "kernels/product.h"
 #include "kernels/tiles.h"
@@ -57,7 +58,7 @@ static void load_tile(const AttentionInput& in, const AttentionRow& row, const Q
     t.factor[l] = C(in.scale);
     if (l >= lanes || t.range->low[l] >= t.range->high[l]) continue;
     const int64_t query = row.q_begin + tile.position(l), at = tile.head(l) * in.n_queries + query;
-    t.lse[l] = C(static_cast<const C*>(g.lse)[at] * 1.4426950408889634);
+    t.lse[l] = static_cast<const C*>(g.lse)[at];
     t.delta[l] = dot(rows_of(g.dout)(l), rows_of(g.out)(l), dim) - static_cast<const C*>(g.dlse)[at];
   }
 }
@@ -81,7 +82,7 @@ static void backward_keys(const AttentionInput& in, const PackedKeys<T>& keys, c
   const int64_t vectors = ceil_div(lanes, W);
   const int64_t lane_steps = (P::kTiles ? round_up(vectors * W, kTileDepth) : vectors * W) / P::kPair;
   const int64_t padded = P::kTiles ? round_up(n, kTileDepth) : n;
-  const C c = C(exponent_scale(in.scale));
+  const C c = score_scale<C>(in.scale);
   const bool cut = t.range->cut(key, key + n);
   if constexpr (P::kTiles) {
     const int64_t steps = width / P::kPair;
@@ -107,6 +108,7 @@ static void backward_keys(const AttentionInput& in, const PackedKeys<T>& keys, c
 template <class T>
 static void backward_slice(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, int64_t slice,
                            const void* packed, void* scratch, const AttentionGradient& g) {
+  const FlushSubnormals flush;
   const PackedKeys<T> keys(in, row, kv_head, true, packed);
   const BackwardScratch<T> t(in, Arena{static_cast<char*>(scratch)});
   const PartialGradients<T> sums(in, row, kv_head, slice, g);
@@ -149,6 +151,7 @@ static void sum_slices(const AttentionInput& in, const AttentionRow& row, int64_
   using C = typename Elem<T>::C;
   constexpr int W = Vec<C>::kWidth;
   const int64_t columns = BackwardScratch<T>::columns(in), next = row.padded_keys() * columns;
+  const FlushSubnormals flush;
   const PartialGradients<T> sums(in, row, kv_head, 0, g);
   const auto write = [&](const C* from, T* to, C scale) {
     for (int64_t d = 0; d < in.head_dim; d += W) {

@@ -9,6 +9,7 @@
 #include "kernels/attention/layout.h"
 #include "kernels/attention/query_tile.h"
 #include "kernels/attention/store.h"
+#include "kernels/flush.h"
 #include "kernels/pack.h"
 #include "kernels/product.h"
 #include "kernels/unit.h"
@@ -80,14 +81,16 @@ static inline typename Elem<T>::C few_weights(typename Elem<T>::C* s, int64_t n,
   for (int64_t k = 0; k < n; k += W) top = vmax(top, load(s + k));
   C highest = top[0];
   for (int i = 1; i < W; ++i) highest = top[i] > highest ? top[i] : highest;
-  const C shift = highest == -kInfinity<C> ? C(0) : highest * c;
+  // Subtracted before the product, which the compiler would fuse: c times the highest score, less its rounded
+  // value, is 2^6 at logits of 1e10.
+  const C shift = highest == -kInfinity<C> ? C(0) : highest;
   V<C> total = {};
   for (int64_t k = 0; k < n; k += W) {
-    const V<C> weights = exp2<C, degree>(load(s + k) * c - shift);
+    const V<C> weights = exp2<C, degree>((load(s + k) - shift) * c);
     total += weights;
     store(s + k, weights);
   }
-  const C factor = exp2<C, degree>(set1(*max * c - shift))[0];
+  const C factor = exp2<C, degree>(set1((*max - shift) * c))[0];
   *max = highest;
   *sum_of = *sum_of * factor + sum<C>(total);
   return factor;
@@ -97,6 +100,7 @@ template <class T>
 static void forward_few(const AttentionInput& in, const AttentionRow& row, int64_t kv_head, void* scratch,
                         const AttentionOutput& to) {
   using C = typename Elem<T>::C;
+  const FlushSubnormals flush;
   const QueryTile tile(in, row, kv_head, 0);
   const FewScratch<T> t(in, Arena{static_cast<char*>(scratch)});
   const int64_t lanes = tile.lanes(), width = t.width(in), dim = in.head_dim;
@@ -135,9 +139,8 @@ static void forward_few(const AttentionInput& in, const AttentionRow& row, int64
   for (int64_t l = 0; l < lanes; ++l) {
     const int64_t query = row.q_begin + tile.position(l) - to.first;
     static_cast<C*>(to.lse)[tile.head(l) * to.n + query] =
-        total[l] == 0
-            ? -kInfinity<C>
-            : C(max[l] * (exponent_scale(in.scale) / 1.4426950408889634) + __builtin_log(double(total[l])));
+        total[l] == 0 ? -kInfinity<C>
+                      : C(double(max[l] * score_scale<C>(in.scale)) + __builtin_log(double(total[l])));
     const C inverse = total[l] == 0 ? C(0) : 1 / total[l];
     const int64_t at = (query * in.q_heads + tile.head(l)) * dim;
     for_vectors<Vec<C>::kWidth>(dim, [&](int64_t d, int64_t n) {

@@ -1,13 +1,13 @@
 // Forward attention over one query tile: online softmax over tiles of kForwardKeys keys (FlashAttention-2),
 // transposed.
 //
-//     S^T = K Q^T - shift,    P^T = 2^(c S^T),    O^T = O^T 2^(c (old shift - shift)) + V^T P^T
+//     S^T = K Q^T,    P^T = 2^(c (S^T - shift)),    O^T = O^T 2^(c (old shift - shift)) + V^T P^T
 //
-// Scores never reach memory. A block of scores is summed in registers that start at minus the shift, and becomes
-// weights in the same registers. That needs the shift before the row's maximum is known. So the shift is the
-// largest score of some earlier block, and it is raised only when a score exceeds it by kSlack powers of two. Then
-// O^T, the sums and the tile's weights are rescaled, which is rare. Results do not depend on the shift, and weights
-// up to 2^kSlack cost no accuracy.
+// Scores never reach memory. A block of scores is summed in registers and becomes weights in the same registers.
+// That needs the shift before the row's maximum is known. So the shift is at least the largest score of some
+// earlier block, and it is raised only when a score exceeds it by kSlack powers of two. Then O^T, the sums and the
+// tile's weights are rescaled, which is rare. Results do not depend on the shift, and weights up to 2^kSlack cost
+// no accuracy. Sums start at 0 and not at minus the shift, so that equal scores are equal numbers, however large.
 //
 // With AMX, a tile of scores is computed at once and read back block by block. The rest is the same.
 #pragma once
@@ -18,6 +18,7 @@
 #include "kernels/attention/query_tile.h"
 #include "kernels/attention/softmax_weights.h"
 #include "kernels/attention/store.h"
+#include "kernels/flush.h"
 #include "kernels/pack.h"
 #include "kernels/product.h"
 #include "kernels/tiles.h"
@@ -33,7 +34,7 @@ static void store_lse(const AttentionInput& in, const AttentionRow& row, const Q
                       const ForwardScratch<T>& t, const AttentionOutput& to) {
   using C = typename Elem<T>::C;
   Softmax<C>& softmax = *t.softmax;
-  const C scale = C(exponent_scale(in.scale) * 0.6931471805599453);
+  const C scale = score_scale<C>(in.scale);
   for (int64_t l = 0; l < kLanes; l += Vec<C>::kWidth) {
     const V<C> total = load(softmax.sum + l);
     const V<C> lse = load(softmax.shift + l) * scale + log_of(total);
@@ -51,6 +52,7 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
                          const AttentionOutput& to) {
   using P = Product<T>;
   using C = typename P::C;
+  const FlushSubnormals flush;
   const AttentionRow& row = key_rows[0];
   const QueryTile tile(in, row, kv_head, tile_index);
   const ForwardScratch<T> t(in, Arena{static_cast<char*>(scratch)});
@@ -62,7 +64,7 @@ static void forward_tile(const AttentionInput& in, const AttentionRow* key_rows,
   if constexpr (P::kTiles) clear_past<P>(t.q, in.head_dim, size);
   for (int64_t l = 0; l < kLanes; ++l) {
     t.softmax->shift[l] = 0;
-    t.softmax->slack[l] = -kInfinity<C>;
+    t.softmax->limit[l] = -kInfinity<C>;
     t.softmax->sum[l] = 0;
   }
   const SoftmaxWeights<T> weights(C(exponent_scale(in.scale)));

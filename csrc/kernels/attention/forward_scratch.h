@@ -20,11 +20,11 @@ constexpr int64_t kForwardKeys = kColumnTile;
 constexpr int64_t kForwardKeys = 128;
 #endif
 
-// Per lane: the shift, how far above it a score may be (minus infinity while there is no shift yet), and the sum of
-// weights.
+// Per lane: the shift, the largest score that does not raise it (minus infinity while there is no shift yet), and
+// the sum of weights.
 template <class C>
 struct Softmax {
-  C shift[kLanes], slack[kLanes], sum[kLanes];
+  C shift[kLanes], limit[kLanes], sum[kLanes];
 };
 
 // Addresses of a tile's rows of q and of the output.

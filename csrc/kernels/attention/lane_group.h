@@ -92,35 +92,49 @@ struct LaneGroup {
     return any_nan == any_nan ? largest : any_nan;
   }
 
-  // Raise the shift of each lane that has a score above its slack to at least that score. Rescales the weights of
-  // the tile's earlier keys, O^T and the sum. `s` becomes relative to the new shift. The shift rises by whole
-  // powers of two, so no weight is rounded again. A NaN or infinite score makes its lane NaN for good.
-  __attribute__((noinline)) void raise_shift(int64_t key, Block<P, vectors>& s) {
+  // Raise the shift of each lane that has a score above its limit to at least that score. Rescales the weights of
+  // the tile's earlier keys, O^T and the sum. A NaN or infinite score makes its lane NaN for good.
+  //
+  // The shift rises by whole powers of two where weights have 16 bits, so that none is rounded again. Where the new
+  // shift has too few bits for that (logits of 1e5 and more in fp32), the nearest power is off by at most a half,
+  // for weights that are below 2^-kSlack of the largest.
+  __attribute__((noinline)) void raise_shift(int64_t key, const Block<P, vectors>& s) {
     for (int n = 0; n < vectors; ++n) {
       Softmax<C>& softmax = *t.softmax;
       const int64_t lane = first + n * W;
-      const V<C> highest = largest(s, n), slack = load(softmax.slack + lane);
-      const I<C> rises = ~(highest <= slack);
+      const V<C> highest = largest(s, n), limit = load(softmax.limit + lane), before = load(softmax.shift + lane);
+      const I<C> rises = ~(highest <= limit);
       if (!any<C>(rises)) continue;
-      const V<C> above = highest + (highest - highest);  // NaN if infinite
+      const V<C> top = highest + (highest - highest);  // NaN if infinite
       // Before the first shift the sum is 0, and O^T of the lane is finite.
-      const I<C> again = rises & (slack != -kInfinity<C>);
-      const V<C> powers = again ? (above * weights.exponent + Vec<C>::kRound) - Vec<C>::kRound + C(1) : V<C>{};
-      const V<C> by = again ? powers / weights.exponent : rises ? above : V<C>{};
-      // 2^-powers, or 0. NaN has no integer, so it is added afterwards.
-      const V<C> most = set1(C(Vec<C>::kBias));
-      const I<C> lost = __builtin_convertvector(powers < most ? powers : most, I<C>);
-      const V<C> factor = (V<C>)((I<C>{} + Vec<C>::kBias - lost) << Vec<C>::kMantissa) + (by - by);
-      store(softmax.shift + lane, load(softmax.shift + lane) + by);
-      store(softmax.slack + lane, rises ? set1(C(kSlack) / weights.exponent) : slack);
+      const I<C> again = rises & (limit != -kInfinity<C>);
+      const V<C> powers = whole((top - before) * weights.exponent) + C(1);
+      // Where all earlier weights vanish, the sum might overflow, so the top is taken as it is.
+      const I<C> fades = again & (powers < set1(C(Vec<C>::kBias)));
+      const V<C> raised = fades ? vmax(before + powers / weights.exponent, top) : rises ? top : before;
+      const V<C> lost = again ? (raised - before) * weights.exponent : V<C>{};
+      const V<C> nan = raised - raised;  // or 0; integers would lose it
+      const V<C> factor =
+          nan + (SoftmaxWeights<T>::kKeepsNan ? exp2<C, Elem<T>::kExpDegree>(-lost) : power_of(-whole(lost)));
+      const V<C> slack = set1(C(kSlack) / weights.exponent), highest_kept = raised + slack;
+      store(softmax.shift + lane, raised);
+      // Large scores may round the limit up by more than the slack.
+      store(softmax.limit + lane, rises ? (highest_kept - raised > slack ? raised : highest_kept) : limit);
       store(softmax.sum + lane, load(softmax.sum + lane) * factor);
       for (int64_t d = 0; d < keys.width(in) && has_output; ++d) {
         C* o = t.o + d * kLanes + lane;
         store(o, load(o) * factor);
       }
       scale_weights(t.p + lane * ValueProduct<T>::kPair, key - tile, factor);
-      for (int m = 0; m < kBlockRows; ++m) s[m][n] -= by;
     }
+  }
+
+  // The nearest whole number, and 2^x of whole x <= 0, or 0 if it is subnormal.
+  static V<C> whole(V<C> x) { return (x + Vec<C>::kRound) - Vec<C>::kRound; }
+  static V<C> power_of(V<C> x) {
+    const V<C> least = set1(C(-Vec<C>::kBias));
+    const I<C> exponent = __builtin_convertvector(x > least ? x : least, I<C>);
+    return (V<C>)((I<C>{} + Vec<C>::kBias + exponent) << Vec<C>::kMantissa);
   }
 
   // Lanes whose scores contain a NaN or an infinity, from the first vector of lanes: a non-finite element of a key
@@ -138,15 +152,10 @@ struct LaneGroup {
   ICAE_FORCED void softmax_block(int64_t key) {
     const int64_t width = keys.width(in);
     Softmax<C>& softmax = *t.softmax;
-    Block<P, vectors> s;
-    if constexpr (P::kTiles) load_block<P, vectors>(s, t.s + (key - tile) * kLanes, kLanes);
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) {
-      const V<C> shift = load(softmax.shift + first + n * W);
-#pragma GCC unroll 8
-      for (int m = 0; m < kBlockRows; ++m) s[m][n] = P::kTiles ? s[m][n] - shift : -shift;
-    }
-    if constexpr (!P::kTiles) {
+    Block<P, vectors> s = {};
+    if constexpr (P::kTiles) {
+      load_block<P, vectors>(s, t.s + (key - tile) * kLanes, kLanes);
+    } else {
       multiply_into<P, vectors>(s, {keys.k_rows + key * width, width, P::kPair},
                                 {t.q + first * P::kPair, kLanes * P::kPair}, ceil_div(in.head_dim, P::kPair));
     }
@@ -167,7 +176,7 @@ struct LaneGroup {
         even = vmax(even, s[m][n]);
         odd = vmax(odd, s[m + 1][n]);
       }
-      rises |= ~(vmax(even, odd) <= load(softmax.slack + lane));
+      rises |= ~(vmax(even, odd) <= load(softmax.limit + lane));
     }
     if (__builtin_expect(check_nan || any<C>(rises), 0)) {
       Block<P, vectors> copy;  // taking the address of `s` would move it out of registers
@@ -177,20 +186,16 @@ struct LaneGroup {
         for (int n = 0; n < vectors; ++n) copy[m][n] = s[m][n];
       }
       raise_shift(key, copy);
-#pragma GCC unroll 8
-      for (int m = 0; m < kBlockRows; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < vectors; ++n) s[m][n] = copy[m][n];
-      }
     }
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
       const int64_t lane = first + n * W;
-      const V<C> total = load(softmax.sum + lane);
+      const V<C> total = load(softmax.sum + lane), shift = load(softmax.shift + lane);
       typename SoftmaxWeights<T>::Sum sum = weights.begin(total);
 #pragma GCC unroll 8
       for (int m = 0; m < kBlockRows; m += 2) {
-        weights.of_pair(s[m][n], s[m + 1][n], t.p + (key - tile + m) * kLanes + lane * ValueProduct<T>::kPair, sum);
+        weights.of_pair(s[m][n] - shift, s[m + 1][n] - shift,
+                        t.p + (key - tile + m) * kLanes + lane * ValueProduct<T>::kPair, sum);
       }
       store(softmax.sum + lane, weights.end(sum, total));
     }

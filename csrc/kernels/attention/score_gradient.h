@@ -18,21 +18,26 @@ struct LaneGradient {
   using C = typename P::C;
   const BackwardScratch<T>& t;
   int64_t lane, key;  // first lane of the vector, first key of the tile
-  C exponent;
+  C scale;
   const V<C> lse;
   const I<C> low, high;
 
-  LaneGradient(const BackwardScratch<T>& t, int64_t lane, int64_t key, C exponent)
+  LaneGradient(const BackwardScratch<T>& t, int64_t lane, int64_t key, C scale)
       : t(t),
         lane(lane),
         key(key),
-        exponent(exponent),
+        scale(scale),
         lse(load(t.lse + lane)),
         low(load_int<C>(t.range->low + lane)),
         high(load_int<C>(t.range->high + lane)) {}
 
   ICAE_FORCED V<C> weight(int64_t k, V<C> score) const {
-    const V<C> p = exp2<C, Elem<T>::kExpDegree>(score * exponent - lse);
+    // The maximum changes nothing but keeps the compiler from fusing product and difference: the logit must be
+    // rounded as the forward rounded it into lse, or logits of 1e10 would be off by 64. It passes NaN.
+    const V<C> logit = vmax(set1(-kLargest<C>), score * scale);
+    // No weight exceeds 1. Rounding of large scores, which few.h sums in another order, may say so.
+    const V<C> power = vmin(V<C>{}, (logit - lse) * C(1.4426950408889634));
+    const V<C> p = exp2<C, Elem<T>::kExpDegree>(power);
     return masked ? (t.range->reads(key + k, low, high) ? p : V<C>{}) : p;
   }
   // Keys k and k + 1 of the tile.

@@ -36,6 +36,13 @@ static inline double exponent_scale(double scale) {
   return (size < 1e-30 ? 1e-30 : size) * 1.4426950408889634;
 }
 
+// Logits are scores times this. Forward and backward use the same rounded value, so that a logit of 1e10 is the
+// same number in both.
+template <class C>
+static inline C score_scale(double scale) {
+  return C(exponent_scale(scale) * 0.6931471805599453);
+}
+
 #if defined(ICAE_AVX512)
 // Load 16 lanes of up to 16 rows of x[dim][kLanes], times `factor`, as 16 rows.
 ICAE_INLINE void load_transposed(const float* x, V<float> factor, int64_t n, __m512i (&block)[16]) {

@@ -5,6 +5,8 @@
 
 #include <utility>
 
+#include "common/checks.h"
+
 namespace icae_fast {
 namespace {
 
@@ -27,6 +29,9 @@ std::vector<PrefixSegment> place_segments(const char* op, const std::vector<int6
       TORCH_CHECK(tails[r].start == start, op, ": segment ", s, " begins at position ", start, " for row ", begin,
                   " and at ", tails[r].start, " for row ", r);
       tails[r].start += lengths[s];
+      TORCH_CHECK(tails[r].start <= kMostPositions - tails[r].n_keys, op, ": row ", r, " reads ", tails[r].start,
+                  " keys of segments and ", tails[r].n_keys, " of its own, more than the ", kMostPositions,
+                  " positions that are supported");
     }
     segments.push_back({lengths[s], begin, end, start});
   }

@@ -60,8 +60,9 @@ void check_decode_weights(const DecodeArguments& a) {
   dtype_of(a.embedding, kOp, "the embedding");
   TORCH_CHECK(a.embedding.dim() == 2 && a.tail_keys.dim() == 4, kOp,
               ": the embedding is (vocabulary, d) and tail_keys ", "(layers, tokens, kv_heads, head_dim)");
-  TORCH_CHECK(a.kv_heads > 0 && a.q_heads > 0 && a.q_heads % a.kv_heads == 0 && a.head_dim() % 2 == 0, kOp, ": ",
-              a.q_heads, " query heads, ", a.kv_heads, " key/value heads, head_dim ", a.head_dim());
+  check_sizes(kOp, a.q_heads, a.kv_heads, a.head_dim());
+  TORCH_CHECK(a.q_heads % a.kv_heads == 0 && a.head_dim() % 2 == 0, kOp, ": ", a.q_heads, " query heads, ",
+              a.kv_heads, " key/value heads, head_dim ", a.head_dim());
   check_layers(a);
   check_cache(a, a.tail_keys, "tail_keys");
   check_cache(a, a.tail_values, "tail_values");
@@ -91,16 +92,16 @@ void check_decode_angles(const DecodeArguments& a, int64_t positions) {
   TORCH_CHECK(a.cos.size(0) == a.sin.size(0), kOp, ": cos has ", a.cos.size(0), " rows, and sin ", a.sin.size(0));
 }
 
-DecodeRows decode_rows(const DecodeArguments& a, const at::Tensor& tokens, const std::vector<int32_t>& starts,
-                       const std::vector<int32_t>& lengths) {
+DecodeRows decode_rows(const DecodeArguments& a, const at::Tensor& tokens, const std::vector<int64_t>& starts,
+                       const std::vector<int64_t>& lengths) {
   const auto rows = static_cast<size_t>(tokens.size(0));
   TORCH_CHECK(starts.size() == rows && lengths.size() == rows, kOp, ": tail_starts and tail_lengths have ",
               starts.size(), " and ", lengths.size(), " values for ", rows, " tokens");
   DecodeRows found;
   const int64_t* ids = tokens.const_data_ptr<int64_t>();
   for (size_t r = 0; r < rows; ++r) {
-    TORCH_CHECK(starts[r] >= 0 && lengths[r] >= 1 && starts[r] + lengths[r] <= a.tail_keys.size(1), kOp, ": row ",
-                r, " has a tail of ", lengths[r], " keys from ", starts[r], ", of ", a.tail_keys.size(1));
+    TORCH_CHECK(lengths[r] >= 1 && is_within(starts[r], lengths[r], a.tail_keys.size(1)), kOp, ": row ", r,
+                " has a tail of ", lengths[r], " keys from ", starts[r], ", of ", a.tail_keys.size(1));
     TORCH_CHECK(ids[r] >= 0 && ids[r] < a.embedding.size(0), kOp, ": token ", ids[r], " of row ", r,
                 " is not in the vocabulary of ", a.embedding.size(0));
     found.tails.push_back({static_cast<int64_t>(r), 1, starts[r], lengths[r], 0});

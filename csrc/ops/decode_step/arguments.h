@@ -50,7 +50,7 @@ struct DecodeRows {
   std::vector<PrefixSegment> segments;
 };
 // Place every row's keys. Raises if a row's keys are not in the cache or its token is not in the vocabulary.
-DecodeRows decode_rows(const DecodeArguments& a, const at::Tensor& tokens, const std::vector<int32_t>& starts,
-                       const std::vector<int32_t>& lengths);
+DecodeRows decode_rows(const DecodeArguments& a, const at::Tensor& tokens, const std::vector<int64_t>& starts,
+                       const std::vector<int64_t>& lengths);
 
 }  // namespace icae_fast

@@ -1,7 +1,6 @@
 // decode_step bound to its weights and caches, which are checked and planned once, with several steps per call.
 // Through the dispatcher, Python collects and passes some three hundred tensors per token: that, and selecting rows
 // of the rotary tables, took 0.5 of SmolLM2's 10 ms per token.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/custom_class.h>
@@ -12,6 +11,7 @@
 #include <utility>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "ops/decode_step/step.h"
 
 namespace icae_fast {
@@ -47,7 +47,7 @@ class BoundStep : public torch::CustomClassHolder {
  public:
   // cos and sin of the arguments are tables of all positions.
   BoundStep(DecodeArguments a, const std::vector<int64_t>& tail_starts)
-      : a_(pinned(std::move(a))), tail_starts_(tail_starts.begin(), tail_starts.end()) {
+      : a_(pinned(std::move(a))), tail_starts_(tail_starts) {
     check_decode_weights(a_);
     check_decode_angles(a_, -1);
   }
@@ -57,7 +57,7 @@ class BoundStep : public torch::CustomClassHolder {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
     auto logits = at::empty({rows(), a_.head.size(0)}, a_.embedding.options().dtype(compute_type(a_.embedding)));
-    run(tokens.contiguous(), {tail_lengths.begin(), tail_lengths.end()}, logits.mutable_data_ptr());
+    run(tokens.contiguous(), tail_lengths, logits.mutable_data_ptr());
     return logits;
   }
 
@@ -68,7 +68,7 @@ class BoundStep : public torch::CustomClassHolder {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
     TORCH_CHECK(most > 0, kDecodeStep, ": at least one step must be asked for, not ", most);
-    std::vector<int32_t> lengths(tail_lengths.begin(), tail_lengths.end());
+    std::vector<int64_t> lengths = tail_lengths;
     const auto chosen = at::empty({most, rows()}, at::kLong);
     char* const logits = logits_.reserve(rows() * a_.head.size(0) * c10::elementSize(compute_type(a_.embedding)));
     const std::vector<int64_t> nothing;
@@ -86,7 +86,7 @@ class BoundStep : public torch::CustomClassHolder {
  private:
   int64_t rows() const { return static_cast<int64_t>(tail_starts_.size()); }
 
-  void run(const at::Tensor& tokens, const std::vector<int32_t>& lengths, void* logits,
+  void run(const at::Tensor& tokens, const std::vector<int64_t>& lengths, void* logits,
            const GreedyChoice* choice = nullptr) {
     check_decode_tokens(tokens);
     auto rows = decode_rows(a_, tokens, tail_starts_, lengths);
@@ -99,14 +99,14 @@ class BoundStep : public torch::CustomClassHolder {
       angles.cos.push_back(static_cast<const char*>(a_.cos.const_data_ptr()) + bytes);
       angles.sin.push_back(static_cast<const char*>(a_.sin.const_data_ptr()) + bytes);
     }
-    if (plan_ == nullptr || plan_->workers != at::get_num_threads()) {
+    if (plan_ == nullptr || plan_->workers != running_threads()) {
       plan_ = std::make_unique<DecodePlan>(a_, tokens.size(0));
     }
     run_decode_step(*plan_, tokens.const_data_ptr<int64_t>(), std::move(rows), angles, logits, choice);
   }
 
   const DecodeArguments a_;
-  const std::vector<int32_t> tail_starts_;
+  const std::vector<int64_t> tail_starts_;
   std::mutex mutex_;  // guards what follows
   std::unique_ptr<DecodePlan> plan_;
   ReusableBuffer logits_;

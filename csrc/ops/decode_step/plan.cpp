@@ -1,12 +1,12 @@
 #include "ops/decode_step/plan.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <utility>
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "common/parallel.h"
 #include "common/phases.h"
 
 namespace icae_fast {
@@ -38,7 +38,7 @@ DecodePlan::DecodePlan(const DecodeArguments& a, int64_t rows)
       kernels(unit.decode[static_cast<int>(dtype)]),
       size(a.embedding.element_size()),
       wide(c10::elementSize(compute_type(a.embedding))),
-      workers(at::get_num_threads()),
+      workers(running_threads()),
       rows(rows),
       hidden(a.hidden()),
       q_heads(a.q_heads),

@@ -68,8 +68,7 @@ Projection::Projection(const at::Tensor& x_in, const at::Tensor& weight_in, cons
       lora_b(value_or_none(lora_b_in)),
       seed(value_or_none(dropout_seed)) {
   TORCH_CHECK(x.dim() == 2, kOp, ": x is (tokens, d), not ", x.sizes());
-  TORCH_CHECK(q_heads > 0 && kv_heads > 0, kOp, ": there are ", q_heads, " query and ", kv_heads,
-              " key/value heads; both must be positive");
+  check_sizes(kOp, q_heads, kv_heads, 1);
   const int64_t heads = q_heads + 2 * kv_heads;
   TORCH_CHECK(weight.dim() == 2 && weight.size(0) % (2 * heads) == 0 && weight.size(0) > 0, kOp, ": weight is ",
               weight.sizes(), "; its rows must be an even head_dim for each of ", heads, " heads");

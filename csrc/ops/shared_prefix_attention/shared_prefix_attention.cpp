@@ -35,9 +35,9 @@ std::vector<TailRow> tail_rows(const at::Tensor& q, const at::Tensor& k, const a
   std::vector<TailRow> rows;
   for (size_t r = 0; r < start.size(); ++r) {
     const int64_t queries = cu[r + 1] - cu[r];
-    TORCH_CHECK(queries >= 0 && length[r] >= queries && start[r] >= 0 && start[r] + length[r] <= k.size(0), kOp,
-                ": row ", r, " has ", queries, " queries and a tail of ", length[r], " keys from ", start[r],
-                ", of ", k.size(0), "; a tail holds at least the queries' own keys");
+    TORCH_CHECK(queries >= 0 && length[r] >= queries && is_within(start[r], length[r], k.size(0)), kOp, ": row ", r,
+                " has ", queries, " queries and a tail of ", length[r], " keys from ", start[r], ", of ", k.size(0),
+                "; a tail holds at least the queries' own keys");
     rows.push_back({cu[r], queries, start[r], length[r], 0});
   }
   return rows;
@@ -57,8 +57,9 @@ at::Tensor shared_prefix_attention_cpu(const at::Tensor& q_in, const at::Tensor&
               " prefix_keys and ", prefix_values.size(), " prefix_values");
   check_keys(k_in, v_in, q_in, "k and v");
   const int64_t kv_heads = k_in.size(1);
-  TORCH_CHECK(kv_heads > 0 && q_in.size(1) > 0 && q_in.size(1) % kv_heads == 0, kOp, ": ", q_in.size(1),
-              " query heads are no multiple of ", kv_heads, " key/value heads");
+  check_sizes(kOp, q_in.size(1), kv_heads, q_in.size(2));
+  TORCH_CHECK(q_in.size(1) % kv_heads == 0, kOp, ": ", q_in.size(1), " query heads are no multiple of ", kv_heads,
+              " key/value heads");
   const auto q = with_unit_stride(q_in), k = with_unit_stride(k_in), v = with_unit_stride(v_in);
   std::vector<at::Tensor> kept;  // strided() points into these
   SharedTensors tensors{strided(k), strided(v), {}, {}, window};

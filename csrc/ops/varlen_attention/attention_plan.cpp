@@ -14,13 +14,14 @@ void check_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v)
   TORCH_CHECK(k.sizes() == v.sizes(), kOp, ": k is ", k.sizes(), " and v ", v.sizes(), "; they must agree");
   TORCH_CHECK(q.size(2) == k.size(2) && q.size(2) > 0, kOp, ": q has head_dim ", q.size(2), " and k ", k.size(2),
               "; they must agree and be positive");
-  TORCH_CHECK(k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0, kOp, ": ", q.size(1),
-              " query heads are no multiple of ", k.size(1), " key/value heads");
+  check_sizes(kOp, q.size(1), k.size(1), q.size(2));
+  TORCH_CHECK(q.size(1) % k.size(1) == 0, kOp, ": ", q.size(1), " query heads are no multiple of ", k.size(1),
+              " key/value heads");
   check_same_type(k, q, kOp, "k");
   check_same_type(v, q, kOp, "v");
 }
 
-void check_cumulative(const std::vector<int32_t>& cu, int64_t tokens, const char* name) {
+void check_cumulative(const std::vector<int64_t>& cu, int64_t tokens, const char* name) {
   TORCH_CHECK(!cu.empty() && cu.front() == 0, kOp, ": ", name, " begins with 0 and has one value more than rows");
   for (size_t i = 1; i < cu.size(); ++i) {
     TORCH_CHECK(cu[i] >= cu[i - 1], kOp, ": ", name, " falls from ", cu[i - 1], " to ", cu[i], " at row ", i - 1);
@@ -43,7 +44,7 @@ AttentionPlan::AttentionPlan(const at::Tensor& q_in, const at::Tensor& k_in, con
   check_cumulative(cu_k, k_in.size(0), "cu_seqlens_k");
   TORCH_CHECK(cu_q.size() == cu_k.size(), kOp, ": cu_seqlens_q is for ", cu_q.size() - 1,
               " rows and cu_seqlens_k for ", cu_k.size() - 1);
-  std::vector<int32_t> used;
+  std::vector<int64_t> used;
   if (seqused_k.has_value()) {
     used = int_values(kOp, *seqused_k, "seqused_k");
     TORCH_CHECK(used.size() + 1 == cu_k.size(), kOp, ": seqused_k has ", used.size(), " values for ",
