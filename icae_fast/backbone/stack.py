@@ -25,7 +25,7 @@ from icae_fast.backbone.packing import packed_gate_up, packed_qkv
 from icae_fast.backbone.rows import PackedRows
 from icae_fast.backbone.sharding import gathered, is_sharded
 from icae_fast.backbone.support import check_supported
-from icae_fast.errors import BackendError
+from icae_fast.errors import BackendError, UnsupportedModelError
 
 Pass = TypeVar("Pass", bound=StackPass)
 
@@ -191,7 +191,18 @@ class Backbone:
         vars(self)["forward"] = forward  # in front of the method
 
     def rotary_tables(self, positions: torch.Tensor, x: torch.Tensor) -> Tables:
-        """Return cos and sin (T, D / 2) of positions (T,), in fp32 (fp64 where x is fp64)."""
+        """Return cos and sin (T, D / 2) of positions (T,), in fp32 (fp64 where x is fp64).
+
+        Raises:
+            UnsupportedModelError: positions beyond `ModelView.rope_limit`.
+        """
+        limit = self.view.rope_limit
+        if limit is not None and len(positions) and int(positions.max()) >= limit:
+            raise UnsupportedModelError(
+                f"a row of {int(positions.max()) + 1} positions: the base model's RoPE of type "
+                f"{self.view.rope_type!r} depends on a row's length beyond {limit}, so that a row would depend on "
+                f"those beside it; stay below, or load the model with another rope_type"
+            )
         # The Hugging Face forward rounds them to bf16, which costs accuracy and saves no time.
         cos, sin = self.view.rotary_tables(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
         half = self.head_dim // 2  # both halves of a head rotate by the same angles

@@ -72,17 +72,19 @@ class ICAECore(nn.Module):
     def __init__(self, base_model: Any, config: ICAEConfig, tokenizer: Any = None) -> None:
         super().__init__()
         check_supported(base_model)
-        check_process(base_model.get_input_embeddings().weight.device)
         without_inference_tensors(base_model)
-        embedding = base_model.get_input_embeddings().weight
+        backbone = Backbone(base_model)
+        embedding = backbone.embedding
+        check_process(embedding.device)
         if tokenizer is not None:
             check_tokenizer(tokenizer, embedding.shape[0])
-        self.base_model = base_model.requires_grad_(False).eval()
-        self.backbone = Backbone(base_model)
+        self.base_model, self.backbone = base_model.requires_grad_(False).eval(), backbone
         self.config = config.replace(base_model=config.base_model or base_model.config._name_or_path or None)
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(embedding.shape[0], config)
-        self.max_positions: int = base_model.config.max_position_embeddings
+        limit = self.backbone.view.rope_limit
+        positions: int = base_model.config.max_position_embeddings
+        self.max_positions: int = positions if limit is None else min(positions, limit)
         self.chat_template_kwargs: dict[str, Any] = {}
         self.trained: Trained | None = None
         self.warned_of_size = False
@@ -118,12 +120,12 @@ class ICAECore(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype: that of the base model."""
-        return self.base_model.get_input_embeddings().weight.dtype
+        return self.backbone.embedding.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the base model."""
-        return self.base_model.get_input_embeddings().weight.device
+        return self.backbone.embedding.device
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -191,11 +193,11 @@ class ICAECore(nn.Module):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings (T, d) of base tokens (T,)."""
-        return self.base_model.get_input_embeddings()(ids.to(self.device))
+        return self.backbone.view.embedding(ids.to(self.device))
 
     def embedding_norm(self) -> torch.Tensor:
         """Return the mean L2 norm of the base model's token embeddings, () fp32."""
-        weight = self.base_model.get_input_embeddings().weight.detach()
+        weight = self.backbone.embedding.detach()
         return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).mean()
 
     def tokens_to_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
@@ -209,7 +211,7 @@ class ICAECore(nn.Module):
         """
         ids = ids.to(self.device)
         special = ids - self.vocabulary.size
-        base = self.base_model.get_input_embeddings()(ids.clamp(0, self.vocabulary.n_base - 1))
+        base = self.backbone.view.embedding(ids.clamp(0, self.vocabulary.n_base - 1))
         added = self.memory_token_embed(special.clamp_min(0)).to(base.dtype)
         embeddings = torch.where((special >= 0)[..., None], added, base)
         return embeddings.masked_fill((ids == self.vocabulary.pad)[..., None], 0.0)

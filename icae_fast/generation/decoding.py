@@ -13,7 +13,7 @@ import torch
 
 from icae_fast.backbone.modes import in_own_modes
 from icae_fast.generation.graphs import StepGraph, capture_on
-from icae_fast.generation.step_weights import RotaryTables, step_cache, step_weights
+from icae_fast.generation.step_weights import step_cache, step_weights
 from icae_fast.kv.segments import DecoderRows, KVSegment, tree_order
 from icae_fast.ops import BoundStep, StepWeights, bind_decode_step, decode_step
 
@@ -52,9 +52,13 @@ class DecodeSession:
         )  # fmt: skip
         self._weights = step_weights(core.backbone)
         longest = max(p + c for p, c in zip(self._rows.prefix_lengths, self._rows.capacities, strict=True))
-        self._tables = RotaryTables(core.backbone, longest, suffixes[0])
+        # Rows have capacity for the most new tokens of any row, but none passes the model's positions.
+        limit = core.backbone.view.rope_limit
+        longest = longest if limit is None else min(longest, max(limit, core.max_positions))
+        # Cosines and sines (positions, D / 2) of every position that the rows can reach.
+        self._tables = core.backbone.rotary_tables(torch.arange(longest, device=core.device), suffixes[0])
         self._graph: StepGraph | None = None
-        self._capture = None if self._weights is None or self._tables.fixed is None else capture_on(core.device)
+        self._capture = None if self._weights is None else capture_on(core.device)
 
     @property
     def device(self) -> torch.device:
@@ -90,14 +94,12 @@ class DecodeSession:
             packed = self._rows.append([1] * len(self._order))
             hidden = self._core.backbone.forward(self._core.embed(tokens), packed, cache=self._rows)
             return self._in_callers_order(self._core.base_model.lm_head(hidden))
-        if self._tables.fixed is None:
-            return self._in_callers_order(self._unbound_step(self._weights, tokens))
         return self._in_callers_order(self._bound.step(tokens, self._rows.append_each()))
 
     @property
     def runs_ahead(self) -> bool:
         """Whether `greedy` can be called: a step is one call of the op, outside of a graph."""
-        return self._capture is None and self._weights is not None and self._tables.fixed is not None
+        return self._capture is None and self._weights is not None
 
     @in_own_modes
     @torch.no_grad()
@@ -120,30 +122,21 @@ class DecodeSession:
     @functools.cached_property
     def _bound(self) -> BoundStep:
         """The step bound to the remaining rows."""
-        weights, tables = self._weights, self._tables.fixed
+        weights = self._weights
         assert weights is not None
-        assert tables is not None
-        return bind_decode_step(weights, *tables, step_cache(self._rows), self._rows.starts)
-
-    def _unbound_step(self, weights: StepWeights, tokens: torch.Tensor) -> torch.Tensor:
-        """Compute a step whose RoPE angles depend on the current row lengths."""
-        rows = self._rows
-        lengths = rows.append_each()
-        cos, sin = self._tables.at([p + n - 1 for p, n in zip(rows.prefix_lengths, lengths, strict=True)])
-        return _compute(weights, rows, *rows.tails, tokens, cos, sin)
+        return bind_decode_step(weights, *self._tables, step_cache(self._rows), self._rows.starts)
 
     def _graph_step(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = self._rows
         if self._graph is None:
-            weights, tables, capture = self._weights, self._tables.fixed, self._capture
+            weights, capture = self._weights, self._capture
             assert weights is not None
-            assert tables is not None
             assert capture is not None
             starts, lengths = rows.tails  # each step increments the lengths on the device
             # `compute` holds no reference to the session, so that the session is freed with its last user.
             compute = functools.partial(_compute, weights, rows, starts, lengths)
             positions = [p + n for p, n in zip(rows.prefix_lengths, rows.lengths, strict=True)]
-            self._graph = StepGraph(compute, tables, positions, lengths, self._order, capture)
+            self._graph = StepGraph(compute, self._tables, positions, lengths, self._order, capture)
         rows.append_each()
         return self._graph.step(tokens)
 

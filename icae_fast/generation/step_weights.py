@@ -1,4 +1,4 @@
-"""The frozen model's weights as `decode_step` takes them, and the RoPE tables of a decoding."""
+"""The frozen model's weights, and keys and values of decoder rows, as `decode_step` takes them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from icae_fast.backbone.sharding import is_sharded
 from icae_fast.backbone.stack import Backbone
 from icae_fast.kv.segments import DecoderRows
 from icae_fast.ops import StepCache, StepWeights, backend_of
-
-# RoPE types whose angles depend on the length of a row.
-_CHANGING_ROPE = ("dynamic", "longrope")
 
 
 def step_weights(backbone: Backbone) -> StepWeights | None:
@@ -85,26 +82,3 @@ def step_cache(rows: DecoderRows) -> StepCache:
     return StepCache(
         rows.keys, rows.values, [s.keys for s in shared.segments], [s.values for s in shared.segments], shared.rows
     )
-
-
-class RotaryTables:
-    """Cosines and sines of every position that a decoding can reach.
-
-    Args:
-        backbone: the frozen decoder.
-        n_positions: the tables hold positions 0 to n_positions - 1.
-        like: a tensor of the model's dtype and device.
-
-    Attributes:
-        fixed: cos and sin (n_positions, D / 2) in the compute dtype, None where they depend on the length of a row.
-    """
-
-    def __init__(self, backbone: Backbone, n_positions: int, like: torch.Tensor) -> None:
-        self._backbone, self._like = backbone, like
-        self.fixed: tuple[torch.Tensor, torch.Tensor] | None = None
-        if backbone.view.rope_type not in _CHANGING_ROPE:
-            self.fixed = backbone.rotary_tables(torch.arange(n_positions, device=like.device), like)
-
-    def at(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin (len(positions), D / 2) in the compute dtype, for rows of the current lengths."""
-        return self._backbone.rotary_tables(torch.tensor(positions, device=self._like.device), self._like)

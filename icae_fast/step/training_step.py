@@ -60,7 +60,7 @@ class TrainingStep:
         ranges = list(micro_batches(sizes, span_tokens_on(core.device, budget.span_tokens)))
         self.batches = [[spans[i] for i in r] for r in ranges]
         self.slot_counts = [len(cut) * k for cut in cuts]
-        self.plain = core.backbone.is_plain_stack(core.base_model.get_input_embeddings().weight)
+        self.plain = core.backbone.is_plain_stack(core.backbone.embedding)
         sharded = core.backbone.is_sharded
         # Autograd would keep gathered weights; the tape does not.
         self.keep_all = not torch.is_grad_enabled() or (budget.bytes is None and not sharded)

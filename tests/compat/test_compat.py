@@ -365,3 +365,16 @@ def test_a_copy_has_its_own_weights(tiny):
         assert other.icae.adapter is other.core.adapter
         assert other.core.adapter is not model.core.adapter
         torch.testing.assert_close(other._compress(ids), model._compress(ids))
+
+
+def test_a_pickle_holds_each_weight_once(tiny):
+    model, case = tiny("--train", False), golden.case("three_spans")
+    before = len(pickle.dumps(model))
+    slots = model._compress(case["input_ids"])
+    model.core.restore(model.core.compress(case["input_ids"][0])[0], 3, return_ids=True)  # moves the weights together
+    data = pickle.dumps(model)
+    assert len(data) < before * 1.02
+    again = pickle.loads(data)
+    assert again.decoder is again.icae.get_base_model() is again.core.backbone.view.model
+    assert not again.icae.training
+    torch.testing.assert_close(again._compress(case["input_ids"]), slots, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,9 @@ from torch import nn
 
 from icae_fast.backbone.families.types import CausalLM, Children, Decoder, RMSNorm
 
+# RoPE types whose angles depend on the length of a row.
+_CHANGING_ROPE = ("dynamic", "longrope")
+
 
 class LayerView(ABC):
     """One decoder layer by role.
@@ -158,6 +161,19 @@ class ModelView:
     def rope_type(self) -> str:
         """Kind of RoPE scaling, `"default"` for none."""
         return getattr(self.decoder.rotary_emb, "rope_type", "default")
+
+    @property
+    def rope_limit(self) -> int | None:
+        """The most positions of a row whose angles depend on the position alone; None for no limit.
+
+        Beyond it, `dynamic` and `longrope` rotate all tokens of a row by angles that depend on its length. A row would
+        then depend on the rows beside it, and kept keys on how long their row has become.
+        """
+        if self.rope_type not in _CHANGING_ROPE:
+            return None
+        config = self.model.config
+        original = (getattr(config, "rope_parameters", None) or {}).get("original_max_position_embeddings")
+        return int(original or config.max_position_embeddings)
 
     def layer(self, i: int, module: nn.Module | None = None) -> LayerView:
         """Return the view of layer i, made anew only after its module was replaced.
