@@ -4,6 +4,11 @@ All derive from `ICAEError`, so that a caller can catch this package's errors se
 wrong and what to do about it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class ICAEError(Exception):
     """Base class of all errors that this package raises on purpose."""
@@ -15,6 +20,23 @@ class ConfigError(ICAEError, ValueError):
 
 class InvalidInputError(ICAEError, ValueError):
     """The text, token ids, prompts, labels or options passed in cannot be used."""
+
+
+class SomeFailedError(InvalidInputError):
+    """Some contexts of a call could not be compressed; all others are compressed and stored.
+
+    Args:
+        message: says which and why.
+        memories: a `Memory` for each context, None for one that failed.
+        failures: the error of each context that failed, by its place.
+    """
+
+    def __init__(self, message: str, memories: Sequence[Any], failures: Mapping[int, ICAEError]) -> None:
+        super().__init__(message)
+        self.memories, self.failures = list(memories), dict(failures)
+
+    def __reduce__(self) -> tuple[type[SomeFailedError], tuple[str, list[Any], dict[int, ICAEError]]]:
+        return type(self), (str(self), self.memories, self.failures)
 
 
 class ContextTooLongError(InvalidInputError):

@@ -10,6 +10,8 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
+from icae_fast.backbone.forks import check_process
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -36,6 +38,8 @@ def in_own_modes(
     * `torch.compile`: the function runs as it is, between two graphs. Its ops are kernels already, and its spans and
       rows have other shapes in every call.
 
+    In a forked process it computes with one thread (`icae_fast.backbone.forks`).
+
     Args:
         function: its first argument has a device.
     """
@@ -46,6 +50,7 @@ def in_own_modes(
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return call(first, *args, **kwargs)
+        check_process(first.device)
         if not torch.is_autocast_enabled(first.device.type):
             return function(first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):

@@ -22,6 +22,11 @@ def at_home(value: T | list[T]) -> T | list[T]:
     return value if value is None else type(value)(os.path.expanduser(value))
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Return the distinct names in a list that is separated by commas."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def as_text(value: list[str] | None) -> list[str] | None:
     """Return texts of the command line.
 

@@ -75,12 +75,19 @@ class ICAE(nn.Module):
         self.dim = self.core.backbone.hidden_size
         bos = getattr(self.tokenizer, "bos_token_id", None)
         self.bos_id: int | None = self.core.base_model.config.bos_token_id if bos is None else bos
-        self.eos_id: int | None = next(iter(self.core.eos_token_ids), None)
+        self.eos_id: int | None = self.core.end_id
         self.loss_fct = nn.CrossEntropyLoss(ignore_index=IGNORE)
         if model_args.train and getattr(training_args, "restore_from", None):
             self.load_state_dict(read_reference_file(training_args.restore_from))
             log.info("loaded %s", training_args.restore_from)
         self.train(bool(model_args.train))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v for name, v in vars(self).items() if name != "icae"}  # it refers to the base model again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        object.__setattr__(self, "icae", AdaptedModel(self.core).train(self.training))
 
     @property
     def decoder(self) -> nn.Module:

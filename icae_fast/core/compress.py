@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from icae_fast.backbone.modes import in_own_modes
-from icae_fast.backbone.rows import token_budget_on
+from icae_fast.backbone.rows import micro_batches, token_budget_on
 from icae_fast.checks import is_out_of_memory
 from icae_fast.core.core import ICAECore
 from icae_fast.core.encoder import Progress, encode_spans
@@ -106,6 +106,15 @@ def compress_cut(
     if not bool(torch.stack([torch.isfinite(s).all() for s in slots]).all()):  # one synchronisation with a GPU
         raise NonFiniteError(core.describe_non_finite("the memory slots"))
     return [Memory(s, len(c.ids), c.span_lengths) for s, c in zip(slots, cuts, strict=True)]
+
+
+def context_batches(core: ICAECore, cuts: Sequence[CutContext], token_budget: int | None = None) -> Iterator[range]:
+    """Yield consecutive ranges of contexts, each of a micro-batch of spans or of one longer context.
+
+    For a caller that keeps the memories of each batch before the next one is compressed.
+    """
+    costs = [len(cut.ids) + len(cut.span_lengths) * core.config.memory_size for cut in cuts]
+    return micro_batches(costs, token_budget_on(core.device, token_budget))
 
 
 def extend(core: ICAECore, memory: Memory, more: Context, *, token_budget: int | None = None) -> Memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -10,12 +11,14 @@ from torch import nn
 
 from icae_fast.adapter.lora import LoRAAdapter
 from icae_fast.adapter.mode import AdapterMode, EncoderWeights
+from icae_fast.backbone.forks import check_process
 from icae_fast.backbone.modes import without_inference_tensors
 from icae_fast.backbone.stack import Backbone, check_supported
 from icae_fast.checks import is_int
 from icae_fast.config import ICAEConfig
 from icae_fast.core.inputs import Context, Vocabulary, check_tokenizer, to_ids
 from icae_fast.core.memory import Memory, check_memory
+from icae_fast.core.pickling import with_own_weights
 from icae_fast.core.spans import CutContext
 from icae_fast.core.tokens import SpecialTokens
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
@@ -67,6 +70,7 @@ class ICAECore(nn.Module):
     def __init__(self, base_model: Any, config: ICAEConfig, tokenizer: Any = None) -> None:
         super().__init__()
         check_supported(base_model)
+        check_process(base_model.get_input_embeddings().weight.device)
         without_inference_tensors(base_model)
         embedding = base_model.get_input_embeddings().weight
         if tokenizer is not None:
@@ -148,6 +152,25 @@ class ICAECore(nn.Module):
 
         self.base_model._apply(fn)
         return super()._apply(wide, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickles hold each weight once: the backbone and the tree refer to the base model, and are made anew.
+        state = {name: v for name, v in vars(self).items() if name not in ("backbone", "slot_kv")}
+        modules = self._modules | {"base_model": with_own_weights(self.base_model)}
+        return state | {"_modules": modules, "_kv_budget": self.kv_budget}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        kv_budget = state.pop("_kv_budget")
+        super().__setstate__(state)
+        self.backbone = Backbone(self.base_model)
+        self.slot_kv = SlotKVTree(self.backbone, kv_budget)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(v, memo) for name, v in vars(self).items()})
+        return twin
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the adapter; the frozen base model stays in evaluation mode."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from icae_fast.errors import InvalidInputError
+from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 
 SpecialTokens = Literal["text", "control"]
 
@@ -98,7 +98,13 @@ def encode_with_offsets(tokenizer: Any, text: str, what: str, special_tokens: Sp
 
     Raises:
         InvalidInputError: the tokenizer cannot spell a control token as text.
+        TokenizerMismatchError: the tokenizer is slow, or one of mistral-common, and knows no places.
     """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TokenizerMismatchError(
+            f"{type(tokenizer).__name__} does not know which characters a token stands for; use a fast tokenizer "
+            "(a folder with tokenizer.json)"
+        )
     found = tokenizer(
         text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True, verbose=False
     )

@@ -74,8 +74,9 @@ class GenerationOptions:
         eos_token_id: one id or several that end an answer; default: those of the base model.
         logits_processor: transformers' `LogitsProcessor`s (a `LogitsProcessorList` or any sequence), applied after the
             penalty and before temperature, top-k and top-p. Each call sees all rows, so a processor may keep state per
-            row; all rows of the call decode together then, whatever `icae.decode_budget` is. The ids are those of prompt
-            and answer, padded on the left with the [PAD] id (the size of the base vocabulary). Rows that have ended have [PAD] ids and scores of 0.
+            row; all rows of the call decode together then, whatever `icae.decode_budget` is. The ids are those of
+            prompt and answer, padded on the left with the [PAD] id (the size of the base vocabulary). Rows that have
+            ended have [PAD] ids and scores of 0.
         stopping_criteria: transformers' `StoppingCriteria` (a `StoppingCriteriaList` or any sequence). They see the
             same ids, and None as scores. A row ends as soon as one returns True for it. They cost one more host
             synchronisation per token.

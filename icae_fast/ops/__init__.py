@@ -29,7 +29,6 @@ from icae_fast.ops._declare import (
     load_extension,
     required_backend,
 )
-from icae_fast.ops._fork import compute_on_one_thread_after_forks
 from icae_fast.ops.decode_step import BoundStep, StepCache, StepWeights, bind_decode_step, decode_step
 from icae_fast.ops.fingerprint import fingerprint
 from icae_fast.ops.linear import linear
@@ -67,7 +66,6 @@ for _folder in pkgutil.iter_modules(__path__):
     if _folder.ispkg:
         importlib.import_module(f"{__name__}.{_folder.name}")
 
-compute_on_one_thread_after_forks()
 EXTENSION_ERROR = load_extension()
 if EXTENSION_ERROR is not None and required_backend() in ("", "cpp"):
     warnings.warn(

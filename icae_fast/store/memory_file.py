@@ -6,7 +6,6 @@ format of a `MemoryStore`'s entries. Version 1, with plain slots and without che
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from icae_fast.core.memory import Memory, SlotKV
-from icae_fast.errors import CheckpointError
-from icae_fast.io.files import load_tensors, map_file, write_atomically
+from icae_fast.errors import CheckpointError, InvalidInputError
+from icae_fast.io.files import load_tensors, map_file, parse_json, write_atomically
+from icae_fast.store.header import FORMAT_VERSION, check_header
 from icae_fast.store.provenance import Origin
 from icae_fast.store.quantize import SlotDtype, pack_slots, unpack_slots
 from icae_fast.store.seal import METADATA, Sealed, seal
@@ -25,7 +25,6 @@ from icae_fast.store.seal import METADATA, Sealed, seal
 if TYPE_CHECKING:
     from icae_fast.model.icae import ICAE
 
-FORMAT_VERSION = 2
 _REMEDY = "delete it and compress its text again"
 
 
@@ -53,7 +52,15 @@ class PackedMemory:
         Args:
             memory: the memory.
             dtype: dtype of the slots in the file; None for the one they have.
+
+        Raises:
+            InvalidInputError: the memory's spans do not add up to its tokens, so no reader would take the file.
         """
+        if sum(memory.span_lengths) != memory.n_source_tokens:
+            raise InvalidInputError(
+                f"the memory's spans have {sum(memory.span_lengths)} tokens and the memory {memory.n_source_tokens}; "
+                "compress the context again"
+            )
         tensors, compute = pack_slots(memory.slots, dtype), memory.slots.dtype
         file_dtype = compute if dtype == "int8" else tensors["slots"].dtype
         return cls(tensors, compute, file_dtype, memory.n_source_tokens, memory.span_lengths)
@@ -114,22 +121,23 @@ class MemoryFile:
 
     def __init__(self, header: dict[str, Any], sealed: Sealed, what: str) -> None:
         self.header, self.what, self._sealed = header, what, sealed
-        self.origin = _parsed(header, what)
+        self.origin = check_header(header, sealed.tensors, what)
         self._spans: tuple[int, tuple[int, ...]] = header["n_source_tokens"], tuple(header["span_lengths"])
 
     @classmethod
-    def read(cls, blob: torch.Tensor, what: str) -> MemoryFile:
+    def read(cls, blob: torch.Tensor, what: str, *, whole: bool = True) -> MemoryFile:
         """Read the header of a version 2 file.
 
         Args:
             blob: (size,) uint8, the bytes of the file.
             what: name of the file in error messages.
+            whole: off if the blob is the beginning of a file; then only the header can be used.
 
         Raises:
             CheckpointError: the file is truncated, damaged or no memory file.
         """
         try:
-            sealed = Sealed.open(blob)
+            sealed = Sealed.open(blob, whole=whole)
         except ValueError as error:
             raise CheckpointError(f"{what} is damaged: {error}; {_REMEDY}") from error
         return cls(sealed.fields, sealed, what)
@@ -164,27 +172,13 @@ class MemoryFile:
         return _seal(self._slot_tensors(verify=True), header, kv)
 
     def _slot_tensors(self, verify: bool) -> dict[str, torch.Tensor]:
-        return {n: self._tensor(n, verify) for n in ("slots", "slots_scale") if n in self._sealed.names}
+        return {n: self._tensor(n, verify) for n in ("slots", "slots_scale") if n in self._sealed.tensors}
 
     def _tensor(self, name: str, verify: bool) -> torch.Tensor:
         try:
             return self._sealed.tensor(name, verify)
         except ValueError as error:
             raise CheckpointError(f"{self.what} is damaged: {error}; {_REMEDY}") from error
-
-
-def _parsed(header: Any, what: str) -> Origin:
-    """Return the provenance in a header, if this version of the package can read the file."""
-    try:
-        version = header["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(f"{what} has format version {version}; install a newer icae-fast to read it")
-        header["n_source_tokens"], tuple(header["span_lengths"])
-        return Origin.from_header(header)
-    except (KeyError, ValueError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{what} is no memory file; make one with `icae-fast compress`") from error
 
 
 def save_memory(path: str | Path, memory: Memory, icae: ICAE, *, dtype: SlotDtype | None = None) -> None:
@@ -227,12 +221,12 @@ def _read(path: str | Path) -> tuple[Memory, dict[str, Any], Origin]:
         return file.memory(), file.header, file.origin
     tensors, metadata = load_tensors(path)
     try:
-        header = json.loads(metadata[METADATA])
+        header = parse_json(metadata[METADATA])
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is no memory file; make one with `icae-fast compress`") from error
-    origin = _parsed(header, str(path))
-    if header["format_version"] > 1 or "slots" not in tensors:
+    if header.get("format_version") == FORMAT_VERSION:
         raise CheckpointError(f"{path} is damaged: it has lost its checksums; {_REMEDY}")
+    origin = check_header(header, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, str(path))
     return Memory(tensors["slots"], header["n_source_tokens"], tuple(header["span_lengths"])), header, origin
 
 

@@ -11,8 +11,10 @@ import torch
 
 from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundError, StoreError
 from icae_fast.io.packages import importing
-from icae_fast.store.local import SUFFIX
+from icae_fast.store.folder import SUFFIX
+from icae_fast.store.seal import MAX_HEADER, Sealed
 
+_HEAD_BYTES = 256 << 10  # the first request for an entry; most entries and nearly all headers are smaller
 _LONGEST_NAME = 800  # bytes; S3 allows 1024 for the whole name with its folders
 
 
@@ -50,7 +52,7 @@ class RemoteFolder:
         return self.url
 
     def _path(self, key: str) -> str:
-        name = quote(key, safe="") + SUFFIX
+        name = _name_of(key)
         if len(name) > _LONGEST_NAME:
             raise InvalidInputError(f"the key {key[:40]!r}... takes {len(name)} bytes in an address; use a shorter one")
         return f"{self.root}/{name}"
@@ -65,21 +67,38 @@ class RemoteFolder:
             raise StoreError(f"the store {self.url} cannot be used: {error}; check address and access") from error
 
     def read(self, key: str) -> torch.Tensor:
-        """Fetch an entry and return its bytes, (size,) uint8.
+        """Fetch an entry and return its bytes, (size,) uint8; no more of an object than its header states.
 
         Raises:
             MemoryNotFoundError: there is no such entry.
             CheckpointError: it is empty.
             StoreError: the store cannot be reached.
         """
+        blob = self.head(key)
+        with contextlib.suppress(ValueError):  # a damaged header is reported by whoever reads it
+            missing = Sealed.open(blob, whole=False).size - len(blob)
+            if missing > 0:  # one byte more shows that the object is too long
+                rest = self._fetch(key, len(blob), len(blob) + missing + 1)
+                return torch.cat((blob, rest)) if len(rest) else blob
+        return blob
+
+    def head(self, key: str) -> torch.Tensor:
+        """Fetch the beginning of an entry with its header, (size,) uint8; raises as `read`."""
+        blob = self._fetch(key, 0, _HEAD_BYTES)
+        if not len(blob):
+            raise CheckpointError(f"entry {key!r} of the store {self.url} is empty; delete it and compress again")
+        end = 8 + int.from_bytes(blob[:8].numpy().tobytes(), "little")
+        if len(blob) < end <= MAX_HEADER and len(blob) >= _HEAD_BYTES:
+            blob = torch.cat((blob, self._fetch(key, len(blob), end)))
+        return blob
+
+    def _fetch(self, key: str, start: int, end: int) -> torch.Tensor:
         try:
             with self._reaching():
-                data = bytearray(self.fs.cat_file(self._path(key)))
+                data = bytearray(self.fs.cat_file(self._path(key), start=start, end=end))
         except FileNotFoundError as error:
             raise MemoryNotFoundError(f"the store {self.url} has no entry {key!r}; see its keys()") from error
-        if not data:  # torch.frombuffer refuses an empty buffer
-            raise CheckpointError(f"entry {key!r} of the store {self.url} is empty; delete it and compress again")
-        return torch.frombuffer(data, dtype=torch.uint8)
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
     def write(self, entries: Mapping[str, bytes | bytearray]) -> None:
         """Put entries one after another.
@@ -115,10 +134,12 @@ class RemoteFolder:
         try:
             with self._reaching():
                 self.fs.invalidate_cache(self.root)
-                names = [path.rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
+                found = self.fs.ls(self.root, detail=True)
         except FileNotFoundError:  # the folder appears with the first put
-            names = []
-        return iter(sorted(unquote(n.removesuffix(SUFFIX)) for n in names if n.endswith(SUFFIX)))
+            found = []
+        names = (entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] != "directory")
+        keys = [_key_of(name) for name in names]
+        return iter(sorted(key for key in keys if key))
 
     def __len__(self) -> int:
         return sum(1 for _ in self.keys())
@@ -129,3 +150,13 @@ class RemoteFolder:
 
     def close(self) -> None:
         """Do nothing: there is no connection to close."""
+
+
+def _name_of(key: str) -> str:
+    return quote(key, safe="") + SUFFIX
+
+
+def _key_of(name: str) -> str | None:
+    """Return the key of an object, or None if the store gives no such name."""
+    key = unquote(name.removesuffix(SUFFIX))
+    return key if name == _name_of(key) else None

@@ -9,15 +9,19 @@ other damage once in 2^32. It does not protect from deliberate changes. Equal te
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from icae_fast.io.files import tensor_bytes
+from icae_fast.checks import is_int
+from icae_fast.io.files import parse_json, tensor_bytes
 
 METADATA = "icae_memory"
+MAX_HEADER = 16 << 20  # bytes; that of a text of 100 million tokens is smaller
 _TENSORS, _HEADER, _ZEROS = "tensor_crc32", "header_crc32", b"0" * 8
 # The JSON object is written as a JSON string, and the checksum is its first field. Within a value, the first quotation
 # mark of this pattern would be preceded by a backslash, so the pattern occurs exactly once.
@@ -49,9 +53,56 @@ def seal(tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> byte
 
 
 def _head(blob: torch.Tensor) -> bytes:
-    """Return the bytes before the first tensor, or none if their stated length exceeds the file."""
+    """Return the bytes before the first tensor, or none if their stated length exceeds the file or the limit."""
     end = 8 + int.from_bytes(blob[:8].numpy().tobytes(), "little")
-    return blob[:end].numpy().tobytes() if end <= len(blob) else b""
+    return blob[:end].numpy().tobytes() if end <= min(len(blob), MAX_HEADER) else b""
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A tensor's place.
+
+    Args:
+        dtype: of the tensor.
+        shape: of the tensor.
+        first, last: bytes behind the header.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, name: str, spec: Any, first: int) -> _Spec:
+        """Return the place that the header states for a tensor, if it has the size of the tensor.
+
+        Raises:
+            ValueError: see above.
+        """
+        if isinstance(spec, dict) and spec.get("dtype") in _DTYPES:
+            dtype, shape, place = _DTYPES[spec["dtype"]], spec.get("shape"), spec.get("data_offsets")
+            numbers = [shape, place]
+            if all(isinstance(n, list) and all(is_int(i) and i >= 0 for i in n) for n in numbers) and len(place) == 2:
+                size = math.prod(shape) * dtype.itemsize
+                if place == [first, first + size]:
+                    return cls(dtype, tuple(shape), *place)
+        raise ValueError(f"its header contradicts itself about the tensor {name[:40]!r}")
+
+
+def _specs(header: Mapping[str, Any], start: int) -> dict[str, _Spec]:
+    """Return the place of each tensor; they follow each other without gaps, each where its dtype can be read."""
+    tensors = [(name, spec) for name, spec in header.items() if name != "__metadata__"]
+    places = [s.get("data_offsets") if isinstance(s, dict) else None for _, s in tensors]
+    if not all(isinstance(p, list) and p and is_int(p[0]) for p in places):
+        raise ValueError("its header does not say where its tensors are")
+    specs, end = {}, 0
+    for (name, spec), _ in sorted(zip(tensors, places, strict=True), key=lambda pair: pair[1][0]):
+        specs[name] = _Spec.of(name, spec, end)
+        if (start + end) % specs[name].dtype.itemsize:
+            raise ValueError(f"its tensor {name[:40]!r} begins at an odd place")
+        end = specs[name].last
+    return specs
 
 
 class Sealed:
@@ -59,15 +110,23 @@ class Sealed:
 
     Attributes:
         fields: the fields passed to `seal`.
-        names: names of the tensors.
+        tensors: dtype and shape of each tensor.
+        size: bytes of the file.
     """
 
-    def __init__(self, blob: torch.Tensor, header: dict[str, Any], start: int) -> None:
-        self.fields: dict[str, Any] = json.loads(header.pop("__metadata__")[METADATA])
-        self._blob, self._specs, self._start = blob, header, start
-        self._sums: dict[str, str] = self.fields.pop(_TENSORS)
-        self.names = frozenset(header)
+    def __init__(self, blob: torch.Tensor, head: bytes) -> None:
+        header = parse_json(head[8:])
+        metadata = header.get("__metadata__")
+        if not (isinstance(metadata, dict) and isinstance(metadata.get(METADATA), str)):
+            raise ValueError("its header lacks its metadata")
+        self.fields = parse_json(metadata[METADATA])
+        self._blob, self._start, self._specs = blob, len(head), _specs(header, len(head))
+        self._sums = self.fields.pop(_TENSORS, None)
+        if not (isinstance(self._sums, dict) and self._sums.keys() == self._specs.keys()):
+            raise ValueError("its header lacks checksums")
         del self.fields[_HEADER]
+        self.tensors = {name: (spec.dtype, spec.shape) for name, spec in self._specs.items()}
+        self.size = len(head) + max((spec.last for spec in self._specs.values()), default=0)
 
     @staticmethod
     def found(blob: torch.Tensor) -> bool:
@@ -75,11 +134,12 @@ class Sealed:
         return _MARK in _head(blob)
 
     @classmethod
-    def open(cls, blob: torch.Tensor) -> Sealed:
+    def open(cls, blob: torch.Tensor, *, whole: bool = True) -> Sealed:
         """Read and check the header of a file.
 
         Args:
             blob: (size,) uint8 on the CPU, the file's bytes in memory or mapped.
+            whole: off if the blob is the beginning of a file; then only its header can be used.
 
         Raises:
             ValueError: there is no seal, the header is damaged, or the file has the wrong size; the message says which.
@@ -90,25 +150,24 @@ class Sealed:
             raise ValueError("it is truncated within its header, or not a memory file")
         if head[at : at + 8] != b"%08x" % zlib.crc32(head[:at] + _ZEROS + head[at + 8 :]):
             raise ValueError("the checksum of its header is wrong")
-        header = json.loads(head[8:])
-        size = len(head) + max((s["data_offsets"][1] for n, s in header.items() if n != "__metadata__"), default=0)
-        if len(blob) != size:
-            raise ValueError(f"it has {len(blob)} bytes instead of {size}")
-        return cls(blob, header, len(head))
+        sealed = cls(blob, head)
+        if whole and len(blob) != sealed.size:
+            raise ValueError(f"it has {len(blob)} bytes instead of {sealed.size}")
+        return sealed
 
+    @torch.inference_mode(False)
     def tensor(self, name: str, verify: bool = True) -> torch.Tensor:
-        """Return a tensor as a view of the file's bytes.
+        """Return a tensor that shares the file's bytes; its storage is its own part of them, also for `pickle`.
 
         Args:
-            name: one of `names`.
+            name: one of `tensors`.
             verify: compare the checksum, which reads the tensor once.
 
         Raises:
             ValueError: the checksum is wrong.
         """
         spec = self._specs[name]
-        first, last = (self._start + offset for offset in spec["data_offsets"])
-        flat = self._blob[first:last]
+        flat = torch.from_numpy(self._blob.numpy()[self._start + spec.first : self._start + spec.last])
         if verify and crc32(flat) != self._sums[name]:
             raise ValueError(f"the checksum of its {name} is wrong")
-        return flat.view(_DTYPES[spec["dtype"]]).reshape(spec["shape"])
+        return flat.view(spec.dtype).reshape(spec.shape)

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from icae_fast.core.compress import compress_cut
-from icae_fast.core.inputs import Context, as_list
+from icae_fast.core.inputs import Context
 from icae_fast.core.memory import Memory, SlotKV, check_kv, check_memory
-from icae_fast.errors import CheckpointError, InvalidInputError, MemoryNotFoundError, NonFiniteError
+from icae_fast.errors import CheckpointError, InvalidInputError, NonFiniteError
 from icae_fast.model.icae import ICAE
-from icae_fast.store import local as store_local
-from icae_fast.store.local import LocalFolder
+from icae_fast.store.compressing import Compressed, Job, memories_of
+from icae_fast.store.local import LocalFolder, rebuild
 from icae_fast.store.memory_file import MemoryFile, PackedMemory
 from icae_fast.store.provenance import Origin, OriginTracker, content_key, source_hash
 from icae_fast.store.quantize import SlotDtype, check_slot_dtype
@@ -38,7 +37,8 @@ class MemoryStore:
     killed at any moment leaves every entry intact. Checksums cover every byte of a file.
 
     A local folder has an SQLite index, which must be on a local disk, because its locks do not work on network file
-    systems. Readers need write access too: they take their locks in a file beside the index.
+    systems. A folder that cannot be written can be read; where it can be, readers write too: their locks are in a
+    file beside the index.
     Other addresses that fsspec supports have one object per entry and no index. There, `put` is atomic if the service
     writes whole objects (S3, GCS, Azure; not SFTP), `get` fetches the object, and `len` and `keys` list the folder.
 
@@ -203,57 +203,59 @@ class MemoryStore:
     def header(self, key: str) -> dict[str, Any]:
         """Return the header of an entry's file as JSON values; see `memory_file.PackedMemory.encode`.
 
+        The tensors are not read, neither from a disk nor from a remote store.
+
         Raises:
             MemoryNotFoundError, CheckpointError: see `get`.
         """
-        return self._read(key).header
+        return self._read(key, whole=False).header
 
     def compress(
         self, contexts: Context | Sequence[Context], *, kv: bool = False, token_budget: int | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None, names: Sequence[str] | None = None,
     ) -> list[Memory]:  # fmt: skip
         """Return a memory for each context: read from the store if it is there, else compressed and stored.
 
-        All missing contexts are compressed in one call. Entries are found by token ids, base model, adapter, config
-        and dtype: see `key_of`.
+        Entries are found by token ids, base model, adapter, config and dtype: see `key_of`. Missing contexts are
+        compressed in batches of about `token_budget` tokens, and each batch is stored when it is done. A context that
+        cannot be compressed stops no other. A damaged entry is compressed again, of which a warning is logged.
 
         Args:
             contexts, token_budget, on_progress: see `ICAE.compress`.
             kv: as in `put` and `get`. Keys and values of an entry that `get` would skip are computed and stored. Such
                 entries are large, so they are put one by one, each when its keys and values are computed.
+            names: what each context is called in messages, e.g. its file; None for "context 0" and so on.
 
         Returns:
             A `Memory` for each context, equal to the one that `get` returns, even if it was just compressed.
 
         Raises:
-            InvalidInputError: the store has no ICAE. For others see `ICAE.compress`, `put` and `get`.
+            SomeFailedError: some contexts are empty, too long or otherwise bad. All others are in the store by then.
+                It has their `memories`, and the `failures` by place.
+            InvalidInputError: the store has no ICAE. For others, which are raised if no context can be compressed or
+                the call cannot go on, see `ICAE.compress`, `put` and `get`.
+        """
+        each = self.compress_each(contexts, kv=kv, token_budget=token_budget, on_progress=on_progress, names=names)
+        return memories_of(list(each))
+
+    def compress_each(
+        self, contexts: Context | Sequence[Context], *, kv: bool = False, token_budget: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None, names: Sequence[str] | None = None,
+    ) -> Iterator[Compressed]:  # fmt: skip
+        """Do as `compress`, and yield each context when its memory is stored, found or impossible.
+
+        Args:
+            contexts, kv, token_budget, on_progress, names: see `compress`.
+
+        Yields:
+            (place, name, key, memory, error) of each context, in the order in which they are done.
+
+        Raises:
+            ICAEError: the call cannot go on; see `compress`.
         """
         icae, origin = self._own(exact=True)
-        cuts = [icae.cut_context(c, f"context {i}") for i, c in enumerate(as_list(contexts))]
-        sources = [source_hash(cut.ids) for cut in cuts]
-        keys = [content_key(source, origin, icae.dtype) for source in sources]
-        memories: dict[str, Memory] = {}
-        missing: dict[str, int] = {}
-        for i, key in enumerate(keys):
-            if key not in memories and key not in missing:
-                try:
-                    memories[key] = self._got(key, kv)
-                except MemoryNotFoundError:
-                    missing[key] = i
-        if missing:
-            made = compress_cut(
-                icae, [cuts[i] for i in missing.values()], token_budget=token_budget, on_progress=on_progress
-            )
-            packed = {key: PackedMemory.of(m, self.dtype) for key, m in zip(missing, made, strict=True)}
-            memories |= {key: p.memory() for key, p in packed.items()}
-            hashes = {key: sources[i] for key, i in missing.items()}
-            if kv:
-                for key, p in packed.items():
-                    slot_kv = icae.memory_kv(memories[key])
-                    self._folder.write({key: p.encode(origin, kv=slot_kv, key=key, source_hash=hashes[key])})
-            else:
-                self._folder.write({k: p.encode(origin, key=k, source_hash=hashes[k]) for k, p in packed.items()})
-        return [memories[key] for key in keys]
+        job = Job(icae, origin, self.dtype, lambda key: self._got(key, kv), self._folder.write, kv)
+        return job.run(contexts, names, token_budget, on_progress)
 
     def _got(self, key: str, kv: bool) -> Memory:
         """Like `get`, and with `kv` store missing or unusable keys and values of the entry again."""
@@ -318,7 +320,7 @@ class MemoryStore:
         local = _local_path(path)
         if local is None:
             raise InvalidInputError(f"{path} is remote, and a remote store has no index; there is nothing to rebuild")
-        return store_local.rebuild(local)
+        return rebuild(local)
 
     def close(self) -> None:
         """Close the index; loaded memories stay usable."""
@@ -331,9 +333,9 @@ class MemoryStore:
         self.close()
 
     @torch.inference_mode(False)
-    def _read(self, key: str) -> MemoryFile:
-        what = f"entry {key!r} of the store {self._folder}"
-        file = MemoryFile.read(self._folder.read(_checked(key)), what)
+    def _read(self, key: str, *, whole: bool = True) -> MemoryFile:
+        what, folder = f"entry {key!r} of the store {self._folder}", self._folder
+        file = MemoryFile.read((folder.read if whole else folder.head)(_checked(key)), what, whole=whole)
         if file.header["key"] != key:
             raise CheckpointError(f"{what} holds another entry, {file.header['key']!r}; delete it and put it again")
         return file
@@ -372,5 +374,5 @@ def _local_path(path: str | Path) -> Path | None:
     """Return the local folder of a path, or None for a remote address."""
     scheme, separator, rest = str(path).partition("://")
     if not separator:
-        return Path(path)
-    return Path(rest) if scheme in ("file", "local") else None
+        return Path(path).expanduser()
+    return Path(rest).expanduser() if scheme in ("file", "local") else None

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from icae_fast.core.tokens import control_tokens, encode_template, encode_text, encode_texts, encode_with_offsets
-from icae_fast.errors import InvalidInputError
+from icae_fast.errors import InvalidInputError, TokenizerMismatchError
 from icae_fast.io import bundled
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -143,6 +143,8 @@ def test_rows_of_a_batch_are_what_each_is_alone():
     for tokenizer in MADE.values():
         rows = encode_texts(tokenizer, texts, ["a", "b", "c", "d"], add_special_tokens=True)
         assert rows == [encoded(tokenizer, t, add_special_tokens=True) for t in texts]
+        if tokenizer.is_fast:  # a state that other threads read
+            assert not tokenizer.backend_tokenizer.encode_special_tokens
 
 
 def test_offsets_are_places_in_the_text():
@@ -151,6 +153,11 @@ def test_offsets_are_places_in_the_text():
     assert "".join(text[start:end] for start, end in found.offsets) == text
     assert found.ids == encoded(tokenizer, text)
     assert encode_with_offsets(tokenizer, text, "the text", "control").ids == encode_template(tokenizer, text)
+
+
+def test_offsets_need_a_fast_tokenizer():
+    with pytest.raises(TokenizerMismatchError, match=r"Slow does not know which characters .*; use a fast tokenizer"):
+        encode_with_offsets(MADE["slow"], "ab", "the text")
 
 
 def test_added_tokens_that_are_no_control_tokens_stay_tokens():

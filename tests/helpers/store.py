@@ -3,7 +3,7 @@
 import torch
 
 from icae_fast import ICAEConfig, Memory, Origin, SlotKV
-from icae_fast.store import store as store_module
+from icae_fast.store import compressing
 
 K, D = 4, 16
 
@@ -17,13 +17,13 @@ def make_origin():
 def count_compressed(monkeypatch):
     """Return a list that grows by the number of contexts of each call with which a store compresses."""
     calls = []
-    compress = store_module.compress_cut
+    compress = compressing.compress_cut
 
     def counting(core, cuts, **options):
         calls.append(len(cuts))
         return compress(core, cuts, **options)
 
-    monkeypatch.setattr(store_module, "compress_cut", counting)
+    monkeypatch.setattr(compressing, "compress_cut", counting)
     return calls
 
 

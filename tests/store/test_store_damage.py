@@ -10,7 +10,7 @@ import torch
 
 from helpers.store import D, K, file_of, make_origin, memory_for, slot_kv
 from icae_fast import Memory, MemoryStore, errors
-from icae_fast.store.local import INDEX_FILE
+from icae_fast.store.index_files import INDEX_FILE
 from icae_fast.store.memory_file import read_memory_header
 
 
@@ -122,11 +122,18 @@ def test_a_put_that_fails_leaves_the_old_entry(store, monkeypatch):
 def test_waste_is_cleaned_and_entries_are_not(store):
     store.put("a", memory_for("a"))
     path = file_of(store)
-    for name in ("left-without-a-row.safetensors", ".half-written.0123"):
-        (path.parent / name).write_bytes(b"x")
-        os.utime(path.parent / name, (1e9, 1e9))
+    digest, folder = path.name[:32], path.parent
+    waste = f"{digest}-{'0' * 16}.safetensors"
+    for name in (waste, f".{waste}.{'1' * 32}"):
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (1e9, 1e9))
     os.utime(path, (1e9, 1e9))
-    (path.parent / "young").write_bytes(b"x")
-    assert store.clean() == 2
-    assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, "young"])
+    young = f"{digest}-{'2' * 16}.safetensors"
+    (folder / young).write_bytes(b"x")
+    index = folder.parent / f".{INDEX_FILE}.{'3' * 32}"
+    index.write_bytes(b"x")
+    os.utime(index, (1e9, 1e9))
+    assert store.clean() == 3
+    assert sorted(p.name for p in folder.iterdir()) == sorted([path.name, young])
+    assert not index.exists()
     assert torch.equal(store.get("a").slots, memory_for("a").slots)

@@ -133,3 +133,35 @@ def test_a_store_goes_on_working_after_a_fork(tmp_path):
     store.put("later", memory_for("later"))
     check_all(store, ["parent", "child", "later"])
     assert list(store.keys()) == ["child", "later", "parent"]
+
+
+def test_two_stores_opened_after_a_fork_keep_what_they_put(tmp_path):
+    """A forked process does not take SQLite's locks of its parent for its own, whose log the parent would delete."""
+    folder = tmp_path / "store"
+    mine = [MemoryStore(folder, make_origin()) for _ in range(2)]
+    mine[0].put("parent", memory_for("parent"))
+    assert len(mine[1]) == 1
+    ready, closed = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            stores = [MemoryStore(folder, make_origin()) for _ in range(2)]
+            for n, store in enumerate(stores):
+                store.put(f"first-{n}", memory_for(f"first-{n}"))
+            os.write(ready[1], b"x")
+            os.read(closed[0], 1)
+            for n, store in enumerate(stores):
+                store.put(f"second-{n}", memory_for(f"second-{n}"))
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    os.read(ready[0], 1)
+    for store in mine:
+        store.close()
+    os.write(closed[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    for end in (*ready, *closed):
+        os.close(end)
+    with MemoryStore(folder, make_origin(), create=False) as store:
+        assert list(store) == ["first-0", "first-1", "parent", "second-0", "second-1"]
+        check_all(store, store.keys())

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from icae_fast.errors import ChatModelError, InvalidInputError
-from icae_fast.training.chat.model import UNUSABLE, RequestFailed
+from icae_fast.training.chat.model import UNUSABLE, NoRetry, RequestFailed
 from icae_fast.training.chat.replies import shorten
+from icae_fast.training.chat.width import Width
 
 try:  # one library under two names: httpx2 since Python 3.11; huggingface_hub depends on one of them
     import httpx2 as httpx
@@ -39,7 +40,7 @@ class EndpointModel:
     Timeouts, lost connections, 408, 409, 429, 5xx and unusable replies are retried after `backoff * 2^n` seconds (at
     most 60, times a random 0.5 to 1), or after the time in `Retry-After`. While a 429 or 503 with `Retry-After` is
     pending, no other request is sent either. An error that no retry can fix (no connection, 401, 403 or 404 before the
-    first reply) raises ChatModelError at once.
+    first reply) raises ChatModelError at once. After timeouts fewer requests are sent at once, see `Width`.
 
     Args:
         url: base URL of the API, e.g. `http://localhost:8000/v1`.
@@ -89,6 +90,7 @@ class EndpointModel:
         self._served = False  # after a first reply, address, key and model are known to be right
 
     async def __aenter__(self) -> EndpointModel:
+        self._at_once = Width(self.width)
         self._client = httpx.AsyncClient(headers=self._headers, timeout=None)  # `asyncio.wait_for` limits the total
         return self
 
@@ -100,8 +102,12 @@ class EndpointModel:
         body = self._body | {"messages": [{"role": "user", "content": message}]}
         for attempt in range(self._attempts):
             try:
-                await self._wait()
-                return parse(await self._post(body))
+                async with self._at_once:
+                    await self._wait()
+                    reply = await self._post(body)
+                return parse(reply)
+            except NoRetry as error:
+                raise RequestFailed(UNUSABLE, str(error)) from error
             except (_Retry, ValueError) as error:
                 failure = error if isinstance(error, _Retry) else _Retry(UNUSABLE, str(error))
             wait = failure.wait
@@ -118,9 +124,11 @@ class EndpointModel:
             await asyncio.sleep(wait)
 
     async def _post(self, body: Mapping[str, Any]) -> str:
+        sent = time.monotonic()
         try:
             response = await asyncio.wait_for(self._client.post(self.url, json=body), self._timeout)
         except asyncio.TimeoutError:  # an alias of the builtin TimeoutError only since Python 3.11
+            self._at_once.timed_out(sent)
             raise _Retry("timeout", f"no reply within {self._timeout:g} s") from None
         except httpx.ConnectError as error:
             if not self._served:
@@ -132,6 +140,7 @@ class EndpointModel:
             raise _Retry("no connection", str(error) or type(error).__name__) from error
         except httpx.RequestError as error:
             raise _Retry(UNUSABLE, str(error)) from error
+        self._at_once.replied()
         status = response.status_code
         if status != 200:
             self._refuse(response, status)

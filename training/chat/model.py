@@ -31,6 +31,10 @@ class RequestFailed(Exception):  # noqa: N818 - never reaches a user: the run co
         return cls(CUT_OFF, f"the answer did not end{within}; allow longer ones", of_message=True)
 
 
+class NoRetry(ValueError):  # noqa: N818 - a reply is no error
+    """An unusable reply that the same message is likely to bring again, so that another message is better."""
+
+
 class ChatModel(Protocol):
     """A model that answers messages, used in an `async with`.
 
@@ -51,7 +55,7 @@ class ChatModel(Protocol):
 
         Args:
             message: the message to answer.
-            parse: reads the reply; raises ValueError if it is unusable.
+            parse: reads the reply; raises ValueError if it is unusable and may be tried again, or `NoRetry`.
 
         Raises:
             RequestFailed: there is no usable answer.

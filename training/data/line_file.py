@@ -57,7 +57,7 @@ class LineFile:
         """
         if not self.path.parent.is_dir():
             raise OutputError(f"{self.path.parent} is not a folder; create it first")
-        if self.path.exists() and not self.path.is_file():
+        if os.path.exists(self.path) and not self.path.is_file():  # False for a name that is too long
             raise OutputError(f"{self.path} is not a regular file; give another output")
         try:
             self._lock.acquire(timeout=0)

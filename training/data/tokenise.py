@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from icae_fast.core.tokens import SpecialTokens, control_tokens, encode_texts
+from icae_fast.core.tokens import SpecialTokens, control_tokens, encode_texts, is_mistral_common
 from icae_fast.errors import CacheError, DataError, ICAEError, TokenizerMismatchError
 from icae_fast.training.data.records import Record
 
@@ -22,7 +22,7 @@ class Tokenise:
     """A function for `datasets` that maps a batch of records to rows of token ids.
 
     Args:
-        tokenizer: a fast tokenizer.
+        tokenizer: a fast tokenizer, or one of mistral-common.
         fields: text fields of a row.
         special_tokens: see `icae_fast.core.tokens.encode_text`.
 
@@ -31,7 +31,7 @@ class Tokenise:
     """
 
     def __init__(self, tokenizer: Any, fields: tuple[str, ...], special_tokens: SpecialTokens = "text") -> None:
-        if not getattr(tokenizer, "is_fast", False):
+        if not getattr(tokenizer, "is_fast", False) and not is_mistral_common(tokenizer):
             raise TokenizerMismatchError(
                 f"training data needs a fast tokenizer, and this one is {type(tokenizer).__name__}; load it with "
                 "AutoTokenizer.from_pretrained"
@@ -64,8 +64,12 @@ class Tokenise:
 
     def version(self) -> str:
         """Return a hash of everything that determines a text's ids."""
-        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        backend.pop("truncation"), backend.pop("padding")  # set at every call
+        backend: Any
+        if is_mistral_common(self.tokenizer):
+            backend = self.tokenizer.get_vocab()
+        else:
+            backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            backend.pop("truncation"), backend.pop("padding")  # set at every call
         control = sorted(control_tokens(self.tokenizer).items()) if self.special_tokens == "text" else "control"
         return Hasher.hash([CACHE_VERSION, list(self.fields), json.dumps(backend, sort_keys=True), control])
 

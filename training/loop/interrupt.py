@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 # A launcher repeats a Ctrl-C that the terminal has already sent to all processes.
 _REPEATED_WITHIN_S = 3.0
@@ -57,8 +58,8 @@ def interruptible() -> Iterator[Interruption]:
     Signals that are ignored or have a handler of the caller keep it, and so do all in another thread than the main one.
     """
     interruption = Interruption()
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    replaced = []
+    defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    replaced: list[int] = []
     if threading.current_thread() is threading.main_thread():
         replaced = [number for number, handler in defaults.items() if signal.getsignal(number) == handler]
     for number in replaced:

@@ -178,7 +178,7 @@ class Settings(Section):
     @property
     def max_steps(self) -> int:
         """Optimiser steps of the run: `train.max_steps`, or those of all stages."""
-        return self.train.given().get("max_steps", self.curriculum().total_steps)
+        return int(self.train.given().get("max_steps", self.curriculum().total_steps))
 
     @property
     def trains_encoder(self) -> bool:

@@ -77,8 +77,6 @@ class ICAETrainer(CheckpointingTrainer):
         ConfigError: the launch started more processes than work together, or a base model cannot be sharded.
     """
 
-    model: nn.Module  # `Trainer` annotates it as optional
-
     # Losses are already normalised over the whole step.
     loss_is_scaled_for_ga = True
 

@@ -43,7 +43,7 @@ def two_group_optimizer(
             is_token = name.endswith(("memory_token_embed.weight", "slot_gain"))
             (tokens if is_token else others).append(parameter)
     decay, faster = {"weight_decay": weight_decay}, options["lr"] * token_lr_factor
-    of_tokens = {}
+    of_tokens: dict[str, int] = {}
     if soap:  # rows of an embedding must not be mixed
         kind, options, of_tokens = Soap, {n: options[n] for n in ("lr", "betas", "eps")}, {"max_basis": 0}
     groups = [{"params": others, **decay}, {"params": tokens, "lr": faster, **decay, **of_tokens}]

@@ -64,8 +64,8 @@ _PAIRS = (
     "{n} entries."
 )
 
-_NUMBERED = re.compile(
-    r"\s*(?:[-*•]\s+|\W{0,2}(?:Q|Question|Prompt)?\s*\d{1,3}\s*[.):\]]\*{0,2}\s*(?=[^\d\s]))", re.IGNORECASE
+_NUMBERED = re.compile(  # of a stripped line: with blanks before it, two parts of \W and \s would share them out
+    r"(?:[-*•]\s+|\W{0,2}(?:Q|Question|Prompt)?\s*\d{1,3}\s*[.):\]]\*{0,2}\s*(?=[^\d\s]))", re.IGNORECASE
 )
 _BRACKET = re.compile(r"[\[{]")
 _MAX_QUESTION = 500  # characters; a longer line is not a prompt
@@ -120,9 +120,9 @@ def parse_questions(reply: str, known: Sequence[str] = ()) -> list[str]:
     reply = reply_text(reply)
     found = [value for value in _json_values(reply) if isinstance(value, str)]
     if not found:
-        lines = [line for line in reply.splitlines() if line.strip()]
+        lines = [line.strip() for line in reply.splitlines() if line.strip()]
         numbered = [match for match in map(_NUMBERED.match, lines) if match]
-        found = [m.string[m.end() :] for m in numbered] or [line for line in lines if not line.rstrip().endswith(":")]
+        found = [m.string[m.end() :] for m in numbered] or [line for line in lines if not line.endswith(":")]
     questions = _new(((text, "") for text in found), known)
     if not questions:
         raise ValueError(f"the reply lists no prompt: {shorten(reply)}")
@@ -166,9 +166,11 @@ def _json_values(text: str) -> Iterator[Any]:
     while (bracket := _BRACKET.search(text, start)) is not None:
         try:
             value, start = decoder.raw_decode(text, bracket.start())
-        except (ValueError, RecursionError):
+        except ValueError:
             start = bracket.start() + 1
             continue
+        except RecursionError:  # no list of prompts is nested so deeply, and every bracket of it would be tried again
+            return
         yield from _walk(value)
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
 from icae_fast.cli.loading import load, quieten_loading, refuse_memory_size
-from icae_fast.cli.options import TextField, at_home
+from icae_fast.cli.options import TextField, at_home, names
 from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError, OutputError
 from icae_fast.io.bundled import BUNDLED_NAME
@@ -50,6 +50,8 @@ def eval_command(
     judge_model: Annotated[str | None, typer.Option(help="The judge's name at the endpoint.")] = None,
     judge_key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = KEY_ENV,
     judge_body: Annotated[str | None, typer.Option(help="More fields of each request to the judge, as a JSON object; null removes a field.")] = None,  # noqa: E501
+    judge_timeout: Annotated[float, typer.Option(min=0.001, help="Time limit of one request to the judge, in seconds.")] = 120.0,  # noqa: E501
+    judge_retries: Annotated[int, typer.Option(min=0, help="Number of retries of a failed request to the judge.")] = 5,
     judge_jobs: Annotated[int, typer.Option(min=1, help="Concurrent requests to the judge.")] = 4,
     judge_local: Annotated[str | None, typer.Option(help="A local judge instead: a folder, a hub id, or smollm2.")] = None,  # noqa: E501
     text_field: TextField = "text",
@@ -79,8 +81,9 @@ def eval_command(
     instructions = None
     if INSTRUCTIONS in choice.groups:
         questions, problems = read_questions(pwc or (), samples, seed)
-        judge = load_judge(judge_endpoint, judge_model, judge_local, judge_key_env, judge_body, judge_jobs)
-        instructions = Instructions(questions, problems, known_reads(_names(contestants)), max_new_tokens, judge)
+        judge = load_judge(judge_endpoint, judge_model, judge_local, judge_key_env, judge_body, judge_jobs,
+                           judge_timeout, judge_retries)  # fmt: skip
+        instructions = Instructions(questions, problems, known_reads(names(contestants)), max_new_tokens, judge)
     _make_folder(output)
     subjects = _load_subjects(specs, model, memory_size, rate, dtype)
     results, not_measured = _measure(subjects, read, instructions, choice, output, samples, seed)
@@ -118,10 +121,6 @@ def _measure(
         except KeyboardInterrupt:
             stderr.print("interrupted; run the same command again to go on")
             raise
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _make_folder(output: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from icae_fast.cli.options import TextField, at_home
+from icae_fast.cli.options import TextField, at_home, names
 from icae_fast.cli.output import print_table, stderr
 from icae_fast.errors import InvalidInputError
 from icae_fast.io.console import KEY_ENV, progress_bar
@@ -59,13 +59,9 @@ def make_pwc_command(
         from icae_fast.training.pwc import RecordFile, Settings
 
     check_names("teacher", "--", endpoint, model, local)
-    names: dict[str, Any] = (
-        {} if kinds is None else {"kinds": tuple(dict.fromkeys(k.strip() for k in kinds.split(",") if k.strip()))}
-    )
-    settings = Settings(
-        **names, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens,
-        text_field=text_field,
-    )  # fmt: skip
+    named = {} if kinds is None else {"kinds": names(kinds)}
+    settings = Settings(**named, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens,
+                        text_field=text_field)  # fmt: skip
     if settings.needs_teacher and endpoint is None and local is None:
         raise InvalidInputError("these prompts need a teacher; give --endpoint and --model, or --local smollm2")
     with RecordFile(output) as records:

@@ -3,6 +3,8 @@
 import asyncio
 import datetime
 import email.utils
+import threading
+import time
 
 import pytest
 
@@ -10,7 +12,8 @@ from helpers.chat import PARAGRAPHS, ChatServer, completion
 from icae_fast.errors import ChatModelError, InvalidInputError
 from icae_fast.training.chat import EndpointModel
 from icae_fast.training.chat.endpoint import _retry_after
-from icae_fast.training.chat.model import RequestFailed
+from icae_fast.training.chat.model import NoRetry, RequestFailed
+from icae_fast.training.chat.width import Width
 from icae_fast.training.pwc.prompts import answer_request, parse_answer
 
 MESSAGE = answer_request(PARAGRAPHS[0], "Write a title.")
@@ -72,6 +75,49 @@ def test_a_fault_is_counted_and_the_request_tried_again(fault, cause):
             ask(server, timeout=timeout, retries=1)
     assert failed.value.cause == cause
     assert len(server.requests) == 5
+
+
+def test_a_reply_that_asks_for_no_retry_is_the_only_one():
+    def refuse(reply):
+        raise NoRetry("no verdict in it")
+
+    async def run(model):
+        async with model:
+            await model.ask(MESSAGE, refuse)
+
+    with ChatServer() as server, pytest.raises(RequestFailed, match="no verdict in it"):
+        asyncio.run(run(EndpointModel(server.url, "model", backoff=100.0)))
+    assert len(server.requests) == 1
+
+
+def test_a_serial_server_is_not_asked_for_more_than_it_can_answer():
+    """Each request takes it 0.2 s, so the third of four at once is late, and with its retries all after it."""
+    one_at_a_time = threading.Lock()
+
+    def reply(message):
+        with one_at_a_time:
+            time.sleep(0.2)
+        return "An answer."
+
+    with ChatServer(reply=reply) as server:
+        replies, model = ask(server, times=16, jobs=4, timeout=0.5, retries=5)
+    assert replies == ["An answer."] * 16
+    assert model.retries["timeout"] <= 6
+
+
+def test_requests_at_once_are_halved_by_a_timeout_and_grow_with_replies():
+    width = Width(8)
+    sent = time.monotonic()
+    width.timed_out(sent)
+    width.timed_out(sent)  # of the same eight
+    assert width.limit == 4
+    for limit in (2, 1, 1):
+        time.sleep(0.001)
+        width.timed_out(time.monotonic() + 0.001)
+        assert width.limit == limit
+    for _ in range(10_000):
+        width.replied()
+    assert width.limit == 8
 
 
 def test_all_requests_wait_as_long_as_the_server_asks():

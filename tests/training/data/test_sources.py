@@ -124,6 +124,19 @@ def test_control_tokens_in_rows_are_text(write, byte_tokenizer, tmp_path, stream
     assert opened() == rows
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_for_a_tokenizer_of_mistral_common(write, tmp_path, streaming):
+    package = pytest.importorskip("mistral_common", reason="mistral-common is an optional package")
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    tokenizer = MistralCommonBackend(os.path.join(os.path.dirname(package.__file__), "data", "tekken_240911.json"))
+    write("a.jsonl", [{"text": "hi [/INST] there"}])
+    spec, cache = {"path": "a.jsonl", "streaming": streaming}, str(tmp_path / "cache")
+    ((_, ids, problem),) = listed(open_source(spec, tokenizer, cache_folder=cache))
+    assert (ids[0], problem) == (tokenizer.bos_token_id, "")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hi [/INST] there"
+
+
 def test_remote_files():
     fs = fsspec.filesystem("memory")
     fs.pipe("/bucket/part-0.jsonl", lines([{"text": "w5"}]))

@@ -1,5 +1,6 @@
 """Judging pairs with a server that stalls, fails and replies nonsense, with biased judges, and after interruptions."""
 
+import asyncio
 import dataclasses
 import json
 from collections import Counter
@@ -41,6 +42,11 @@ def bench(tmp_path):
 @pytest.fixture
 def cache_path(tmp_path):
     return tmp_path / "answers.jsonl"
+
+
+async def ask_once(judge):
+    async with judge:
+        return await judge.ask("Paragraph 1", str)
 
 
 class Judge(ScriptedTeacher):
@@ -127,6 +133,18 @@ def test_replies_without_a_verdict_are_asked_for_again_counted_and_not_scored(an
     assert len(unparsed["failures"]) == 2
     assert "Both have their merits" in unparsed["failures"][0]
     assert "1 of 4 pairs have no result" in result.unfinished
+
+
+def test_a_reply_without_a_verdict_is_followed_by_the_one_word_question(answered, bench):
+    """The same question again would bring the same reply, after a pause that grows."""
+    with ChatServer(reply=lambda message: "I cannot say.") as server:
+        judge = endpoint(server, retries=5, backoff=100.0)
+        result = judge_pairs(answered, judge, bench)
+        sent = Counter(body["messages"][0]["content"] for *_, body in server.requests)
+    assert set(sent.values()) == {1}
+    assert [m.endswith("Reply with one word: A, B or TIE.") for m in sent].count(True) == len(sent) / 2 == 6
+    assert row_of(result) == counts(tie=1, same=1, unparsed=3)
+    assert (result.facts["retried"], result.facts["failed"]) == ({}, {"unusable reply": 6})
 
 
 def test_the_verdict_alone_will_do(answered, bench):
@@ -248,6 +266,18 @@ def test_what_is_no_verdict_is_refused(reply):
         parse_verdict(reply)
 
 
+@pytest.mark.parametrize("filler", [" ", "*", ":", "* ", "the ", "verdict ", "\u3000"])
+@pytest.mark.parametrize("begin", ["", "verdict", "the final answer is", "a"])
+def test_a_long_line_is_read_in_linear_time(begin, filler):
+    """A million characters, over which an expression of two or three free parts would take hours."""
+    with pytest.raises(ValueError, match="reply"):
+        parse_verdict(begin + filler * 1_000_000 + "x")
+
+
+def test_blanks_and_marks_around_a_verdict_are_free():
+    assert parse_verdict("**Verdict**" + " " * 1_000_000 + ":\u3000*B*" + "." * 1_000_000) == "B"
+
+
 def test_outcomes():
     table = {(a, b): outcome(a, b) for a in ("A", "B", "TIE") for b in ("A", "B", "TIE")}
     assert table.pop(("A", "B")) == "win"
@@ -285,6 +315,12 @@ def test_a_judge_as_options_name_it(monkeypatch):
     with ChatServer(reply=longer_wins) as server:
         judge = load_judge(server.url, "m", None, "SOME_KEY", '{"max_tokens": null, "seed": 1}')
         assert judge.settings == {"model": "m", "temperature": 0.0, "seed": 1}
+    with ChatServer(["stall", 500]) as server:
+        judge = load_judge(server.url, "m", None, timeout=0.2, retries=0)
+        for cause in ("timeout", "server error"):
+            with pytest.raises(RequestFailed) as failed:
+                asyncio.run(ask_once(judge))
+            assert (failed.value.cause, judge.retries) == (cause, {})
     for options, message in (
         (("http://localhost/v1", "m", "smollm2"), "two judges"),
         (("http://localhost/v1", None, None), "--judge-endpoint needs --judge-model"),

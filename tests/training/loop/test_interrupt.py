@@ -9,6 +9,8 @@ import pytest
 from icae_fast.training.loop import interrupt
 from icae_fast.training.loop.interrupt import interruptible
 
+pytestmark = pytest.mark.usefixtures("default_handlers")
+
 
 def test_a_signal_raises_unless_it_is_deferred(monkeypatch):
     clock = [100.0]

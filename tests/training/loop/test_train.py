@@ -16,7 +16,7 @@ import yaml
 
 from helpers import golden
 from icae_fast import ICAE
-from icae_fast.errors import ConfigError
+from icae_fast.errors import CheckpointError, ConfigError
 from icae_fast.training import finetune, pretrain
 from icae_fast.training.loop import recipes
 from icae_fast.training.loop import train as runs
@@ -125,6 +125,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(config, tmp_path):
     assert (recipes.pretrain(load_settings(path)) / "icae_config.json").read_text() == digest
 
 
+@pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_numbers(config, tmp_path, monkeypatch, caplog, number):
     path = config(TEXTS, data={"workers": 1})
@@ -153,6 +154,7 @@ def test_an_interrupted_run_is_saved_and_goes_on_to_the_same_numbers(config, tmp
     assert (adapter / "icae_config.json").read_text() == digest
 
 
+@pytest.mark.usefixtures("default_handlers")
 def test_an_interrupt_before_the_first_step_says_where_the_run_stands(config, tmp_path, monkeypatch, caplog):
     path = config(TEXTS)
     monkeypatch.setattr(runs, "load_icae", lambda settings: os.kill(os.getpid(), signal.SIGTERM))
@@ -315,3 +317,14 @@ def test_another_adapter_does_not_go_on_from_a_checkpoint(config, tmp_path):
     recipes.pretrain(load_settings(config(TEXTS)))
     with pytest.raises(ValueError, match=r"adapter\.lora_rank differs"):
         recipes.pretrain(load_settings(config(TEXTS, adapter={"lora_rank": 8})))
+
+
+def test_damaged_settings_of_a_run_are_one_error(config, tmp_path):
+    settings = load_settings(config(TEXTS, stages=[{"steps": 1, "objectives": {"ae": 1}, "max_tokens": 8}]))
+    adapter = recipes.pretrain(settings)
+    for content in (b"", b"- 1\n", b"{x: \n", b"\xff\xfe\x00", b"!!python/name:os.system"):
+        (tmp_path / "out" / "settings.yaml").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"settings\.yaml is damaged .* delete it to continue"):
+            recipes.pretrain(settings)
+    (tmp_path / "out" / "settings.yaml").unlink()
+    assert recipes.pretrain(settings) == adapter

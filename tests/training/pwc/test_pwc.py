@@ -10,7 +10,7 @@ from icae_fast.errors import ChatModelError, InvalidInputError, OutputError
 from icae_fast.training.chat.model import RequestFailed
 from icae_fast.training.pwc import RecordFile, Settings, make_pwc
 from icae_fast.training.pwc.passages import count_words
-from icae_fast.training.pwc.prompts import KINDS
+from icae_fast.training.pwc.prompts import KINDS, parse_questions
 
 LIMITS = {"max_tokens": 30, "min_tokens": 5}
 
@@ -219,10 +219,19 @@ def test_an_output_that_cannot_be_written_is_one_error(tmp_path):
     for path, message in (
         (tmp_path / "absent" / "out.jsonl", "create it first"),
         (tmp_path, "not a regular file"),
-        (tmp_path / ("n" * 252), "cannot write"),  # its lock file's name is too long
+        (tmp_path / ("n" * 256), "cannot write"),  # the name is too long
     ):
         with pytest.raises(OutputError, match=message):
             RecordFile(path).__enter__()
     with RecordFile(tmp_path / "out.jsonl"), pytest.raises(OutputError, match="another process"):
         RecordFile(tmp_path / "out.jsonl").__enter__()
     assert not list(tmp_path.glob("*.jsonl"))  # none was written
+
+
+@pytest.mark.parametrize("filler", [" ", "\t", "*", "* ", "1", "Q ", "Q1 ", "- ", "(", "[", '{"a":'])
+def test_a_long_line_is_read_in_linear_time(filler):
+    """A million characters, over which an expression of two free parts would take hours."""
+    line = filler * 1_000_000
+    with pytest.raises(ValueError, match="reply"):
+        parse_questions(f"{line}\n1{line}\nx{line}")
+    assert parse_questions(f"{line}\n  1. What is it?\n   Q2:  And then?") == ["What is it?", "And then?"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from icae_fast.errors import InvalidInputError
 from icae_fast.training.chat.asking import GIVE_UP_AFTER, Asker, GaveUp, work
-from icae_fast.training.chat.model import CUT_OFF, UNUSABLE, ChatModel, RequestFailed
+from icae_fast.training.chat.model import CUT_OFF, UNUSABLE, ChatModel, NoRetry, RequestFailed
 from icae_fast.training.chat.replies import reply_text
 from icae_fast.training.evaluation.instructions.answering import Answered
 from icae_fast.training.evaluation.instructions.contestants import Contestant
@@ -228,7 +228,10 @@ def judge_pairs(
 
 
 def _verdict_of(reply: str) -> tuple[Verdict, str]:
-    return parse_verdict(reply), reply_text(reply)
+    try:
+        return parse_verdict(reply), reply_text(reply)
+    except ValueError as error:
+        raise NoRetry(str(error)) from error  # the shorter question is better than the same one again
 
 
 def _duel(answered: Answered, pair: Pair, i: int) -> _Duel:

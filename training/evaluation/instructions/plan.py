@@ -33,6 +33,8 @@ def load_judge(
     api_key_env: str = KEY_ENV,
     body: str | None = None,
     jobs: int = 4,
+    timeout: float = 120.0,
+    retries: int = 5,
 ) -> ChatModel | None:
     """Return the greedy judge that options describe, None if they describe none.
 
@@ -43,6 +45,8 @@ def load_judge(
         api_key_env: environment variable with the endpoint's key.
         body: extra fields of each request, a JSON object; null removes a field.
         jobs: concurrent requests.
+        timeout: seconds for one request.
+        retries: retries of a failed request.
 
     Raises:
         InvalidInputError: the options contradict each other, or one is invalid.
@@ -55,7 +59,8 @@ def load_judge(
         return None
     fields = request_fields("--judge-body", body, temperature=0.0)
     key = api_key(api_key_env)
-    return EndpointModel(endpoint, model, api_key=key, jobs=jobs, max_answer_tokens=JUDGE_TOKENS, body=fields)
+    limits = {"jobs": jobs, "timeout": timeout, "retries": retries, "max_answer_tokens": JUDGE_TOKENS}
+    return EndpointModel(endpoint, model, api_key=key, body=fields, **limits)
 
 
 @dataclass

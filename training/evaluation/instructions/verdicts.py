@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import Literal
 
 from icae_fast.training.chat.replies import reply_text, shorten
@@ -38,8 +39,9 @@ longer, says nothing about its quality."""
 _WITH_REASON = "\n\nGive your reason in one sentence. Then write a last line that is nothing but A, B or TIE."
 _ONE_WORD = "\n\nReply with one word: A, B or TIE."
 
-_LABEL = r"(?:(?:the )?(?:final |better )?(?:verdict|decision|judg(?:e)?ment|answer|choice)(?: is)?\s*:?\s*)?"
-_VERDICT = re.compile(rf"[^\w]*{_LABEL}[^\w]*(a|b|tie)[^\w]*", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+_LABEL = re.compile(r"(the )?(final |better )?(verdict|decision|judge?ment|answer|choice)( is)?")  # of single blanks
+_MOST_WORDS = 5  # the final verdict is tie
 _VALUES: dict[Verdict, int] = {"A": 1, "B": -1, "TIE": 0}
 _NAMED: dict[str, Verdict] = {verdict: verdict for verdict in _VALUES}
 
@@ -67,10 +69,12 @@ def parse_verdict(reply: str) -> Verdict:
         ValueError: there is none.
     """
     last = reply_text(reply).splitlines()[-1]
-    found = _VERDICT.fullmatch(last)
-    if found is None:
+    words = [word.group().lower() for word in islice(_WORD.finditer(last), _MOST_WORDS + 1)]
+    verdict = _NAMED.get(words[-1].upper()) if words else None
+    label = " ".join(words[:-1])
+    if verdict is None or (label and not _LABEL.fullmatch(label)):
         raise ValueError(f"the reply's last line is not A, B or TIE: {shorten(last)}")
-    return _NAMED[found[1].upper()]
+    return verdict
 
 
 def agree(shown_first: Verdict, shown_second: Verdict) -> bool:

@@ -1,0 +1,1 @@
+"""Faults for tests: work that is cut off, disks that are full or read-only."""
