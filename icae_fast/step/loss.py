@@ -28,11 +28,10 @@ from icae_fast.step.labels import (
     Rows,
     check_contexts,
     check_prompt_lengths,
-    integer_rows,
-    scored_rows,
     shifted_targets,
     unpad,
 )
+from icae_fast.step.layout import LaidOut, copy_once, lay_out, memory_places
 from icae_fast.step.output import LazyTensor, TrainingOutput
 from icae_fast.step.training_step import TrainingStep
 
@@ -109,7 +108,9 @@ def forward(
     width = prompt_answer_ids.shape[1] if isinstance(prompt_answer_ids, torch.Tensor) else max(map(len, prompts))
     if labels is not None and torch.is_grad_enabled():
         budget = ActivationBudget(span_tokens=token_budget)
-        scored = _scored_hidden(core, contexts, prompts, labels, budget, None, None, every_row=False)
+        scored = _scored_hidden(
+            core, lay_out(core, contexts, prompts, labels, None, every_row=False), budget, None, None
+        )
         losses, _ = _head_losses(scored.hidden, core.base_model.lm_head, scored.targets, None)
         lengths = [len(p) for p in prompts]
         logits = LazyTensor(lambda: _padded(_logits(core, scored.embeddings, lengths), lengths, width))
@@ -118,8 +119,8 @@ def forward(
     lengths = check_prompt_lengths(contexts, prompts, core.max_positions)
     slots, packed = encode(core, contexts, token_budget), torch.cat(prompts)
     _check_prompts(core.vocabulary, prompts, [len(s) for s in slots])
-    places = _memory_places(core.vocabulary, packed)
-    packed, places = _copy_once(core.device, packed, places)
+    places = memory_places(core.vocabulary, packed)
+    packed, places = copy_once(core.device, packed, places)
     embeddings = _with_slots(core, packed, places, slots)
     logits = _logits(core, embeddings, lengths)
     loss = None if targets is None else _mean_loss(logits, targets)
@@ -136,6 +137,7 @@ def token_losses(
     memory_size: int | None = None,
     teacher: Teacher | None = None,
     slots: Sequence[torch.Tensor] | None = None,
+    own_tokens: torch.Tensor | None = None,
 ) -> TokenLosses:
     """Return the losses of `forward`, one per labelled token, at a fraction of its time and memory.
 
@@ -150,13 +152,18 @@ def token_losses(
         memory_size: slots per span, the first k' of the k; see `encode`.
         teacher: hidden states for distillation, in the order of the losses.
         slots: (n_spans_i * k', d) for each context, instead of the encoder's; gradients go to them.
+        own_tokens: (sum of S_i,) bool. Where it is set at a labelled token, the decoder reads its own guess, found by
+            `token_guesses` with the right tokens before it, unless that is EOS.
 
     Raises:
         InvalidInputError: shapes or ids that do not fit, a number of memory ids that is not the number of slots, or a
             teacher of another batch.
         ContextTooLongError: a row is longer than `max_positions`.
     """
-    found = _scored_hidden(core, contexts, prompts, labels, budget, memory_size, slots)
+    laid = lay_out(core, contexts, prompts, labels, slots, own_tokens=own_tokens)
+    if own_tokens is not None:
+        laid = laid._replace(packed=_with_guesses(core, laid, memory_size, slots))
+    found = _scored_hidden(core, laid, budget, memory_size, slots)
     return TokenLosses(*_head_losses(found.hidden, core.base_model.lm_head, found.targets, teacher), found.rows)
 
 
@@ -181,12 +188,31 @@ def token_guesses(
     Raises:
         InvalidInputError, ContextTooLongError: see `token_losses`.
     """
+    return _guesses(core, lay_out(core, contexts, prompts, labels, slots), memory_size, slots)
+
+
+def _guesses(
+    core: ICAECore, laid: LaidOut, memory_size: int | None, slots: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
+    """Return the decoder's argmax at each labelled token."""
     # Without a graph nothing is kept, so any budget does.
-    found = _scored_hidden(core, contexts, prompts, labels, ACTIVATION_BUDGET, memory_size, slots)
+    found = _scored_hidden(core, laid, ACTIVATION_BUDGET, memory_size, slots)
     head = core.base_model.lm_head
     if not is_plain_linear(head, found.hidden):
         return torch.cat([head(rows).argmax(1) for rows in found.hidden.split(CHUNK_ROWS)])
     return head_argmax(found.hidden, head.weight, bias=head.bias)
+
+
+@torch.no_grad()
+def _with_guesses(
+    core: ICAECore, laid: LaidOut, memory_size: int | None, slots: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
+    """Return the packed prompts with the decoder's guesses at `laid.own`; nothing goes through the host."""
+    guesses = _guesses(core, laid, memory_size, slots)[laid.guessed]
+    right = laid.packed[laid.own]
+    for end in core.eos_token_ids:
+        guesses = torch.where(guesses == end, right, guesses)
+    return laid.packed.index_copy(0, laid.own, guesses)
 
 
 class _Scored(NamedTuple):
@@ -207,39 +233,17 @@ class _Scored(NamedTuple):
 
 def _scored_hidden(
     core: ICAECore,
-    contexts: Sequence[torch.Tensor],
-    prompts: Sequence[torch.Tensor],
-    labels: Sequence[torch.Tensor],
+    laid: LaidOut,
     budget: ActivationBudget,
     memory_size: int | None,
     slots: Sequence[torch.Tensor] | None,
-    *,
-    every_row: bool = True,
 ) -> _Scored:
-    """Return the final hidden states that predict a label; with `every_row`, a row without a label is an error."""
-    contexts = check_contexts(core.vocabulary, integer_rows(contexts, "contexts"))
-    prompts = integer_rows(prompts, "prompts")
-    targets = shifted_targets(labels, prompts, core.vocabulary.n_base)
-    lengths = check_prompt_lengths(contexts, prompts, core.max_positions)
-    rows, kept, scored = scored_rows(lengths, targets, every_row=every_row)
-    if slots is not None and (len(slots) != len(prompts) or any(s.dim() != 2 for s in slots)):
-        raise InvalidInputError(f"slots are given for {len(slots)} of {len(prompts)} rows; give (n, d) for each")
-    assert rows.cu_seqlens_out is not None  # `scored_rows` sets it
-    row_of = torch.arange(len(prompts)).repeat_interleave(rows.cu_seqlens_out.diff())
-    has_gaps = len(scored) < len(row_of)
-    if has_gaps:
-        row_of = row_of[scored]
-    # Ids and labels are copied to the device here, in one transfer; lengths and the layout stay on the host.
-    packed = torch.cat(prompts)
-    places, wanted = _memory_places(core.vocabulary, packed), targets[targets != IGNORE]
-    packed, places, kept, scored, wanted, *on_device = _copy_once(
-        core.device, packed, places, kept, scored, wanted, *(contexts if slots is None else [])
-    )
-    step = TrainingStep(core, on_device, len(kept), budget, memory_size)
-    _check_prompts(core.vocabulary, prompts, step.slot_counts if slots is None else [len(s) for s in slots])
-    embeddings = _with_slots(core, packed, places, step.encode() if slots is None else slots)
-    hidden = step.decode(embeddings[kept], rows.to(core.device))
-    return _Scored(hidden[scored] if has_gaps else hidden, wanted, row_of, embeddings)
+    """Return the final hidden states that predict a label."""
+    step = TrainingStep(core, laid.contexts, len(laid.kept), budget, memory_size)
+    _check_prompts(core.vocabulary, laid.prompts, step.slot_counts if slots is None else [len(s) for s in slots])
+    embeddings = _with_slots(core, laid.packed, laid.places, step.encode() if slots is None else slots)
+    hidden = step.decode(embeddings[laid.kept], laid.rows.to(core.device))
+    return _Scored(hidden[laid.scored] if laid.has_gaps else hidden, laid.targets, laid.row_of, embeddings)
 
 
 @in_own_modes
@@ -286,17 +290,6 @@ def _module_losses(
     logits = head(hidden)
     losses = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
     return losses, logits.gather(1, targets[:, None])[:, 0] >= logits.amax(1)
-
-
-def _copy_once(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Copy int64 tensors of one dimension from the host to a device, all in one transfer."""
-    packed = torch.cat(tensors).to(device, non_blocking=True)
-    return packed.split([len(t) for t in tensors])
-
-
-def _memory_places(vocabulary: Vocabulary, packed: torch.Tensor) -> torch.Tensor:
-    """Return the (n_slots,) positions of the memory ids among packed ids."""
-    return vocabulary.is_memory(packed).nonzero()[:, 0]
 
 
 def _check_prompts(vocabulary: Vocabulary, prompts: Sequence[torch.Tensor], slot_counts: Sequence[int]) -> None:

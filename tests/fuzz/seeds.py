@@ -17,7 +17,7 @@ from fuzz import CORPORA
 from helpers.store import make_origin, memory_for, slot_kv
 from icae_fast.config import ICAEConfig
 from icae_fast.io.checkpoints import MEMORY_KEY, lora_key
-from icae_fast.store.index import create_index
+from icae_fast.store.index_files import install_index
 from icae_fast.store.memory_file import PackedMemory
 from icae_fast.training.evaluation.cache import AnswerCache
 from icae_fast.training.loop.settings_file import installed_configs
@@ -49,7 +49,7 @@ def _pickle() -> bytes:
 
 
 def _index(folder: Path) -> bytes:
-    create_index(folder / "index", {"a": "ab/0123.safetensors", "b": "../victim"})
+    install_index(folder / "index", {"a": "ab/0123.safetensors", "b": "../victim"})
     with sqlite3.connect(folder / "index") as connection:
         connection.execute("PRAGMA journal_mode = DELETE")  # fold the log into the file
     return (folder / "index").read_bytes()

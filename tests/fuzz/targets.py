@@ -22,7 +22,7 @@ from icae_fast.io.checkpoints import (
     read_reference_file,
     split_reference_tensors,
 )  # fmt: skip
-from icae_fast.store.index import create_index
+from icae_fast.store.index_files import install_index
 from icae_fast.store.local import INDEX_FILE, LocalFolder
 from icae_fast.store.memory_file import read_memory_header
 from icae_fast.store.seal import _MARK
@@ -112,7 +112,7 @@ def store_rows(data: bytes, folder: Path) -> None:
     lines = data.decode("utf-8", "surrogateescape").split("\n")
     rows = {f"key {i}": line.encode("utf-8", "replace").decode() for i, line in enumerate(lines[:8])}
     with suppress(Exception):  # two rows of one file are refused by the database itself
-        create_index(root / INDEX_FILE, rows)
+        install_index(root / INDEX_FILE, rows)
     try:
         _use_store(root)
     finally:

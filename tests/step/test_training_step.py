@@ -9,6 +9,7 @@ import torch
 from helpers import golden
 from icae_fast import ICAE
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
+from icae_fast.step import layout
 from icae_fast.step.budget import EVERYTHING, ActivationBudget, plan
 from icae_fast.step.tape import Level, kept_bytes
 from icae_fast.step.training_step import TrainingStep
@@ -309,3 +310,36 @@ def test_spans_larger_than_the_token_budget_run_one_per_micro_batch(make_icae):
     step = TrainingStep(make_icae(), [torch.arange(3, 43)], 50, ActivationBudget(0, 1))
     assert [len(b) for b in step.batches] == [1, 1, 1]
     assert step.slot_counts == [12]
+
+
+def test_guesses_are_read_after_one_copy_to_the_device_with_the_same_bits(make_icae, monkeypatch):
+    icae = make_icae(lora_dropout=0.3).train()
+    batch = pack([with_own_tokens(s, 1.0, random.Random(5)) for s in samples_of(icae)])
+    rows = [batch.contexts, batch.prompts, batch.label_rows]
+
+    def through_the_host():
+        guesses = icae.token_guesses(*rows)
+        labelled = batch.labels != -100
+        read = batch.prompt_answer_ids.masked_scatter(labelled, guesses)
+        ends = torch.isin(read, torch.tensor(icae.eos_token_ids))
+        ids = torch.where(batch.own_tokens & labelled & ~ends, read, batch.prompt_answer_ids)
+        return icae.token_losses(rows[0], ids.split(batch.prompt_lengths), rows[2])
+
+    def on_the_device():
+        return icae.token_losses(*rows, own_tokens=batch.own_tokens)
+
+    results, copies = [], []
+    copy = layout.copy_once
+    monkeypatch.setattr(layout, "copy_once", lambda *tensors: (copies.append(len(tensors)), copy(*tensors))[1])
+    for way in (through_the_host, on_the_device):
+        copies.clear()
+        icae.zero_grad()
+        torch.manual_seed(3)
+        found = way()
+        found.losses.sum().backward()
+        results.append({"losses": found.losses.detach()} | gradients(icae))
+    assert len(copies) == 1
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+    with pytest.raises(InvalidInputError, match="own_tokens"):
+        icae.token_losses(*rows, own_tokens=batch.own_tokens[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from icae_fast import ICAE
 from icae_fast.core.spans import slots_per_span
 from icae_fast.step.budget import ActivationBudget
-from icae_fast.step.labels import IGNORE
 from icae_fast.step.loss import Teacher
 from icae_fast.step.training_step import TrainingStep
 from icae_fast.training.methods.batch import Batch
@@ -81,10 +79,10 @@ class TrainingModel(nn.Module):
             slots = self.code.slots(self.icae, batch.contexts, slots_per_span(self.icae.config, batch.memory_size))
         elif self.distillation.alpha > 0 and self.training:
             teacher, without = self._teacher(batch)
-        prompts = batch.prompts if batch.own_tokens is None else self._with_guesses(batch, batch.own_tokens, slots)
         scored = self.icae.token_losses(
-            batch.contexts, prompts, batch.label_rows, self.budget, batch.memory_size, teacher, slots
-        )
+            batch.contexts, batch.prompts, batch.label_rows, self.budget, batch.memory_size, teacher, slots,
+            batch.own_tokens,
+        )  # fmt: skip
         losses = scored.losses.detach()
         objectives = [NAMES.index(exclusive or name) for name in batch.objectives]
         index = torch.tensor(objectives)[scored.rows].to(losses.device, non_blocking=True)
@@ -95,19 +93,6 @@ class TrainingModel(nn.Module):
             "correct": _by_objective(index, scored.correct.to(losses)),
             "without_teacher": without,
         }
-
-    @torch.no_grad()
-    def _with_guesses(
-        self, batch: Batch, own_tokens: torch.Tensor, slots: Sequence[torch.Tensor] | None
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the prompts with the decoder's guesses at the batch's `own_tokens`."""
-        guesses = self.icae.token_guesses(batch.contexts, batch.prompts, batch.label_rows, batch.memory_size, slots)
-        labelled = batch.labels != IGNORE
-        labelled[torch.tensor([0, *batch.prompt_lengths[:-1]]).cumsum(0)] = False  # nothing predicts a first token
-        read = batch.prompt_answer_ids.masked_scatter(labelled, guesses.cpu())
-        ends = torch.isin(read, torch.tensor(self.icae.eos_token_ids))
-        ids = torch.where(own_tokens & labelled & ~ends, read, batch.prompt_answer_ids)
-        return ids.split(batch.prompt_lengths)
 
     def _teacher(self, batch: Batch) -> tuple[Teacher, int]:
         """Return the teacher of a batch, and how many rows were too long for it."""

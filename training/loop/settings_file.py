@@ -167,8 +167,14 @@ def _check(settings: Settings, values: Mapping[str, Any]) -> None:
         )
     config = settings.icae_config()
     settings.budget()
-    settings.distill()
-    curriculum = settings.curriculum()
+    distillation, curriculum = settings.distill(), settings.curriculum()
+    if distillation.alpha and not any(
+        set(distillation.objectives) & set(stage.objectives) for stage in curriculum.stages
+    ):
+        log.warning(
+            "distillation.alpha is %s, but no stage has %s, so no sample has a teacher; add one to the stages, or to "
+            "distillation.objectives", distillation.alpha, " or ".join(distillation.objectives),
+        )  # fmt: skip
     if model.adapter is None:
         curriculum.check(config)
     _check_data(data)

@@ -30,6 +30,7 @@ from icae_fast.checks import is_int
 from icae_fast.core.core import ICAECore
 from icae_fast.errors import ConfigError, ContextTooLongError, InvalidInputError
 from icae_fast.step.labels import IGNORE
+from icae_fast.step.layout import copy_once
 from icae_fast.training.methods.batch import Batch
 from icae_fast.training.methods.curriculum import check_keys
 from icae_fast.training.methods.objectives import OBJECTIVES, Objective
@@ -183,12 +184,14 @@ def teacher_hidden(icae: ICAECore, teacher: TeacherRows, token_budget: int = 409
     parts = [icae.embed(torch.empty(0, dtype=torch.int64))]  # (0, d): a batch may have no teacher at all
     batches = list(micro_batches([len(row) for row in teacher.ids], token_budget))
     passes = -least_of_all([-len(batches)], icae.device)[0] if icae.backbone.is_sharded else len(batches)
+    lengths = [len(row) for row in teacher.ids]
+    counts = [len(row) - int(positions[0]) for row, positions in zip(teacher.ids, teacher.wanted, strict=True)]
+    on_device = copy_once(icae.device, *teacher.ids, *(p - p[0] for p in teacher.wanted))
     for chosen in batches:
-        ids, wanted = ([rows[i] for i in chosen] for rows in (teacher.ids, teacher.wanted))
-        counts = [len(row) - int(positions[0]) for row, positions in zip(ids, wanted, strict=True)]
-        rows = pack_ends(list(map(len, ids)), counts).to(icae.device)
-        hidden = icae.backbone.forward(icae.embed(torch.cat(ids)), rows).split(counts)
-        parts += [h[(p - p[0]).to(icae.device)] for h, p in zip(hidden, wanted, strict=True)]
+        own = [counts[i] for i in chosen]
+        rows = pack_ends([lengths[i] for i in chosen], own).to(icae.device)
+        hidden = icae.backbone.forward(icae.embed(torch.cat([on_device[i] for i in chosen])), rows).split(own)
+        parts += [h[on_device[len(lengths) + i]] for h, i in zip(hidden, chosen, strict=True)]
     for _ in range(len(batches), passes):
         icae.backbone.stand_by(1)  # teachers of other processes run more forwards
     return torch.cat(parts)

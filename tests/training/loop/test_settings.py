@@ -191,3 +191,12 @@ def test_settings_name_all_sections():
     assert set(Settings.model_fields) == {
         "output", "model", "adapter", "data", "stages", "distillation", "memory", "evaluation", "train"
     }  # fmt: skip
+
+
+def test_a_teacher_without_samples_is_told(load, caplog):
+    stages = [{"steps": 1, "objectives": {"ae": 1}, "max_tokens": 8}]
+    load(stages=stages, distillation={"alpha": 0.5, "objectives": ["ae"]})
+    load(stages=stages, distillation={"alpha": 0.0})
+    assert not caplog.text
+    load(stages=stages, distillation={"alpha": 0.5})
+    assert "no stage has lm or ft, so no sample has a teacher" in caplog.text
