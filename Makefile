@@ -41,7 +41,11 @@ test-triton: $(VENV)/.installed
 SANITIZERS := address,undefined
 SANITIZED := build/sanitize
 RUNTIMES = $(foreach name,asan ubsan,$(shell $${CXX:-c++} -print-file-name=lib$(name).so))
+# ThreadSanitizer reads the threads of a token step first, in a program without OpenMP, which is not built for it.
 sanitize: $(VENV)/.installed
+	mkdir -p $(SANITIZED)
+	$${CXX:-c++} -std=c++20 -O1 -g -pthread -fsanitize=thread -I csrc tests/ops/phases.cpp -o $(SANITIZED)/phases
+	$(SANITIZED)/phases
 	ICAE_FAST_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py -q build --force --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib
 	set -e; isas=$$($(BIN)/python -c "import torch; from icae_fast import _C; runs = _C.runnable_isas(); \

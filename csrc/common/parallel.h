@@ -1,4 +1,5 @@
-// Parallel loops over tasks of unequal size, and the number of threads for loops whose threads wait for one another.
+// Parallel loops over tasks of unequal size, and the number of threads for loops whose threads wait for one
+// another.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,9 +14,9 @@
 
 namespace icae_fast {
 
-// Threads that can run at once: at::get_num_threads, or the number of CPUs that this process may use if it is lower.
-// Where threads wait for one another, one without a CPU keeps all others waiting. OpenMP counts CPUs before it binds
-// threads to them, which the calling thread's own affinity would not show.
+// Threads that can run at once: at::get_num_threads, or the number of CPUs that this process may use if it is
+// lower. Where threads wait for one another, one without a CPU keeps all others waiting. OpenMP counts CPUs before
+// it binds threads to them, which the calling thread's own affinity would not show.
 inline int64_t running_threads() {
   const int64_t threads = at::get_num_threads();
 #if defined(_OPENMP)

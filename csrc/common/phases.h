@@ -2,8 +2,6 @@
 // opening a parallel region for each would cost up to a tenth of that.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
