@@ -19,9 +19,9 @@ from icae_fast.io.checkpoints import (
     CONFIG_FILE,
     infer_sizes,
     read_header,
-    read_reference_file,
     split_reference_tensors,
 )  # fmt: skip
+from icae_fast.io.reference_files import read_reference_file
 from icae_fast.store.index_files import INDEX_FILE, install_index
 from icae_fast.store.local import LocalFolder
 from icae_fast.store.memory_file import read_memory_header
