@@ -6,12 +6,16 @@ passed, which is empty when it is called.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import pyarrow as pa
 
 from fuzz import seeds
 from icae_fast.config import ICAEConfig
@@ -188,11 +192,13 @@ def records(data: bytes, folder: Path) -> None:
 def _compressed(form: str, body: bytes) -> bytes:
     if form.endswith(".gz"):
         return gzip.compress(body, 1)
+    if form.endswith(".xz"):
+        return lzma.compress(body, preset=0)
+    if form.endswith(".bz2"):
+        return bz2.compress(body, 1)
     if form.endswith(".zst"):
-        import zstandard
-
         half = len(body) // 2  # two frames
-        return b"".join(zstandard.ZstdCompressor().compress(part) for part in (body[:half], body[half:]))
+        return b"".join(bytes(pa.compress(part, "zstd")) for part in (body[:half], body[half:]) if part)
     return body
 
 
