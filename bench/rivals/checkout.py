@@ -41,8 +41,8 @@ def timed_calls() -> dict[str, Callable[[], torch.Tensor]]:
     labels = torch.cat([torch.full((memory.n_slots + 1,), -100), contexts[0]])
 
     def answer(tokens: int) -> torch.Tensor:
-        limits = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        return torch.tensor(icae.generate(memory, prompts, return_ids=True, **limits))
+        ids = icae.generate(memory, prompts, max_new_tokens=tokens, min_new_tokens=tokens, return_ids=True)
+        return torch.tensor(ids)
 
     def train() -> torch.Tensor:
         icae.train()

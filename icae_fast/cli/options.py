@@ -8,18 +8,18 @@ from typing import Annotated, TypeVar
 
 import typer
 
-T = TypeVar("T", str, Path, None)
+T = TypeVar("T")
 
 
-def at_home(value: T | list[T]) -> T | list[T]:
+def at_home(value: T) -> T:
     """Return paths with a leading `~` replaced by the home folder, for shells that leave it in `--option=~/x`.
 
     Args:
         value: value of an option: a path, several, or None. A name without `~` stays as it is.
     """
     if isinstance(value, (list, tuple)):
-        return [at_home(v) for v in value]
-    return value if value is None else type(value)(os.path.expanduser(value))
+        return type(value)([at_home(v) for v in value])
+    return type(value)(os.path.expanduser(str(value))) if isinstance(value, (str, Path)) else value
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -173,7 +173,7 @@ class _Control:
     def __init__(self, tokenizer: Any) -> None:
         self.tokens = control_tokens(tokenizer)
         self._unknown = {getattr(tokenizer, "unk_token_id", None)}
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._twin: Tokenizer | None = None
 
     def arise_in(self, ids: Iterable[int], added: Iterable[int] = ()) -> bool:

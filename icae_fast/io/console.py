@@ -36,7 +36,7 @@ class DataConsole(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Return a string as `rich.text.Text`, its control characters but line ends written out."""
         return super().render_str(printable(text, keep="\n"), **options)
 

@@ -122,11 +122,13 @@ def _load_model(name: str, dtype: torch.dtype, revision: str | None) -> nn.Modul
     from transformers import AutoModelForCausalLM
 
     with _loading(f"the base model {name}", "base_model="):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # annotated as a model, and with this option a pair
             name, dtype=dtype, revision=revision or "main", output_loading_info=True
         )
+    model, info = loaded
     _check_complete(name, info)
-    return model.eval()
+    evaluating: nn.Module = model.eval()
+    return evaluating
 
 
 @contextlib.contextmanager

@@ -57,7 +57,8 @@ def _evenly_sampled(weight: torch.Tensor) -> torch.Tensor:
 def _kinds(model: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Return the parameters of a model by kind: one for each layer, or a single one outside of the layers."""
     view = view_of(model)
-    kinds = {"embedding": [view.embedding.weight], "norm": [view.final_norm.weight], "head": [view.head.weight]}
+    outside = {"embedding": view.embedding, "norm": view.final_norm, "head": view.head}
+    kinds: dict[str, list[torch.Tensor]] = {name: [module.get_parameter("weight")] for name, module in outside.items()}
     for layer in view.layers:
         for name, parameter in layer.named_parameters():
             kinds.setdefault(name, []).append(parameter)

@@ -109,12 +109,12 @@ def forward(
     if labels is not None and torch.is_grad_enabled():
         budget = ActivationBudget(span_tokens=token_budget)
         scored = _scored_hidden(
-            core, lay_out(core, contexts, prompts, labels, None, every_row=False), budget, None, None
+            core, lay_out(core, contexts, prompts, list(labels), None, every_row=False), budget, None, None
         )
         losses, _ = _head_losses(scored.hidden, core.base_model.lm_head, scored.targets, None)
         lengths = [len(p) for p in prompts]
-        logits = LazyTensor(lambda: _padded(_logits(core, scored.embeddings, lengths), lengths, width))
-        return TrainingOutput(loss=losses.mean(), logits=logits)
+        lazy = LazyTensor(lambda: _padded(_logits(core, scored.embeddings, lengths), lengths, width))
+        return TrainingOutput(loss=losses.mean(), logits=lazy)
     targets = None if labels is None else shifted_targets(labels, prompts, core.vocabulary.n_base)
     lengths = check_prompt_lengths(contexts, prompts, core.max_positions)
     slots, packed = encode(core, contexts, token_budget), torch.cat(prompts)

@@ -81,23 +81,32 @@ class _Spec:
             ValueError: see above.
         """
         if isinstance(spec, dict) and isinstance(spec.get("dtype"), str) and spec["dtype"] in _DTYPES:
-            dtype, shape, place = _DTYPES[spec["dtype"]], spec.get("shape"), spec.get("data_offsets")
-            numbers = [shape, place]
-            if all(isinstance(n, list) and all(is_int(i) and i >= 0 for i in n) for n in numbers) and len(place) == 2:
+            dtype, shape, place = _DTYPES[spec["dtype"]], _sizes(spec.get("shape")), _sizes(spec.get("data_offsets"))
+            if shape is not None and place is not None and len(place) == 2:
                 size = math.prod(shape) * dtype.itemsize
                 if place == [first, first + size]:
                     return cls(dtype, tuple(shape), *place)
         raise ValueError(f"its header contradicts itself about the tensor {name[:40]!r}")
 
 
+def _sizes(value: Any) -> list[int] | None:
+    """Return a JSON value if it is a list of whole numbers from 0 on."""
+    if isinstance(value, list) and all(is_int(i) and i >= 0 for i in value):
+        return value
+    return None
+
+
 def _specs(header: Mapping[str, Any], start: int) -> dict[str, _Spec]:
     """Return the place of each tensor; they follow each other without gaps, each where its dtype can be read."""
-    tensors = [(name, spec) for name, spec in header.items() if name != "__metadata__"]
-    places = [s.get("data_offsets") if isinstance(s, dict) else None for _, s in tensors]
-    if not all(isinstance(p, list) and p and is_int(p[0]) for p in places):
-        raise ValueError("its header does not say where its tensors are")
+    tensors = []
+    for name, spec in header.items():
+        if name != "__metadata__":
+            place = _sizes(spec.get("data_offsets")) if isinstance(spec, dict) else None
+            if not place:
+                raise ValueError("its header does not say where its tensors are")
+            tensors.append((place[0], name, spec))
     specs, end = {}, 0
-    for (name, spec), _ in sorted(zip(tensors, places, strict=True), key=lambda pair: pair[1][0]):
+    for _, name, spec in sorted(tensors, key=lambda found: found[0]):
         specs[name] = _Spec.of(name, spec, end)
         if (start + end) % specs[name].dtype.itemsize:
             raise ValueError(f"its tensor {name[:40]!r} begins at an odd place")

@@ -86,7 +86,8 @@ def read_lines(file: Any, path: str) -> Iterator[bytes]:
 def _split(file: Any, path: str, end: bytes | None) -> Iterator[bytes]:
     """Yield the parts of a file between line ends, all of it as one part if `end` is None."""
     read = getattr(file, "read1", file.read)  # read1 returns what there is when the next read would fail
-    parts, size, number = [], 0, 1
+    parts: list[bytes] = []
+    size, number = 0, 1
     while chunk := read(_READ):
         *whole, last = chunk.split(end) if end else [chunk]
         for line in whole:

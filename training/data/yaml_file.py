@@ -32,6 +32,7 @@ class _Loader(yaml.SafeLoader):
         if self._level > _MOST_LEVELS:
             raise _refused(f"values are nested in more than {_MOST_LEVELS} levels", mark)
         node = super().compose_node(parent, index)
+        assert node is not None  # as long as there is an event
         self._level -= 1
         if is_alias:
             if id(node) not in self._sizes:

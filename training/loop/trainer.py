@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from icae_fast import ICAE
 from icae_fast.backbone.sharding import is_sharded, whole_model
 from icae_fast.errors import NonFiniteError
 from icae_fast.io.identity import base_identity
@@ -79,6 +80,7 @@ class ICAETrainer(CheckpointingTrainer):
 
     # Losses are already normalised over the whole step.
     loss_is_scaled_for_ga = True
+    _icae: ICAE  # evaluating needs the methods
 
     def __init__(
         self,

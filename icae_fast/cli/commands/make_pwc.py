@@ -59,9 +59,9 @@ def make_pwc_command(
         from icae_fast.training.pwc import RecordFile, Settings
 
     check_names("teacher", "--", endpoint, model, local)
-    named = {} if kinds is None else {"kinds": names(kinds)}
-    settings = Settings(**named, questions=questions, at_once=at_once, max_tokens=max_tokens, min_tokens=min_tokens,
-                        text_field=text_field)  # fmt: skip
+    chosen = Settings.kinds if kinds is None else names(kinds)
+    settings = Settings(kinds=chosen, questions=questions, at_once=at_once, max_tokens=max_tokens,
+                        min_tokens=min_tokens, text_field=text_field)  # fmt: skip
     if settings.needs_teacher and endpoint is None and local is None:
         raise InvalidInputError("these prompts need a teacher; give --endpoint and --model, or --local smollm2")
     with RecordFile(output) as records:

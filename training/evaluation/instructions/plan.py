@@ -59,8 +59,10 @@ def load_judge(
         return None
     fields = request_fields("--judge-body", body, temperature=0.0)
     key = api_key(api_key_env)
-    limits = {"jobs": jobs, "timeout": timeout, "retries": retries, "max_answer_tokens": JUDGE_TOKENS}
-    return EndpointModel(endpoint, model, api_key=key, body=fields, **limits)
+    return EndpointModel(
+        endpoint, model, api_key=key, body=fields, jobs=jobs, timeout=timeout, retries=retries,
+        max_answer_tokens=JUDGE_TOKENS,
+    )  # fmt: skip
 
 
 @dataclass
