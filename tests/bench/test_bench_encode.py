@@ -14,6 +14,7 @@ from bench.harness import compare as harness
 from bench.harness import encoders, growth, models, shapes, targets
 from bench.harness.gemms import BareGemms
 from icae_fast.benchmark import checks
+from icae_fast.benchmark.measure import rounded
 
 
 @pytest.mark.parametrize("token_budget", [20, 1000])
@@ -81,7 +82,7 @@ def test_facts_of_an_encoder():
     assert facts == {"time_over_gemms": {"median": 1.75, "min": 1.5, "max": 2.0, "of_minima": 1.5}}
     seconds |= {encoders.OURS_FUSED: [2.2, 2.0], encoders.WITHOUT_LORA: [2.0, 2.0]}
     facts = encoders.encoder_facts(case)(seconds)
-    assert harness.rounded(facts["lora_cost"]) == {"median": 0.05, "min": 0.0, "max": 0.1, "of_minima": 0.0}
+    assert rounded(facts["lora_cost"]) == {"median": 0.05, "min": 0.0, "max": 0.1, "of_minima": 0.0}
     assert math.isclose(facts["lora_flops_share"], 0.07, abs_tol=1e-3)
 
 

@@ -181,7 +181,7 @@ def test_bench_latency(run, text_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compress", "missing.txt"], "cannot read missing.txt"),
+        (["compress", "missing.txt"], "there is no file missing.txt"),
         (["compress"], "Missing argument"),
         (["compress", "--frobnicate", "x"], "No such option"),
         (["restore", "damaged.icae"], "not a safetensors file"),

@@ -79,7 +79,7 @@ def test_a_misspelt_command_is_corrected(run):
 
 def test_shell_completion():
     code = "import sys; sys.argv = ['icae-fast']; from icae_fast.cli import main; main()"
-    for words, expected in (("icae-fast re", ["restore"]), ("icae-fast ask --te", ["--temperature"])):
+    for words, expected in (("icae-fast res", ["restore"]), ("icae-fast ask --te", ["--temperature"])):
         completed = run_python(
             code, _ICAE_FAST_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" "))
         )

@@ -135,7 +135,7 @@ def test_stored_tensors_stay_in_the_mapped_file(tmp_path, make_model, icae, memo
     for i, segment in enumerate(read_by(reader, kept)):
         for t in (segment.keys, segment.values):
             assert start <= t.data_ptr() < end
-            assert t.untyped_storage().data_ptr() == kept.slots.untyped_storage().data_ptr()
+            assert start <= t.untyped_storage().data_ptr() < end
             assert t.stride() == (heads * 3 * k * size, size, 3 * k * size, 1)  # a head's elements are contiguous
         assert segment.start == 3 + i * k
     assert reader.slot_kv.nbytes == icae.slot_kv.nbytes

@@ -18,6 +18,8 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 WHEEL = ("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
+# What the empty extension is told to be when it was loaded.
+LOADED = "the extension was built without varlen_attention"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,9 @@ def test_the_wheel_records_the_torch_that_it_was_built_against(installed):
     record = json.loads((installed / "icae_fast" / "_C_build.json").read_text())
     assert record == {"torch": torch.__version__}
     result = ops(installed, ICAE_FAST_REQUIRE="")
-    assert result.stdout.split() == [str(installed / "icae_fast/ops/__init__.py"), "None"], result.stderr
+    path, reason = result.stdout.split(maxsplit=1)
+    assert path == str(installed / "icae_fast/ops/__init__.py"), result.stderr
+    assert reason.startswith(LOADED)
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.1.0+cu118", "99.0.0"])
@@ -87,4 +91,10 @@ def test_an_extension_that_would_not_load_is_not_loaded(installed, tmp_path):
 def test_a_damaged_record_changes_nothing(installed, tmp_path, text):
     shutil.copytree(installed / "icae_fast", tmp_path / "icae_fast")
     (tmp_path / "icae_fast" / "_C_build.json").write_text(text)
-    assert ops(tmp_path, ICAE_FAST_REQUIRE="").stdout.split()[-1] == "None"
+    assert LOADED in ops(tmp_path, ICAE_FAST_REQUIRE="").stdout
+
+
+def test_an_extension_that_lacks_ops_is_refused_where_it_is_required(installed):
+    required = ops(installed, ICAE_FAST_REQUIRE="cpp")
+    assert required.returncode != 0
+    assert f"BackendError: ICAE_FAST_REQUIRE=cpp, but {LOADED}" in required.stderr

@@ -54,7 +54,7 @@ def compress(
                 memory = str(done.key if store else targets[place])
                 rows[place] = {"file": done.name, "memory": memory} | describe(done.memory)
     finally:  # what was written is said in any case
-        if rows or not failed:
+        if rows:
             print_memories("key" if store else "memory file", [rows[i] for i in sorted(rows)], as_json)
     end_with(failed, "compress", code)
 
