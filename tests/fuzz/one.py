@@ -16,9 +16,9 @@ with atheris.instrument_imports(include=["icae_fast"]):
     from icae_fast.training.data import records
     from icae_fast.training.evaluation import cache
     from icae_fast.training.evaluation.instructions import verdicts
-    from icae_fast.training.loop import settings_file
+    from icae_fast.training.loop import checkpoint_folder, settings_file
 
-INSTRUMENTED = (records, cache, verdicts, settings_file)
+INSTRUMENTED = (records, cache, verdicts, checkpoint_folder, settings_file)
 
 
 def main(name: str, options: list[str]) -> None:

@@ -20,6 +20,7 @@ from icae_fast.io.checkpoints import MEMORY_KEY, lora_key
 from icae_fast.store.index_files import install_index
 from icae_fast.store.memory_file import PackedMemory
 from icae_fast.training.evaluation.cache import AnswerCache
+from icae_fast.training.loop.checkpoint_folder import FILES, RECORD_FILE, _seal
 from icae_fast.training.loop.settings_file import installed_configs
 
 _CONFIG = {
@@ -71,6 +72,14 @@ def _answers(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _record(folder: Path) -> bytes:
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_bytes(b"content")
+    _seal(folder)
+    return (folder / RECORD_FILE).read_bytes()
+
+
 def _parquet() -> bytes:
     file = io.BytesIO()
     pq.write_table(pa.table({"text": ["one", "two"]}), file)
@@ -98,6 +107,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         "records": [b"\0" + lines, b"\1text", b"\2" + _parquet(), b"\x83" + lines, b"\x84" + lines, b"\x85" + lines],
         "settings": [yaml, yaml + b"\0train.max_steps=20"],
         "judge_reply": [b"<think>a</think>It is B.\n**Verdict: B**", b"TIE", b"Final answer: A"],
+        "checkpoint_record": [flag + _record(folder / flag.hex()) for flag in (b"\0", b"\1")],
         "answer_cache": [_answers(folder / "answers.jsonl")],
     }
 

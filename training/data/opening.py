@@ -16,7 +16,10 @@ import pyarrow as pa
 from icae_fast.errors import DataError
 
 # What a damaged, cut or unreachable file raises.
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+DAMAGE = (
+    OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException,
+    UnicodeDecodeError,  # of a column's name in a Parquet file
+)  # fmt: skip
 
 LARGEST_ROW = 1 << 30  # bytes; a thousand long books, and far less than a few MB of zeros can be decompressed to
 _READ = 1 << 13  # bytes per read; what a damaged file holds before its damage is read but for so much

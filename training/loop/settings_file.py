@@ -65,6 +65,10 @@ def load_settings(
         settings = Settings.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(_sentence(e) for e in error.errors())) from error
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{path} or --set: {error.object!r} holds half a surrogate pair; write it in UTF-8"
+        ) from error
     try:
         _check(settings, values)
     except ConfigError as error:
