@@ -3,10 +3,6 @@
 
 #include "kernels/unit.h"
 
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
-
 namespace icae_fast::ICAE_UNIT {
 
 // Scope in which this thread's arithmetic returns 0 in place of a subnormal. A softmax weight below 2^-126 changes
@@ -15,7 +11,7 @@ namespace icae_fast::ICAE_UNIT {
 // subnormals at speed.
 class FlushSubnormals {
  public:
-#if defined(__SSE2__)
+#if defined(__x86_64__)
   FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlushToZero); }
   ~FlushSubnormals() { _mm_setcsr(before_); }
 
