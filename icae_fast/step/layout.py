@@ -13,6 +13,7 @@ from icae_fast.core.inputs import Vocabulary
 from icae_fast.errors import InvalidInputError
 from icae_fast.step.labels import (
     IGNORE,
+    Rows,
     check_contexts,
     check_prompt_lengths,
     integer_rows,
@@ -56,7 +57,7 @@ def lay_out(
     core: ICAECore,
     contexts: Sequence[torch.Tensor],
     prompts: Sequence[torch.Tensor],
-    labels: Sequence[torch.Tensor],
+    labels: Rows,
     slots: Sequence[torch.Tensor] | None,
     *,
     every_row: bool = True,

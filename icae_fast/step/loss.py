@@ -109,7 +109,7 @@ def forward(
     if labels is not None and torch.is_grad_enabled():
         budget = ActivationBudget(span_tokens=token_budget)
         scored = _scored_hidden(
-            core, lay_out(core, contexts, prompts, list(labels), None, every_row=False), budget, None, None
+            core, lay_out(core, contexts, prompts, labels, None, every_row=False), budget, None, None
         )
         losses, _ = _head_losses(scored.hidden, core.base_model.lm_head, scored.targets, None)
         lengths = [len(p) for p in prompts]
